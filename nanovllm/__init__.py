@@ -1,0 +1,28 @@
+"""Nano-vLLM: LLM inference that a person can read in an afternoon.
+
+The public names are loaded on first use, so that importing the package starts nothing: no torch, no device, no compiler.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LLM": "nanovllm.llm",
+    "EngineConfig": "nanovllm.config",
+    "SamplingParams": "nanovllm.sampling_params",
+    "RequestOutput": "nanovllm.outputs",
+    "CompletionOutput": "nanovllm.outputs",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'nanovllm' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,161 @@
+"""`nanovllm check-model`: our logits beside Hugging Face's, and the first layer where the two part.
+
+Owns the comparison. Both models run in float32 on the CPU; Hugging Face's is loaded by transformers itself, so that a
+mistake of our loader shows too. Invariant: ours runs through the whole engine, in chunks and through the KV cache, and
+every position of every prompt is compared.
+
+        ours    embedding -> layer 0 -> layer 1 -> ... -> norm -> logits
+                    =           =          =               =        =       largest difference, stage by stage
+        theirs  embedding -> layer 0 -> layer 1 -> ... -> norm -> logits
+"""
+
+import random
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nanovllm.llm import LLM
+from nanovllm.model_files.locate import locate_model
+from nanovllm.sampling_params import SamplingParams
+
+_RANDOM_PROMPT_LENGTHS = (1, 9, 150)
+_CHUNK_TOKENS = 64  # below the longest prompt, so that attention reads earlier chunks from the KV cache
+
+Stages = dict[str, Tensor]  # "embedding", "layer 0", ..., "norm", "logits" -> [num_tokens, size]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one stage: the largest absolute difference, and the largest absolute value of Hugging Face's side."""
+
+    stage: str
+    largest: float
+    scale: float
+
+
+def run(args: Namespace) -> int:
+    if args.tolerance <= 0:
+        raise ValueError(f"--tolerance must be more than 0, got {args.tolerance}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with LLM(
+        args.model,
+        revision=args.revision,
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=1,
+        max_num_batched_tokens=_CHUNK_TOKENS,
+        skip_tokenizer_init=not args.prompt,
+    ) as llm:
+        theirs = _load_hugging_face(args.model, args.revision)
+        prompts = args.prompt or _random_prompts(llm)
+        num_different = 0
+        for number, prompt in enumerate(prompts):
+            ours, token_ids = _run_ours(llm, prompt)
+            differences = compare(ours, _run_theirs(theirs, token_ids))
+            num_different += not _report(number, len(token_ids), differences, args.tolerance)
+    print(f"{len(prompts) - num_different} of {len(prompts)} prompts agree within {args.tolerance:g}")
+    return 1 if num_different else 0
+
+
+def compare(ours: Stages, theirs: Stages) -> list[Difference]:
+    """Stage by stage, in the order of the forward pass. Raises ValueError if the two do not have the same stages."""
+    if list(ours) != list(theirs):
+        raise ValueError(f"ours has {len(ours)} stages and Hugging Face's model {len(theirs)}: not the same decoder")
+    return [
+        Difference(stage, (ours[stage] - theirs[stage]).abs().max().item(), theirs[stage].abs().max().item())
+        for stage in ours
+    ]
+
+
+def first_different(differences: list[Difference], tolerance: float) -> Difference:
+    """The first stage that is off by more than `tolerance`, relative to its own values where those exceed 1."""
+    return next((d for d in differences if not d.largest <= tolerance * max(1.0, d.scale)), differences[-1])
+
+
+def _report(number: int, num_tokens: int, differences: list[Difference], tolerance: float) -> bool:
+    """Print what was found for one prompt; True if the logits agree. NaN never agrees."""
+    logits = differences[-1]
+    agrees = logits.largest <= tolerance
+    verdict = "agree" if agrees else "DIFFER"
+    print(f"prompt {number} ({num_tokens} tokens): logits {verdict}, largest difference {logits.largest:.2g}")
+    if not agrees:
+        first = first_different(differences, tolerance)
+        print(f"  first stage that differs: {first.stage}, by {first.largest:.3g} in values up to {first.scale:.3g}")
+    return agrees
+
+
+def _random_prompts(llm: LLM) -> list[list[int]]:
+    rng = random.Random(0)
+    assert llm.config.max_model_len is not None
+    longest = llm.config.max_model_len - 1
+    return [
+        [rng.randrange(llm.model_config.vocab_size) for _ in range(min(length, longest))]
+        for length in _RANDOM_PROMPT_LENGTHS
+    ]
+
+
+def _load_hugging_face(name: str, revision: str | None) -> Any:
+    path = locate_model(name, revision, with_weights=True)
+    gguf_files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if gguf_files and not any(path.glob("*.safetensors")):
+        source: dict[str, Any] = {"gguf_file": gguf_files[0].name}
+        path = gguf_files[0].parent
+    else:
+        source = {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **source
+    )
+    return model.eval()
+
+
+def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
+    """Stages of every prompt token, and the prompt's token ids."""
+    model = _model_of(llm)
+    with _record(model.embed_tokens, model.layers, model) as recorded:
+        (output,) = llm.generate(
+            [prompt], SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), use_tqdm=False
+        )
+    num_tokens = len(output.prompt_token_ids)
+    stages = {stage: torch.cat(parts)[:num_tokens] for stage, parts in recorded.items()}
+    with torch.inference_mode():
+        return stages | {"logits": model.compute_logits(stages["norm"])}, output.prompt_token_ids
+
+
+@torch.inference_mode()
+def _run_theirs(model: Any, token_ids: list[int]) -> Stages:
+    decoder = model.model
+    with _record(decoder.embed_tokens, decoder.layers, decoder.norm) as recorded:
+        logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    return {stage: parts[0][0] for stage, parts in recorded.items()} | {"logits": logits}
+
+
+def _model_of(llm: LLM) -> Any:
+    return llm._engine.executor._runner.model  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _record(embedding: nn.Module, layers: nn.ModuleList, last: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what these modules return while they run: one tensor a call, (x, residual) added up."""
+    modules = {"embedding": embedding, **{f"layer {i}": layer for i, layer in enumerate(layers)}, "norm": last}
+    recorded: dict[str, list[Tensor]] = {stage: [] for stage in modules}
+
+    def recorder(stage: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            whole = torch.stack(output).sum(0) if isinstance(output, tuple) else output.clone()
+            recorded[stage].append(whole.detach())
+
+        return record
+
+    handles = [module.register_forward_hook(recorder(stage)) for stage, module in modules.items()]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,78 @@
+"""`nanovllm memory`: what weights and KV cache of a model would take, from its config alone.
+
+Owns the arithmetic and the table. Invariant: reads no weight and takes no memory of the device, so it runs where the
+model itself would not. What it leaves out is the work space of a step and the framework itself.
+"""
+
+import os
+from argparse import Namespace
+from math import prod
+
+import torch
+
+from nanovllm.config import DTYPES, ModelConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.models.registry import model_class, read_model_config
+from nanovllm.weights.checkpoint import open_checkpoint
+
+
+def run(args: Namespace) -> int:
+    for name, value in (("--max-num-seqs", args.max_num_seqs), ("--max-model-len", args.max_model_len)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    hf = open_checkpoint(args.model, load_format="dummy", revision=args.revision).config
+    dtype = args.dtype if args.dtype != "auto" else hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"the checkpoint's dtype {dtype!r} is not supported; pass --dtype {' or '.join(DTYPES)}")
+    config = read_model_config(hf, dtype)
+    length = args.max_model_len or config.max_model_len
+    if length > config.max_model_len:
+        raise ValueError(f"--max-model-len {length} is more than the model's {config.max_model_len} positions")
+
+    num_parameters = count_parameters(config)
+    weight_bytes = num_parameters * getattr(torch, dtype).itemsize
+    kv_bytes = config.kv_bytes_per_token * length * args.max_num_seqs
+    needed = weight_bytes + kv_bytes
+    print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
+    print(f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {dtype}\n")
+    _print_row("weights", weight_bytes, f"{num_parameters / 1e6:,.1f} million parameters")
+    _print_row(
+        "KV cache",
+        kv_bytes,
+        f"{args.max_num_seqs:,} x {length:,} tokens at {config.kv_bytes_per_token / 1024:,.1f} KiB each",
+    )
+    _print_row("together", needed, "and the work space of a step")
+    print()
+    for place, free in _free_memory():
+        _print_row("free", free, place)
+        _print_row("fits", "yes" if needed <= free else "no", _room(free - weight_bytes, config, length))
+    return 0
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Numbers in the checkpoint of such a model; tied weights count once."""
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel())
+    return sum(prod(slot.shape) for _, slot in model.slots())
+
+
+def _room(num_bytes: int, config: ModelConfig, length: int) -> str:
+    if num_bytes < config.kv_bytes_per_token:
+        return "there is no room for a KV cache beside the weights"
+    num_tokens = num_bytes // config.kv_bytes_per_token
+    return f"beside the weights {num_tokens:,} tokens of KV cache, {num_tokens // length:,} x {length:,}"
+
+
+def _free_memory() -> list[tuple[str, int]]:
+    """(where, bytes) of each GPU that is visible, or of the host."""
+    if torch.cuda.is_available():
+        return [
+            (f"on {torch.cuda.get_device_name(index)} (cuda:{index})", torch.cuda.mem_get_info(index)[0])
+            for index in range(torch.cuda.device_count())
+        ]
+    return [("in this machine's memory", os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+
+
+def _print_row(name: str, value: int | str, note: str) -> None:
+    amount = f"{value / 1024**3:,.2f} GiB" if isinstance(value, int) else value
+    print(f"{name:<10}{amount:>14}   {note}")

@@ -1,0 +1,94 @@
+"""One request whose text is written as it comes, and Ctrl-C that ends the answer instead of the program.
+
+Owns what `complete`, `chat` and `demo` share. Invariant: an interrupt takes effect between two steps, so the engine is
+never left in the middle of one.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from nanovllm.cli.options import sampling_options
+from nanovllm.llm import LLM
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished or interrupted request. first_token_seconds: until the first text or token appeared."""
+
+    output: RequestOutput
+    seconds: float
+    first_token_seconds: float
+
+    @property
+    def text(self) -> str:
+        return self.output.outputs[0].text
+
+    def summary(self) -> str:
+        """Token counts and rates in one line."""
+        num_tokens = len(self.output.outputs[0].token_ids)
+        parts = [f"{len(self.output.prompt_token_ids)} prompt tokens, {num_tokens} output tokens"]
+        if num_tokens > 1 and self.seconds > self.first_token_seconds:
+            parts.append(f"{(num_tokens - 1) / (self.seconds - self.first_token_seconds):.1f} tok/s")
+        parts.append(f"first token after {self.first_token_seconds * 1000:.0f} ms")
+        return ", ".join(parts)
+
+
+def make_sampling_params(llm: LLM, args: Any, max_tokens: int | None) -> SamplingParams:
+    """The model's default parameters, `max_tokens`, and over both what was given on the command line."""
+    return replace(llm.get_default_sampling_params(), **{"max_tokens": max_tokens, **sampling_options(args)})
+
+
+def render_chat(llm: LLM, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue. Raises ValueError without a chat template."""
+    tokenizer = llm.get_tokenizer()
+    if tokenizer.chat_template is None:
+        raise ValueError("this model has no chat template; use `nanovllm complete`, or a model that was tuned to chat")
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def stream_answer(llm: LLM, prompt: Any, params: SamplingParams, write: Callable[[str], object]) -> Answer | None:
+    """Run one request, handing each new piece of text to `write`. Ctrl-C ends it early; None if nothing had come by
+    then.
+
+    Raises ValueError or TypeError, before anything runs, for a prompt that does not fit.
+    """
+    start = perf_counter()
+    first = 0.0
+    num_written = 0
+    latest: RequestOutput | None = None
+    request_id = llm.add_request(prompt, params)
+    with _interrupts() as is_interrupted:
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                if output.request_id == request_id:
+                    first = first or perf_counter() - start
+                    latest = output
+                    write(output.outputs[0].text[num_written:])
+                    num_written = len(output.outputs[0].text)
+            if is_interrupted():
+                llm.abort_request(request_id)
+                break
+    return None if latest is None else Answer(latest, perf_counter() - start, first)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted; a second one raises KeyboardInterrupt as usual."""
+    noted = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal noted
+        noted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,70 @@
+"""Engine: the loop. It plans a step, queues it, and reads results up to `overlap_depth` steps behind.
+
+Owns the order of things and nothing else. Invariant: results are taken in the order their steps were queued, so depth 1
+(synchronous) and any other depth give the same tokens.
+
+        depth 2    host   | plan 1 | plan 2 | read 1, plan 3 | read 2, plan 4 | ...
+                   device          | step 1          | step 2         | step 3 ...
+"""
+
+from collections import deque
+from time import perf_counter
+
+from nanovllm.engine.interfaces import Executor, PendingStep
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Scheduler
+
+
+class Engine:
+    def __init__(self, scheduler: Scheduler, executor: Executor, output_processor: OutputProcessor, overlap_depth: int):
+        self.scheduler = scheduler
+        self.executor = executor
+        self.output_processor = output_processor
+        self.overlap_depth = overlap_depth
+        self.num_steps = 0
+        self.host_seconds = 0.0  # planning, queueing and taking in results
+        self.wait_seconds = 0.0  # waiting for the device; on a CPU the step itself runs in `execute`
+        self._in_flight: deque[PendingStep] = deque()
+
+    def add_request(self, request: Request) -> None:
+        self.scheduler.add_request(request)
+
+    def abort(self, request: Request) -> None:
+        self.scheduler.finish(request, "abort")
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_unfinished_requests() or bool(self._in_flight)
+
+    def step(self) -> list[Request]:
+        """Advance by at most one step; returns the requests that got a token or ended."""
+        start = perf_counter()
+        waited = self.wait_seconds
+        changed: list[Request] = []
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._in_flight.append(self.executor.execute(plan))
+            self.num_steps += 1
+        if self._in_flight and (len(self._in_flight) >= self.overlap_depth or plan is None):
+            changed = self._collect()
+        self.host_seconds += perf_counter() - start - (self.wait_seconds - waited)
+        return changed
+
+    def _collect(self) -> list[Request]:
+        start = perf_counter()
+        output = self._in_flight.popleft().result()
+        self.wait_seconds += perf_counter() - start
+        changed = self.scheduler.update(output)
+        for request in changed:
+            stop = self.output_processor.find_stop_string(request)
+            if stop is not None:
+                self.scheduler.finish(request, "stop", stop)
+                request.finish_reason, request.stop_reason = (
+                    "stop",
+                    stop,
+                )  # also where max_tokens ended it with this token
+        return changed
+
+    def close(self) -> None:
+        self._in_flight.clear()
+        self.executor.close()

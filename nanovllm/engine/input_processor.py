@@ -1,0 +1,130 @@
+"""InputProcessor: prompts and parameters in, checked Requests out.
+
+Owns every check that depends on the model: token ids, lengths, stop tokens. Invariant: a Request that leaves here can be
+run to its end, so nothing user-facing fails after it; nothing is queued here, so a bad item leaves nothing behind.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from nanovllm.engine.request import Request
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class InputProcessor:
+    """encode: text to token ids, or None without a tokenizer.
+
+    max_model_len: prompt and output together; num_cache_tokens: what the whole KV cache holds.
+    eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the prompt's
+    length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never do.
+    """
+
+    def __init__(
+        self,
+        *,
+        encode: Callable[[str], list[int]] | None,
+        vocab_size: int,
+        max_model_len: int,
+        num_cache_tokens: int,
+        eos_token_ids: Sequence[int],
+        seed: int,
+        length_dependent_from: int | None = None,
+    ) -> None:
+        self._encode = encode
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._num_cache_tokens = num_cache_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._seed = seed
+        self._length_dependent_from = length_dependent_from
+        self._num_requests = 0
+
+    def process(self, prompt: Prompt, params: SamplingParams, name: str, request_id: str | None = None) -> Request:
+        """Raise ValueError or TypeError for `name` (say "prompts[3]"), or return a request that fits."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"{name}: sampling_params must be SamplingParams, got {type(params).__name__}")
+        text, token_ids = self._read_prompt(prompt, name)
+        max_total_tokens = self._fit(token_ids, params, name)
+        for token_id in params.stop_token_ids or ():
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(f"{name}: stop token id {token_id} is outside the vocabulary [0, {self._vocab_size})")
+        if params.stop and self._encode is None:
+            raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
+        number = self._num_requests
+        self._num_requests += 1
+        eos = frozenset() if params.ignore_eos else self._eos_token_ids
+        return Request(
+            request_id=str(number) if request_id is None else request_id,
+            prompt=text,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            seed=self._request_seed(number) if params.seed is None else params.seed % 2**64,
+            stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
+            max_total_tokens=max_total_tokens,
+            cache_salt=self._cache_salt(len(token_ids)),
+        )
+
+    def _read_prompt(self, prompt: Prompt, name: str) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise ValueError(f"{name}: keys are 'prompt' or 'prompt_token_ids', got {sorted(map(str, prompt))}")
+            text = prompt.get("prompt")
+            if "prompt_token_ids" in prompt:
+                return text, self._check_token_ids(prompt["prompt_token_ids"], f"{name}['prompt_token_ids']")
+            prompt, name = prompt["prompt"], f"{name}['prompt']"
+        if isinstance(prompt, str):
+            if self._encode is None:
+                raise ValueError(
+                    f"{name}: a text prompt needs a tokenizer; pass token ids, or skip_tokenizer_init=False"
+                )
+            if not prompt:
+                raise ValueError(f"{name} is empty; give at least one character")
+            token_ids = self._encode(prompt)
+            if not token_ids:
+                raise ValueError(f"{name} {prompt!r} has no tokens; give at least one that the tokenizer knows")
+            return prompt, self._check_token_ids(token_ids, name)  # a tokenizer may know more tokens than the model
+        return None, self._check_token_ids(prompt, name)
+
+    def _check_token_ids(self, token_ids: Any, name: str) -> list[int]:
+        if isinstance(token_ids, (str, bytes)) or not hasattr(token_ids, "__iter__"):
+            raise TypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
+        token_ids = list(token_ids)
+        if not token_ids:
+            raise ValueError(f"{name} is empty; give at least one token id")
+        for index, token_id in enumerate(token_ids):
+            if type(token_id) is not int:
+                if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+                    raise TypeError(f"{name}[{index}] must be an integer token id, got {token_id!r}")
+                token_ids[index] = token_id = token_id.__index__()
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(f"{name}[{index}] = {token_id} is outside the vocabulary [0, {self._vocab_size})")
+        return token_ids
+
+    def _fit(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
+        """Most tokens that prompt and output may have together; ValueError if not even one output token fits."""
+        num_prompt = len(token_ids)
+        if num_prompt >= self._max_model_len:
+            raise ValueError(
+                f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len is "
+                f"{self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
+            )
+        if num_prompt >= self._num_cache_tokens:
+            raise ValueError(
+                f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self._num_cache_tokens}. Shorten "
+                "the prompt, or raise kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
+            )
+        limit = min(self._max_model_len, self._num_cache_tokens)
+        return limit if params.max_tokens is None else min(limit, num_prompt + params.max_tokens)
+
+    def _request_seed(self, number: int) -> int:
+        return int.from_bytes(blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest(), "little")
+
+    def _cache_salt(self, num_prompt_tokens: int) -> bytes:
+        threshold = self._length_dependent_from
+        is_dependent = threshold is not None and num_prompt_tokens > threshold
+        return num_prompt_tokens.to_bytes(8, "little") if is_dependent else b""

@@ -1,0 +1,64 @@
+"""Request: the host's record of one generation, and its two counters.
+
+Owns nothing but its fields; `scheduler.py` moves the counters and `output_processor.py` reads them. Invariant: of the
+request's `num_tokens`, the first `num_computed_tokens` have their KV written or in flight.
+
+        token_ids (known to the host)          pending (sampled, only on the device so far)
+        |------------------------------------|--|
+        |-- num_computed_tokens --|-- left to compute --|
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from nanovllm.sampling_params import SamplingParams
+
+
+class RequestStatus(Enum):
+    WAITING = auto()  # holds no KV blocks: new, or preempted
+    RUNNING = auto()  # holds a row and blocks
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One prompt and what grows from it. token_ids holds prompt and output, in one list."""
+
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]  # EOS (unless ignored) and the request's own
+    max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
+    cache_salt: bytes = b""  # requests with different salts never share KV blocks
+
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_cached_tokens: int | None = None  # set once, when the request is first admitted
+    row: int = -1  # its place in the device state while it runs
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
+    num_published_blocks: int = 0  # of block_ids, how many the prefix cache knows
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens a next step may compute; 0 once the last token that the request may have is sampled or in flight."""
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
+        return num_tokens - self.num_computed_tokens if num_tokens < self.max_total_tokens else 0
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED

@@ -1,0 +1,281 @@
+"""Scheduler: what runs in the next step, and what a finished step means for each request.
+
+Owns the waiting and running queues, rows, blocks and the requests' counters; no tensor, no text. There are no phases: a
+request has tokens and computed tokens, and a step computes some of the difference. Prefill, decode, chunked prefill and
+the return of a preempted request are that one rule.
+
+Invariants: the counters move when a step is planned, so the next step can be planned before this one has run; steps run
+in the order they were planned, so blocks freed now may be handed out now; a preempted request comes back only when the
+host has read every token of it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanovllm.engine.block_pool import BlockPool, hash_block
+from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    num_preemptions: int = 0
+    num_prompt_tokens_cached: int = 0
+    num_tokens_computed: int = 0
+
+
+class Scheduler:
+    """First come, first served, under a token budget per step (`max_num_batched_tokens`) and a row limit.
+
+    max_num_batched_tokens must be at least max_num_seqs: every running request then gets a token in every step.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool,
+    ) -> None:
+        self.block_size = block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self.pool = BlockPool(num_blocks)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission; the last one is the newest
+        self.stats = SchedulerStats()
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._planned: deque[list[Request]] = deque()  # per step in flight, the requests it samples for
+
+    # -- what enters and leaves --
+
+    def add_request(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a request at any point. What a step in flight still samples for it is dropped when it arrives."""
+        if request.is_finished:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+    # -- planning a step --
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Plan the next step and advance the counters; None if there is nothing to compute now."""
+        new_rows: list[NewRow] = []
+        new_blocks: list[tuple[int, int, int]] = []
+        scheduled: list[tuple[Request, int]] = []
+        num_preempted = self.stats.num_preemptions
+        budget = self._schedule_running(scheduled, new_blocks)
+        if num_preempted == self.stats.num_preemptions:  # else the blocks that came free belong to the running ones
+            self._schedule_waiting(budget, scheduled, new_rows)
+        return self._plan(scheduled, new_rows, new_blocks) if scheduled else None
+
+    def _schedule_running(self, scheduled: list[tuple[Request, int]], new_blocks: list[tuple[int, int, int]]) -> int:
+        """Give each running request its tokens, oldest first; return the budget that is left."""
+        budget = self.max_num_batched_tokens
+        reserved = sum(
+            request.num_uncomputed_tokens > 0 for request in self.running
+        )  # one token for each, whatever comes
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            num_uncomputed = request.num_uncomputed_tokens
+            if num_uncomputed == 0:
+                index += 1
+                continue
+            num_new = min(num_uncomputed, budget - reserved + 1)
+            while (block_ids := self._allocate(request, num_new)) is None:
+                newest = self.running[-1]
+                reserved -= newest.num_uncomputed_tokens > 0
+                self._preempt(newest)
+                if newest is request:
+                    return budget
+            first = len(request.block_ids) - len(block_ids)
+            new_blocks.extend((request.row, first + i, block_id) for i, block_id in enumerate(block_ids))
+            scheduled.append((request, num_new))
+            budget -= num_new
+            reserved -= 1
+            index += 1
+        return budget
+
+    def _schedule_waiting(self, budget: int, scheduled: list[tuple[Request, int]], new_rows: list[NewRow]) -> None:
+        """Admit waiting requests in order while a row, budget and blocks for all their known tokens are free."""
+        while self.waiting and self._free_rows and budget > 0:
+            request = self.waiting[0]
+            if request.num_pending_tokens:
+                return  # preempted with a token on the way: it cannot be recomputed before it is read
+            cached = self._find_cached_blocks(request)
+            num_needed = self._num_blocks(request.num_tokens) - len(cached)
+            if num_needed > self.pool.num_free_blocks - self.pool.num_free_among(cached):
+                return
+            self.waiting.popleft()
+            self.pool.acquire(cached)
+            request.block_ids = cached
+            request.num_published_blocks = len(cached)
+            request.num_computed_tokens = len(cached) * self.block_size
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = request.num_computed_tokens
+                self.stats.num_prompt_tokens_cached += request.num_computed_tokens
+            request.status = RequestStatus.RUNNING
+            request.row = self._free_rows.pop()
+            self.running.append(request)
+            num_uncomputed = request.num_tokens - request.num_computed_tokens
+            allocated = self._allocate(request, num_uncomputed)
+            assert allocated is not None, "the blocks were counted above"
+            num_new = min(num_uncomputed, budget)
+            new_rows.append(
+                NewRow(
+                    row=request.row,
+                    num_computed_tokens=request.num_computed_tokens,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    block_ids=list(request.block_ids),
+                    params=request.params,
+                    seed=request.seed,
+                    stop_token_ids=tuple(request.stop_token_ids),
+                )
+            )
+            scheduled.append((request, num_new))
+            budget -= num_new
+            self._publish(request, request.num_computed_tokens + num_new)
+
+    def _plan(
+        self,
+        scheduled: list[tuple[Request, int]],
+        new_rows: list[NewRow],
+        new_blocks: list[tuple[int, int, int]],
+    ) -> SchedulerOutput:
+        """Write the message, single-token requests first, and advance the counters."""
+        scheduled.sort(key=lambda item: item[1] > 1)  # stable: order of admission within each half
+        plan = SchedulerOutput(
+            new_rows=new_rows,
+            new_blocks=new_blocks,
+            rows=[],
+            num_scheduled_tokens=[],
+            num_computed_tokens=[],
+            samples=[],
+            token_ids=[],
+            num_decodes=sum(num_new == 1 for _, num_new in scheduled),
+        )
+        sampled: list[Request] = []
+        for request, num_new in scheduled:
+            start = request.num_computed_tokens
+            end = start + num_new
+            is_sampled = end == request.num_tokens
+            plan.rows.append(request.row)
+            plan.num_scheduled_tokens.append(num_new)
+            plan.num_computed_tokens.append(start)
+            plan.samples.append(is_sampled)
+            plan.token_ids.extend(request.token_ids[start:end])
+            if end > len(request.token_ids):
+                plan.token_ids.append(-1)
+            request.num_computed_tokens = end
+            if is_sampled:
+                request.num_pending_tokens += 1
+                sampled.append(request)
+            if num_new > 1:
+                self._publish(request, end)
+        self.stats.num_tokens_computed += len(plan.token_ids)
+        self._planned.append(sampled)
+        return plan
+
+    # -- after a step --
+
+    def update(self, output: ModelRunnerOutput) -> list[Request]:
+        """Take in the oldest step in flight; returns the requests that got a token, some of them now finished."""
+        sampled = self._planned.popleft()
+        changed: list[Request] = []
+        for request, token_id in zip(sampled, output.token_ids, strict=True):
+            request.num_pending_tokens -= 1
+            if request.is_finished:
+                continue
+            request.token_ids.append(token_id)
+            changed.append(request)
+            num_tokens = len(request.token_ids)
+            if token_id in request.stop_token_ids:
+                is_own = token_id in (request.params.stop_token_ids or ())
+                self.finish(request, "stop", token_id if is_own else None)
+            elif num_tokens >= request.max_total_tokens:
+                self.finish(request, "length")
+            elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:
+                self._publish(request, request.num_computed_tokens)  # a block has just become full and computed
+        return changed
+
+    # -- blocks --
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _allocate(self, request: Request, num_new_tokens: int) -> list[int] | None:
+        """Extend the request's blocks to hold that many more computed tokens; the blocks added, or None if too few."""
+        needed = self._num_blocks(request.num_computed_tokens + num_new_tokens) - len(request.block_ids)
+        if needed <= 0:
+            return []
+        block_ids = self.pool.allocate(needed)
+        if block_ids is not None:
+            request.block_ids.extend(block_ids)
+        return block_ids
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue without blocks; its tokens stay, and their KV is computed again later."""
+        assert self.running[-1] is request
+        self.running.pop()
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+        self.stats.num_preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self._publish(request, request.num_computed_tokens)
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        self._free_rows.append(request.row)
+        request.row = -1
+
+    # -- prefix cache --
+
+    def _find_cached_blocks(self, request: Request) -> list[int]:
+        """Cached blocks of the request's prefix; at least one token is left over to compute, for its logits."""
+        if not self.enable_prefix_caching:
+            return []
+        last = (len(request.token_ids) - 1) // self.block_size
+        return self.pool.find_prefix(self._hashes(request, last)[:last])
+
+    def _publish(self, request: Request, num_computed_tokens: int) -> None:
+        """Let others find the request's full blocks.
+
+        A block may be found as soon as the step that fills it is planned: every layer stores the whole batch's keys and
+        values before anyone in the batch reads them, and later steps run later.
+        """
+        if not self.enable_prefix_caching:
+            return
+        num_full = min(num_computed_tokens, len(request.token_ids)) // self.block_size
+        num_published = request.num_published_blocks
+        if num_full > num_published:
+            hashes = self._hashes(request, num_full)
+            for index in range(num_published, num_full):
+                self.pool.publish(request.block_ids[index], hashes[index])
+            request.num_published_blocks = num_full
+
+    def _hashes(self, request: Request, num_blocks: int) -> Sequence[bytes]:
+        """The request's first num_blocks (or more) block hashes; each block is hashed once in the request's life."""
+        hashes = request.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * self.block_size
+            parent = hashes[-1] if hashes else request.cache_salt
+            hashes.append(hash_block(parent, request.token_ids[start : start + self.block_size]))
+        return hashes

@@ -1,0 +1,47 @@
+"""The two messages between planner and worker: SchedulerOutput goes down, ModelRunnerOutput comes up.
+
+Plain integers and lists, so that they can be pickled to another process. Invariant: the plan is complete, a worker never
+asks back; a row is rebuilt from the plan alone.
+"""
+
+from dataclasses import dataclass
+
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, kw_only=True)
+class NewRow:
+    """A request that enters a row of the device state, for the first time or after a preemption."""
+
+    row: int
+    num_computed_tokens: int  # what the prefix cache already holds
+    num_prompt_tokens: int
+    block_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerOutput:
+    """One step. The lists rows .. samples run in parallel, requests with a single token first.
+
+    token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
+    num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table, block).
+    """
+
+    new_rows: list[NewRow]
+    new_blocks: list[tuple[int, int, int]]
+    rows: list[int]
+    num_scheduled_tokens: list[int]
+    num_computed_tokens: list[int]
+    samples: list[bool]
+    token_ids: list[int]
+    num_decodes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelRunnerOutput:
+    """The sampled tokens, one for each True in the plan's `samples`, in its order."""
+
+    token_ids: list[int]

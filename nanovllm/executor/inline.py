@@ -1,0 +1,32 @@
+"""InlineExecutor: this process is the only worker; a plan is a function call away.
+
+Owns the runner and lets go of it at the end. Invariant: opens no port, no process group and no shared memory.
+"""
+
+import gc
+
+import torch
+
+from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+
+
+class InlineExecutor:
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner: ModelRunner | None = runner
+        self.num_blocks = runner.num_blocks
+
+    def execute(self, plan: SchedulerOutput) -> PendingTokens:
+        assert self._runner is not None, "the executor is closed"
+        return self._runner.execute(plan)
+
+    def close(self) -> None:
+        """Free weights and KV cache. May be called twice."""
+        if self._runner is None:
+            return
+        device = self._runner.device
+        self._runner = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()

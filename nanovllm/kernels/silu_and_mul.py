@@ -1,0 +1,24 @@
+"""The gate of a SwiGLU feed-forward layer (Shazeer, 2020): silu(gate) * up.
+
+Owns the meaning and its rounding: silu is rounded to the input's dtype before the product, as in Hugging Face's models.
+Invariant: pure; the two halves lie side by side in the last dimension, gate first.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.dispatch import use_triton
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [num_tokens, 2 * intermediate] -> [num_tokens, intermediate], new, of the same dtype."""
+    if use_triton(gate_up):
+        from nanovllm.kernels.silu_and_mul_triton import silu_and_mul_triton
+
+        return silu_and_mul_triton(gate_up)
+    return silu_and_mul_reference(gate_up)
+
+
+def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

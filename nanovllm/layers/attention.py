@@ -1,0 +1,42 @@
+"""Attention: from the QKV projection's output to the attention output, through the KV cache of its layer.
+
+Owns no weight and no cache: the norm weights come from the model, the cache from the context.
+"""
+
+from torch import Tensor
+
+from nanovllm.attention.backend import ForwardContext
+from nanovllm.kernels.qkv_rope_store import qkv_rope_store
+from nanovllm.layers.norm import RMSNorm
+
+
+class Attention:
+    """Grouped-query attention of one layer (Ainslie et al., 2023), for the heads of this rank."""
+
+    def __init__(self, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+        self.layer_idx = layer_idx
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.window = window
+        self.scale = head_dim**-0.5
+
+    def __call__(
+        self, qkv: Tensor, cos_sin: Tensor, ctx: ForwardContext, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> Tensor:
+        """qkv [num_tokens, (num_heads + 2 num_kv_heads) head_dim] -> [num_tokens, num_heads * head_dim]."""
+        kv_cache = ctx.kv_caches[self.layer_idx]
+        q = qkv_rope_store(
+            qkv,
+            cos_sin,
+            kv_cache,
+            ctx.slot_mapping,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            q_norm.weight if q_norm else None,
+            k_norm.weight if k_norm else None,
+            q_norm.eps if q_norm else 0.0,
+        )
+        out = ctx.backend.forward(self.layer_idx, q, kv_cache, ctx.prepared, self.scale, self.window)
+        return out.flatten(1)

@@ -1,0 +1,106 @@
+"""Linear layers whose weights are spread over tensor-parallel ranks (Shoeybi et al., 2019).
+
+A column-parallel layer splits its outputs and needs no communication; a row-parallel one splits its inputs and sums the
+ranks' results. A pair of them costs one all-reduce. Owns weights and how a checkpoint's tensors map to them. Invariant:
+after loading, `forward` reads the weights through `multiply` only, so a layer can be given another form of them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers.packed_linear import pack_linear
+from nanovllm.layers.slots import Slots, WeightSlot
+
+
+class Linear(nn.Module):
+    """y = x W^T + b on this rank's part: x [num_tokens, in_features] -> [num_tokens, out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.multiply: Callable[[Tensor], Tensor] = self._multiply
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
+
+    def optimize(self) -> None:
+        """Called once when the weights are in place: on a CPU, lay them out as its matrix kernels want them."""
+        packed = pack_linear(self.weight, self.bias)
+        if packed is not None:
+            self.multiply = packed
+            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # frees the plain copy
+
+
+class MergedColumnParallelLinear(Linear):
+    """Several column-parallel layers with one input, computed as one product; `sizes` are their whole output sizes."""
+
+    def __init__(
+        self, in_features: int, sizes: Sequence[int], bias: bool, dtype: torch.dtype, tp: TensorParallel
+    ) -> None:
+        self.sizes = tuple(sizes)
+        self.tp = tp
+        super().__init__(in_features, sum(tp.shard(size, "output size") for size in sizes), bias, dtype)
+
+    def slots(self, *names: str) -> Slots:
+        """names: the checkpoint's layer names, in the order of `sizes`."""
+        offset = 0
+        for name, size in zip(names, self.sizes, strict=True):
+            part = size // self.tp.size
+            for suffix, parameter in (("weight", self.weight), ("bias", self.bias)):
+                if parameter is not None:
+                    target = parameter.data[offset : offset + part]
+                    yield f"{name}.{suffix}", WeightSlot((size, *parameter.shape[1:]), self._filler(target))
+            offset += part
+
+    def _filler(self, target: Tensor) -> Callable[[Tensor], object]:
+        part = target.shape[0]
+        first = self.tp.rank * part
+        return lambda tensor: target.copy_(tensor[first : first + part])
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """The query, key and value projections as one; heads are spread over the ranks."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        bias: bool,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+    ) -> None:
+        self.num_heads = tp.shard(num_heads, "num_attention_heads")
+        self.num_kv_heads = tp.shard(num_kv_heads, "num_key_value_heads")
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        super().__init__(hidden_size, sizes, bias, dtype, tp)
+
+
+class RowParallelLinear(Linear):
+    """Splits the input features; the ranks' partial results are summed, and the bias is added once, by rank 0."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, tp: TensorParallel) -> None:
+        self.tp = tp
+        super().__init__(tp.shard(in_features, "input size"), out_features, bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.all_reduce(self.multiply(x))
+
+    def slots(self, name: str) -> Slots:
+        weight, first = self.weight.data, self.tp.rank * self.weight.shape[1]
+        last = first + weight.shape[1]
+        shape = (weight.shape[0], weight.shape[1] * self.tp.size)
+        yield f"{name}.weight", WeightSlot(shape, lambda tensor: weight.copy_(tensor[:, first:last]))
+        if self.bias is not None:
+            bias = self.bias.data
+            fill = bias.copy_ if self.tp.rank == 0 else lambda tensor: bias.zero_()
+            yield f"{name}.bias", WeightSlot(tuple(bias.shape), fill)

@@ -1,0 +1,105 @@
+"""Rotary position embedding (Su et al., 2021): the table of cosines and sines, and its stretchings for long inputs.
+
+Owns the frequencies; the rotation itself is `kernels/rope.py`. Invariant: `cos_sin` of a position is the same in every
+step, but for the "dynamic" type, where it depends on the length that `rope_lens` gives.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.config import RopeConfig
+
+
+class RotaryEmbedding(nn.Module):
+    """positions [num_tokens] -> cos_sin [num_tokens, head_dim] float32: head_dim / 2 cosines, then as many sines."""
+
+    def __init__(self, head_dim: int, max_len: int, rope: RopeConfig) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.rope = rope
+        inv_freq, scale = _frequencies(head_dim, rope)
+        positions = torch.arange(max_len, dtype=torch.float32)
+        self.table: Tensor
+        self.register_buffer("table", _cos_sin(positions[:, None] * inv_freq) * scale, persistent=False)
+
+    def forward(self, positions: Tensor, rope_lens: Tensor | None = None) -> Tensor:
+        """rope_lens [num_tokens], for the dynamic type: the length of the context that the token was computed in."""
+        if rope_lens is None:
+            return self.table[positions]
+        inv_freq = _dynamic_frequencies(self.head_dim, self.rope, rope_lens)  # [num_tokens, head_dim / 2]
+        return _cos_sin(positions[:, None].float() * inv_freq)
+
+
+def _cos_sin(angles: Tensor) -> Tensor:
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def _base_frequencies(head_dim: int, theta: float) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def _frequencies(head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
+    """Radians per position for each pair of dimensions, and a factor on cosines and sines."""
+    inv_freq = _base_frequencies(head_dim, rope.theta)
+    if rope.rope_type == "linear":  # position interpolation (Chen et al., 2023)
+        return inv_freq / rope.parameters["factor"], 1.0
+    if rope.rope_type == "llama3":
+        return _llama3_frequencies(inv_freq, rope.parameters), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn_frequencies(head_dim, inv_freq, rope)
+    return inv_freq, 1.0
+
+
+def _llama3_frequencies(inv_freq: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1's rule)."""
+    factor = parameters["factor"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # in the original length
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (kept + (1 - kept) / factor)
+
+
+def _yarn_frequencies(head_dim: int, inv_freq: Tensor, rope: RopeConfig) -> tuple[Tensor, float]:
+    """YaRN (Peng et al., 2023): interpolate by parts, and sharpen attention by a factor on cosines and sines."""
+    parameters = rope.parameters
+    factor = parameters["factor"]
+    original = parameters["original_max_position_embeddings"]
+
+    def dimension_of(turns: float) -> float:
+        """The dimension pair that turns this often within the original length."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first = dimension_of(parameters.get("beta_fast") or 32)
+    last = dimension_of(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    span = max(last - first, 0.001)
+    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / span).clamp(0, 1)
+    return inv_freq * (stretched / factor + (1 - stretched)), _yarn_attention_factor(parameters, factor)
+
+
+def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return magnitude(mscale) / magnitude(mscale_all_dim)
+    return magnitude(1.0)
+
+
+def _dynamic_frequencies(head_dim: int, rope: RopeConfig, lengths: Tensor) -> Tensor:
+    """NTK-aware scaling that grows with the context once it is longer than the original length."""
+    factor, original = rope.parameters["factor"], rope.parameters["original_max_position_embeddings"]
+    lengths = lengths.float().clamp(min=original)
+    stretch = (factor * lengths / original - (factor - 1)) ** (head_dim / (head_dim - 2))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=lengths.device) / head_dim
+    return 1.0 / (rope.theta * stretch)[:, None] ** exponents

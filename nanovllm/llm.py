@@ -1,0 +1,259 @@
+"""LLM: the whole engine behind one object, with vLLM's offline interface.
+
+Owns the user's view: prompts in, RequestOutputs out in order, progress, and the end of the engine's life. Invariant: a call
+that raises for bad input has queued nothing; a call that is interrupted leaves nothing of its own behind.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm.build import build_engine
+from nanovllm.config import EngineConfig
+from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.request import Request
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+
+
+class LLM:
+    """Load a model and generate with it, in this process.
+
+        with LLM("demo") as llm:
+            for output in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
+                print(output.outputs[0].text)
+
+    model and options are the fields of `EngineConfig`. Raises TypeError for an unknown option, ValueError for a value, model
+    or checkpoint that cannot run, ConnectionError if a download fails.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        parts = build_engine(EngineConfig(model=model, **options))
+        self.config = parts.config
+        self.model_config = parts.model_config
+        self._engine = parts.engine
+        self._input_processor = parts.input_processor
+        self._tokenizer = parts.tokenizer
+        self._generation_config = parts.generation_config
+        self._requests: dict[str, Request] = {}  # unfinished ones
+        self._unclaimed: list[RequestOutput] = []  # what `generate` saw of requests that are not its own
+        self._is_closed = False
+
+    # -- whole batches --
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; the results come in the order of the prompts.
+
+        prompts: one or a list of strings, token-id lists, or {"prompt_token_ids": [...]}. sampling_params: one for all, or
+        one for each; None takes `get_default_sampling_params()`. Raises ValueError or TypeError that names the item at fault
+        before anything is queued.
+        """
+        self._check_open()
+        prompts = _as_list(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence):
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts; give one for all, or one for each"
+            )
+        requests = [
+            self._input_processor.process(prompt, params, f"prompts[{i}]")
+            for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
+        ]
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list, laid out by the model's chat template."""
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        if not all(conversations):
+            raise ValueError("messages is empty; give at least one {'role': ..., 'content': ...}")
+        tokenizer = self._known_tokenizer()
+        prompts = [
+            tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        own = {request.request_id for request in requests}
+        for request in requests:
+            self._add(request)
+        try:
+            with _Progress(len(requests), use_tqdm) as progress:
+                while len(outputs) < len(requests):
+                    for request in self._step():
+                        if request.request_id not in own:
+                            self._unclaimed.append(self._engine.output_processor.make_output(request))
+                        elif request.is_finished:
+                            output = self._engine.output_processor.make_output(request)
+                            outputs[request.request_id] = output
+                            progress.count(output)
+        finally:
+            self.abort_request([request.request_id for request in requests])
+        return [outputs[request.request_id] for request in requests]
+
+    # -- one step at a time --
+
+    def add_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
+        self._check_open()
+        if request_id is not None and request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
+        params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
+        request = self._input_processor.process(prompt, params, "prompt", request_id)
+        self._add(request)
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Advance by one step; returns the requests that got tokens or ended, each with all its output so far."""
+        outputs, self._unclaimed = self._unclaimed, []
+        return outputs + [self._engine.output_processor.make_output(request) for request in self._step()]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests or self._unclaimed)
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """Stop and forget requests. An id that has ended already, or never was, is passed over."""
+        for name in [request_id] if isinstance(request_id, str) else list(request_id):
+            request = self._requests.pop(name, None)
+            if request is not None:
+                self._engine.abort(request)
+                self._engine.output_processor.forget(request)
+
+    def _add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._engine.add_request(request)
+
+    def _step(self) -> list[Request]:
+        self._check_open()
+        try:
+            changed = self._engine.step()
+        except Exception:
+            self.close()  # device state is unknown now: refuse further use instead of giving wrong answers
+            raise
+        for request in changed:
+            if request.is_finished:
+                self._requests.pop(request.request_id, None)
+        return changed
+
+    # -- about the engine --
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._known_tokenizer().hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with what the model's generation_config.json sets."""
+        stated = self._generation_config
+        if stated.get("repetition_penalty", 1.0) != 1.0:
+            warnings.warn("the model's default repetition_penalty is not applied", stacklevel=3)
+        names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+        names["max_new_tokens"] = "max_tokens"
+        options = {ours: stated[name] for name, ours in names.items() if stated.get(name) is not None}
+        if stated.get("do_sample") is False:
+            options["temperature"] = 0.0
+        return SamplingParams(**options)
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counters since the start: steps, tokens, cache hits, preemptions, and where the engine's time went."""
+        engine, stats = self._engine, self._engine.scheduler.stats
+        return {
+            "num_steps": engine.num_steps,
+            "num_tokens_computed": stats.num_tokens_computed,
+            "num_prompt_tokens_cached": stats.num_prompt_tokens_cached,
+            "num_preemptions": stats.num_preemptions,
+            "num_free_blocks": engine.scheduler.pool.num_free_blocks,
+            "num_blocks": engine.scheduler.pool.num_blocks,
+            "host_seconds": engine.host_seconds,
+            "wait_seconds": engine.wait_seconds,
+        }
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what earlier requests left in the KV cache."""
+        self._engine.scheduler.pool.forget_cached()
+
+    def close(self) -> None:
+        """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._requests.clear()
+            self._engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this LLM is closed (by close(), or because a step failed); make a new one")
+
+    def _known_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            raise ValueError("there is no tokenizer (skip_tokenizer_init=True); pass token ids")
+        return self._tokenizer
+
+
+class _Progress:
+    """A bar over requests, with prompt and output tokens a second."""
+
+    def __init__(self, num_requests: int, is_shown: bool) -> None:
+        self._bar = tqdm(
+            total=num_requests, desc="Generating", unit=" prompts", disable=not is_shown, dynamic_ncols=True
+        )
+        self._start = time.perf_counter()
+        self._num_prompt_tokens = self._num_output_tokens = 0
+
+    def count(self, output: RequestOutput) -> None:
+        self._num_prompt_tokens += len(output.prompt_token_ids)
+        self._num_output_tokens += len(output.outputs[0].token_ids)
+        seconds = time.perf_counter() - self._start
+        self._bar.set_postfix_str(
+            f"prompt {self._num_prompt_tokens / seconds:.0f} tok/s, output {self._num_output_tokens / seconds:.0f} tok/s",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or several -> several. A flat list of integers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    prompts = list(prompts)
+    # An array has __index__ too: only one without dimensions is a number.
+    is_one = bool(prompts) and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in prompts)
+    return [prompts] if is_one else prompts

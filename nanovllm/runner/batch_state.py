@@ -1,0 +1,38 @@
+"""BatchState: what the device remembers of each running request, one row each.
+
+        row | last_token | num_computed | block_table ...        and the sampler's columns (`sampling/state.py`)
+
+Owns these tensors; who sits in which row is the scheduler's decision. Invariant: a row is complete once its NewRow has been
+applied, so nothing is saved when a request leaves and nothing is restored when it returns.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nanovllm.engine.scheduler_output import NewRow
+from nanovllm.sampling.state import SamplingState
+
+
+class BatchState:
+    def __init__(self, max_num_seqs: int, max_blocks: int, vocab_size: int, device: torch.device) -> None:
+        self.max_blocks = max_blocks
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.num_computed = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self.sampling = SamplingState(max_num_seqs, vocab_size, device)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # host only
+
+    def enter(self, new_rows: Sequence[NewRow]) -> None:
+        """Host side of new rows; their device side travels with the step's upload."""
+        for new in new_rows:
+            self.num_prompt_tokens[new.row] = new.num_prompt_tokens
+            self.sampling.set_row(new.row, new.params, new.seed, new.num_prompt_tokens, new.stop_token_ids)
+
+    def apply(self, computed: torch.Tensor, blocks: torch.Tensor) -> None:
+        """computed [n, 2]: (row, num_computed); blocks [m, 2]: (row * max_blocks + index, block id). int32, on the device."""
+        if computed.shape[0]:
+            self.num_computed[computed[:, 0]] = computed[:, 1]
+        if blocks.shape[0]:
+            self.block_tables.view(-1)[blocks[:, 0]] = blocks[:, 1]

@@ -1,0 +1,58 @@
+"""The KV cache's tensors: how many blocks fit into a budget of bytes, and their layout.
+
+Owns both. Invariant: every layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values), contiguous:
+the tokens of a block lie side by side under each head, so that a head reads a block in one piece.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import EngineConfig, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheSpec:
+    """What one device's cache holds per layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+
+    def num_blocks_in(self, num_bytes: int) -> int:
+        return num_bytes // self.bytes_per_block
+
+    def allocate(self, num_blocks: int, device: torch.device) -> list[Tensor]:
+        """One tensor per layer, zeroed: kernels may read a whole block of which only a part was written."""
+        shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+        return [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(self.num_layers)]
+
+
+def choose_num_blocks(config: EngineConfig, spec: KVCacheSpec, free_bytes: int) -> int:
+    """Blocks to allocate. free_bytes: what is left of the memory the engine may use once weights and work space are in.
+
+    config is resolved. Raises ValueError if not even one block of the budget fits.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    num_bytes = config.kv_cache_memory_bytes if config.kv_cache_memory_bytes is not None else free_bytes
+    num_blocks = spec.num_blocks_in(max(num_bytes, 0))
+    if num_blocks < 1:
+        raise ValueError(
+            f"the KV cache needs {spec.bytes_per_block:,} bytes for one block of {spec.block_size} tokens and "
+            f"{num_bytes:,} are available; raise kv_cache_memory_bytes or gpu_memory_utilization, or use a smaller model"
+        )
+    return num_blocks
+
+
+def useful_num_blocks(config: EngineConfig) -> int:
+    """Blocks that max_num_seqs requests of max_model_len can hold; more would only serve the prefix cache."""
+    assert config.max_model_len and config.block_size and config.max_num_seqs
+    return -(-config.max_model_len // config.block_size) * config.max_num_seqs

@@ -1,0 +1,220 @@
+"""Tokenizer: text to token ids and back, by a Hugging Face tokenizer; DetokenizerStream: the same back, token by token.
+
+Owns special tokens around prompts, chat templates and incremental text. Does not own where tokenizers come from
+(`model_files/`). Invariant: the pieces of a DetokenizerStream, `flush` included, add up to `Tokenizer.decode` of all
+ids, and no piece but the last ends inside a character.
+
+transformers is imported only where it is needed (a chat template, a model folder): importing it takes longer than
+building a tokenizer.
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
+from nanovllm.model_files.locate import locate_model, only_gguf_file
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class Tokenizer:
+    """One model's tokenizer. Build it with `load_tokenizer`.
+
+    hf: the transformers tokenizer, for all that is not wrapped here. eos_token_id, bos_token_id: None if it has none.
+    """
+
+    def __init__(
+        self,
+        load_hf: Callable[[], Any],
+        backend: tokenizers.Tokenizer | None,
+        *,
+        eos_token_id: int | None,
+        bos_token_id: int | None,
+    ) -> None:
+        """backend: the Rust tokenizer that `load_hf()` wraps, if it is one of those (all but a few old ones are)."""
+        self._load_hf = load_hf
+        self._backend = backend
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self._token_bytes: dict[int, bytes] = {}
+
+    @cached_property
+    def hf(self) -> Any:
+        return self._load_hf()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model may have more rows (padding), never fewer."""
+        return len(self.hf) if self._backend is None else self._backend.get_vocab_size()
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the special tokens that the model expects around it.
+
+        A prompt that already starts with BOS, as one that came out of a chat template does, gets no second one.
+        """
+        ids = self._encode(text)
+        if self._adds_bos and ids[1:2] == [self.bos_token_id]:
+            del ids[0]
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        return self.hf.encode(text) if self._backend is None else self._backend.encode(text).ids
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return self.bos_token_id is not None and self._encode("")[:1] == [self.bos_token_id]
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation ({"role", "content"} each). `options` go to the template, e.g. `tools=`.
+
+        Raises ValueError if the tokenizer has no chat template and none is given with `chat_template=`.
+        """
+        if self.hf.chat_template is None and options.get("chat_template") is None:
+            raise ValueError(
+                "this model's tokenizer has no chat template: use generate() with a prompt, or chat_template="
+            )
+        return self.hf.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False, **options
+        )
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids. Bytes that are no UTF-8 become U+FFFD; ids that are no token become nothing."""
+        if self._backend is None:
+            return self.hf.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether a token's text is a fixed string of bytes, as in GPT-2's scheme."""
+        if self._backend is None or self._backend.decoder is None:
+            return False
+        return json.loads(self._backend.decoder.__getstate__())["type"] == "ByteLevel"
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out."""
+        if self._backend is None:
+            return frozenset(self.hf.all_special_ids)
+        return frozenset(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token; only for byte-level tokenizers."""
+        token_bytes = self._token_bytes.get(token_id)
+        if token_bytes is None:
+            token = (self._backend.id_to_token(token_id) if self._backend is not None else None) or ""
+            try:
+                token_bytes = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token, which is stored as it is
+                token_bytes = token.encode()
+            self._token_bytes[token_id] = token_bytes
+        return token_bytes
+
+
+class DetokenizerStream:
+    """Text of one request's output, as its tokens arrive."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._is_byte_level = tokenizer.is_byte_level
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # Without byte-level tokens, text depends on neighbours: decode a short window twice, with and without its end.
+        #     [ ids whose text was the last piece | ids without text yet ]
+        self._window: list[int] = []
+        self._window_text = ""
+        self._num_emitted = 0  # leading ids of the window whose text, `_window_text`, is out
+
+    def step(self, token_id: int) -> str:
+        """Take the next token. Returns the new text, "" while a character is incomplete."""
+        if token_id in self._skipped_ids:
+            return ""
+        if self._is_byte_level:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.endswith("\ufffd") or len(text) <= len(self._window_text):
+            return ""
+        piece = text[len(self._window_text) :]
+        del self._window[: self._num_emitted]
+        self._num_emitted = len(self._window)
+        self._window_text = self._decode(self._window)
+        return piece
+
+    def flush(self) -> str:
+        """End of the output. Returns what an incomplete character leaves: U+FFFD, or nothing."""
+        if self._is_byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._decode(self._window)[len(self._window_text) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:
+    """Load the tokenizer of a folder, a .gguf file, a Hugging Face Hub name (only small files are fetched), or "demo".
+
+    No code of the model is ever run. Raises ValueError or NotImplementedError that says what is missing or unknown,
+    ConnectionError if a download fails.
+    """
+    path = locate_model(model, revision, with_weights=False)
+    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
+        if not any(path.glob("*.gguf")):
+            raise ValueError(
+                f"{path} holds no tokenizer (tokenizer.json or the like): add its files, name another folder with "
+                "tokenizer=, or set skip_tokenizer_init=True to work on token ids"
+            )
+        path = only_gguf_file(path)
+    return _from_gguf(path) if path.is_file() else _from_folder(path)
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    backend, special = build_gguf_tokenizer(path)
+
+    def wrap() -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+    eos_token_id, bos_token_id = (
+        backend.token_to_id(special[name]) if name in special else None for name in ("eos_token", "bos_token")
+    )
+    return Tokenizer(wrap, backend, eos_token_id=eos_token_id, bos_token_id=bos_token_id)
+
+
+def _from_folder(path: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    backend = getattr(hf, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return Tokenizer(lambda: hf, backend, eos_token_id=hf.eos_token_id, bos_token_id=hf.bos_token_id)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: bytes that print stand for themselves, the other 68 for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()

@@ -1,0 +1,138 @@
+"""open_checkpoint: from a model's name to its config and a stream of named tensors.
+
+Owns the choice of the weight files and their formats. Does not own what a tensor means or where it goes (the loader),
+nor GGUF (`weights/gguf.py`). Invariant: every weight file is complete when a checkpoint has been opened, so a damaged
+one is refused before memory is taken; tensors are memory-mapped and come one by one.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nanovllm.model_files.locate import locate_model, only_gguf_file
+from nanovllm.weights.gguf import GGUFCheckpoint
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Checkpoint(Protocol):
+    """A model on disk. config, generation_config: as Hugging Face's JSON files ({} where there is no file)."""
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (Hugging Face name, CPU tensor), each name once. Never write to one: it may be the file itself."""
+
+
+def open_checkpoint(model: str, *, load_format: str, revision: str | None) -> Checkpoint:
+    """Open a folder, a .gguf file, a Hugging Face Hub name, or "demo".
+
+    load_format: "auto" takes safetensors where there are some, else GGUF; "safetensors" and "gguf" insist; "dummy"
+    needs the config only. revision: of a Hub name.
+    Raises ValueError or NotImplementedError that names the file at fault, ConnectionError if a download fails.
+    """
+    # The Hub's GGUF files are alternatives of which a user wants one: they are not fetched, only refused below.
+    path = locate_model(model, revision, with_weights=load_format in ("auto", "safetensors"))
+    if path.is_file():
+        if load_format == "safetensors":
+            raise ValueError(f"load_format='safetensors', but {path} is a GGUF file: use load_format='auto'")
+        return GGUFCheckpoint(path)
+    has_safetensors = any(path.glob("*.safetensors"))
+    if load_format == "gguf" or (load_format != "safetensors" and not has_safetensors and any(path.glob("*.gguf"))):
+        return GGUFCheckpoint(only_gguf_file(path))
+    return SafetensorsCheckpoint(path, [] if load_format == "dummy" else _weight_files(path))
+
+
+class SafetensorsCheckpoint:
+    """A folder with config.json and safetensors files, of which `files` are read."""
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        self.path = path
+        self.config = _read_json(path / "config.json", required=True)
+        self.generation_config = _read_json(path / "generation_config.json", required=False)
+        self._files = files
+        _check_tensor_names(path, files)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in self._files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    yield name, tensors.get_tensor(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, checked for completeness by the index or by their numbering."""
+    if (folder / _INDEX_NAME).exists():
+        index = _read_json(folder / _INDEX_NAME, required=True)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / _INDEX_NAME} has no weight_map")
+        names = sorted(set(index["weight_map"].values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / _INDEX_NAME} names {name}, which is missing: fetch the model again")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    if not files:
+        raise ValueError(_no_weights_message(folder))
+    for file in files:
+        if shard := _SHARD_NAME.fullmatch(file.name):
+            stem, _, count = shard.groups()
+            for number in range(1, int(count) + 1):
+                if not (name := folder / f"{stem}-{number:05}-of-{count}.safetensors").exists():
+                    raise ValueError(f"{name} is missing beside {file.name}: fetch the model again")
+    return files
+
+
+def _no_weights_message(folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded and are not read: "
+            "convert them where you trust them, with transformers' `AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(...)`, which writes safetensors"
+        )
+    return f"{folder} holds no weight file: expected model.safetensors, {_INDEX_NAME} with its shards, or a .gguf file"
+
+
+def _check_tensor_names(folder: Path, files: list[Path]) -> None:
+    """Open every file once. Raises ValueError for a damaged one, a tensor held twice, or one the index misplaces."""
+    home: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}): fetch it again") from error
+        for name in names:
+            if name in home:
+                raise ValueError(f"tensor {name} is in both {home[name]} and {file.name} of {folder}")
+            home[name] = file.name
+    if files and (folder / _INDEX_NAME).exists():
+        for name, expected in _read_json(folder / _INDEX_NAME, required=True)["weight_map"].items():
+            if home.get(name) != expected:
+                raise ValueError(f"{folder / _INDEX_NAME} says that {expected} holds tensor {name}, but it does not")
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if required:
+            raise ValueError(f"{path} is missing: a model folder needs {path.name}") from None
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

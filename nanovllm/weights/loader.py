@@ -1,0 +1,55 @@
+"""Fill a model from a checkpoint, strictly: every tensor used once, every parameter written.
+
+Owns the matching of names and shapes; the layers know how a tensor maps to their weights. Invariant: either the whole
+model is loaded or an error names what is missing, unexpected or misshapen.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.layers.slots import WeightSlot
+
+
+def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """model: has `slots()`; tensors: (checkpoint name, whole tensor). Raises ValueError that names the tensors at fault."""
+    slots: dict[str, WeightSlot] = dict(model.slots())
+    filled: set[str] = set()
+    redundant_head: Tensor | None = None
+    for name, tensor in tensors:
+        if name in filled:
+            raise ValueError(f"the checkpoint holds {name!r} twice")
+        if name not in slots:
+            if name == "lm_head.weight" and model.lm_head.is_tied:
+                redundant_head = tensor
+            elif not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints carry and nobody reads
+                raise ValueError(f"the checkpoint holds {name!r}, which this model does not have")
+            continue
+        slot = slots[name]
+        if tuple(tensor.shape) != slot.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; the config says {slot.shape}"
+            )
+        slot.fill(tensor)
+        filled.add(name)
+    missing = [name for name in slots if name not in filled]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"the checkpoint has no tensor {', '.join(map(repr, missing[:5]))}{more}")
+    if redundant_head is not None:
+        embedding = model.embed_tokens.weight
+        if redundant_head.shape != embedding.shape or not torch.equal(redundant_head.to(embedding), embedding):
+            raise ValueError("the config ties the head to the embedding, but the checkpoint's 'lm_head.weight' differs")
+
+
+def fill_random(model: Any, seed: int) -> None:
+    """Random weights of a sane scale, for load_format="dummy": norms 1, biases 0, matrices with variance 1 / inputs."""
+    device = model.embed_tokens.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, slot in model.slots():
+        if len(slot.shape) == 1:
+            slot.fill(torch.full(slot.shape, 0.0 if name.endswith("bias") else 1.0))
+        else:
+            slot.fill(torch.randn(slot.shape, generator=generator, device=device) * slot.shape[1] ** -0.5)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Run every check: style, types, import rules, all tests (Triton kernels in the interpreter where there is no GPU).
+# Sets up everything it needs in .venv. Arguments go to pytest: `bash scripts/test.sh tests/engine -x`.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup_venv dev
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+
+quietly() {
+    local title=$1 output
+    shift
+    if output=$("$@" 2>&1 </dev/null); then
+        echo "$title: ok"
+    else
+        printf '%s\n%s: FAILED\n' "$output" "$title"
+        return 1
+    fi
+}
+
+quietly "ruff check" ruff check .
+quietly "ruff format" ruff format --check .
+quietly "mypy" mypy
+quietly "import rules" lint-imports
+if [ -d tests/kernels ] && ! command -v nvidia-smi >/dev/null 2>&1; then
+    quietly "kernels in Triton's interpreter" env TRITON_INTERPRET=1 python -m pytest -q tests/kernels
+fi
+exec python -m pytest "$@" </dev/null

@@ -1,0 +1,84 @@
+"""Random ragged batches over a paged cache, beside the unpaged keys and values they hold."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.attention.metadata import AttentionMetadata
+
+LAYOUTS = ("heads outside", "tokens outside", "k and v adjacent")
+
+
+@dataclass(frozen=True)
+class PagedCase:
+    q: torch.Tensor  # [T, num_heads, head_dim]
+    kv_cache: torch.Tensor  # [2, num_blocks, num_kv_heads, block_size, head_dim]
+    meta: AttentionMetadata
+    contexts: list[torch.Tensor]  # per request [2, num_kv_heads, seq_len, head_dim]
+
+
+def make_cache(
+    layout: str, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Logical shape [2, num_blocks, num_kv_heads, block_size, head_dim] in one of three physical orders, with garbage in it."""
+    if layout == "heads outside":
+        return torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)
+    if layout == "tokens outside":
+        return torch.randn(2, num_blocks, block_size, num_kv_heads, head_dim).to(dtype).transpose(2, 3)
+    return torch.randn(num_blocks, block_size, 2, num_kv_heads, head_dim).to(dtype).permute(2, 0, 3, 1, 4)
+
+
+def make_metadata(
+    query_lens: list[int], seq_lens: list[int], block_table: torch.Tensor, slot_mapping: torch.Tensor
+) -> AttentionMetadata:
+    """Metadata of a step on the CPU; requests with one query token must come first."""
+    num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    return AttentionMetadata(
+        query_start_loc=starts,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_table=block_table,
+        slot_mapping=slot_mapping,
+        num_decodes=num_decodes,
+        num_reqs=len(query_lens),
+        max_query_len=max(query_lens, default=0),
+        max_seq_len=max(seq_lens, default=0),
+        query_lens_host=query_lens,
+        seq_lens_host=seq_lens,
+    )
+
+
+def make_case(
+    query_lens: list[int],
+    seq_lens: list[int],
+    *,
+    num_heads: int = 6,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    block_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "tokens outside",
+    seed: int = 0,
+) -> PagedCase:
+    """Blocks are dealt in random order; unused table entries are 0, a block that may belong to another request."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        used = [-(-n // block_size) for n in seq_lens]
+        num_blocks = sum(used) + 3
+        free = torch.randperm(num_blocks).tolist()
+        kv_cache = make_cache(layout, num_blocks, num_kv_heads, block_size, head_dim, dtype)
+        block_table = torch.zeros(len(seq_lens), max(used, default=0) + 2, dtype=torch.int32)
+        contexts, slots = [], []
+        for i, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+            blocks = [free.pop() for _ in range(used[i])]
+            block_table[i, : used[i]] = torch.tensor(blocks, dtype=torch.int32)
+            context = torch.randn(2, num_kv_heads, seq_len, head_dim).to(dtype)
+            for position in range(seq_len):
+                kv_cache[:, blocks[position // block_size], :, position % block_size] = context[:, :, position]
+            contexts.append(context)
+            slots += [
+                blocks[p // block_size] * block_size + p % block_size for p in range(seq_len - query_len, seq_len)
+            ]
+        q = torch.randn(sum(query_lens), num_heads, head_dim).to(dtype)
+        meta = make_metadata(query_lens, seq_lens, block_table, torch.tensor(slots, dtype=torch.int64))
+    return PagedCase(q, kv_cache, meta, contexts)

@@ -1,0 +1,80 @@
+"""The fast CPU path equals the reference, on every shape of batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm.attention import cpu_paged
+from nanovllm.attention.cpu_paged import CpuPagedBackend
+from nanovllm.kernels.paged_attention import paged_attention_reference
+from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_metadata
+
+
+def check(case: PagedCase, window: int | None, tolerance: float) -> None:
+    backend = CpuPagedBackend()
+    prepared = backend.prepare(case.meta)
+    scale = case.q.shape[2] ** -0.5
+    expected = paged_attention_reference(case.q, case.kv_cache, case.meta, scale, window)
+    for layer_idx in range(2):  # the second layer reuses the first one's indices
+        out = backend.forward(layer_idx, case.q, case.kv_cache, prepared, scale, window)
+        assert out.shape == case.q.shape and out.dtype == case.q.dtype
+        torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """query_lens and seq_lens: some decodes, then some prompts or chunks of prompts."""
+    decodes = draw(st.lists(st.integers(1, 200), max_size=9))
+    prompts = draw(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 40)), min_size=0 if decodes else 1, max_size=4)
+    )
+    return [1] * len(decodes) + [n for n, _ in prompts], decodes + [n + past for n, past in prompts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lens=batches(),
+    window=st.sampled_from([None, 1, 7, 40]),
+    layout=st.sampled_from(LAYOUTS),
+    block_size=st.sampled_from([8, 16]),
+    seed=st.integers(0, 9),
+)
+def test_ragged_batches(
+    lens: tuple[list[int], list[int]], window: int, layout: str, block_size: int, seed: int
+) -> None:
+    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed), window, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 64), (7, 1, 80), (14, 2, 96), (4, 4, 128)])
+def test_dtypes_and_head_shapes(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    case = make_case([1] * 6 + [5, 5, 9], [3, 30, 1, 77, 16, 17, 5, 5, 30], num_heads=heads, num_kv_heads=kv_heads,
+                     head_dim=dim, dtype=dtype)  # fmt: skip
+    check(case, None, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_long_beside_short() -> None:
+    """Very unequal lengths fall into buckets of their own."""
+    check(make_case([1] * 8, [500, 1, 2, 3, 90, 100, 8, 9]), None, 1e-5)
+
+
+def test_shared_prefix_blocks() -> None:
+    """Two requests may read one block (prefix cache): then pairs are more than blocks."""
+    case = make_case([1] * 5, [24, 20, 30, 8, 16])
+    table = case.meta.block_table.clone()
+    table[1:4, 0] = table[0, 0]
+    meta = make_metadata([1] * 5, case.meta.seq_lens_host, table, case.meta.slot_mapping)
+    check(PagedCase(case.q, case.kv_cache, meta, []), None, 1e-5)
+
+
+@pytest.mark.parametrize("unused_share", [0.0, 100.0])
+def test_in_place_and_copied_blocks_agree(unused_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_paged, "MAX_UNUSED_SHARE", unused_share)
+    check(make_case([1] * 7 + [3], [9, 33, 40, 41, 48, 64, 65, 3], layout="heads outside"), 50, 1e-5)
+
+
+def test_queries_may_be_strided() -> None:
+    case = make_case([1] * 5 + [4], [7, 9, 20, 30, 1, 6])
+    wide = torch.cat((case.q, torch.randn(case.q.shape[0], 3, 16)), dim=1)
+    check(PagedCase(wide[:, :6], case.kv_cache, case.meta, []), None, 1e-5)

@@ -1,0 +1,39 @@
+"""Workloads are what their definitions say, to the token."""
+
+import random
+
+import pytest
+
+from nanovllm.bench.workload import named, uniform
+
+
+def test_offline_follows_its_published_definition() -> None:
+    workload = named("offline")
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    assert workload.prompts == prompts
+    assert workload.max_tokens == [rng.randint(100, 1024) for _ in range(256)]
+    assert workload.num_output_tokens == 133_966
+    assert workload.temperature == 0.6
+
+
+def test_variants_keep_lengths_and_share_no_prefix() -> None:
+    workload = uniform(4, 16, 8, mixed=True)
+    assert workload.variant(0, 20_000) == workload
+    other = workload.variant(3, 20_000)
+    assert list(map(len, other.prompts)) == list(map(len, workload.prompts))
+    assert other.max_tokens == workload.max_tokens
+    assert all(a[0] != b[0] for a, b in zip(workload.prompts, other.prompts, strict=True))
+    assert all(0 <= token < 50 for prompt in workload.variant(1, 50).prompts for token in prompt)
+
+
+def test_mixed_lengths_stay_within_their_bounds() -> None:
+    workload = uniform(200, 64, 128, mixed=True)
+    assert {16, 64} <= set(map(len, workload.prompts)) <= set(range(16, 65))
+    assert set(workload.max_tokens) <= set(range(32, 129))
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_nothing_to_do_is_an_error(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        uniform(*arguments)

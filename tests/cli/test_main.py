@@ -1,0 +1,149 @@
+"""The command's outer behaviour: help at once, errors in one clear line, exit statuses."""
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from nanovllm.cli.arguments import build_parser
+from nanovllm.cli.main import main
+from nanovllm.cli.options import engine_options, field_docs, sampling_options
+from nanovllm.config import EngineConfig
+from nanovllm.sampling_params import SamplingParams
+
+COMMANDS = [[name] for name in ("complete", "chat", "demo", "bench", "check-model", "memory")]
+COMMANDS += [["bench", "throughput"], ["bench", "latency"]]
+
+
+def test_help_comes_at_once_and_imports_no_torch() -> None:
+    """C14: help needs neither torch nor a device. The best of three, because the machine may be busy."""
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from nanovllm.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(time.perf_counter() - start, [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    times = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds, imported = result.stdout.splitlines()[-1].split(maxsplit=1)
+        assert imported == "[]"
+        times.append(float(seconds))
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_every_command_has_help_with_examples_or_notes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([*command, "--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: nanovllm")
+    assert "None" not in shown, "the command line has no None"
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("nanovllm 0.")
+
+
+@pytest.mark.parametrize("owner", [EngineConfig, SamplingParams])
+def test_every_field_is_documented(owner: type) -> None:
+    docs = field_docs(owner)
+    assert list(docs) == [field.name for field in fields(owner)]
+    for name, text in docs.items():
+        assert text != name.replace("_", " "), f"{owner.__name__}'s docstring does not mention {name}"
+
+
+def test_flags_become_fields() -> None:
+    """W13: what is typed reaches the dataclass under its own name, and what is not typed is left to it."""
+    args = build_parser().parse_args(
+        "complete hi --max-num-seqs 7 --no-enable-prefix-caching --enforce-eager --dtype float32 --seed 3 "
+        "--gpu-memory-utilization 0.5 --temperature 0 --stop a --stop b --stop-token-ids 5 --ignore-eos".split()
+    )
+    assert engine_options(args) == {
+        "max_num_seqs": 7,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "seed": 3,
+        "gpu_memory_utilization": 0.5,
+    }
+    assert sampling_options(args) == {"temperature": 0.0, "stop": ["a", "b"], "stop_token_ids": [5], "ignore_eos": True}
+    EngineConfig(model="x", **engine_options(args))
+    SamplingParams(**sampling_options(args))
+    args = build_parser().parse_args(["complete"])
+    assert engine_options(args) == sampling_options(args) == {}
+
+
+def test_every_engine_option_has_a_flag() -> None:
+    shown = {command: _help_of(command) for command in ("complete", "chat")}
+    for field in fields(EngineConfig):
+        if field.name not in ("model", "skip_tokenizer_init"):
+            flag = "--" + field.name.replace("_", "-")
+            assert all(flag in text for text in shown.values()), flag
+
+
+def _help_of(command: str) -> str:
+    subcommands = build_parser()._subparsers
+    assert subcommands is not None
+    choices = subcommands._group_actions[0].choices
+    assert isinstance(choices, dict)
+    return choices[command].format_help()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["complete", "hi", "--model", "/nonexistent/folder"], "does not exist"),
+        (["complete", "hi", "--model", "demo", "--block-size", "7"], "block_size must be one of"),
+        (["complete", "hi", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+        (["complete", "hi", "--file", "prompts.txt"], "not both"),
+        (["complete", "--file", "/nonexistent/prompts.txt"], "/nonexistent/prompts.txt"),
+        (["memory", "/nonexistent/folder"], "does not exist"),
+        (["memory", "demo", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
+        (["check-model", "demo", "--tolerance", "0"], "--tolerance must be more than 0"),
+        (["bench", "throughput", "--num-prompts", "0"], "number of prompts must be at least 1"),
+        (["bench", "throughput", "--repeats", "0"], "--repeats must be at least 1"),
+        (["bench", "throughput", "--workload", "offline", "--mixed"], "has lengths of its own"),
+        (["bench", "latency", "--output-len", "1"], "--output-len must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"nanovllm {argv[0]}: error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["--debug", "memory", "/nonexistent/folder"])
+
+
+def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """W13"""
+    with pytest.raises(SystemExit) as exit_info:
+        main(["complete", "hi", "--temprature", "0"])
+    assert exit_info.value.code == 2
+    assert "--temprature" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_wheel_is_small_and_holds_only_the_package(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"nanovllm"}

@@ -1,0 +1,88 @@
+"""`memory` and `check-model` on tiny checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm.cli.check_model import Difference, compare, first_different
+from nanovllm.cli.main import main
+from nanovllm.cli.memory import count_parameters
+from nanovllm.models.registry import read_model_config
+from nanovllm.weights.checkpoint import open_checkpoint
+from tests.tiny_models import edit_json, load_hugging_face, save_random
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+        ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+        ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {"head_dim": 16}),
+    ],
+)
+def test_parameters_are_counted_exactly(tmp_path: Path, architecture: str, config: dict[str, object]) -> None:
+    folder = save_random(tmp_path, architecture, **config)
+    hf = open_checkpoint(str(folder), load_format="dummy", revision=None).config
+    theirs = load_hugging_face(folder)
+    assert count_parameters(read_model_config(hf, "float32")) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_memory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_random(tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert main(["memory", str(folder), "--max-model-len", "100", "--max-num-seqs", "8", "--dtype", "float32"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 x 100 tokens at 0.2 KiB each" in shown  # 2 layers, K and V, 2 heads of 8, 4 bytes: 256 bytes
+    assert "free" in shown
+
+
+def test_memory_refuses_what_the_model_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_random(tmp_path)
+    assert main(["memory", str(folder), "--max-model-len", "1000"]) == 2
+    assert "256 positions" in capsys.readouterr().err
+    edit_json(folder / "config.json", architectures=["MambaForCausalLM"])
+    assert main(["memory", str(folder)]) == 2
+    assert "'MambaForCausalLM' is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_check_model_agrees(tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """W1: a supported checkpoint matches Hugging Face's logits at every position of every prompt."""
+    folder = save_random(tmp_path, architecture)
+    assert main(["check-model", str(folder), "--tolerance", "1e-4"]) == 0
+    assert "3 of 3 prompts agree" in capsys.readouterr().out
+
+
+def test_check_model_names_the_first_layer_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_random(tmp_path, num_hidden_layers=3)
+    theirs = load_hugging_face(folder)
+    with torch.no_grad():
+        theirs.model.layers[1].mlp.down_proj.weight[0] += 0.5
+    monkeypatch.setattr("nanovllm.cli.check_model._load_hugging_face", lambda name, revision: theirs)
+    assert main(["check-model", str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert "logits DIFFER" in shown
+    assert "first stage that differs: layer 1," in shown
+    assert "0 of 3 prompts agree" in shown
+
+
+def test_not_a_number_never_agrees() -> None:
+    ours = {"layer 0": torch.ones(2, 2), "logits": torch.full((2, 2), torch.nan)}
+    theirs = {"layer 0": torch.ones(2, 2), "logits": torch.ones(2, 2)}
+    differences = compare(ours, theirs)
+    assert first_different(differences, 1e-3).stage == "logits"
+    assert not differences[-1].largest <= 1e9
+
+
+def test_a_stage_differs_relative_to_its_own_size() -> None:
+    stages = [Difference("layer 0", 0.01, 1000.0), Difference("layer 1", 0.01, 1.0), Difference("logits", 1.0, 1.0)]
+    assert first_different(stages, 1e-3).stage == "layer 1"
+
+
+def test_different_decoders_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="stages"):
+        compare({"layer 0": torch.ones(1)}, {"layer 0": torch.ones(1), "layer 1": torch.ones(1)})

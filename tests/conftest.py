@@ -1,0 +1,16 @@
+"""Tests that need a CUDA device are skipped, with the reason, where there is none."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needed = {"gpu": 1, "multigpu": 2}
+    marked = [(item, name) for item in items for name in needed if item.get_closest_marker(name)]
+    if not marked:
+        return
+    import torch
+
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item, name in marked:
+        if num_devices < needed[name]:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed[name]} CUDA device(s), found {num_devices}"))

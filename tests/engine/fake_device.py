@@ -1,0 +1,164 @@
+"""A device without a model: each KV slot remembers a hash of the exact history it was written for.
+
+The "model" of these tests computes the next token from the hashes of the whole context as read through the block table. A
+slot that is stale, foreign, unwritten or overwritten changes the token, and the output then differs from `expected_output`,
+which knows no blocks at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from nanovllm.engine.block_pool import BlockPool
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.sampling_params import SamplingParams
+
+VOCAB_SIZE = 97
+
+
+def extend_hash(previous: bytes, token_id: int) -> bytes:
+    return blake2b(previous + token_id.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def next_token(history: Sequence[bytes]) -> int:
+    return int.from_bytes(blake2b(b"".join(history), digest_size=8).digest(), "little") % VOCAB_SIZE
+
+
+def expected_output(prompt: Sequence[int], max_total_tokens: int, stop_token_ids: frozenset[int]) -> list[int]:
+    """What a request must produce, computed alone and without a cache."""
+    history: list[bytes] = []
+    for token_id in prompt:
+        history.append(extend_hash(history[-1] if history else b"", token_id))
+    output: list[int] = []
+    while len(prompt) + len(output) < max_total_tokens:
+        output.append(next_token(history))
+        if output[-1] in stop_token_ids:
+            break
+        history.append(extend_hash(history[-1], output[-1]))
+    return output
+
+
+@dataclass
+class Done:
+    token_ids: list[int]
+
+    def result(self) -> ModelRunnerOutput:
+        return ModelRunnerOutput(token_ids=self.token_ids)
+
+
+class FakeDevice:
+    """Runs plans in order, at once; keeps its state by row and its KV by slot, as a real worker does."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.slots: dict[int, bytes] = {}
+        self.tables: list[dict[int, int]] = [{} for _ in range(max_num_seqs)]
+        self.num_computed = [0] * max_num_seqs
+        self.last_token = [-1] * max_num_seqs
+        self.num_tokens_per_step: list[int] = []
+        self.plans: list[SchedulerOutput] = []
+
+    def execute(self, plan: SchedulerOutput) -> Done:
+        self.plans.append(plan)
+        for new in plan.new_rows:
+            self.num_computed[new.row] = new.num_computed_tokens
+            self.tables[new.row] = dict(enumerate(new.block_ids))
+            self.last_token[new.row] = -1
+        for row, index, block_id in plan.new_blocks:
+            self.tables[row][index] = block_id
+        self._write(plan)
+        sampled = []
+        for row, count, is_sampled in zip(plan.rows, plan.num_scheduled_tokens, plan.samples, strict=True):
+            self.num_computed[row] += count
+            if is_sampled:
+                context = [self.slots[self._slot(row, position)] for position in range(self.num_computed[row])]
+                self.last_token[row] = next_token(context)
+                sampled.append(self.last_token[row])
+        self.num_tokens_per_step.append(len(plan.token_ids))
+        return Done(sampled)
+
+    def _write(self, plan: SchedulerOutput) -> None:
+        """Lowest positions first, over the whole batch: in each layer of a model all keys are stored before any is read."""
+        tokens = iter(plan.token_ids)
+        writes = []
+        for row, count, start in zip(plan.rows, plan.num_scheduled_tokens, plan.num_computed_tokens, strict=True):
+            assert start == self.num_computed[row], "host and device disagree on what has been computed"
+            for position in range(start, start + count):
+                token_id = next(tokens)
+                writes.append((position, row, self.last_token[row] if token_id < 0 else token_id))
+        for position, row, token_id in sorted(writes):
+            previous = self.slots[self._slot(row, position - 1)] if position else b""
+            self.slots[self._slot(row, position)] = extend_hash(previous, token_id)
+
+    def _slot(self, row: int, position: int) -> int:
+        return self.tables[row][position // self.block_size] * self.block_size + position % self.block_size
+
+    def poison(self, pool: BlockPool) -> None:
+        """Make what nobody may read unreadable: blocks that are free and not in the prefix cache."""
+        for block_id in pool._free:
+            if pool._hashes[block_id] is None:
+                for offset in range(self.block_size):
+                    self.slots.pop(block_id * self.block_size + offset, None)
+
+    def close(self) -> None:
+        pass
+
+
+def make_engine(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 32,
+    enable_prefix_caching: bool = True,
+    overlap_depth: int = 1,
+) -> tuple[Engine, FakeDevice]:
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    device = FakeDevice(num_blocks, block_size, max_num_seqs)
+    return Engine(scheduler, device, OutputProcessor(None), overlap_depth), device
+
+
+def make_request(
+    prompt: Sequence[int], max_tokens: int = 8, stop_token_ids: Sequence[int] = (), name: str = "r", limit: int = 10**6
+) -> Request:
+    return Request(
+        request_id=name,
+        prompt=None,
+        token_ids=list(prompt),
+        num_prompt_tokens=len(prompt),
+        params=SamplingParams(max_tokens=max_tokens, stop_token_ids=list(stop_token_ids)),
+        seed=0,
+        stop_token_ids=frozenset(stop_token_ids),
+        max_total_tokens=min(limit, len(prompt) + max_tokens),
+    )
+
+
+def run(engine: Engine) -> None:
+    for _ in range(100_000):
+        if not engine.has_work():
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def check_output(request: Request) -> None:
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    assert request.output_token_ids == expected_output(prompt, request.max_total_tokens, request.stop_token_ids)
+
+
+def check_nothing_leaked(engine: Engine) -> None:
+    scheduler = engine.scheduler
+    assert not scheduler.running and not scheduler.waiting and not scheduler._planned
+    assert scheduler.pool.num_free_blocks == scheduler.pool.num_blocks
+    assert not any(scheduler.pool._references)

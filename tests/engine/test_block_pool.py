@@ -1,0 +1,56 @@
+"""BlockPool by itself: references, order of reuse, and what can be found."""
+
+import pytest
+from nanovllm.engine.block_pool import BlockPool, hash_block
+
+
+def test_all_or_nothing() -> None:
+    pool = BlockPool(4)
+    assert pool.allocate(5) is None
+    assert pool.num_free_blocks == 4
+    blocks = pool.allocate(4)
+    assert blocks is not None and sorted(blocks) == [0, 1, 2, 3]
+    assert pool.allocate(1) is None
+    assert pool.allocate(0) == []
+
+
+def test_a_shared_block_is_free_only_when_its_last_holder_lets_go() -> None:
+    pool = BlockPool(2)
+    blocks = pool.allocate(1)
+    assert blocks is not None
+    pool.publish(blocks[0], b"x")
+    pool.acquire(pool.find_prefix([b"x"]))
+    pool.release(blocks)
+    assert pool.num_free_blocks == 1
+    pool.release(blocks)
+    assert pool.num_free_blocks == 2
+    with pytest.raises(AssertionError):
+        pool.release(blocks)
+
+
+def test_cached_blocks_are_reused_last_and_oldest_first() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(4)
+    assert blocks is not None
+    for block_id, name in zip(blocks, (b"a", b"b", b"c"), strict=False):
+        pool.publish(block_id, name)
+    pool.release(blocks)
+    assert pool.allocate(1) == [blocks[3]], "what caches nothing goes first"
+    assert pool.allocate(1) == [blocks[2]], "then the end of the history"
+    assert pool.find_prefix([b"a", b"b", b"c"]) == blocks[:2]
+
+
+def test_of_equal_blocks_the_first_is_found() -> None:
+    pool = BlockPool(2)
+    pool.publish(0, b"a")
+    pool.publish(1, b"a")
+    assert pool.find_prefix([b"a"]) == [0]
+    pool.forget_cached()
+    assert pool.find_prefix([b"a"]) == []
+
+
+def test_a_hash_covers_the_whole_history() -> None:
+    one = hash_block(b"", [1, 2])
+    assert one == hash_block(b"", (1, 2))
+    assert len({one, hash_block(b"", [2, 1]), hash_block(b"salt", [1, 2]), hash_block(one, [1, 2])}) == 4
+    assert hash_block(b"", [1 << 32]) != hash_block(b"", [0])

@@ -1,0 +1,191 @@
+"""The scheduler's promises one by one, on a device without a model."""
+
+from collections import Counter
+
+import pytest
+from nanovllm.engine import scheduler as scheduler_module
+from nanovllm.engine.request import RequestStatus
+from tests.engine.fake_device import check_nothing_leaked, check_output, expected_output, make_engine, make_request, run
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2, 3])
+def test_preempted_newest_comes_back_with_the_same_tokens(overlap_depth: int) -> None:
+    """C1: two requests that together outgrow the cache; the older one is never disturbed."""
+    engine, _ = make_engine(num_blocks=8, block_size=4, overlap_depth=overlap_depth, enable_prefix_caching=False)
+    old, new = make_request(range(8), 20, name="old"), make_request(range(8, 16), 20, name="new")
+    engine.add_request(old)
+    engine.add_request(new)
+    preempted = set()
+    while engine.has_work():
+        engine.step()
+        preempted |= {r.request_id for r in (old, new) if r.status is RequestStatus.WAITING and r.row < 0}
+    assert preempted == {"new"}
+    for request in (old, new):
+        check_output(request)
+    check_nothing_leaked(engine)
+
+
+def test_preempted_request_finds_its_own_blocks_again() -> None:
+    """F7: what nobody needed in the meantime is not computed twice."""
+    engine, device = make_engine(num_blocks=20, block_size=4)
+    first, second = make_request(range(40), 24), make_request(range(40, 52), 24)
+    engine.add_request(first)
+    engine.add_request(second)
+    while not engine.scheduler.stats.num_preemptions:
+        engine.step()
+    assert second.status is RequestStatus.WAITING
+    num_tokens = second.num_tokens
+    first_blocks_end = len(device.plans)
+    run(engine)
+    resumed = next(plan for plan in device.plans[first_blocks_end:] if plan.new_rows)
+    assert resumed.new_rows[0].num_computed_tokens > 0
+    assert num_tokens < second.num_tokens
+    check_output(first)
+    check_output(second)
+
+
+def test_running_requests_get_a_token_in_every_step_while_others_arrive() -> None:
+    """F2"""
+    engine, _ = make_engine(num_blocks=400, max_num_seqs=8, max_num_batched_tokens=16)
+    early = [make_request(range(i, i + 5), 40, name=f"early{i}") for i in range(3)]
+    for request in early:
+        engine.add_request(request)
+    engine.step()
+    engine.step()
+    for step in range(30):
+        before = [len(request.token_ids) for request in early]
+        engine.add_request(make_request(range(step, step + 30), 1, name=f"late{step}"))
+        engine.step()
+        assert [len(request.token_ids) for request in early] == [length + 1 for length in before]
+
+
+def test_a_long_prompt_before_them_does_not_stop_younger_requests() -> None:
+    """F2: one token is kept for each running request before anyone's chunk is sized."""
+    engine, device = make_engine(num_blocks=400, max_num_seqs=4, max_num_batched_tokens=8)
+    young = make_request([1, 2, 3], 50)
+    engine.add_request(young)
+    engine.step()
+    engine.add_request(make_request(range(90), 1))
+    for _ in range(5):
+        length = len(young.token_ids)
+        engine.step()
+        assert len(young.token_ids) == length + 1
+        assert device.num_tokens_per_step[-1] == 8
+
+
+def test_identical_prompts_submitted_together_compute_their_prompt_once() -> None:
+    """F3, W16: the others share blocks that the same step fills, and their tokens are right."""
+    engine, device = make_engine(num_blocks=200, block_size=4, max_num_seqs=8, max_num_batched_tokens=80)
+    requests = [make_request(range(40), 4, name=str(i)) for i in range(8)]
+    for request in requests:
+        engine.add_request(request)
+    engine.step()
+    assert sum(device.num_tokens_per_step) == 40 + 7 * 4  # the last block is computed by each, for its logits
+    run(engine)
+    for request in requests:
+        check_output(request)
+
+
+def test_the_budget_is_filled_while_work_remains() -> None:
+    """F4"""
+    engine, device = make_engine(num_blocks=400, max_num_seqs=8, max_num_batched_tokens=16)
+    for i in range(6):
+        engine.add_request(make_request([i] * 23, 4, name=str(i)))
+    run(engine)
+    total = 6 * 23
+    assert device.num_tokens_per_step[: total // 16] == [16] * (total // 16)
+
+
+def test_allocation_work_follows_the_request_and_each_token_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F5, F6: counted in block hashes and in blocks taken from a large pool."""
+    hashed: Counter[tuple[bytes, tuple[int, ...]]] = Counter()
+    real = scheduler_module.hash_block
+
+    def counting(parent: bytes, token_ids: list[int]) -> bytes:
+        hashed[parent, tuple(token_ids)] += 1
+        return real(parent, token_ids)
+
+    monkeypatch.setattr(scheduler_module, "hash_block", counting)
+    engine, _ = make_engine(num_blocks=12, block_size=4, max_num_batched_tokens=9)
+    requests = [make_request(range(i, i + 14), 20, name=str(i)) for i in range(2)]
+    for request in requests:
+        engine.add_request(request)
+    run(engine)
+    assert engine.scheduler.stats.num_preemptions > 0
+    assert max(hashed.values()) == 1
+    for request in requests:
+        check_output(request)
+
+
+def test_a_shared_prefix_of_64_tokens_hits() -> None:
+    """F8: for every block size offered."""
+    for block_size in (8, 16, 32, 64):
+        engine, _ = make_engine(num_blocks=40, block_size=block_size, max_num_batched_tokens=256)
+        first = make_request([*range(64), 70], 1)
+        second = make_request([*range(64), 71], 1)
+        engine.add_request(first)
+        run(engine)
+        engine.add_request(second)
+        run(engine)
+        assert second.num_cached_tokens == 64
+        check_output(second)
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    engine, _ = make_engine(block_size=4)
+    first, second, third = (make_request(range(16), 1, name=str(i)) for i in range(3))
+    first.cache_salt = third.cache_salt = b"a"
+    for request in (first, second, third):
+        engine.add_request(request)
+        run(engine)
+    assert (first.num_cached_tokens, second.num_cached_tokens, third.num_cached_tokens) == (0, 0, 12)
+
+
+def test_waiting_requests_hold_no_blocks_and_come_in_order() -> None:
+    """F1, first come first served."""
+    engine, _ = make_engine(num_blocks=64, max_num_seqs=2)
+    requests = [make_request([i, i + 1], 5, name=str(i)) for i in range(6)]
+    order = []
+    for request in requests:
+        engine.add_request(request)
+    while engine.has_work():
+        order += [request.request_id for request in engine.step() if request.is_finished]
+        assert sum(bool(request.block_ids) for request in requests) <= 2
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2, 3])
+def test_stop_tokens_seen_late_leave_no_token_behind(overlap_depth: int) -> None:
+    expected = expected_output([5, 6, 7], 60, frozenset())
+    stop = expected[9]
+    engine, _ = make_engine(overlap_depth=overlap_depth)
+    request = make_request([5, 6, 7], 50, [stop])
+    engine.add_request(request)
+    run(engine)
+    assert request.output_token_ids == expected[: expected.index(stop) + 1]
+    assert (request.finish_reason, request.stop_reason) == ("stop", stop)
+    check_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2, 3])
+def test_length_stops_waste_no_step(overlap_depth: int) -> None:
+    engine, device = make_engine(overlap_depth=overlap_depth)
+    engine.add_request(make_request([1, 2, 3], 10))
+    run(engine)
+    assert device.num_tokens_per_step == [3] + [1] * 9
+
+
+def test_abort_in_every_state_frees_everything() -> None:
+    for num_steps in range(12):
+        engine, _ = make_engine(num_blocks=8, block_size=4, overlap_depth=2)
+        requests = [make_request(range(10), 20, name="a"), make_request(range(10, 22), 20, name="b")]
+        for request in requests:
+            engine.add_request(request)
+        for _ in range(num_steps):
+            engine.step()
+        for request in requests:
+            engine.abort(request)
+            engine.abort(request)
+        assert {request.finish_reason for request in requests} == {"abort"}
+        run(engine)
+        check_nothing_leaked(engine)

@@ -1,0 +1,65 @@
+"""The scheduler and the prefix cache against an oracle, over random workloads.
+
+Aborts at every point, preemption in pools of a few blocks, chunks of a few tokens, shared prefixes, late stop tokens, any
+overlap depth. Cases C1, F1, F4, F7, W16 hold in all of them or the output differs.
+"""
+
+import random
+
+import pytest
+from tests.engine.fake_device import VOCAB_SIZE, check_nothing_leaked, check_output, make_engine, make_request
+
+
+def run_random_workload(seed: int) -> tuple[int, int]:
+    rng = random.Random(seed)
+    block_size = rng.choice([2, 4, 8])
+    num_blocks = rng.randint(4, 40)
+    max_num_seqs = rng.randint(1, 8)
+    engine, device = make_engine(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.randint(0, 24),
+        enable_prefix_caching=rng.random() < 0.8,
+        overlap_depth=rng.randint(1, 3),
+    )
+    capacity = num_blocks * block_size
+    prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, capacity // 2))] for _ in range(3)]
+    requests, aborted = [], set()
+    arrivals = [rng.randint(0, 40) for _ in range(rng.randint(1, 12))]
+    for step in range(5_000):
+        for _ in range(arrivals.count(step)):
+            prompt = (rng.choice(prefixes) + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 12))])[
+                : capacity - 1
+            ]
+            stop_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 0, 5]))]
+            request = make_request(prompt, rng.randint(1, 30), stop_ids, f"r{len(requests)}", limit=capacity)
+            requests.append(request)
+            engine.add_request(request)
+        if step > 40 and not engine.has_work():
+            break
+        if rng.random() < 0.05 and requests:
+            victim = rng.choice(requests)
+            if not victim.is_finished:
+                engine.abort(victim)
+                aborted.add(victim)
+        engine.step()
+        device.poison(engine.scheduler.pool)
+        assert len(engine.scheduler.running) <= max_num_seqs  # F1
+        assert device.num_tokens_per_step[-1:] <= [engine.scheduler.max_num_batched_tokens]
+        holders = [r for r in requests if r.block_ids]
+        assert len(holders) <= max_num_seqs
+    assert not engine.has_work(), "the engine does not come to an end"
+    for request in requests:
+        assert request.is_finished
+        if request not in aborted:
+            check_output(request)
+    check_nothing_leaked(engine)
+    return engine.scheduler.stats.num_preemptions, engine.scheduler.stats.num_prompt_tokens_cached
+
+
+@pytest.mark.parametrize("start", range(0, 3000, 300))
+def test_random_workloads_equal_the_oracle(start: int) -> None:
+    results = [run_random_workload(seed) for seed in range(start, start + 300)]
+    assert sum(preemptions for preemptions, _ in results) > 100, "the workloads must preempt"
+    assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"

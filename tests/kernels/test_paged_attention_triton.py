@@ -1,0 +1,121 @@
+"""Triton paged attention, decode and prefill, against the reference on ragged batches."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanovllm.kernels.paged_attention import paged_attention_reference
+from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case
+from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, relative_error, twin_test
+
+twin = load_twin("paged_attention")
+pytestmark = twin_test
+
+LENGTHS = 1 if INTERPRETED else 10  # the interpreter takes a hundred times longer
+
+
+def on_device(case: PagedCase) -> PagedCase:
+    tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
+    meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
+    return PagedCase(case.q.to(DEVICE), case.kv_cache.to(DEVICE), meta, [])
+
+
+def poison_unused(case: PagedCase) -> None:
+    """NaN in every cell that holds no token of a request, as in blocks that were freed and poisoned."""
+    block_size = case.kv_cache.shape[3]
+    used = torch.zeros(case.kv_cache.shape[1], block_size, dtype=torch.bool, device=DEVICE)
+    for table, seq_len in zip(case.meta.block_table, case.meta.seq_lens.tolist(), strict=True):
+        token = torch.arange(seq_len, device=DEVICE)
+        used[table.long()[token // block_size], token % block_size] = True
+    case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
+
+
+def check(case: PagedCase, window: int | None, dtype: torch.dtype) -> None:
+    case = on_device(case)
+    poison_unused(case)
+    scale = case.q.shape[2] ** -0.5
+    got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, scale, window)
+    want = paged_attention_reference(case.q.float(), case.kv_cache.float(), case.meta, scale, window)
+    assert got.shape == case.q.shape and got.dtype == dtype
+    assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [(4, 2, 128, 64), (9, 3, 64, 64), (4, 4, 80, 16), (7, 1, 96, 32), (2, 1, 256, 64), (20, 1, 32, 128)],
+)
+def test_mixed_batches(
+    dtype: torch.dtype, window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    rng = random.Random(head_dim)
+    decodes = [1, block_size, block_size + 1, rng.randint(2, 300) * LENGTHS]
+    query_lens = [2, rng.randint(2, 40) * LENGTHS, 1]
+    cached = [0, rng.randint(1, 100) * LENGTHS, block_size]
+    case = make_case(
+        [1] * len(decodes) + query_lens,
+        decodes + [a + b for a, b in zip(query_lens, cached, strict=True)],
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype,
+    )  # fmt: skip
+    check(case, window, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_cache(layout: str) -> None:
+    case = make_case([1, 1, 30], [50, 7, 90], head_dim=64, block_size=16, dtype=torch.float16, layout=layout)
+    check(case, None, torch.float16)
+
+
+@pytest.mark.parametrize("lengths", [[1], [500], [1] * 9, [300, 1, 2, 450, 64]])
+def test_decodes_alone(lengths: list[int]) -> None:
+    """Fewer tiles than programs, requests cut into many ranges, ranges that hold many requests."""
+    lengths = [n * LENGTHS for n in lengths]
+    check(make_case([1] * len(lengths), lengths, head_dim=64, block_size=64), None, torch.float32)
+
+
+@pytest.mark.parametrize("query_lens", [[5], [33, 2, 64]])
+def test_prefills_alone(query_lens: list[int]) -> None:
+    check(make_case(query_lens, query_lens, head_dim=64, block_size=64), None, torch.float32)
+
+
+def test_padding_gives_zeros() -> None:
+    """Rows of length 0, whatever their table says, and rows beyond the last request."""
+    case = on_device(make_case([1] * 5 + [4], [20, 1, 9, 1, 70, 10], head_dim=64, block_size=16))
+    case.meta.seq_lens[[1, 3]] = 0
+    case.meta.block_table[[1, 3]] = 1_000_000
+    q = torch.cat((case.q, torch.full_like(case.q[:3], float("nan"))))
+    got = twin.paged_attention_triton(q, case.kv_cache, case.meta, 0.1, None)
+    assert not got[[1, 3, 9, 10, 11]].any()
+    want = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.1, None)
+    assert relative_error(got[:9], want) < TOLERANCE[torch.float32]
+
+
+def test_a_plan_serves_many_layers() -> None:
+    """Partial results of one call leave nothing behind for the next."""
+    case = on_device(make_case([1] * 3, [300, 5, 150], head_dim=64, block_size=64))
+    plan = twin.plan_decode(case.meta.seq_lens, case.q, case.kv_cache, None)
+    for layer in range(3):
+        q = torch.randn_like(case.q) * (layer + 1)
+        got = twin.paged_attention_triton(q, case.kv_cache, case.meta, 0.1, None, plan)
+        want = paged_attention_reference(q, case.kv_cache, case.meta, 0.1, None)
+        assert relative_error(got, want) < TOLERANCE[torch.float32]
+    assert not plan.arrived.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+def test_graph_replays_with_other_lengths() -> None:
+    """W12: a captured step reads its lengths and blocks anew."""
+    case = on_device(make_case([1] * 16, [random.Random(i).randint(1, 900) for i in range(16)], block_size=64))
+    twin.paged_attention_triton(case.q, case.kv_cache, case.meta, 0.2, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, 0.2, None)
+    for _ in range(3):
+        graph.replay()
+        want = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.2, None)
+        assert relative_error(got, want) < TOLERANCE[torch.float32]
+        case.meta.seq_lens.copy_((case.meta.seq_lens * torch.rand(16, device=DEVICE)).int())

@@ -1,0 +1,44 @@
+"""Packed products equal plain ones, whatever the number of rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.layers.packed_linear import pack_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), [(960, 576), (7, 33), (1, 1)])
+def test_equals_linear(dtype: torch.dtype, with_bias: bool, out_features: int, in_features: int) -> None:
+    weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)
+    bias = torch.randn(out_features).to(dtype) if with_bias else None
+    packed = pack_linear(weight, bias)
+    if packed is None:
+        pytest.skip("this CPU has no fast kernel for the dtype")
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for rows in (0, 1, 3, 64, 130):
+        x = torch.randn(rows, in_features).to(dtype)
+        torch.testing.assert_close(packed(x), F.linear(x, weight, bias), atol=tolerance, rtol=tolerance)
+
+
+def test_original_weight_may_go() -> None:
+    weight, x = torch.randn(32, 16), torch.randn(4, 16)
+    expected = F.linear(x, weight)
+    packed = pack_linear(weight, None)
+    if packed is None:
+        pytest.skip("oneDNN is not built in")
+    weight.zero_()
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_strided_rows() -> None:
+    weight, wide = torch.randn(32, 16), torch.randn(4, 40)
+    packed = pack_linear(weight, None)
+    if packed is None:
+        pytest.skip("oneDNN is not built in")
+    torch.testing.assert_close(packed(wide[:, 8:24]), F.linear(wide[:, 8:24], weight), atol=1e-5, rtol=1e-5)
+
+
+def test_not_for_other_devices() -> None:
+    assert pack_linear(torch.empty(4, 4, device="meta"), None) is None

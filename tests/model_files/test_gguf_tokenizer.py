@@ -1,0 +1,68 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
+from tests.gguf_files import byte_level_keys, sentencepiece_keys, write_gguf
+
+
+def _build(tmp_path: Path, keys: dict[str, Any]) -> Any:
+    return build_gguf_tokenizer(write_gguf(tmp_path / "t.gguf", "llama", keys, {}))
+
+
+def test_byte_level_merges_and_special_tokens(tmp_path: Path) -> None:
+    tokenizer, special = _build(tmp_path, byte_level_keys() | {"tokenizer.chat_template": "T"})
+    assert tokenizer.encode("hello world").tokens == ["hello", "Ġw", "o", "r", "l", "d"]
+    assert tokenizer.encode("a<eos>b<think>").tokens == ["a", "<eos>", "b", "<think>"]
+    assert tokenizer.decode(tokenizer.encode("a<eos>b<think>").ids) == "ab<think>"
+    assert special == {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>", "chat_template": "T"}
+
+
+@pytest.mark.parametrize(
+    "pre, text, tokens",
+    [
+        ("gpt-2", "12  3", ["12", "Ġ", "Ġ", "3"]),
+        ("smollm", "12  3", ["1", "2", "Ġ", "Ġ", "3"]),
+        ("qwen2", "12  3", ["1", "2", "Ġ", "Ġ", "3"]),
+        ("qwen2", "e\u0301", ["Ã", "©"]),  # NFC
+        ("gpt-2", "e\u0301", ["e", "Ì", "ģ"]),
+        ("llama-bpe", "12  3", ["<bos>", "12", "Ġ", "Ġ", "3"]),
+        ("tekken", "12  3", ["<bos>", "1", "2", "Ġ", "Ġ", "3"]),
+    ],
+)
+def test_cuts(tmp_path: Path, pre: str, text: str, tokens: list[str]) -> None:
+    tokenizer, _ = _build(tmp_path, byte_level_keys(pre))
+    assert tokenizer.encode(text).tokens == tokens
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_metadata_decide_about_bos_and_eos(tmp_path: Path, pre: str, adds_bos: bool) -> None:
+    tokenizer, _ = _build(tmp_path, byte_level_keys(pre, add_bos_token=adds_bos, add_eos_token=True))
+    assert tokenizer.encode("a").tokens == ["<bos>"] * adds_bos + ["a", "<eos>"]
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    tokenizer, special = _build(tmp_path, sentencepiece_keys())
+    assert tokenizer.encode("abc ab").tokens == ["<s>", "▁abc", "▁ab"]
+    assert tokenizer.encode("é€").tokens == ["<s>", "▁", "é", "<0xE2>", "<0x82>", "<0xAC>"]
+    assert tokenizer.decode(tokenizer.encode("abc é€ ab").ids) == "abc é€ ab"
+    assert special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer, _ = _build(tmp_path, sentencepiece_keys(add_space_prefix=False))
+    assert tokenizer.encode("abc").tokens == ["<s>", "abc"]
+
+
+def test_unknown_kinds_are_refused_by_name(tmp_path: Path) -> None:
+    """W1: nothing that is only similar is used."""
+    for keys, name in (
+        (byte_level_keys("deepseek-llm"), "'deepseek-llm'"),
+        (byte_level_keys(None), "None"),  # type: ignore[arg-type]
+        (byte_level_keys(model="rwkv"), "'rwkv'"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{name}.*tokenizer="):
+            _build(tmp_path, keys)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        _build(tmp_path, {})
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.scores"):
+        _build(tmp_path, sentencepiece_keys(scores=None))

@@ -1,0 +1,176 @@
+"""Logits and greedy tokens of every architecture beside Hugging Face, on tiny random checkpoints of odd shapes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
+from tests.tiny_models import (
+    edit_json,
+    hugging_face_greedy,
+    hugging_face_logits,
+    load_hugging_face,
+    random_prompts,
+    record_logits,
+    save_random,
+)
+
+# name: (architecture, config). Windows are shorter than the prompts.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-gqa7-d64": ("LlamaForCausalLM", {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 64}),
+    "llama-mha-d80-tied": ("LlamaForCausalLM", {"num_key_value_heads": 4, "head_dim": 80, "tie_word_embeddings": True}),
+    "llama-d96-bias": ("LlamaForCausalLM", {"head_dim": 96, "attention_bias": True}),
+    "llama-mlp-bias": ("LlamaForCausalLM", {"mlp_bias": True}),
+    "llama-all-bias-tied": (
+        "LlamaForCausalLM",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+    ),
+    "mistral-d128": ("MistralForCausalLM", {"head_dim": 128, "sliding_window": None}),
+    "mistral-gqa7-window": (
+        "MistralForCausalLM",
+        {"hidden_size": 42, "num_attention_heads": 14, "head_dim": 64, "sliding_window": 7},
+    ),
+    "mistral-tied-window-2": ("MistralForCausalLM", {"sliding_window": 2, "tie_word_embeddings": True}),
+    "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2-gqa7-d64": (
+        "Qwen2ForCausalLM",
+        {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1},
+    ),
+    "qwen2-window-upper-layers": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen2-window-switched-off": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3-d128-tied": ("Qwen3ForCausalLM", {"head_dim": 128, "tie_word_embeddings": True}),
+    "qwen3-gqa7-d80-bias": (
+        "Qwen3ForCausalLM",
+        {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 80, "attention_bias": True},
+    ),
+    "qwen3-window": (
+        "Qwen3ForCausalLM",
+        {"head_dim": 96, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+}
+NUM_OUTPUT = 12
+ONE = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, config = CASES[request.param]
+    return save_random(tmp_path_factory.mktemp(request.param), architecture, **config)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(checkpoint: Path) -> Any:
+    return load_hugging_face(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    prompts = random_prompts([1, 40, 3, 17, 32, 33, 8])
+    return [*prompts, prompts[1][:32] + prompts[2]]  # the last shares whole blocks with another one
+
+
+@pytest.fixture(scope="module")
+def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
+    return [hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT) for prompt in prompts]
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    return LLM(str(folder), **{"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, **options})
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [256, 5], ids=["whole", "chunked"])
+def test_logits_of_prompt_and_output_equal_hugging_face(
+    checkpoint: Path, hugging_face: Any, max_num_batched_tokens: int
+) -> None:
+    """W1, W3: every position, prompt and output, at most 1e-4 apart in float32."""
+    prompt = random_prompts([41])[0]
+    with make_llm(checkpoint, max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
+        logits = record_logits(llm)
+        (output,) = llm.generate([prompt], ONE, use_tqdm=False)
+    token_ids = prompt + output.outputs[0].token_ids
+    expected = hugging_face_logits(hugging_face, token_ids[:-1])
+    torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
+    assert output.outputs[0].token_ids == hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "chunks": {"max_num_seqs": 4, "max_num_batched_tokens": 7},
+    "overlap": {"overlap_depth": 2, "max_num_batched_tokens": 16},
+    "preempting": {"num_gpu_blocks_override": 8, "block_size": 8, "enable_prefix_caching": False},
+    "preempting-cached-overlap": {"num_gpu_blocks_override": 8, "block_size": 8, "overlap_depth": 2},
+}
+
+
+@pytest.mark.parametrize("way", SMALL)
+def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
+    checkpoint: Path, prompts: list[list[int]], expected: list[list[int]], way: str
+) -> None:
+    """W1, C1: as a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
+    options = {"max_num_seqs": 6, "max_num_batched_tokens": 64, "block_size": 16, **SMALL[way]}
+    with make_llm(checkpoint, **options) as llm:
+        for _ in ("cold", "warm"):
+            outputs = llm.generate(prompts, ONE, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        metrics = llm.get_metrics()
+    assert (metrics["num_preemptions"] > 0) == way.startswith("preempting")
+    if options.get("enable_prefix_caching", True):
+        assert metrics["num_prompt_tokens_cached"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MixtralForCausalLM", "NoSuchForCausalLM"])
+def test_unsupported_architectures_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
+    """W1: and before any weight is looked at."""
+    folder = save_random(tmp_path)
+    edit_json(folder / "config.json", architectures=[architecture])
+    with pytest.raises(ValueError, match=architecture):
+        make_llm(folder)
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_config_without_architecture_is_refused(tmp_path: Path, architectures: Any) -> None:
+    """W1"""
+    folder = save_random(tmp_path)
+    edit_json(folder / "config.json", architectures=architectures)
+    with pytest.raises(ValueError, match="architecture"):
+        make_llm(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 16), (3, 4, 64)])
+def test_norms_leave_their_inputs_unchanged(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """W5"""
+    torch.manual_seed(0)
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight = torch.randn(shape[-1]).to(dtype)
+    before = [tensor.clone() for tensor in (x, residual, weight)]
+    normed = rms_norm(x, weight, 1e-6)
+    summed, total = add_rms_norm(x, residual, weight, 1e-6)
+    for tensor, old in zip((x, residual, weight), before, strict=True):
+        assert torch.equal(tensor, old)
+    assert {t.data_ptr() for t in (normed, summed, total)}.isdisjoint(t.data_ptr() for t in (x, residual, weight))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precisions_stay_near_hugging_face_in_the_same_dtype(tmp_path: Path, dtype: str) -> None:
+    """W1, W5: rounding differs, meaning does not."""
+    from transformers import AutoModelForCausalLM
+
+    folder = save_random(tmp_path, "Qwen3ForCausalLM", head_dim=64)
+    prompt = random_prompts([30])[0]
+    with make_llm(folder, dtype=dtype) as llm:
+        logits = record_logits(llm)
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    expected = hugging_face_logits(hf, prompt).float()
+    error = (logits().float() - expected).abs().max() / expected.abs().max()
+    assert error < (0.05 if dtype == "bfloat16" else 0.01)

@@ -1,0 +1,271 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm.sampling.philox import uniform
+from nanovllm.sampling.sampler import Sampler
+from nanovllm.sampling.state import SamplingState
+from nanovllm.sampling_params import SamplingParams
+from tests.sampling.reference import filtered_probabilities
+
+MIXED = [
+    {"temperature": 0},
+    {"temperature": 0.8},
+    {"top_k": 5},
+    {"top_p": 0.9, "temperature": 0.6},
+    {"min_p": 0.05},
+    {"top_k": 40, "top_p": 0.8, "temperature": 1.5},
+    {"top_p": 0.999, "temperature": 3.0},
+    {"top_k": 300},
+    {"min_p": 1e-4, "top_p": 0.99, "temperature": 2.0},
+    {"min_p": 0.02, "top_k": 200, "top_p": 0.95},
+]
+
+
+def sample(
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    seeds: list[int],
+    positions: list[int],
+    *,
+    rows: list[int] | None = None,
+    prompt_len: int = 1,
+    stop_ids: tuple[int, ...] = (),
+) -> list[int]:
+    """Put the requests into rows of a new state and sample once."""
+    rows = rows or list(range(len(params)))
+    state = SamplingState(max(rows) + 1, logits.shape[1], "cpu")
+    for row, param, seed in zip(rows, params, seeds, strict=True):
+        state.set_row(row, param, seed, prompt_len, stop_ids)
+    before = logits.clone()
+    rows_host = np.array(rows, dtype=np.int32)
+    tokens = Sampler(state).sample(logits, rows_host, torch.from_numpy(rows_host), torch.tensor(positions))
+    assert tokens.dtype == torch.int32
+    assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7)), "logits are not changed"
+    assert ((tokens >= 0) & (tokens < logits.shape[1])).all()
+    return tokens.tolist()
+
+
+def make_logits(seed: int, num_rows: int, vocab_size: int, dtype: torch.dtype, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(num_rows, vocab_size, generator=generator) * spread).to(dtype)
+
+
+request_params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1e-4, 0.3, 0.8, 1.0, 2.0, 1e4]),
+    top_k=st.sampled_from([0, 1, 2, 5, 50, 127, 128, 129, 400, 5000]),
+    top_p=st.sampled_from([1.0, 1e-30, 0.3, 0.9, 0.95, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 1e-4, 0.05, 0.9, 1.0]),
+    min_tokens=st.sampled_from([0, 0, 3, 8]),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    st.lists(request_params, min_size=1, max_size=6),
+    st.sampled_from([1, 2, 50, 128, 129, 300, 1000]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.3, 3.0, 30.0]),
+    st.integers(0, 2**20),
+)
+def test_mixed_batches_agree_with_numpy(
+    params: list[SamplingParams], vocab_size: int, dtype: torch.dtype, spread: float, case: int
+) -> None:
+    """C8, W12: the whole pipeline, each row with its own parameters, greedy rows beside sampled ones."""
+    logits = make_logits(case, len(params), vocab_size, dtype, spread)
+    seeds = [case + 31 * i for i in range(len(params))]
+    positions = [5 + i for i in range(len(params))]
+    stop_ids = (0, vocab_size - 1) if vocab_size > 2 else ()
+    tokens = sample(logits, params, seeds, positions, prompt_len=2, stop_ids=stop_ids)
+    for i, (param, token) in enumerate(zip(params, tokens, strict=True)):
+        row = logits[i].float().numpy().copy()
+        if positions[i] < 2 + param.min_tokens:
+            row[list(stop_ids)] = -math.inf
+        if param.is_greedy:
+            assert token == row.argmax()
+            continue
+        u = uniform(torch.tensor([seeds[i]]), torch.tensor([positions[i]])).item()
+        fits = False
+        for slack in (0.0, 1e-5, -1e-5):  # a choice too close to call may go either way
+            p = filtered_probabilities(row, param.temperature, param.top_k, param.top_p, param.min_p, slack)
+            reached = p.cumsum()
+            fits |= p[token] > 0 and reached[token] - p[token] - 3e-6 <= u <= reached[token] + 3e-6
+        assert fits, (param, token, u)
+
+
+@pytest.mark.parametrize("vocab_size", [2000, 16384, 20011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_draw_in_any_row_batch_and_order(vocab_size: int, dtype: torch.dtype) -> None:
+    """W12, at the sampler: alone, in another row, another order, beside other requests with other seeds."""
+    params = [SamplingParams(**options) for options in MIXED] * 2
+    n = len(params)
+    logits = make_logits(7, n, vocab_size, dtype)
+    seeds, positions = [1000 + i for i in range(n)], [3 * i for i in range(n)]
+    expected = sample(logits, params, seeds, positions)
+    for i in range(n):
+        assert sample(logits[i : i + 1], params[i : i + 1], seeds[i : i + 1], positions[i : i + 1]) == [expected[i]]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).tolist()
+    rows = torch.randperm(n + 9, generator=torch.Generator().manual_seed(2)).tolist()[:n]
+    shuffled = sample(
+        logits[order], [params[i] for i in order], [seeds[i] for i in order], [positions[i] for i in order], rows=rows
+    )
+    assert shuffled == [expected[i] for i in order]
+    others = [seed if i % 3 == 0 else seed + 77 for i, seed in enumerate(seeds)]
+    assert sample(logits, params, others, positions)[::3] == expected[::3]
+
+
+def test_a_token_depends_on_seed_and_on_position() -> None:
+    """W12: the noise is keyed by both, over all 64 bits of the seed."""
+    logits = torch.zeros(64, 50_000)
+    params = [SamplingParams()] * 64
+    by_position = sample(logits, params, [5] * 64, list(range(64)))
+    by_seed = sample(logits, params, [5 + 2**32 * i for i in range(64)], [0] * 64)
+    assert len(set(by_position)) > 60
+    assert len(set(by_seed)) > 60
+    assert sample(logits, params, [5 + 2**64] * 64, list(range(64))) == by_position
+
+
+def chi_squared_p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    expected = probabilities.double() * counts.sum()
+    assert expected.min() > 5, "too few draws for the approximation"
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(len(counts) - 1, dtype=torch.float64)
+    return torch.special.gammaincc(freedom / 2, statistic / 2).item()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 2.0, "top_k": 20},
+        {"top_p": 0.9},
+        {"min_p": 0.05, "temperature": 1.3},
+        {"temperature": 1.2, "min_p": 0.01, "top_k": 100, "top_p": 0.95},
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [40, 200])
+def test_drawn_frequencies(options: dict[str, float], vocab_size: int) -> None:
+    """A chi-squared test of draws at consecutive positions.
+
+    It rejects below p = 1e-4: a right sampler would fail for one seed in 10,000. The seed is fixed, so the result is
+    always the same.
+    """
+    num_draws = 20_000
+    logits = make_logits(0, 1, vocab_size, torch.float32, spread=1.0)
+    param = SamplingParams(**options)  # type: ignore[arg-type]
+    state = SamplingState(1, vocab_size, "cpu")
+    state.set_row(0, param, 20_251_123, 1, ())
+    rows = np.zeros(num_draws, dtype=np.int32)
+    drawn = Sampler(state).sample(
+        logits.expand(num_draws, -1), rows, torch.from_numpy(rows), torch.arange(num_draws, dtype=torch.int32)
+    )
+    probabilities = torch.from_numpy(
+        filtered_probabilities(logits[0].numpy(), param.temperature, param.top_k, param.top_p, param.min_p)
+    )
+    counts = torch.bincount(drawn, minlength=vocab_size)
+    assert counts[probabilities == 0].sum() == 0
+    common = probabilities * num_draws >= 8
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])  # rare tokens count as one
+    probabilities = torch.cat([probabilities[common], probabilities[~common].sum()[None]])
+    if probabilities[-1] == 0:
+        counts, probabilities = counts[:-1], probabilities[:-1]
+    assert chi_squared_p_value(counts, probabilities) > 1e-4
+
+
+@pytest.mark.parametrize("neighbour", ["position", "seed"])
+def test_neighbours_are_independent(neighbour: str) -> None:
+    """Draws of neighbouring positions, and of neighbouring seeds: all 16 pairs of four tokens equally often.
+
+    False alarms: one in 10,000, for other seeds than these.
+    """
+    num_draws = 20_000
+    state = SamplingState(2, 4, "cpu")
+    state.set_row(0, SamplingParams(), 1, 1, ())
+    state.set_row(1, SamplingParams(), 2, 1, ())
+    rows = np.zeros(num_draws, dtype=np.int32)
+    logits, positions = torch.zeros(num_draws, 4), torch.arange(num_draws)
+    sampler = Sampler(state)
+    first = sampler.sample(logits, rows, torch.from_numpy(rows), positions)
+    if neighbour == "position":
+        second = sampler.sample(logits, rows, torch.from_numpy(rows), positions + 1)
+        first, second = first[::2], second[::2]  # disjoint pairs
+    else:
+        second = sampler.sample(logits, rows + 1, torch.from_numpy(rows + 1), positions)
+    counts = torch.bincount(first * 4 + second, minlength=16)
+    assert chi_squared_p_value(counts, torch.full((16,), 1 / 16)) > 1e-4
+
+
+def test_min_tokens_holds_stop_ids_back_until_the_position() -> None:
+    """Greedy and sampled rows; the first token after min_tokens outputs may stop again."""
+    logits = torch.zeros(4, 10)
+    logits[:, 3], logits[:, 5] = 50.0, 40.0
+    params = [SamplingParams(temperature=0, min_tokens=2), SamplingParams(min_tokens=2)] * 2
+    tokens = sample(logits, params, [1, 2, 3, 4], [8, 8, 9, 9], prompt_len=7, stop_ids=(3,))
+    assert tokens == [5, 5, 3, 3]
+
+
+def test_extreme_temperatures() -> None:
+    """C6: very low is greedy in effect, very high uniform; neither gives NaN."""
+    logits = make_logits(0, 200, 50, torch.float32)
+    cold = sample(logits, [SamplingParams(temperature=1e-4)] * 200, list(range(200)), [1] * 200)
+    assert cold == logits.argmax(-1).tolist()
+    hot = sample(logits, [SamplingParams(temperature=1e4)] * 200, list(range(200)), [1] * 200)
+    assert len(set(hot)) > 40
+
+
+@pytest.mark.parametrize("options", MIXED)
+@pytest.mark.parametrize("vocab_size", [1, 3, 1000])
+def test_odd_logits(options: dict[str, float], vocab_size: int) -> None:
+    """Huge and masked logits give the only sane token; a vocabulary of one works; NaN still gives an id in range."""
+    huge = torch.full((1, vocab_size), -1e30)
+    huge[0, vocab_size // 2] = 1e30
+    masked = torch.full((1, vocab_size), -math.inf)
+    masked[0, vocab_size // 2] = -3.0
+    params = [SamplingParams(**options)]  # type: ignore[arg-type]
+    assert sample(huge, params, [1], [1]) == [vocab_size // 2]
+    assert sample(masked, params, [1], [1]) == [vocab_size // 2]
+    for value in (-math.inf, math.inf, math.nan):
+        sample(torch.full((1, vocab_size), value), params, [1], [1])
+
+
+def test_flat_rows_are_exact_too() -> None:
+    """Where the highest tokens do not hold enough weight, whole rows are searched: top_p and top_k over 10,000 ties."""
+    logits = torch.zeros(40, 10_000)
+    half = sample(logits, [SamplingParams(top_p=0.5)] * 40, list(range(40)), [1] * 40)
+    assert max(half) < 5000 and len(set(half)) > 30
+    tied = sample(logits, [SamplingParams(top_k=3)] * 40, list(range(40)), [1] * 40)
+    assert max(tied) > 5000, "all tokens tie with the third"
+
+
+@pytest.mark.parametrize("options", [{"top_k": 200, "top_p": 0.3}, {"min_p": 0.4, "top_p": 0.3}])
+def test_the_nucleus_is_one_of_what_the_other_filters_left(options: dict[str, float]) -> None:
+    """top_p counts the weight that top_k and min_p left, also where that is more tokens than are looked at first."""
+    logits = make_logits(0, 1, 1000, torch.float32, spread=0.3)
+    param = SamplingParams(**options)  # type: ignore[arg-type]
+    drawn = sample(logits.expand(300, -1), [param] * 300, list(range(300)), [1] * 300)
+    p = filtered_probabilities(logits[0].numpy(), 1.0, param.top_k, param.top_p, param.min_p)
+    assert (p[drawn] > 0).all()
+    assert len(set(drawn)) > 0.8 * (p > 0).sum()
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_draw_the_same_tokens() -> None:
+    """W12 across devices, but for a draw that lands on the rounding of a boundary: one in a thousand may differ."""
+    n, vocab_size = 1000, 20_000
+    logits = make_logits(0, n, vocab_size, torch.bfloat16)
+    rows_host = np.arange(n, dtype=np.int32)
+    drawn = []
+    for device in ("cpu", "cuda"):
+        state = SamplingState(n, vocab_size, device)
+        for row in range(n):
+            options = MIXED[row % len(MIXED)]
+            state.set_row(row, SamplingParams(min_tokens=row % 2, **options), row, 5, (1, 2))  # type: ignore[arg-type]
+        rows, positions = torch.from_numpy(rows_host).to(device), torch.full((n,), 5, device=device)
+        drawn.append(Sampler(state).sample(logits.to(device), rows_host, rows, positions).cpu())
+    assert (drawn[0] != drawn[1]).sum() <= n // 1000

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.sampling.state import SamplingState
+from nanovllm.sampling_params import SamplingParams
+
+
+def test_select_returns_what_was_set_last() -> None:
+    state = SamplingState(4, 100, "cpu")
+    state.set_row(2, SamplingParams(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, min_tokens=3), 5, 10, [1])
+    state.set_row(0, SamplingParams(temperature=0), 6, 10, [1])
+    params = state.select(torch.tensor([2, 0, 2], dtype=torch.int32))
+    assert params.seed.tolist() == [5, 6, 5]
+    assert params.temperature.tolist() == [0.5, 0.0, 0.5]
+    assert params.top_k.tolist() == [7, 0, 7]
+    assert params.min_length.tolist() == [13, 0, 13]
+    assert torch.equal(params.top_p, torch.tensor([0.9, 1.0, 0.9]))
+    assert torch.equal(params.min_p, torch.tensor([0.1, 0.0, 0.1]))
+    state.set_row(2, SamplingParams(), 9, 1, [1])
+    again = state.select(torch.tensor([2]))
+    assert [column.item() for column in again] == [9, 1.0, 0.0, 1.0, 0, 0]
+    assert state.stop_ids[2] == ()
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 3, -(2**63)])
+def test_seeds_are_taken_modulo_two_to_the_64(seed: int) -> None:
+    state = SamplingState(1, 10, "cpu")
+    state.set_row(0, SamplingParams(), seed, 1, [])
+    assert state.select(torch.tensor([0])).seed.item() % 2**64 == seed % 2**64
+
+
+def test_filters_that_keep_all_are_off() -> None:
+    state = SamplingState(1, 10, "cpu")
+    for top_k in (-1, 0, 10, 2**40):
+        state.set_row(0, SamplingParams(top_k=top_k), 0, 1, [])
+        assert state.host["top_k"][0] == 0
+
+
+def test_min_tokens_holds_back_known_ids_only() -> None:
+    state = SamplingState(1, 10, "cpu")
+    state.set_row(0, SamplingParams(min_tokens=5, max_tokens=None), 0, 2**31 - 3, [9, 10, -1, 3, 3])
+    assert state.stop_ids[0] == (3, 9)
+    assert state.host["min_length"][0] == 2**31 - 1
+    state.set_row(0, SamplingParams(min_tokens=5), 0, 7, [10])
+    assert state.host["min_length"][0] == 0, "nothing to hold back, so the stage is off"
+
+
+def test_greedy_is_exactly_zero() -> None:
+    """C8: a temperature that counts as greedy is stored as 0, whatever its digits."""
+    state = SamplingState(1, 10, "cpu")
+    state.set_row(0, SamplingParams(temperature=9e-6), 0, 1, [])
+    assert state.host["temperature"][0] == np.float32(0)

@@ -1,0 +1,142 @@
+"""SamplingParams refuses what it cannot do, naming field and value; it never needs torch."""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+from nanovllm import SamplingParams
+
+WRONG_VALUES: list[tuple[str, Any]] = [
+    *[("temperature", value) for value in (-0.1, float("nan"), float("inf"), -float("inf"))],
+    *[("top_k", value) for value in (-2, -100)],
+    *[("top_p", value) for value in (0, -0.5, 1.0001, float("nan"), float("inf"))],
+    *[("min_p", value) for value in (-0.001, 1.5, float("nan"))],
+    *[("max_tokens", value) for value in (0, -1)],
+    *[("min_tokens", value) for value in (-1, 17)],
+    *[("seed", value) for value in (2**64, -(2**63) - 1)],
+    ("stop", ""),
+    ("stop", ["ok", ""]),
+]
+WRONG_TYPES: list[tuple[str, Any]] = [
+    *[("temperature", value) for value in ("0.5", None, True, [0.5])],
+    *[("top_k", value) for value in (1.5, "3", None, True)],
+    *[("top_p", value) for value in ("1", None, False)],
+    *[("min_p", value) for value in ("0", None)],
+    *[("max_tokens", value) for value in (1.0, "16", True)],
+    *[("min_tokens", value) for value in (None, 0.0)],
+    *[("seed", value) for value in (0.5, "7", True)],
+    *[("ignore_eos", value) for value in (1, None, "yes")],
+    *[("skip_special_tokens", value) for value in (0, None)],
+    *[("detokenize", value) for value in (1, None)],
+    *[("stop", value) for value in (5, b"end", [1], ["a", None])],
+    *[("stop_token_ids", value) for value in (5, "12", [1.5], ["1"], [True], [None])],
+]
+MISSPELT = {
+    "temprature": "temperature",
+    "temp": "temperature",
+    "max_token": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "topk": "top_k",
+    "topp": "top_p",
+    "minp": "min_p",
+    "stop_tokens_ids": "stop_token_ids",
+    "ignore_eos_token": "ignore_eos",
+    "Seed": "seed",
+}
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_VALUES)
+def test_values_out_of_range_name_field_and_value(field: str, value: Any) -> None:
+    """C6, C8, W13"""
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG_TYPES)
+def test_wrong_types_name_the_field(field: str, value: Any) -> None:
+    """C8, W13: no value is silently converted."""
+    with pytest.raises(TypeError, match=field):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("misspelt", MISSPELT)
+def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
+    """W13"""
+    with pytest.raises(TypeError, match=f"{misspelt!r}.*{MISSPELT[misspelt]!r}"):
+        SamplingParams(**{misspelt: 1})
+
+
+@pytest.mark.parametrize(
+    "unsupported", ["n", "best_of", "logit_bias", "logprobs", "presence_penalty", "repetition_penalty", "guided_decoding"]
+)
+def test_an_unsupported_option_of_vllm_is_refused(unsupported: str) -> None:
+    """W13: never accepted and ignored."""
+    with pytest.raises(TypeError, match=unsupported):
+        SamplingParams(**{unsupported: 1})
+
+
+def test_positional_arguments_are_refused() -> None:
+    with pytest.raises(TypeError):
+        SamplingParams(0.5)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 1e-6},
+        {"temperature": 2},
+        {"top_k": -1},
+        {"top_k": 10**6},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"min_p": 1},
+        {"seed": -(2**63)},
+        {"seed": 2**64 - 1},
+        {"max_tokens": None, "min_tokens": 100},
+        {"max_tokens": 1, "min_tokens": 1},
+        {"stop": None, "stop_token_ids": None},
+        {"stop": [], "detokenize": False},
+    ],
+)
+def test_values_at_the_bounds_are_accepted(options: dict[str, Any]) -> None:
+    """C8"""
+    params = SamplingParams(**options)
+    for name, value in options.items():
+        if value is not None and value != []:
+            assert getattr(params, name) == value
+
+
+def test_greedy_is_temperature_zero_or_too_small_to_divide_by() -> None:
+    """C8"""
+    assert [SamplingParams(temperature=t).is_greedy for t in (0, 0.0, 9e-6, 1e-5, 1.0)] == [True, True, True, False, False]
+
+
+def test_one_stop_string_and_a_list_mean_the_same() -> None:
+    assert SamplingParams(stop="ab") == SamplingParams(stop=["ab"]) == SamplingParams(stop=("ab",))
+    assert SamplingParams(stop_token_ids=[3, 4]) == SamplingParams(stop_token_ids=(3, 4))
+
+
+def test_stop_strings_without_text_are_refused() -> None:
+    """W13"""
+    with pytest.raises(ValueError, match="detokenize"):
+        SamplingParams(stop="a", detokenize=False)
+
+
+def test_an_instance_stays_what_was_checked() -> None:
+    stop = ["a"]
+    params = SamplingParams(stop=stop, temperature=0.5)
+    stop.append("")
+    assert params.stop == ("a",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.temperature = -1  # type: ignore[misc]
+    with pytest.raises(ValueError, match="temperature"):
+        dataclasses.replace(params, temperature=-1.0)
+    assert dataclasses.replace(params, temperature=1.0).stop == ("a",)
+
+
+def test_it_travels_to_other_processes() -> None:
+    params = SamplingParams(temperature=0.5, stop=["a"], stop_token_ids=[1], seed=3)
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert hash(params) == hash(pickle.loads(pickle.dumps(params)))

@@ -1,0 +1,212 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.model_files.gguf_file import TensorInfo
+from nanovllm.weights.gguf import GGUFCheckpoint, dequantize
+from tests.gguf_files import (
+    HEAD_DIM,
+    HIDDEN,
+    LAYERS,
+    VOCABULARY,
+    Quantization,
+    byte_level_keys,
+    hf_name,
+    metadata,
+    tiny_tensors,
+    write_gguf,
+)
+
+UNPACKED_HERE = [Quantization.Q4_0, Quantization.Q4_1, Quantization.Q8_0]
+UNPACKED_BY_GGUF = [
+    Quantization[name]
+    for name in "Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 IQ2_XXS IQ2_S IQ3_S IQ4_NL IQ4_XS MXFP4".split()
+]
+
+
+def _checkpoint(tmp_path: Path, architecture: str = "llama", **options: Any) -> GGUFCheckpoint:
+    keys = metadata(architecture, **options.pop("changes", {})) | options.pop("keys", {})
+    tensors = tiny_tensors() | options.pop("tensors", {})
+    return GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", architecture, keys, tensors, **options))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("quantization", [None, Quantization.F16, Quantization.Q8_0])
+def test_round_trip(tmp_path: Path, architecture: str, quantization: Quantization | None) -> None:
+    """Names, shapes, values and the row order of queries and keys; only `llama` files have those permuted."""
+    written = tiny_tensors()
+    read = dict(_checkpoint(tmp_path, architecture, quantization=quantization).tensors())
+    assert set(read) == {hf_name(name) for name in written}
+    for name, values in written.items():
+        if quantization is not None and values.ndim == 2:
+            values = gguf.quants.dequantize(gguf.quants.quantize(values, quantization), quantization)
+        torch.testing.assert_close(read[hf_name(name)].float(), torch.from_numpy(values), rtol=0, atol=0)
+
+
+def test_row_order_of_one_head(tmp_path: Path) -> None:
+    """Hugging Face's a0 a1 .. b0 b1 .. is stored as a0 b0 a1 b1 ..; a bias is reordered like its matrix."""
+    stored = np.repeat(np.arange(4 * HEAD_DIM, dtype=np.float32)[:, None], HIDDEN, axis=1)
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata("llama").items():
+        writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
+    writer.add_tensor("token_embd.weight", np.zeros((VOCABULARY, HIDDEN), np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", stored)
+    writer.add_tensor("blk.0.attn_q.bias", stored[:, 0].copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = dict(GGUFCheckpoint(path).tensors())
+    expected = [
+        head * HEAD_DIM + 2 * pair + half for head in range(4) for half in (0, 1) for pair in range(HEAD_DIM // 2)
+    ]
+    assert tensors["model.layers.0.self_attn.q_proj.weight"][:, 0].tolist() == expected
+    assert tensors["model.layers.0.self_attn.q_proj.bias"].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", UNPACKED_HERE + UNPACKED_BY_GGUF, ids=lambda kind: kind.name)
+def test_dequantize_equals_the_gguf_package(kind: Quantization) -> None:
+    """Bit for bit, on random blocks, whose scales include NaN, infinities and denormals."""
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(kind).integers(0, 256, (7, 3 * block_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(rows, kind)
+        read = dequantize(rows, TensorInfo("t", (7, 3 * block_size), kind, 0, rows.size))
+    assert read.dtype == torch.float32
+    assert np.array_equal(read.numpy(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind, dtype", [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)])
+def test_plain_floats_keep_their_type(kind: str, dtype: torch.dtype) -> None:
+    values = torch.randn(3, 5).to(dtype)
+    rows = values.view(torch.uint8).numpy()
+    assert torch.equal(dequantize(rows, TensorInfo("t", (3, 5), Quantization[kind], 0, rows.size)), values)
+
+
+def test_kind_that_cannot_be_unpacked_is_named() -> None:
+    with pytest.raises(NotImplementedError, match="tensor t is quantized as Q8_K"):
+        dequantize(np.zeros((1, 292), np.uint8), TensorInfo("t", (1, 256), Quantization.Q8_K, 0, 292))
+
+
+def test_config(tmp_path: Path) -> None:
+    tokenizer = byte_level_keys(eot_token_id=7)
+    checkpoint = _checkpoint(tmp_path, "qwen3", changes={"attention__key_length": HEAD_DIM}, keys=tokenizer)
+    config = checkpoint.config
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["vocab_size"] == VOCABULARY and config["num_hidden_layers"] == LAYERS
+    assert config["tie_word_embeddings"] and not config["attention_bias"]
+    assert config["rope_scaling"] is None and config["dtype"] == "float32"
+    assert checkpoint.generation_config == {"eos_token_id": [263, 7], "bos_token_id": 262, "pad_token_id": 263}
+
+
+def test_untied_head_and_dtype(tmp_path: Path) -> None:
+    head = tiny_tensors(1)["token_embd.weight"]
+    checkpoint = _checkpoint(tmp_path, tensors={"output.weight": head}, quantization=Quantization.F16)
+    assert not checkpoint.config["tie_word_embeddings"]
+    assert checkpoint.config["dtype"] == "float16"
+    assert torch.equal(dict(checkpoint.tensors())["lm_head.weight"], torch.from_numpy(head).half())
+    assert _checkpoint(tmp_path, quantization=Quantization.Q4_1).config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "changes, scaling",
+    [
+        ({"rope__scaling__type": "none"}, None),
+        ({"rope__scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__original_context_length": 64,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+    ],
+)
+def test_rope_scaling(tmp_path: Path, changes: dict[str, Any], scaling: dict[str, Any] | None) -> None:
+    """W4"""
+    assert _checkpoint(tmp_path, changes=changes).config["rope_scaling"] == scaling
+
+
+def _llama3_divisors(theta: float, factor: float) -> np.ndarray:
+    """As llama.cpp's converter computes them, one at a time."""
+    divisors = []
+    for index in range(0, HEAD_DIM, 2):
+        wavelength = 2 * math.pi * theta ** (index / HEAD_DIM)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recognized(tmp_path: Path, factor: float) -> None:
+    """W4"""
+    divisors = {"rope_freqs.weight": _llama3_divisors(500000.0, factor)}
+    checkpoint = _checkpoint(tmp_path, changes={"rope__freq_base": 500000.0}, tensors=divisors)
+    assert checkpoint.config["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert not any("rope" in name for name, _ in checkpoint.tensors())
+
+
+def test_other_frequency_divisors_are_refused(tmp_path: Path) -> None:
+    """W4"""
+    divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
+    with pytest.raises(NotImplementedError, match=r"rope_freqs\.weight is not Llama 3's"):
+        _checkpoint(tmp_path, tensors={"rope_freqs.weight": divisors})
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"rope__scaling__type": "longrope"}, "longrope"),
+        ({"rope__scaling__attn_factor": 2.0}, "attn_factor = 2.0"),
+        ({"rope__dimension_count": HEAD_DIM // 2}, "dimension_count = 8"),
+        ({"attention__value_length": 8}, "value_length = 8"),
+        ({"expert_count": 8}, "expert_count = 8"),
+        ({"attention__causal": False}, "causal = False"),
+        ({"logit_scale": 2.0}, "logit_scale = 2.0 is not understood"),
+        ({"attention__sliding_window": 64}, "sliding_window = 64 is not understood"),
+        ({"attention__head_count": [4, 2]}, r"head_count differs between layers: \[4, 2\]"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
+    """W1, W13"""
+    with pytest.raises(NotImplementedError, match=name):
+        _checkpoint(tmp_path, changes=changes)
+
+
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
+    """W1"""
+    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3"):
+        _checkpoint(tmp_path, "mamba")
+    with pytest.raises(NotImplementedError, match=r"one of 3 GGUF shards.*llama-gguf-split --merge"):
+        _checkpoint(tmp_path, keys={"split.count": 3})
+    with pytest.raises(NotImplementedError, match="'adapter', not a model"):
+        _checkpoint(tmp_path, keys={"general.type": "adapter"})
+    with pytest.raises(ValueError, match=r"llama\.block_count is missing"):
+        _checkpoint(tmp_path, changes={"block_count": None})
+
+
+def test_unexpected_tensor_is_named(tmp_path: Path) -> None:
+    """W3"""
+    for name in ("blk.0.ffn_gate_inp.weight", "rope_factors_long.weight"):
+        checkpoint = _checkpoint(tmp_path, tensors={name: np.zeros((4, 4), np.float32)})
+        with pytest.raises(ValueError, match=f"tensor {name} has no place in a LlamaForCausalLM"):
+            list(checkpoint.tensors())

@@ -1,0 +1,201 @@
+"""Strict loading: every tensor used once, every parameter written; the message names what is at fault."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nanovllm import LLM
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.models.registry import model_class, read_model_config
+from nanovllm.weights.checkpoint import open_checkpoint
+from nanovllm.weights.loader import fill_random, load_weights
+from safetensors.torch import load_file, save_file
+from tests.tiny_models import save_random
+from torch import Tensor
+
+# Every kind of tensor: biases everywhere, norms of heads, a head of its own.
+EVERYTHING: dict[str, Any] = {"attention_bias": True, "head_dim": 16}
+NAN = float("nan")
+
+
+def new_model(folder: Path, tp: TensorParallel | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """An unfilled model, all NaN, and its checkpoint's tensors."""
+    checkpoint = open_checkpoint(str(folder), load_format="auto", revision=None)
+    config = read_model_config(checkpoint.config, "float32")
+    model = model_class(config.architecture)(config, 64, torch.float32, tp or TensorParallel())
+    for parameter in model.parameters():
+        parameter.data.fill_(NAN)
+    return model, dict(checkpoint.tensors())
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("untied"), "Qwen3ForCausalLM", **EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("tied"), "Qwen3ForCausalLM", **EVERYTHING, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_every_parameter_is_written_and_every_tensor_used(tmp_path: Path, architecture: str, is_tied: bool) -> None:
+    """W2, W3: after loading nothing is left of what was there before; slots and checkpoint have the same names."""
+    bias = {"attention_bias": True, "mlp_bias": True} if architecture == "LlamaForCausalLM" else {}
+    model, tensors = new_model(save_random(tmp_path, architecture, tie_word_embeddings=is_tied, **bias))
+    assert {name for name, _ in model.slots()} == set(tensors)
+    load_weights(model, tensors.items())
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+
+
+def test_each_missing_tensor_is_named(untied: Path) -> None:
+    """W2, W3: all of them, one at a time."""
+    model, tensors = new_model(untied)
+    assert len(tensors) > 20
+    for missing in tensors:
+        with pytest.raises(ValueError, match=re.escape(f"no tensor {missing!r}")):
+            load_weights(model, [(name, tensor) for name, tensor in tensors.items() if name != missing])
+
+
+def test_many_missing_tensors_are_counted(untied: Path) -> None:
+    """W2: the message stays short."""
+    model, tensors = new_model(untied)
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight'.* and [0-9]+ more") as error:
+        load_weights(model, [])
+    assert len(str(error.value)) < 500
+    assert int(str(error.value).split(" and ")[-1].split()[0]) == len(tensors) - 5
+
+
+@pytest.mark.parametrize(
+    "extra", ["model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight_scale", "visual.proj.weight"]
+)
+def test_an_unexpected_tensor_is_named(untied: Path, extra: str) -> None:
+    """W3"""
+    model, tensors = new_model(untied)
+    with pytest.raises(ValueError, match=re.escape(repr(extra))):
+        load_weights(model, {**tensors, extra: torch.zeros(3)}.items())
+
+
+def test_a_bias_that_the_config_denies_is_named(tmp_path: Path) -> None:
+    """W3: dropping it would give wrong answers without an error."""
+    model, tensors = new_model(save_random(tmp_path))
+    name = "model.layers.1.self_attn.o_proj.bias"
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        load_weights(model, {**tensors, name: torch.zeros(32)}.items())
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t[None], lambda t: torch.cat((t, t))])
+def test_a_misshapen_tensor_is_named_with_both_shapes(untied: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """W3: also where copying would have broadcast."""
+    model, tensors = new_model(untied)
+    wrong = change(tensors[name])
+    with pytest.raises(ValueError, match=re.escape(repr(name))) as error:
+        load_weights(model, {**tensors, name: wrong}.items())
+    assert str(tuple(wrong.shape)) in str(error.value) and str(tuple(tensors[name].shape)) in str(error.value)
+
+
+def test_a_tensor_that_comes_twice_is_named(untied: Path) -> None:
+    """W3"""
+    model, tensors = new_model(untied)
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' twice"):
+        load_weights(model, [*tensors.items(), ("model.norm.weight", tensors["model.norm.weight"])])
+
+
+def test_an_old_rotary_table_is_passed_over(untied: Path) -> None:
+    model, tensors = new_model(untied)
+    load_weights(model, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}.items())
+
+
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_a_tied_head_may_be_stored_again_but_not_differ(tied: Path, comes_first: bool) -> None:
+    """W3"""
+    model, tensors = new_model(tied)
+    head = tensors["model.embed_tokens.weight"].clone()
+
+    def with_head(head: Tensor) -> list[tuple[str, Tensor]]:
+        extra = [("lm_head.weight", head)]
+        return extra + list(tensors.items()) if comes_first else list(tensors.items()) + extra
+
+    load_weights(model, with_head(head))
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+    for wrong in (head + 1e-3, head[:-1]):
+        with pytest.raises(ValueError, match=r"'lm_head\.weight' differs"):
+            load_weights(model, with_head(wrong))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_take_their_parts_of_the_same_checkpoint(untied: Path, rank: int) -> None:
+    """W2, W3: each parameter of a rank of two is written too, with its own part."""
+    model, tensors = new_model(untied, TensorParallel(rank, 2))
+    load_weights(model, tensors.items())
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+    q, k, v = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"].chunk(2)[rank] for name in "qkv")
+    attention = model.layers[0].self_attn
+    assert torch.equal(attention.qkv_proj.weight, torch.cat((q, k, v)))
+    assert torch.equal(
+        attention.o_proj.weight, tensors["model.layers.0.self_attn.o_proj.weight"].chunk(2, dim=1)[rank]
+    )
+    o_bias = tensors["model.layers.0.self_attn.o_proj.bias"]
+    assert torch.equal(attention.o_proj.bias, o_bias if rank == 0 else torch.zeros_like(o_bias))
+
+
+def test_random_weights_fill_everything_and_follow_the_seed(untied: Path) -> None:
+    filled = []
+    for seed in (0, 0, 1):
+        model, _ = new_model(untied)
+        fill_random(model, seed)
+        assert not any(parameter.isnan().any() for parameter in model.parameters())
+        filled.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(filled[0], filled[1]) and not torch.equal(filled[0], filled[2])
+
+
+# -- through LLM: the same errors reach the user --
+
+
+def open_llm(folder: Path) -> None:
+    LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True).close()
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"), r"model\.layers\.1\.mlp\.down_proj\.weight"),
+        (lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}), r"extra\.weight"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}), r"model\.norm\.weight"),
+    ],
+)
+def test_a_bad_file_is_an_error_of_llm(tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    """W2, W3"""
+    folder = save_random(tmp_path)
+    open_llm(folder)
+    edit_tensors(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        open_llm(folder)
+
+
+def test_a_folder_without_weight_file_is_an_error(tmp_path: Path) -> None:
+    """W2"""
+    folder = save_random(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        open_llm(folder)
+
+
+def test_a_vocabulary_of_another_size_is_named(tmp_path: Path) -> None:
+    """W3: a config that does not belong to the weights."""
+    folder = save_random(tmp_path)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 128', '"vocab_size": 130'))
+    with pytest.raises(ValueError, match=r"(embed_tokens|lm_head)\.weight.*128.*130"):
+        open_llm(folder)
