@@ -4,8 +4,8 @@ from nanovllm import LLM, SamplingParams
 
 with LLM("demo") as llm:
     params = SamplingParams(temperature=0.0, max_tokens=48)
-    messages = [{"role": "user", "content": "Name three primary colours."}]
-    for question in (None, "And which of them is the warmest?"):
+    messages = [{"role": "user", "content": "What is the capital of Italy?"}]
+    for question in (None, "And what is it famous for?"):
         if question is not None:
             messages.append({"role": "user", "content": question})
         (output,) = llm.chat(messages, params, use_tqdm=False)

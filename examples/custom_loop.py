@@ -18,6 +18,7 @@ with LLM("demo") as llm:
             llm.add_request(prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens), request_id)
         if step == CALL_OFF:
             llm.abort_request("endless")
+            print(f"step {step:3}  endless: called off")
         for output in llm.step():
             completion = output.outputs[0]
             if output.finished:

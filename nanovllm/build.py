@@ -21,6 +21,7 @@ from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.executor.inline import InlineExecutor
+from nanovllm.kernels.ops import choose_ops
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
 from nanovllm.runner.memory import measure_free_bytes
@@ -50,7 +51,10 @@ def build_engine(config: EngineConfig) -> EngineParts:
     config = config.resolve(model_config, device.type)
     tokenizer = None
     if not config.skip_tokenizer_init:
-        tokenizer = load_tokenizer(config.tokenizer or config.model, revision=config.revision)
+        if config.tokenizer is None:
+            tokenizer = load_tokenizer(config.model, revision=config.revision)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer, revision=None)
     model = _load_model(config, model_config, checkpoint, device)
     spec = KVCacheSpec(
         num_layers=model_config.num_layers,
@@ -145,7 +149,7 @@ def _load_model(config: EngineConfig, model_config: ModelConfig, checkpoint: Che
     dtype = getattr(torch, model_config.dtype)
     with device:
         model = model_class(model_config.architecture)(
-            model_config, _known(config.max_model_len), dtype, TensorParallel()
+            model_config, _known(config.max_model_len), dtype, TensorParallel(), choose_ops(device, config.compilation)
         )
     if config.load_format == "dummy":
         fill_random(model, config.seed)

@@ -12,7 +12,7 @@ from nanovllm.errors import reject_unknown_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-COMPILATIONS = ("none", "inductor")
+COMPILATIONS = ("kernels", "inductor", "none")
 _POSITIVE_INTEGERS = (
     "max_model_len",
     "max_num_seqs",
@@ -28,17 +28,25 @@ _POSITIVE_INTEGERS = (
 class EngineConfig:
     """Options of `LLM(model, ...)`, with vLLM's names. Raises TypeError or ValueError that names option and value.
 
-    model: a folder, a .gguf file, a Hugging Face Hub name, or "demo". tokenizer: the same, when it lives elsewhere.
+    model: a folder, a .gguf file, a Hugging Face Hub name, or "demo".
+    tokenizer: where the tokenizer is, if not with the model: a folder, a .gguf file or a Hub name.
     revision: branch, tag or commit of a Hub name.
-    dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto", "cpu", "cuda" or "cuda:N".
-    max_model_len: longest prompt plus output in tokens; None takes the model's own.
-    max_num_seqs: most requests that hold KV blocks at once. max_num_batched_tokens: token budget of one step; longer
-        prompts are computed in chunks. None chooses by device.
-    gpu_memory_utilization: share of the device's memory that the engine may use in all; None is 0.9 on a GPU and 0.3 of
-        the machine's memory on a CPU. kv_cache_memory_bytes or num_gpu_blocks_override set the cache's size directly.
-    block_size: tokens in one KV block, a power of two from 8 to 64; None chooses by device.
-    enforce_eager: no CUDA graphs. compilation: "none", or "inductor" to fuse the point-wise layers by torch.compile.
+    dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    max_model_len: longest prompt plus output, in tokens; None takes the model's own.
+    max_num_seqs: most requests that hold KV blocks at once; None chooses by device.
+    max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks. None chooses by device.
+    gpu_memory_utilization: share of the device's memory that the engine may use in all; None is 0.9 on a GPU, and 0.3 of
+        the machine's memory on a CPU.
+    kv_cache_memory_bytes: size of the KV cache, instead of what gpu_memory_utilization leaves.
+    num_gpu_blocks_override: number of KV blocks, on any device, instead of what the memory would hold.
+    block_size: tokens in one KV block: 8, 16, 32 or 64; None chooses by device.
+    enable_prefix_caching: let requests share the KV blocks of equal prompt beginnings.
+    enforce_eager: run without CUDA graphs.
+    compilation: how the layers between the matrix products run: "kernels" (this project's own: Triton on a GPU, C++ on a
+        CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
     overlap_depth: steps in flight; 2 plans the next step while the device runs, 1 is synchronous. None chooses by device.
+    tensor_parallel_size: devices that share the model; 1 in this version.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
     skip_tokenizer_init: work on token ids only.
@@ -58,7 +66,7 @@ class EngineConfig:
     block_size: int | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
-    compilation: str = "none"
+    compilation: str = "kernels"
     overlap_depth: int | None = None
     tensor_parallel_size: int = 1
     seed: int = 0
@@ -270,7 +278,7 @@ def _read_rope(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeConfi
         raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
     for name in _ROPE_PARAMETERS[rope_type]:
         if not isinstance(parameters.get(name), (int, float)):
-            raise ValueError(f"rope type {rope_type!r} needs a number {name!r} in its rope_parameters, got {parameters}")
+            raise ValueError(f"rope type {rope_type!r} needs a number {name!r} in rope_parameters, got {parameters}")
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     original = parameters.get("original_max_position_embeddings")

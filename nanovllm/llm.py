@@ -6,7 +6,8 @@ that raises for bad input has queued nothing; a call that is interrupted leaves 
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from tqdm import tqdm
@@ -40,8 +41,9 @@ class LLM:
         self._input_processor = parts.input_processor
         self._tokenizer = parts.tokenizer
         self._generation_config = parts.generation_config
+        self._next_number = 0
         self._requests: dict[str, Request] = {}  # unfinished ones
-        self._unclaimed: list[RequestOutput] = []  # what `generate` saw of requests that are not its own
+        self._unclaimed: dict[str, RequestOutput] = {}  # the newest that `generate` saw of requests not its own
         self._is_closed = False
 
     # -- whole batches --
@@ -70,10 +72,12 @@ class LLM:
             raise ValueError(
                 f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts; give one for all, or one for each"
             )
+        numbers = self._free_numbers()
         requests = [
-            self._input_processor.process(prompt, params, f"prompts[{i}]")
+            self._input_processor.process(prompt, params, f"prompts[{i}]", next(numbers))
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
         ]
+        self._next_number = next(numbers)
         return self._run(requests, use_tqdm)
 
     def chat(
@@ -108,7 +112,7 @@ class LLM:
                 while len(outputs) < len(requests):
                     for request in self._step():
                         if request.request_id not in own:
-                            self._unclaimed.append(self._engine.output_processor.make_output(request))
+                            self._unclaimed[request.request_id] = self._engine.output_processor.make_output(request)
                         elif request.is_finished:
                             output = self._engine.output_processor.make_output(request)
                             outputs[request.request_id] = output
@@ -127,14 +131,18 @@ class LLM:
         if request_id is not None and request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        request = self._input_processor.process(prompt, params, "prompt", request_id)
+        numbers = self._free_numbers()
+        request = self._input_processor.process(prompt, params, "prompt", next(numbers), request_id)
+        self._next_number = next(numbers)
         self._add(request)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
         """Advance by one step; returns the requests that got tokens or ended, each with all its output so far."""
-        outputs, self._unclaimed = self._unclaimed, []
-        return outputs + [self._engine.output_processor.make_output(request) for request in self._step()]
+        outputs, self._unclaimed = self._unclaimed, {}
+        for request in self._step():
+            outputs[request.request_id] = self._engine.output_processor.make_output(request)
+        return list(outputs.values())
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests or self._unclaimed)
@@ -147,6 +155,10 @@ class LLM:
                 self._engine.abort(request)
                 self._engine.output_processor.forget(request)
 
+    def _free_numbers(self) -> Iterator[int]:
+        """Numbers for new requests; as ids, none of them is in use. A call that is refused uses none of them up."""
+        return (number for number in count(self._next_number) if str(number) not in self._requests)
+
     def _add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self._engine.add_request(request)
@@ -155,6 +167,11 @@ class LLM:
         self._check_open()
         try:
             changed = self._engine.step()
+        except KeyboardInterrupt:
+            # Wherever it struck: what was in flight is dropped, the tokens that the host has are kept.
+            self._requests = {name: request for name, request in self._requests.items() if not request.is_finished}
+            self._engine.restart(self._requests.values())
+            raise
         except Exception:
             self.close()  # device state is unknown now: refuse further use instead of giving wrong answers
             raise
@@ -168,6 +185,11 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer."""
         return self._known_tokenizer().hf
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        """Call function(model) on each worker's model, to look inside; returns the results."""
+        self._check_open()
+        return self._engine.executor.apply_model(function)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams with what the model's generation_config.json sets."""

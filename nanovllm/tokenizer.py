@@ -17,7 +17,6 @@ from typing import Any
 
 import tokenizers
 
-from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
 from nanovllm.model_files.locate import locate_model, only_gguf_file
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -182,6 +181,9 @@ def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
+    # A leaf: only GGUF files need the gguf package.
+    from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
+
     backend, special = build_gguf_tokenizer(path)
 
     def wrap() -> Any:

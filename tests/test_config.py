@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nanovllm import EngineConfig
 from nanovllm.config import ModelConfig
 from nanovllm.models.registry import read_model_config

@@ -1,4 +1,4 @@
-"""LLM as a user meets it: forms of input, text, stops, streaming, limits, errors, interruptions, the end of its life."""
+"""LLM as a user meets it: forms of input, text, stops, streaming, limits, errors, interruptions, close."""
 
 import re
 import shutil
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from tests.tiny_models import (
     BOS,
@@ -134,7 +135,12 @@ def test_several_prompts_in_one_array(llm: LLM) -> None:
     """Rows of an array are prompts, not tokens."""
     rows = [[1, 2, 3], [4, 5, 6]]
     expected = [complete(llm, row, GREEDY).token_ids for row in rows]
-    for prompts in (np.array(rows), torch.tensor(rows), [np.array(row) for row in rows], [torch.tensor(r) for r in rows]):
+    for prompts in (
+        np.array(rows),
+        torch.tensor(rows),
+        [np.array(row) for row in rows],
+        [torch.tensor(r) for r in rows],
+    ):
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
         assert [output.outputs[0].token_ids for output in outputs] == expected
 
@@ -530,8 +536,7 @@ def test_streams_of_random_bytes_equal_the_final_texts(llm: LLM) -> None:
     """Most of what a random model says is no UTF-8: text only grows, and the end agrees with decoding all at once."""
     params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=30, ignore_eos=seed % 2 == 0) for seed in range(8)]
     final = {
-        str(seed): output.outputs[0]
-        for seed, output in enumerate(llm.generate(["text"] * 8, params, use_tqdm=False))
+        str(seed): output.outputs[0] for seed, output in enumerate(llm.generate(["text"] * 8, params, use_tqdm=False))
     }
     for seed in range(8):
         llm.add_request("text", params[seed], f"seed-{seed}")
@@ -622,10 +627,18 @@ def test_step_without_work_returns_nothing(llm: LLM) -> None:
 # -- about the engine --
 
 
-def test_default_parameters_come_from_the_generation_config(script_folder: Path, copy_of: Callable[[Path], Path]) -> None:
+def test_default_parameters_come_from_the_generation_config(
+    script_folder: Path, copy_of: Callable[[Path], Path]
+) -> None:
     folder = copy_of(script_folder)
     edit_json(
-        folder / "generation_config.json", do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, max_new_tokens=3
+        folder / "generation_config.json",
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        min_p=0.1,
+        max_new_tokens=3,
     )
     with make_llm(folder) as llm:
         params = llm.get_default_sampling_params()

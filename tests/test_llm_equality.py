@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nanovllm import LLM, SamplingParams
 from tests.tiny_models import random_prompts, save_random
 
@@ -24,7 +25,7 @@ def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
-def sampled(seed: int, **options: Any) -> SamplingParams:
+def sampled(seed: int | None, **options: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 1.0, "seed": seed, "max_tokens": NUM_OUTPUT, **options})
 
 
@@ -112,7 +113,7 @@ def test_a_seeded_request_does_not_depend_on_other_seeds(
             prompts = [PROMPTS[i % 10] for i in range(row + 1, row + 6)]
             prompts.insert(row, PROMPTS[6])
             seeds = [{"same": 5, "other": i, None: None}[others] for i in range(6)]
-            params = [sampled(0, seed=seed, max_tokens=2 + i) for i, seed in enumerate(seeds)]
+            params = [sampled(seed, max_tokens=2 + i) for i, seed in enumerate(seeds)]
             params[row] = MIXED[6]
             assert tokens(llm, prompts, params)[row] == sampled_alone[6]
 
@@ -180,13 +181,13 @@ def test_full_batches_at_every_size(tmp_path: Path) -> None:
     folder = save_random(
         tmp_path, vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    params = SamplingParams(temperature=0, max_tokens=3)
-    prompts = [[i % 32, i // 32, 7] for i in range(512)]
+    params = SamplingParams(temperature=0, max_tokens=2)
+    prompts = [[i % 32, i // 32] for i in range(512)]
     with make_llm(folder, max_num_seqs=32) as llm:
         expected = tokens(llm, prompts, params)
     for size in SIZES:
-        with make_llm(folder, max_num_seqs=size, max_num_batched_tokens=3 * size, max_model_len=16) as llm:
+        with make_llm(folder, max_num_seqs=size, max_num_batched_tokens=2 * size, max_model_len=16) as llm:
             assert tokens(llm, prompts[:size], params) == expected[:size]
-            assert llm.get_metrics()["num_steps"] == 3, f"{size} requests must run as one batch"
-            if size in (1, 2, 3, 64, 511):
+            assert llm.get_metrics()["num_steps"] == 2, f"{size} requests must run as one batch"
+            if size in (1, 3, 64):
                 assert tokens(llm, prompts[: size + 1], params) == expected[: size + 1]

@@ -5,6 +5,7 @@ import pickle
 from typing import Any
 
 import pytest
+
 from nanovllm import SamplingParams
 
 WRONG_VALUES: list[tuple[str, Any]] = [
@@ -68,7 +69,8 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "unsupported", ["n", "best_of", "logit_bias", "logprobs", "presence_penalty", "repetition_penalty", "guided_decoding"]
+    "unsupported",
+    ["n", "best_of", "logit_bias", "logprobs", "presence_penalty", "repetition_penalty", "guided_decoding"],
 )
 def test_an_unsupported_option_of_vllm_is_refused(unsupported: str) -> None:
     """W13: never accepted and ignored."""
@@ -110,7 +112,13 @@ def test_values_at_the_bounds_are_accepted(options: dict[str, Any]) -> None:
 
 def test_greedy_is_temperature_zero_or_too_small_to_divide_by() -> None:
     """C8"""
-    assert [SamplingParams(temperature=t).is_greedy for t in (0, 0.0, 9e-6, 1e-5, 1.0)] == [True, True, True, False, False]
+    assert [SamplingParams(temperature=t).is_greedy for t in (0, 0.0, 9e-6, 1e-5, 1.0)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_one_stop_string_and_a_list_mean_the_same() -> None:

@@ -1,8 +1,8 @@
 """Tiny checkpoints that transformers itself saves, and what Hugging Face computes with them.
 
-`save_random` makes a model whose every parameter matters (biases and norms are random too). `save_scripted` makes one that
-recites a given text, so that tests of stop strings and streaming know every token in advance. Both come, if asked, with a
-byte-level tokenizer in which each byte is a token.
+`save_random` makes a model whose every parameter matters (biases and norms are random too). `save_scripted` makes one
+that recites a given text, so that tests of stop strings and streaming know every token in advance. `save_tokenizer`
+adds a byte-level tokenizer in which each byte is a token.
 """
 
 import json
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nanovllm import LLM
 from torch import Tensor
+
+from nanovllm import LLM
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 VOCAB_WITH_TOKENIZER = 272  # 256 bytes, the special tokens, and some rows that no token uses
@@ -88,7 +89,6 @@ def _new_model(architecture: str, **config: Any) -> Any:
 
 def save_tokenizer(folder: Path) -> None:
     """One token a byte, BOS before every prompt, four special tokens, a chat template."""
-    import tokenizers
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -98,7 +98,7 @@ def save_tokenizer(folder: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    assert tokenizers.__version__ and backend.token_to_id("<|im_end|>") == IM_END
+    assert backend.token_to_id("<|im_end|>") == IM_END
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
@@ -155,7 +155,7 @@ def hugging_face_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> l
 
 def inner_model(llm: LLM) -> Any:
     """The nn.Module that an LLM on this process runs."""
-    return llm._engine.executor._runner.model
+    return llm.apply_model(lambda model: model)[0]
 
 
 def record_logits(llm: LLM) -> Callable[[], Tensor]:

@@ -1,7 +1,7 @@
 """Paged attention that is fast on a CPU, from PyTorch's own operations.
 
-Owns the indices of a step, built once and used by every layer. Invariant: work grows with the blocks that are read, never
-with the longest request of the batch. Two paths:
+Owns the indices of a step, built once and used by every layer. Invariant: work grows with the blocks that are read,
+never with the longest request of the batch. Two paths:
 
     a few requests, or prompts   copy their blocks side by side, then scaled_dot_product_attention
     many decoding requests       batched products straight over the cache, one per (block, KV head), no copy of it:
@@ -83,16 +83,17 @@ class CpuPagedBackend:
 def _attend(
     q: Tensor, kv_cache: Tensor, table: Tensor, query_len: int, seq_len: int, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Requests of equal lengths, together: q [n * query_len, num_heads, head_dim]; mask [query_len, seq_len] or None."""
+    """Requests of equal lengths, together: q [n * query_len, num_heads, head_dim]; mask [query_len, seq_len]."""
     num_blocks = -(-seq_len // kv_cache.shape[3])
     blocks = table[:, :num_blocks].flatten()
     n, by_head = table.shape[0], kv_cache.transpose(1, 2)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
-    context = by_head.index_select(2, blocks).unflatten(2, (n, num_blocks)).flatten(3, 4)[:, :, :, :seq_len]
+    copied = by_head.index_select(2, blocks)
+    context = copied.view(*by_head.shape[:2], n, -1, by_head.shape[4])[:, :, :, :seq_len]
     keys, values = context.transpose(1, 2)  # each [n, num_kv_heads, seq_len, head_dim]
     if query_len == 1:  # the heads that share keys stand in for queries
         grouped = q.reshape(n, keys.shape[1], -1, q.shape[2])
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
-    heads_first = q.unflatten(0, (n, query_len)).transpose(1, 2)  # [n, num_heads, query_len, head_dim]
+    heads_first = q.reshape(n, query_len, *q.shape[1:]).transpose(1, 2)  # [n, num_heads, query_len, head_dim]
     causal = mask is None
     out = F.scaled_dot_product_attention(
         heads_first, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True

@@ -137,7 +137,7 @@ def _run_theirs(model: Any, token_ids: list[int]) -> Stages:
 
 
 def _model_of(llm: LLM) -> Any:
-    return llm._engine.executor._runner.model  # type: ignore[attr-defined]
+    return llm.apply_model(lambda model: model)[0]
 
 
 @contextmanager

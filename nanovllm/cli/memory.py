@@ -12,6 +12,7 @@ import torch
 
 from nanovllm.config import DTYPES, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 
@@ -52,7 +53,7 @@ def run(args: Namespace) -> int:
 def count_parameters(config: ModelConfig) -> int:
     """Numbers in the checkpoint of such a model; tied weights count once."""
     with torch.device("meta"):
-        model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel())
+        model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel(), PLAIN)
     return sum(prod(slot.shape) for _, slot in model.slots())
 
 

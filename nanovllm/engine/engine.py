@@ -8,6 +8,7 @@ Owns the order of things and nothing else. Invariant: results are taken in the o
 """
 
 from collections import deque
+from collections.abc import Iterable
 from time import perf_counter
 
 from nanovllm.engine.interfaces import Executor, PendingStep
@@ -64,6 +65,11 @@ class Engine:
                     stop,
                 )  # also where max_tokens ended it with this token
         return changed
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """After an interrupted step: drop what is in flight and let `requests`, the unfinished ones, begin again."""
+        self._in_flight.clear()
+        self.scheduler.restart(requests)
 
     def close(self) -> None:
         self._in_flight.clear()

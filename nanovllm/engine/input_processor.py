@@ -40,10 +40,14 @@ class InputProcessor:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._length_dependent_from = length_dependent_from
-        self._num_requests = 0
 
-    def process(self, prompt: Prompt, params: SamplingParams, name: str, request_id: str | None = None) -> Request:
-        """Raise ValueError or TypeError for `name` (say "prompts[3]"), or return a request that fits."""
+    def process(
+        self, prompt: Prompt, params: SamplingParams, name: str, number: int, request_id: str | None = None
+    ) -> Request:
+        """Raise ValueError or TypeError for `name` (say "prompts[3]"), or return a request that fits.
+
+        number: what the request's id and seed come from where none is given.
+        """
         if not isinstance(params, SamplingParams):
             raise TypeError(f"{name}: sampling_params must be SamplingParams, got {type(params).__name__}")
         text, token_ids = self._read_prompt(prompt, name)
@@ -53,8 +57,6 @@ class InputProcessor:
                 raise ValueError(f"{name}: stop token id {token_id} is outside the vocabulary [0, {self._vocab_size})")
         if params.stop and self._encode is None:
             raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
-        number = self._num_requests
-        self._num_requests += 1
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         return Request(
             request_id=str(number) if request_id is None else request_id,

@@ -1,6 +1,7 @@
 """What the engine asks of whoever runs the model. Protocols only; `executor/` holds the implementations."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 
@@ -19,5 +20,7 @@ class Executor(Protocol):
     num_blocks: int
 
     def execute(self, plan: SchedulerOutput) -> PendingStep: ...
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]: ...
 
     def close(self) -> None: ...

@@ -10,7 +10,7 @@ host has read every token of it.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
@@ -41,6 +41,7 @@ class Scheduler:
         enable_prefix_caching: bool,
     ) -> None:
         self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_blocks)
@@ -70,6 +71,22 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Forget all plans and blocks; `requests`, the unfinished ones in order, wait again and compute their KV anew.
+
+        For a step that was interrupted anywhere: lists may be half changed, and blocks published that were never written.
+        """
+        self.pool = BlockPool(self.pool.num_blocks)
+        self.running.clear()
+        self.waiting.clear()
+        self._planned.clear()
+        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+        for request in requests:
+            request.status = RequestStatus.WAITING
+            request.num_computed_tokens = request.num_pending_tokens = request.num_published_blocks = 0
+            request.row, request.block_ids = -1, []
+            self.waiting.append(request)
 
     # -- planning a step --
 

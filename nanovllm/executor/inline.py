@@ -4,6 +4,8 @@ Owns the runner and lets go of it at the end. Invariant: opens no port, no proce
 """
 
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,6 +21,11 @@ class InlineExecutor:
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
         assert self._runner is not None, "the executor is closed"
         return self._runner.execute(plan)
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(model) returns, for each worker."""
+        assert self._runner is not None, "the executor is closed"
+        return [function(self._runner.model)]
 
     def close(self) -> None:
         """Free weights and KV cache. May be called twice."""

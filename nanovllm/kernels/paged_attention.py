@@ -1,7 +1,7 @@
 """Causal attention of new tokens over keys and values that lie in blocks (PagedAttention, Kwon et al., 2023).
 
-Owns the meaning, in plain PyTorch and one request at a time, and the choice of the GPU kernel. Invariant: the output of a
-request depends on its own blocks and queries only; rows of padding (a request of length 0) give zeros.
+Owns the meaning, in plain PyTorch and one request at a time, and the choice of the GPU kernel. Invariant: the output
+of a request depends on its own blocks and queries only; rows of padding (a request of length 0) give zeros.
 
     context of a request   0 .................. seq_len - query_len .......... seq_len
     its queries                                 [ j = 0, 1, ...            ]
@@ -65,8 +65,10 @@ def paged_attention_reference(
         if query_len == 0 or seq_len == 0:
             continue
         num_blocks = -(-seq_len // kv_cache.shape[3])
-        context = kv_cache[:, meta.block_table[i, :num_blocks].long()]  # [2, blocks, num_kv_heads, block_size, head_dim]
-        context = context.transpose(1, 2).flatten(2, 3)[:, :, :seq_len]  # [2, num_kv_heads, seq_len, head_dim]
+        blocks = meta.block_table[i, :num_blocks].long()
+        context = (
+            kv_cache[:, blocks].transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
+        )  # [2, num_kv_heads, seq_len, head_dim]
         keys, values = context.float().repeat_interleave(group, dim=1)
         positions = torch.arange(seq_len - query_len, seq_len, device=q.device)[:, None]
         distance = positions - torch.arange(seq_len, device=q.device)  # [query_len, seq_len]

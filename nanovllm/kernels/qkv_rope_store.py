@@ -28,9 +28,9 @@ def qkv_rope_store(
 ) -> Tensor:
     """Stores k and v, returns q [num_tokens, num_heads, head_dim], normed and rotated.
 
-    qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin [num_tokens, head_dim] float32, None for a model
-    without rotation; kv_cache [2, num_blocks, num_kv_heads, block_size, head_dim] with any strides; slot_mapping
-    [num_tokens] integers; norm weights [head_dim], None where the model has no such norm.
+    qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin [num_tokens, head_dim] float32, None for a
+    model without rotation; kv_cache [2, num_blocks, num_kv_heads, block_size, head_dim] with any strides;
+    slot_mapping [num_tokens] integers; norm weights [head_dim], both None where the model has no such norm.
     """
     if use_triton(qkv):
         from nanovllm.kernels.qkv_rope_store_triton import qkv_rope_store_triton
@@ -55,20 +55,20 @@ def qkv_rope_store_reference(
     k_norm_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    heads = qkv.unflatten(-1, (-1, head_dim))  # [num_tokens, q heads | k heads | v heads, head_dim]
-    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)  # q, then k, then v
+    qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
     if q_norm_weight is not None and k_norm_weight is not None:
         normed_q = rms_norm_reference(qk[:, :num_heads], q_norm_weight, eps)
         normed_k = rms_norm_reference(qk[:, num_heads:], k_norm_weight, eps)
         qk = torch.cat((normed_q, normed_k), dim=1)
     if cos_sin is not None:
         qk = apply_rope_reference(qk, cos_sin)
-    q, k = qk.split((num_heads, num_kv_heads), dim=1)
+    q, k = qk[:, :num_heads], qk[:, num_heads:]
     if slot_mapping.numel() and slot_mapping.min() < 0:
         stored = slot_mapping >= 0
         k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
     block_ids = slot_mapping.div(kv_cache.shape[3], rounding_mode="floor")
     offsets = slot_mapping % kv_cache.shape[3]
-    kv_cache[0].transpose(1, 2)[block_ids, offsets] = k  # transposed: [num_blocks, block_size, num_kv_heads, head_dim]
-    kv_cache[1].transpose(1, 2)[block_ids, offsets] = v
+    by_token = kv_cache.transpose(2, 3)  # [2, num_blocks, block_size, num_kv_heads, head_dim]
+    by_token[:, block_ids, offsets] = torch.stack((k, v))
     return q

@@ -1,7 +1,7 @@
 """Root-mean-square norm (Zhang and Sennrich, 2019), alone and with the residual addition before it.
 
-Owns the meaning and its rounding: mean in float32, normalised value rounded to the input's dtype, then times the weight,
-as Hugging Face's Llama and Qwen3 do. Invariant: pure, no input is ever written, in any dtype.
+Owns the meaning and its rounding: mean in float32, normalised value rounded to the input's dtype, then times the
+weight, as Hugging Face's Llama and Qwen3 do. Invariant: pure, no input is ever written, in any dtype.
 """
 
 import torch

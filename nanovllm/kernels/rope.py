@@ -6,13 +6,14 @@ float32, one rounding at the end.
     x = [ a | b ],  cos_sin = [ cos | sin ]   ->   [ a cos - b sin | b cos + a sin ]
 """
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """x [num_tokens, heads, head_dim] with any strides, cos_sin [num_tokens, head_dim] float32 -> new, x's shape and dtype."""
+    """x [num_tokens, heads, head_dim], any strides; cos_sin [num_tokens, head_dim] float32 -> new, of x's dtype."""
     if use_triton(x):
         from nanovllm.kernels.rope_triton import apply_rope_triton
 
@@ -22,8 +23,5 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def apply_rope_reference(x: Tensor, cos_sin: Tensor) -> Tensor:
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # each [num_tokens, 1, head_dim / 2]
-    halves = x.unflatten(-1, (2, -1))
-    rotated = halves * cos.unsqueeze(2)  # [num_tokens, heads, 2, head_dim / 2], float32
-    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
-    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin)
-    return rotated.flatten(-2).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat(((a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)), dim=-1).to(x.dtype)

@@ -6,19 +6,22 @@ Owns no weight and no cache: the norm weights come from the model, the cache fro
 from torch import Tensor
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.kernels.qkv_rope_store import qkv_rope_store
+from nanovllm.kernels.ops import Ops
 from nanovllm.layers.norm import RMSNorm
 
 
 class Attention:
     """Grouped-query attention of one layer (Ainslie et al., 2023), for the heads of this rank."""
 
-    def __init__(self, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> None:
+    def __init__(
+        self, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, ops: Ops
+    ) -> None:
         self.layer_idx = layer_idx
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.window = window
+        self.ops = ops
         self.scale = head_dim**-0.5
 
     def __call__(
@@ -26,7 +29,7 @@ class Attention:
     ) -> Tensor:
         """qkv [num_tokens, (num_heads + 2 num_kv_heads) head_dim] -> [num_tokens, num_heads * head_dim]."""
         kv_cache = ctx.kv_caches[self.layer_idx]
-        q = qkv_rope_store(
+        q = self.ops.qkv_rope_store(
             qkv,
             cos_sin,
             kv_cache,

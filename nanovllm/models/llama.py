@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -23,15 +23,15 @@ from nanovllm.layers.slots import Slots
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, config.qkv_bias, dtype, tp)
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, config.o_bias, dtype, tp)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype) if config.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, ops) if config.qk_norm else None
         num_heads, num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self.attention = Attention(layer_idx, num_heads, num_kv_heads, head_dim, config.windows[layer_idx])
+        self.attention = Attention(layer_idx, num_heads, num_kv_heads, head_dim, config.windows[layer_idx], ops)
 
     def forward(self, x: Tensor, cos_sin: Tensor, ctx: ForwardContext) -> Tensor:
         return self.o_proj(self.attention(self.qkv_proj(x), cos_sin, ctx, self.q_norm, self.k_norm))
@@ -45,14 +45,15 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(hidden, (inner, inner), config.mlp_bias, dtype, tp)
         self.down_proj = RowParallelLinear(inner, hidden, config.mlp_bias, dtype, tp)
+        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
 
     def slots(self, name: str) -> Slots:
         yield from self.gate_up_proj.slots(f"{name}.gate_proj", f"{name}.up_proj")
@@ -60,12 +61,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = SelfAttention(config, layer_idx, dtype, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype, tp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
+        self.self_attn = SelfAttention(config, layer_idx, dtype, tp, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
+        self.mlp = MLP(config, dtype, tp, ops)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext
@@ -84,13 +85,13 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """max_len: positions that the rotary table must cover."""
+    """max_len: positions that the rotary table must cover. ops: see `kernels/ops.py`."""
 
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
         self.rotary = RotaryEmbedding(config.head_dim, max_len, config.rope)
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to)

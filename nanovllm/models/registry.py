@@ -32,7 +32,7 @@ def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
 
 
 def model_class(architecture: str) -> Any:
-    """The class that implements a name from ARCHITECTURES: `cls(config, max_len, dtype, tp)`."""
+    """The class that implements a name from ARCHITECTURES: `cls(config, max_len, dtype, tp, ops)`."""
     module, name = ARCHITECTURES[architecture].module.split(":")
     return getattr(import_module(module), name)
 

@@ -18,9 +18,10 @@ from nanovllm.sampling.state import SamplingState
 class BatchState:
     def __init__(self, max_num_seqs: int, max_blocks: int, vocab_size: int, device: torch.device) -> None:
         self.max_blocks = max_blocks
-        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.num_computed = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self.spare_row = max_num_seqs  # written by padding, read by nobody
+        self.last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.num_computed = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.sampling = SamplingState(max_num_seqs, vocab_size, device)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # host only
 
@@ -30,9 +31,18 @@ class BatchState:
             self.num_prompt_tokens[new.row] = new.num_prompt_tokens
             self.sampling.set_row(new.row, new.params, new.seed, new.num_prompt_tokens, new.stop_token_ids)
 
+    @property
+    def nowhere(self) -> int:
+        """A place in the flat block tables that belongs to the spare row."""
+        return self.spare_row * self.max_blocks
+
     def apply(self, computed: torch.Tensor, blocks: torch.Tensor) -> None:
         """computed [n, 2]: (row, num_computed); blocks [m, 2]: (row * max_blocks + index, block id). int32, on the device."""
         if computed.shape[0]:
             self.num_computed[computed[:, 0]] = computed[:, 1]
         if blocks.shape[0]:
-            self.block_tables.view(-1)[blocks[:, 0]] = blocks[:, 1]
+            self.set_blocks(blocks[:, 0], blocks[:, 1])
+
+    def set_blocks(self, places: torch.Tensor, blocks: torch.Tensor) -> None:
+        """places: row * max_blocks + index."""
+        self.block_tables.view(-1)[places] = blocks

@@ -26,7 +26,6 @@ class InputBatch:
     new_rows: Tensor  # [num_new, 2]
     new_blocks: Tensor  # [num_new_blocks, 2]
     rows_host: np.ndarray  # [num_reqs]
-    token_ids_host: np.ndarray  # [num_tokens]
     sampled_host: np.ndarray  # [num_sampled]
 
 
@@ -43,7 +42,6 @@ class InputStager:
         rows = np.array(plan.rows, dtype=np.int32)
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(plan.num_scheduled_tokens, out=starts[1:])
-        token_ids = np.array(plan.token_ids, dtype=np.int32)
         sampled = np.flatnonzero(plan.samples).astype(np.int32)
         new_rows = [(new.row, new.num_computed_tokens) for new in plan.new_rows]
         new_blocks = [(row * self._max_blocks + index, block_id) for row, index, block_id in plan.new_blocks]
@@ -53,7 +51,7 @@ class InputStager:
         parts = (
             rows,
             starts,
-            token_ids,
+            np.array(plan.token_ids, dtype=np.int32),
             sampled,
             np.array(new_rows, dtype=np.int32).reshape(-1),
             np.array(new_blocks, dtype=np.int32).reshape(-1),
@@ -67,7 +65,6 @@ class InputStager:
             new_rows=views[4].view(-1, 2),
             new_blocks=views[5].view(-1, 2),
             rows_host=rows,
-            token_ids_host=token_ids,
             sampled_host=sampled,
         )
 

@@ -17,7 +17,7 @@ from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.runner.batch_state import BatchState
-from nanovllm.runner.cuda_graphs import DecodeGraphs, DecodeInputs, DecodeOutputs
+from nanovllm.runner.cuda_graphs import DecodeGraphs, DecodeInputs
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.sampler import Sampler
 
@@ -61,30 +61,36 @@ class ModelRunner:
         self._stager = InputStager(max_blocks, num_buffers, device)
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and not config.enforce_eager and not self._has_dynamic_rope:
-            self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, num_buffers, device)
+            self._graphs = DecodeGraphs(
+                self._decode, config.max_num_seqs, self.state.nowhere, num_buffers, device
+            )
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step."""
+        if self._graphs is not None and self._is_plain_decode(plan):
+            self.state.sampling.upload()
+            places = [(row * self.state.max_blocks + index, block_id) for row, index, block_id in plan.new_blocks]
+            return self._read_back(self._graphs.run(plan.rows, plan.token_ids, places))
         batch = self._stager.stage(plan)
         self.state.enter(plan.new_rows)
         self.state.apply(batch.new_rows, batch.new_blocks)
-        if self._graphs is not None and plan.num_decodes == len(plan.rows):
-            outputs = self._graphs.run(batch.rows_host, batch.token_ids_host)
-            logits, seq_lens = outputs.logits, outputs.seq_lens
-            if len(batch.sampled_host) < len(plan.rows):
-                logits = logits[batch.sampled]
-        else:
-            logits, seq_lens = self._forward(plan, batch)
+        hidden, seq_lens = self._forward(plan, batch)
         if not len(batch.sampled_host):
             return self._read_back(batch.sampled)
+        logits = self.model.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1])
         rows = batch.rows[batch.sampled]
         tokens = self.sampler.sample(logits, batch.rows_host[batch.sampled_host], rows, seq_lens[batch.sampled])
         self.state.last_token[rows] = tokens
         return self._read_back(tokens)
 
+    def _is_plain_decode(self, plan: SchedulerOutput) -> bool:
+        """One token for each of some rows that run already, sampled as the device can by itself."""
+        is_decode = plan.num_decodes == len(plan.rows) and not plan.new_rows and all(plan.samples)
+        return is_decode and not self.sampler.needs_host(np.array(plan.rows))
+
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
-        """Any mixture of requests: logits [num_sampled, vocab_size], seq_lens [num_reqs]."""
+        """Any mixture of requests: hidden states [num_tokens, hidden_size], seq_lens [num_reqs]."""
         inputs = self._prepare(batch.rows, batch.query_start_loc, batch.token_ids)
         seq_lens = [a + b for a, b in zip(plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)]
         num_blocks = -(-max(seq_lens) // self.block_size)
@@ -101,18 +107,18 @@ class ModelRunner:
             seq_lens_host=seq_lens,
         )
         rope_lens = self._rope_lens(plan, batch) if self._has_dynamic_rope else None
-        hidden = self._run_model(inputs, meta, rope_lens)
-        last = batch.query_start_loc[1:][batch.sampled] - 1
-        return self.model.compute_logits(hidden[last]), inputs.seq_lens
+        return self._run_model(inputs, meta, rope_lens), inputs.seq_lens
 
-    def _decode(self, inputs: DecodeInputs) -> DecodeOutputs:
-        """One token for each row; every size comes from the inputs' shapes, so that it can be captured."""
+    def _decode(self, inputs: DecodeInputs, query_start_loc: Tensor) -> Tensor:
+        """A whole decode step on the device, to be captured: every size comes from the inputs' shapes."""
         size, max_len = inputs.rows.shape[0], self.state.max_blocks * self.block_size
-        step = self._prepare(inputs.rows, inputs.query_start_loc, inputs.token_ids)
+        self.state.set_blocks(inputs.new_places, inputs.new_blocks)
+        step = self._prepare(inputs.rows, query_start_loc, inputs.token_ids)
+        safe_rows = torch.where(inputs.rows < 0, self.state.spare_row, inputs.rows)
         meta = AttentionMetadata(
-            query_start_loc=inputs.query_start_loc,
+            query_start_loc=query_start_loc,
             seq_lens=step.seq_lens,
-            block_table=self.state.block_tables[inputs.rows.clamp(min=0)],
+            block_table=self.state.block_tables[safe_rows],
             slot_mapping=step.slot_mapping,
             num_decodes=size,
             num_reqs=size,
@@ -121,8 +127,10 @@ class ModelRunner:
             query_lens_host=[1] * size,
             seq_lens_host=[max_len] * size,
         )
-        hidden = self._run_model(step, meta, None)
-        return DecodeOutputs(self.model.compute_logits(hidden), step.seq_lens)
+        logits = self.model.compute_logits(self._run_model(step, meta, None))
+        tokens = self.sampler.sample_captured(logits, inputs.rows, step.seq_lens)
+        self.state.last_token[safe_rows] = tokens
+        return tokens
 
     def _prepare(self, rows: Tensor, query_start_loc: Tensor, token_ids: Tensor) -> StepInputs:
         state = self.state

@@ -46,7 +46,7 @@ def apply_top_p(logits: Tensor, top_p: Tensor, outside: Tensor | None = None) ->
     """Keep the shortest prefix, in falling order, whose probability reaches top_p [n] (Holtzman et al., 2020).
 
     At least one token stays; among equal logits lower ids come first, so ties are cut; 1 keeps all. outside [n]: the
-    weight of tokens that are not in `logits`, in units of the highest one's. Sorts whole rows: for short ones or a GPU.
+    weight of tokens that are not in `logits`, in units of the highest one's. Sorts whole rows: for short ones.
     """
     highest = logits.amax(-1, keepdim=True)
     total = (logits - highest).exp().sum(-1, keepdim=True, dtype=torch.float64)
@@ -56,7 +56,7 @@ def apply_top_p(logits: Tensor, top_p: Tensor, outside: Tensor | None = None) ->
 
 
 def apply_top_p_by_buckets(logits: Tensor, top_p: Tensor) -> Tensor:
-    """The same as `apply_top_p`, ten times faster for long rows on a CPU: only the bucket with the edge is sorted.
+    """The same as `apply_top_p`, ten times faster for long rows: only the bucket with the edge is sorted.
 
     Tokens are weighed in buckets by their distance to the highest logit, so that a bucket is wholly kept, wholly
     dropped, or holds the edge of the nucleus.

@@ -10,16 +10,17 @@ The order of the stages, as in vLLM:
     5. top_p         keep the nucleus of what is left, at least one token      rows that ask
     6. draw          lowest id where the CDF exceeds uniform(seed, position)   all sampled rows
 
-Owns the order and the choice of route; `logits.py` owns the arithmetic, `state.py` the parameters. The host mirrors say
-which rows need what, so a stage that nobody asked for is not run, and the host waits for no result (but for filters on
-a CPU, where waiting is free). Invariant: a row's token depends on its logits, parameters, seed and position alone, and
-so does the route to it.
+Owns the order and the choice of route; `logits.py` owns the arithmetic, `state.py` the parameters. On a GPU, stages 2
+to 6 are `kernels/sample_triton.py`, which reads the parameters there. On a CPU the host mirrors say which rows need
+what, so a stage that nobody asked for is not run. Invariant: a row's token depends on its logits, parameters, seed and
+position alone, and so does the route to it.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.dispatch import use_triton
 from nanovllm.sampling.logits import (
     MASKED,
     apply_min_p,
@@ -35,8 +36,7 @@ from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.state import RowParams, SamplingState, upload
 
 _NUM_CANDIDATES = 128  # what the filters look at first; rows that keep more are filtered whole
-_CPU_CHUNK = 2**21  # logits handled at a time: float32 temporaries then stay in the cache
-_GPU_CHUNK = 2**25  # bounds their size
+_CHUNK = 2**21  # logits handled at a time: float32 temporaries then stay in the cache
 
 
 class Sampler:
@@ -50,16 +50,32 @@ class Sampler:
         asked = self._state.host[rows_host]
         if asked["min_length"].any():
             logits = self._hold_back_stop_ids(logits, rows_host, rows, positions)
+        if use_triton(logits):
+            self._state.upload()
+            return self.sample_captured(logits, rows, positions)
         greedy = asked["temperature"] == 0
         filtered = ~greedy & _asks_for_a_filter(asked)
-        tokens = torch.empty(len(rows_host), dtype=torch.int32, device=logits.device)
+        tokens = torch.empty(len(rows_host), dtype=torch.int32)
         for members in (greedy, ~greedy & ~filtered, filtered):
             if members.all():
                 tokens.copy_(self._pick(logits, asked, rows, positions))
             elif members.any():
-                index = upload(np.flatnonzero(members), logits.device)
+                index = torch.from_numpy(np.flatnonzero(members))
                 tokens[index] = self._pick(logits[index], asked[members], rows[index], positions[index]).int()
         return tokens
+
+    def needs_host(self, rows_host: np.ndarray) -> bool:
+        """Does any of these rows ask for min_tokens, which `sample_captured` does not do?"""
+        return bool(self._state.host["min_length"][rows_host].any())
+
+    def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """As `sample`, on a GPU and without the host, so that it can be captured in a CUDA graph; without min_tokens.
+
+        Reads `SamplingState.columns` as last uploaded. rows, positions int32; a row of -1 is padding and gives token 0.
+        """
+        from nanovllm.kernels.sample_triton import sample_triton
+
+        return sample_triton(logits, rows, positions, self._state.columns)
 
     def _hold_back_stop_ids(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
         pairs = [(i, stop_id) for i, row in enumerate(rows_host) for stop_id in self._state.stop_ids[row]]
@@ -70,12 +86,12 @@ class Sampler:
         return logits
 
     def _pick(self, logits: Tensor, asked: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
-        """Tokens of rows that are all greedy, all plain, or all filtered."""
+        """Tokens of rows that are all greedy, all plain, or all filtered; on a CPU."""
         if asked["temperature"][0] == 0:
             return pick_highest(logits)
         params = self._state.select(rows)
         noise = uniform(params.seed, positions)
-        size = max(1, (_GPU_CHUNK if logits.is_cuda else _CPU_CHUNK) // logits.shape[1])
+        size = max(1, _CHUNK // logits.shape[1])
         picked = []
         for start in range(0, len(logits), size):
             part = slice(start, start + size)
@@ -89,12 +105,12 @@ def _asks_for_a_filter(asked: np.ndarray) -> np.ndarray:
 
 
 def _draw(scaled: Tensor, params: RowParams, asked: np.ndarray, noise: Tensor) -> Tensor:
-    """Filter and draw. On a CPU the filters look at the highest tokens first, and at whole rows only where these do not
-    settle it: to read that back is free there, and a search of whole rows is dear.
+    """Filter and draw. The filters look at the highest tokens first, and at whole rows only where these do not settle
+    it, since to search whole rows is dear.
     """
     if not _asks_for_a_filter(asked).any():
         return pick_by_weight(scaled.softmax(-1), noise)
-    if scaled.is_cuda or scaled.shape[1] <= _NUM_CANDIDATES:
+    if scaled.shape[1] <= _NUM_CANDIDATES:
         return pick_by_weight(_filter(scaled, params, asked)[0].softmax(-1), noise)
     total = 1 / scaled.softmax(-1).amax(-1) if (asked["top_p"] < 1).any() else None
     values, ids = find_candidates(scaled, _NUM_CANDIDATES)
@@ -127,7 +143,7 @@ def _filter(values: Tensor, params: RowParams, asked: np.ndarray, total: Tensor 
             inside = (values - highest[:, None]).exp().sum(-1)
             outside = (total - inside).clamp(min=0).masked_fill(is_exact, 0.0)
         is_exact |= (params.min_p == 0) & (params.top_k == 0)
-        if kept.is_cuda or kept.shape[1] <= _NUM_CANDIDATES:
+        if kept.shape[1] <= _NUM_CANDIDATES:
             kept = apply_top_p(kept, params.top_p, outside)
         else:
             kept = apply_top_p_by_buckets(kept, params.top_p)

@@ -1,7 +1,8 @@
 """SamplingState: what each running request asks of the sampler, one row a request.
 
 Owns the columns, on the host (which stages does this step need?) and on the device (with which values?). Does not own
-the rows: the scheduler hands them out. Invariant: `select` returns what the last `set_row` of each row wrote.
+the rows: the scheduler hands them out. Invariant: after `upload`, the device has what the last `set_row` of each row
+wrote; `columns` stays one tensor at one address, so a CUDA graph may read it.
 """
 
 from collections.abc import Sequence
@@ -44,14 +45,17 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class SamplingState:
-    """Rows 0 .. max_num_seqs - 1; `host` is the NumPy mirror (dtype `ROW`), `stop_ids` what `min_tokens` holds back."""
+    """Rows 0 .. max_num_seqs - 1; `host` is the NumPy mirror (dtype `ROW`), `stop_ids` what `min_tokens` holds back.
+
+    columns [max_num_seqs, C] int32: on the device, the rows of `host` as 4-byte words.
+    """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.host = np.zeros(max_num_seqs, dtype=ROW)
         self.stop_ids: list[tuple[int, ...]] = [()] * max_num_seqs
-        self._columns = torch.zeros(max_num_seqs, ROW.itemsize // 4, dtype=torch.int32, device=self.device)
+        self.columns = torch.zeros(max_num_seqs, ROW.itemsize // 4, dtype=torch.int32, device=self.device)
         self._is_stale = False
 
     def set_row(self, row: int, params: SamplingParams, seed: int, prompt_len: int, stop_ids: Sequence[int]) -> None:
@@ -71,12 +75,16 @@ class SamplingState:
         entry["min_length"] = min(prompt_len + params.min_tokens, 2**31 - 1) if self.stop_ids[row] else 0
         self._is_stale = True
 
-    def select(self, rows: Tensor) -> RowParams:
-        """The columns of `rows` [n] on the device. New rows go up first, all in one copy."""
+    def upload(self) -> Tensor:
+        """Bring `columns` up to date, all new rows in one copy that the host does not wait for, and return it."""
         if self._is_stale:
             packed = self.host.view(np.int32).reshape(len(self.host), -1)
-            self._columns.copy_(upload(packed, self.device), non_blocking=True)
+            self.columns.copy_(upload(packed, self.device), non_blocking=True)
             self._is_stale = False
-        seed, rest = self._columns.index_select(0, rows).split((2, ROW.itemsize // 4 - 2), dim=1)
+        return self.columns
+
+    def select(self, rows: Tensor) -> RowParams:
+        """The columns of `rows` [n] on the device, up to date."""
+        seed, rest = self.upload().index_select(0, rows).split((2, ROW.itemsize // 4 - 2), dim=1)
         values = rest.view(torch.float32)
         return RowParams(seed.view(torch.int64)[:, 0], *values.unbind(1)[:3], *rest.unbind(1)[3:5])

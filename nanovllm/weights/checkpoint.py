@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.model_files.locate import locate_model, only_gguf_file
-from nanovllm.weights.gguf import GGUFCheckpoint
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -45,11 +44,18 @@ def open_checkpoint(model: str, *, load_format: str, revision: str | None) -> Ch
     if path.is_file():
         if load_format == "safetensors":
             raise ValueError(f"load_format='safetensors', but {path} is a GGUF file: use load_format='auto'")
-        return GGUFCheckpoint(path)
+        return _open_gguf(path)
     has_safetensors = any(path.glob("*.safetensors"))
     if load_format == "gguf" or (load_format != "safetensors" and not has_safetensors and any(path.glob("*.gguf"))):
-        return GGUFCheckpoint(only_gguf_file(path))
+        return _open_gguf(only_gguf_file(path))
     return SafetensorsCheckpoint(path, [] if load_format == "dummy" else _weight_files(path))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    # A leaf: only GGUF files need the gguf package.
+    from nanovllm.weights.gguf import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)
 
 
 class SafetensorsCheckpoint:

@@ -20,7 +20,7 @@ class PagedCase:
 def make_cache(
     layout: str, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Logical shape [2, num_blocks, num_kv_heads, block_size, head_dim] in one of three physical orders, with garbage in it."""
+    """[2, num_blocks, num_kv_heads, block_size, head_dim] in one of three physical orders, with garbage in it."""
     if layout == "heads outside":
         return torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)
     if layout == "tokens outside":

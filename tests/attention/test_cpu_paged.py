@@ -32,7 +32,7 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return [1] * len(decodes) + [n for n, _ in prompts], decodes + [n + past for n, past in prompts]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     lens=batches(),
     window=st.sampled_from([None, 1, 7, 40]),

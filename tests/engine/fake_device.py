@@ -5,9 +5,10 @@ slot that is stale, foreign, unwritten or overwritten changes the token, and the
 which knows no blocks at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from nanovllm.engine.block_pool import BlockPool
 from nanovllm.engine.engine import Engine
@@ -104,6 +105,9 @@ class FakeDevice:
             if pool._hashes[block_id] is None:
                 for offset in range(self.block_size):
                     self.slots.pop(block_id * self.block_size + offset, None)
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        return []
 
     def close(self) -> None:
         pass

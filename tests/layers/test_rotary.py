@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.models.registry import read_model_config
@@ -90,7 +91,10 @@ def test_frequencies_equal_the_functions_of_transformers(name: str) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for length in (16, 256, 8192):
-        rope = {**TYPES[name][0], **({"original_max_position_embeddings": length} if name in ("yarn", "llama3") else {})}
+        rope = {
+            **TYPES[name][0],
+            **({"original_max_position_embeddings": length} if name in ("yarn", "llama3") else {}),
+        }
         hf_config = hugging_face_config(rope, length, 64)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[name](hf_config, torch.device("cpu"), seq_len=3 * length)
         rope_lens = torch.tensor([3 * length]) if name == "dynamic" else None
@@ -115,7 +119,9 @@ def test_dynamic_before_the_original_length_is_the_default() -> None:
 
 @pytest.mark.parametrize("name", [name for name in TYPES if "default" not in name and name != "linear-below-1"])
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_whole_models_equal_hugging_face_beyond_the_original_length(tmp_path: Path, name: str, architecture: str) -> None:
+def test_whole_models_equal_hugging_face_beyond_the_original_length(
+    tmp_path: Path, name: str, architecture: str
+) -> None:
     """W4: logits of a prompt of twice the original length and of the output after it."""
     rope, max_positions = TYPES[name]
     folder = save_random(
@@ -141,7 +147,7 @@ def test_whole_models_equal_hugging_face_beyond_the_original_length(tmp_path: Pa
 @pytest.mark.parametrize("options", [{}, {"max_num_seqs": 4, "max_num_batched_tokens": 13}, {"overlap_depth": 2}])
 @pytest.mark.parametrize("preempts", [False, True])
 def test_dynamic_through_the_engine(tmp_path: Path, options: dict[str, Any], preempts: bool) -> None:
-    """W4, W16: whole or chunked, preempted, and with a warm prefix cache, where prompts of different lengths share text.
+    """W4, W16: whole or chunked, preempted, and with a warm prefix cache, where prompts of other lengths share text.
 
     Keys depend on the prompt's length once that is past the original one, so those blocks must not be shared; outputs
     that grow past it, and prompts below it, must come out right as well.
@@ -224,7 +230,9 @@ def test_the_older_spelling_means_the_same() -> None:
         hf_config = hugging_face_config(*TYPES[name])
         new = hf_config.to_dict()
         old = {key: value for key, value in new.items() if key != "rope_parameters"}
-        scaling = {key: value for key, value in new["rope_parameters"].items() if key not in ("rope_theta", "rope_type")}
+        scaling = {
+            key: value for key, value in new["rope_parameters"].items() if key not in ("rope_theta", "rope_type")
+        }
         old["rope_theta"] = new["rope_parameters"]["rope_theta"]
         old["rope_scaling"] = {"type": new["rope_parameters"]["rope_type"], **scaling} if scaling else None
         assert read_model_config({**old, "architectures": ["LlamaForCausalLM"]}, "float32") == ours(hf_config)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from tests.tiny_models import (
@@ -20,7 +21,10 @@ from tests.tiny_models import (
 # name: (architecture, config). Windows are shorter than the prompts.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
-    "llama-gqa7-d64": ("LlamaForCausalLM", {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 64}),
+    "llama-gqa7-d64": (
+        "LlamaForCausalLM",
+        {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 64},
+    ),
     "llama-mha-d80-tied": ("LlamaForCausalLM", {"num_key_value_heads": 4, "head_dim": 80, "tie_word_embeddings": True}),
     "llama-d96-bias": ("LlamaForCausalLM", {"head_dim": 96, "attention_bias": True}),
     "llama-mlp-bias": ("LlamaForCausalLM", {"mlp_bias": True}),

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from nanovllm import LLM
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.loader import fill_random, load_weights
-from safetensors.torch import load_file, save_file
 from tests.tiny_models import save_random
-from torch import Tensor
 
 # Every kind of tensor: biases everywhere, norms of heads, a head of its own.
 EVERYTHING: dict[str, Any] = {"attention_bias": True, "head_dim": 16}
@@ -25,7 +27,7 @@ def new_model(folder: Path, tp: TensorParallel | None = None) -> tuple[Any, dict
     """An unfilled model, all NaN, and its checkpoint's tensors."""
     checkpoint = open_checkpoint(str(folder), load_format="auto", revision=None)
     config = read_model_config(checkpoint.config, "float32")
-    model = model_class(config.architecture)(config, 64, torch.float32, tp or TensorParallel())
+    model = model_class(config.architecture)(config, 64, torch.float32, tp or TensorParallel(), PLAIN)
     for parameter in model.parameters():
         parameter.data.fill_(NAN)
     return model, dict(checkpoint.tensors())
@@ -41,7 +43,9 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random(tmp_path_factory.mktemp("tied"), "Qwen3ForCausalLM", **EVERYTHING, tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_every_parameter_is_written_and_every_tensor_used(tmp_path: Path, architecture: str, is_tied: bool) -> None:
     """W2, W3: after loading nothing is left of what was there before; slots and checkpoint have the same names."""
@@ -64,14 +68,15 @@ def test_each_missing_tensor_is_named(untied: Path) -> None:
 def test_many_missing_tensors_are_counted(untied: Path) -> None:
     """W2: the message stays short."""
     model, tensors = new_model(untied)
-    with pytest.raises(ValueError, match="'model.embed_tokens.weight'.* and [0-9]+ more") as error:
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight'.* and [0-9]+ more") as error:
         load_weights(model, [])
     assert len(str(error.value)) < 500
     assert int(str(error.value).split(" and ")[-1].split()[0]) == len(tensors) - 5
 
 
 @pytest.mark.parametrize(
-    "extra", ["model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight_scale", "visual.proj.weight"]
+    "extra",
+    ["model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight_scale", "visual.proj.weight"],
 )
 def test_an_unexpected_tensor_is_named(untied: Path, extra: str) -> None:
     """W3"""
@@ -88,9 +93,13 @@ def test_a_bias_that_the_config_denies_is_named(tmp_path: Path) -> None:
         load_weights(model, {**tensors, name: torch.zeros(32)}.items())
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t[None], lambda t: torch.cat((t, t))])
-def test_a_misshapen_tensor_is_named_with_both_shapes(untied: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+def test_a_misshapen_tensor_is_named_with_both_shapes(
+    untied: Path, name: str, change: Callable[[Tensor], Tensor]
+) -> None:
     """W3: also where copying would have broadcast."""
     model, tensors = new_model(untied)
     wrong = change(tensors[name])
@@ -137,9 +146,7 @@ def test_ranks_take_their_parts_of_the_same_checkpoint(untied: Path, rank: int) 
     q, k, v = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"].chunk(2)[rank] for name in "qkv")
     attention = model.layers[0].self_attn
     assert torch.equal(attention.qkv_proj.weight, torch.cat((q, k, v)))
-    assert torch.equal(
-        attention.o_proj.weight, tensors["model.layers.0.self_attn.o_proj.weight"].chunk(2, dim=1)[rank]
-    )
+    assert torch.equal(attention.o_proj.weight, tensors["model.layers.0.self_attn.o_proj.weight"].chunk(2, dim=1)[rank])
     o_bias = tensors["model.layers.0.self_attn.o_proj.bias"]
     assert torch.equal(attention.o_proj.bias, o_bias if rank == 0 else torch.zeros_like(o_bias))
 
@@ -170,12 +177,17 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> N
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"), r"model\.layers\.1\.mlp\.down_proj\.weight"),
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"),
+            r"model\.layers\.1\.mlp\.down_proj\.weight",
+        ),
         (lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}), r"extra\.weight"),
         (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}), r"model\.norm\.weight"),
     ],
 )
-def test_a_bad_file_is_an_error_of_llm(tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str) -> None:
+def test_a_bad_file_is_an_error_of_llm(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     """W2, W3"""
     folder = save_random(tmp_path)
     open_llm(folder)

@@ -1,0 +1,536 @@
+"""Triton twin of `small_linear.py`: three kernels for up to 64 rows, and the choice among them.
+
+Owns how few rows are multiplied on a GPU. A decode step reads every weight once and computes little, so what counts is
+that the reading never pauses, not even from one kernel to the next: each program asks for its weights before it waits for
+the kernel ahead (`dependent_launch`). Invariant: sums are added in an order that the sizes alone determine.
+
+    rows     kernel     a program's weights, before it waits             product
+    1 .. 4   vector     into registers                                   multiply and add, a lane along the inputs
+    5 .. 16  tile       into registers                                   matrix unit, warps split the inputs
+    .. 64    stream     into the L2 cache                                matrix unit, programs may split the inputs
+
+The norm needs all of a row before its first product. The first two kernels compute it in every program, from rows that
+are few enough to hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
+MAX_ROWS = 64
+MAX_COLUMNS_OF_SPLITS = 4096  # programs along the outputs that a split product may have
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """outputs: per program. ahead: weights that a thread holds, in loads of 16 bytes per output of the thread."""
+
+    outputs: int
+    num_warps: int
+    ahead: int
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """outputs: per program. slices: parts of the inputs, a warp or more for each. chunk: inputs per step of the loop."""
+
+    outputs: int
+    num_warps: int
+    slices: int
+    chunk: int
+    ahead: int
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """outputs, inputs: of a tile. splits: programs that share the inputs of one tile of outputs."""
+
+    outputs: int
+    inputs: int
+    splits: int
+    num_stages: int
+    num_warps: int
+
+
+Config = VectorConfig | TileConfig | StreamConfig
+
+
+def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False) -> Config | None:
+    """The kernel for x [num_rows, in_features] and weight [out_features, in_features]; None: leave it to cuBLAS.
+
+    Looks at sizes, strides and dtypes only.
+    """
+    num_rows, num_inputs = x.shape
+    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    if (
+        not 0 < num_rows <= MAX_ROWS
+        or x.dtype not in (torch.float16, torch.bfloat16)
+        or weight.dtype != x.dtype
+        or num_outputs % 16
+        or num_inputs % 16
+        or x.stride(1) != 1
+        or not weight.is_contiguous()
+    ):
+        return None
+    return choose_by_size(num_rows, num_outputs, num_inputs, gated, normed)
+
+
+def choose_by_size(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, normed: bool) -> Config | None:
+    """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated."""
+    planes = 2 if gated else 1
+    if num_rows <= 4:
+        if normed and triton.next_power_of_2(num_rows) * num_inputs > 4096:
+            return None
+        chunks = triton.cdiv(num_inputs, 256)
+        # Enough outputs per thread that its weights fill some 16 loads, as long as all multiprocessors have work.
+        per_warp = 1
+        while per_warp * 2 * chunks * planes <= 16 and num_outputs // (per_warp * 2 * 4) >= 256:
+            per_warp *= 2
+        return VectorConfig(outputs=4 * per_warp, num_warps=4, ahead=max(1, 16 // (per_warp * planes)))
+    if num_rows <= 16:
+        if num_inputs > 4096 or (normed and num_inputs > 1024):
+            return None
+        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=256, ahead=16 // planes)
+    if normed:
+        return None
+    splits = 1
+    while splits < 8 and num_outputs // 64 * splits < 64 and num_inputs // (splits * 2) >= 256:
+        splits *= 2
+    return StreamConfig(outputs=64 // planes, inputs=64, splits=splits, num_stages=4, num_warps=4)
+
+
+# --- parts that the kernels share ---------------------------------------------------------
+
+
+@triton.jit
+def _load(ptr, col, LIMIT: tl.constexpr, SIZE: tl.constexpr):
+    """Loads what `col`, which counts from 0 to SIZE, has below LIMIT; the rest is 0."""
+    if LIMIT >= SIZE:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=col < LIMIT, other=0.0)
+
+
+@triton.jit
+def _load_input(x_ptr, residual_ptr, x_offset, residual_offset, col, LIMIT: tl.constexpr, SIZE: tl.constexpr,
+                ADD: tl.constexpr):  # fmt: skip
+    x = _load(x_ptr + x_offset, col, LIMIT, SIZE)
+    if ADD:
+        residual = _load(residual_ptr + residual_offset, col, LIMIT, SIZE)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _normalize(x, scale, norm_weight):
+    normed = (x.to(tl.float32) * scale).to(x.dtype)
+    return (normed.to(tl.float32) * norm_weight.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def _finish(first, second, bias_ptr, output, mask, num_outputs, dtype, GATED: tl.constexpr, BIAS: tl.constexpr):
+    """From float32 sums to what is stored: bias, rounding, gate. `output`, `mask`: which outputs, in the sums' shape."""
+    if BIAS:
+        first += tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
+    result = first.to(dtype)
+    if GATED:
+        if BIAS:
+            second += tl.load(bias_ptr + num_outputs + output, mask=mask, other=0.0).to(tl.float32)
+        gate = result.to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        result = (silu * second.to(dtype).to(tl.float32)).to(dtype)
+    return result
+
+
+# --- 1 to 4 rows ---------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_products(acc, w, x, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr):
+    """acc [ROWS, OUTPUTS, CHUNK / 8] += the products, 8 neighbours at a time: they lie in one thread."""
+    product = w.to(tl.float32) * x.to(tl.float32)
+    return acc + tl.sum(tl.reshape(product, [ROWS, OUTPUTS, CHUNK // 8, 8]), axis=3)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _vector_kernel(
+    x_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    total_ptr,
+    num_rows,
+    num_outputs,
+    x_stride,
+    residual_stride,
+    eps,
+    INPUTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Tiles are [rows, outputs, inputs] throughout, so that everything lies where the weights do: no exchange of data
+    between threads but the last sum. A chunk is one load per lane, so a warp has whole outputs to itself."""
+    CHUNKS: tl.constexpr = (INPUTS + CHUNK - 1) // CHUNK
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :, None]
+    col = tl.arange(0, CHUNK)[None, None, :]
+    place = tl.minimum(output, num_outputs - 1) * INPUTS + col
+    nothing = tl.zeros([1, OUTPUTS, 1], tl.int32)  # spreads what is the same for all outputs
+    weights = ()
+    seconds = ()
+    norm_weights = ()
+    for i in tl.static_range(min(AHEAD, CHUNKS)):
+        weights = weights + (_load(weight_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+        if GATED:
+            up_ptr = weight_ptr + num_outputs * INPUTS
+            seconds = seconds + (_load(up_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+    if NORM:
+        for i in tl.static_range(CHUNKS):
+            ptr = norm_weight_ptr + nothing + i * CHUNK + col
+            norm_weights = norm_weights + (_load(ptr, col, INPUTS - i * CHUNK, CHUNK),)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    index = tl.arange(0, ROWS)[:, None, None]
+    row = tl.minimum(index, num_rows - 1)
+    x_offset = row * x_stride + nothing + col
+    residual_offset = row * residual_stride + nothing + col
+    xs = ()
+    scale = 0.0
+    if NORM:
+        squares = tl.zeros([ROWS, OUTPUTS, CHUNK // 8], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            x = _load_input(x_ptr + i * CHUNK, residual_ptr + i * CHUNK, x_offset, residual_offset, col,
+                            INPUTS - i * CHUNK, CHUNK, ADD)  # fmt: skip
+            xs = xs + (x,)
+            squares = _sum_products(squares, x, x, ROWS, OUTPUTS, CHUNK)
+        scale = tl.rsqrt(tl.sum(squares, axis=2, keep_dims=True) / INPUTS + eps)
+        if ADD:
+            # Program 0 holds every row anyway.
+            written = (output == 0) & (index < num_rows)
+            for i in tl.static_range(CHUNKS):
+                mask = written & (col < INPUTS - i * CHUNK)
+                tl.store(total_ptr + index * INPUTS + nothing + i * CHUNK + col, xs[i], mask=mask)
+
+    first = tl.zeros([ROWS, OUTPUTS, CHUNK // 8], tl.float32)
+    second = tl.zeros([ROWS, OUTPUTS, CHUNK // 8], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        if i + AHEAD < CHUNKS:
+            left: tl.constexpr = INPUTS - (i + AHEAD) * CHUNK
+            weights = weights + (_load(weight_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+            if GATED:
+                up_ptr = weight_ptr + num_outputs * INPUTS
+                seconds = seconds + (_load(up_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+        if NORM:
+            x = _normalize(xs[i], scale, norm_weights[i])
+        else:
+            x = _load(x_ptr + x_offset + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK)
+        first = _sum_products(first, weights[i], x, ROWS, OUTPUTS, CHUNK)
+        if GATED:
+            second = _sum_products(second, seconds[i], x, ROWS, OUTPUTS, CHUNK)
+    mask = (index < num_rows) & (output < num_outputs)
+    result = _finish(
+        tl.sum(first, axis=2, keep_dims=True), tl.sum(second, axis=2, keep_dims=True), bias_ptr,
+        output, output < num_outputs, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS,
+    )  # fmt: skip
+    tl.store(out_ptr + index * num_outputs + output, result, mask=mask)
+
+
+# --- 5 to 16 rows --------------------------------------------------------------------------
+
+
+@triton.jit
+def _sliced_product(acc, w, x, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr):
+    """acc [SLICES, OUTPUTS, ROWS] += w [OUTPUTS, CHUNK] x^T [CHUNK, ROWS], each slice of the chunk by itself."""
+    w = tl.permute(tl.reshape(w, [OUTPUTS, SLICES, CHUNK // SLICES]), [1, 0, 2])
+    x = tl.permute(tl.reshape(x, [ROWS, SLICES, CHUNK // SLICES]), [1, 2, 0])
+    return tl.dot(w, x, acc)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _tile_kernel(
+    x_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    total_ptr,
+    num_rows,
+    num_outputs,
+    x_stride,
+    residual_stride,
+    eps,
+    INPUTS: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The weights are the left operand: then 8 rows fill the matrix unit, which takes 16 outputs at a time."""
+    CHUNKS: tl.constexpr = (INPUTS + CHUNK - 1) // CHUNK
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    col = tl.arange(0, CHUNK)[None, :]
+    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS + col
+    weights = ()
+    seconds = ()
+    for i in tl.static_range(min(AHEAD, CHUNKS)):
+        weights = weights + (_load(weight_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+        if GATED:
+            up_ptr = weight_ptr + num_outputs * INPUTS
+            seconds = seconds + (_load(up_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    index = tl.arange(0, ROWS)
+    row = tl.minimum(index, num_rows - 1)[:, None]
+    x_offset = row * x_stride + col
+    residual_offset = row * residual_stride + col
+    xs = ()
+    scale = 0.0
+    if NORM:
+        squares = tl.zeros([ROWS], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            x = _load_input(x_ptr + i * CHUNK, residual_ptr + i * CHUNK, x_offset, residual_offset, col,
+                            INPUTS - i * CHUNK, CHUNK, ADD)  # fmt: skip
+            xs = xs + (x,)
+            value = x.to(tl.float32)
+            squares += tl.sum(value * value, axis=1)
+        scale = tl.rsqrt(squares / INPUTS + eps)[:, None]
+        if ADD:
+            written = (index < num_rows)[:, None] & (tl.program_id(0) == 0)
+            for i in tl.static_range(CHUNKS):
+                mask = written & (col < INPUTS - i * CHUNK)
+                tl.store(total_ptr + index[:, None] * INPUTS + i * CHUNK + col, xs[i], mask=mask)
+
+    first = tl.zeros([SLICES, OUTPUTS, ROWS], tl.float32)
+    second = tl.zeros([SLICES, OUTPUTS, ROWS], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        if i + AHEAD < CHUNKS:
+            left: tl.constexpr = INPUTS - (i + AHEAD) * CHUNK
+            weights = weights + (_load(weight_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+            if GATED:
+                up_ptr = weight_ptr + num_outputs * INPUTS
+                seconds = seconds + (_load(up_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+        if NORM:
+            norm_weight = _load(norm_weight_ptr + i * CHUNK + col, col, INPUTS - i * CHUNK, CHUNK)
+            x = _normalize(xs[i], scale, norm_weight)
+        else:
+            x = _load(x_ptr + x_offset + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK)
+        first = _sliced_product(first, weights[i], x, ROWS, OUTPUTS, SLICES, CHUNK)
+        if GATED:
+            second = _sliced_product(second, seconds[i], x, ROWS, OUTPUTS, SLICES, CHUNK)
+    valid = (output < num_outputs)[:, None]
+    result = _finish(
+        tl.sum(first, axis=0), tl.sum(second, axis=0), bias_ptr,
+        output[:, None], valid, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS,
+    )  # fmt: skip
+    mask = valid & (index < num_rows)[None, :]
+    tl.store(out_ptr + index[None, :] * num_outputs + output[:, None], result, mask=mask)
+
+
+# --- up to 64 rows -------------------------------------------------------------------------
+
+
+@triton.jit
+def _prefetch(ptr, BYTES: tl.constexpr):
+    """Asks for BYTES bytes behind each pointer to be brought into the L2 cache; waits for nothing."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], " + str(BYTES) + "; mov.u32 $0, 0;",
+        "=r,l", [ptr.to(tl.uint64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _stream_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    arrived_ptr,
+    num_rows,
+    num_outputs,
+    x_stride,
+    INPUTS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs (tile of outputs, split). partial [splits, 1 or 2 planes, num_rows, num_outputs] float32."""
+    PART: tl.constexpr = (INPUTS + SPLITS * TILE - 1) // (SPLITS * TILE) * TILE
+    PLANES: tl.constexpr = 2 if GATED else 1
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(1)
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS
+    if PDL:
+        # The last split may be short: what it asks for beyond its end is the beginning of the next row, or nothing.
+        if INPUTS % PART == 0:
+            segment = tl.arange(0, 2)[None, :] * (PART // 2)
+            _prefetch(weight_ptr + place + split * PART + segment, PART)
+            if GATED:
+                _prefetch(weight_ptr + num_outputs * INPUTS + place + split * PART + segment, PART)
+        tl.extra.cuda.gdc_wait()
+    index = tl.arange(0, ROWS)
+    row = tl.minimum(index, num_rows - 1)[:, None] * x_stride
+    first = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    second = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for start in range(split * PART, tl.minimum(split * PART + PART, INPUTS), TILE):
+        col = start + tl.arange(0, TILE)[None, :]
+        if INPUTS % TILE == 0:
+            x = tl.load(x_ptr + row + col)
+            w = tl.load(weight_ptr + place + col)
+        else:
+            x = tl.load(x_ptr + row + col, mask=col < INPUTS, other=0.0)
+            w = tl.load(weight_ptr + place + col, mask=col < INPUTS, other=0.0)
+        first = tl.dot(x, tl.trans(w), first)
+        if GATED:
+            up_ptr = weight_ptr + num_outputs * INPUTS + place + col
+            if INPUTS % TILE == 0:
+                w = tl.load(up_ptr)
+            else:
+                w = tl.load(up_ptr, mask=col < INPUTS, other=0.0)
+            second = tl.dot(x, tl.trans(w), second)
+
+    valid = (output < num_outputs)[None, :]
+    mask = valid & (index < num_rows)[:, None]
+    out_offset = index[:, None] * num_outputs + output[None, :]
+    last = True
+    if SPLITS > 1:
+        plane = num_rows * num_outputs
+        own_ptr = partial_ptr + split * PLANES * plane + out_offset
+        tl.store(own_ptr, first, mask=mask)
+        if GATED:
+            tl.store(own_ptr + plane, second, mask=mask)
+        tl.debug_barrier()  # every warp's stores come before the one thread's release
+        counter_ptr = arrived_ptr + tl.program_id(0)
+        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(counter_ptr, 0)
+            first = tl.zeros([ROWS, OUTPUTS], tl.float32)
+            second = tl.zeros([ROWS, OUTPUTS], tl.float32)
+            # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
+            for i in tl.static_range(SPLITS):
+                part_ptr = partial_ptr + i * PLANES * plane + out_offset
+                first += tl.load(part_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    second += tl.load(part_ptr + plane, mask=mask, other=0.0, cache_modifier=".cg")
+    if last:
+        result = _finish(
+            first, second, bias_ptr, output[None, :], valid, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS
+        )
+        tl.store(out_ptr + out_offset, result, mask=mask)
+
+
+# --- from tensors to kernels ---------------------------------------------------------------
+
+
+def small_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, gated: bool = False
+) -> Tensor:
+    """`small_linear.small_linear`, or `gated_linear` if gated, in the kernel of `config`, which `choose` gave."""
+    num_outputs, num_inputs = weight.shape[0] // (2 if gated else 1), weight.shape[1]
+    out = torch.empty((x.shape[0], num_outputs), dtype=x.dtype, device=x.device)
+    if not isinstance(config, StreamConfig):
+        _launch(x, None, None, 0.0, weight, bias, out, None, config, gated)
+        return out
+    columns = triton.cdiv(num_outputs, config.outputs)
+    partial = arrived = None
+    if config.splits > 1:
+        shape = (config.splits, 2 if gated else 1, x.shape[0], num_outputs)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        arrived = _arrival_counters(x.device)
+    pdl = has_dependent_launch(x.device)
+    _stream_kernel[(columns, config.splits)](
+        x, weight, bias, out, partial, arrived, x.shape[0], num_outputs, x.stride(0),
+        INPUTS=num_inputs, GATED=gated, BIAS=bias is not None, ROWS=max(16, triton.next_power_of_2(x.shape[0])),
+        OUTPUTS=config.outputs, TILE=config.inputs, SPLITS=config.splits, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm_linear_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Config,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`small_linear.rms_norm_linear`, or `rms_norm_gated_linear` if gated; `choose` gives no StreamConfig for it."""
+    out = torch.empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, residual, norm_weight, eps, weight, bias, out, total, config, gated)
+    return out, total
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    total: Tensor | None,
+    config: Config,
+    gated: bool,
+) -> None:
+    assert not isinstance(config, StreamConfig)
+    num_rows, num_outputs = out.shape
+    rows = triton.next_power_of_2(num_rows)
+    if isinstance(config, TileConfig):
+        kernel = _tile_kernel
+        sizes = {"ROWS": max(8, rows), "CHUNK": config.chunk, "SLICES": config.slices}
+    else:
+        kernel = _vector_kernel
+        sizes = {"ROWS": rows, "CHUNK": 256}
+    pdl = has_dependent_launch(x.device)
+    kernel[(triton.cdiv(num_outputs, config.outputs),)](
+        x, residual, norm_weight, weight, bias, out, total, num_rows, num_outputs,
+        x.stride(0), 0 if residual is None else residual.stride(0), eps,
+        INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,
+        BIAS=bias is not None, OUTPUTS=config.outputs, AHEAD=config.ahead, PDL=pdl,
+        num_warps=config.num_warps, launch_pdl=pdl, **sizes,
+    )  # fmt: skip
+
+
+@lru_cache
+def _arrival_counters(device: torch.device) -> Tensor:
+    """Programs that have left their part of a sum: 0 between calls. Calls that share a device follow one another."""
+    return torch.zeros(MAX_COLUMNS_OF_SPLITS, dtype=torch.int32, device=device)
