@@ -1,6 +1,7 @@
 """Nano-vLLM: LLM inference that a person can read in an afternoon.
 
-The public names are loaded on first use, so that importing the package starts nothing: no torch, no device, no compiler.
+The public names are loaded on first use, so that importing the package starts nothing: no torch, no device, no
+compiler.
 """
 
 from importlib import import_module

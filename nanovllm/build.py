@@ -1,7 +1,7 @@
 """The composition root: from EngineConfig to a running Engine, in the order in which things must exist.
 
-Owns that order and the choice of parts for a device. Invariant: every user-facing check of model and options comes before
-the weights are read.
+Owns that order and the choice of parts for a device. Invariant: every user-facing check of model and options comes
+before the weights are read.
 """
 
 import os

@@ -1,7 +1,7 @@
 """EngineConfig (what the user chose) and ModelConfig (what a Hugging Face config.json says); both frozen.
 
-Owns parsing and bounds. Invariant: nothing measured is ever written back here; the number of KV blocks, say, is a result
-of loading and lives with the engine. Dtypes are strings, so that this file needs no torch.
+Owns parsing and bounds. Invariant: nothing measured is ever written back here; the number of KV blocks, say, is a
+result of loading and lives with the engine. Dtypes are strings, so that this file needs no torch.
 """
 
 from collections.abc import Mapping
@@ -36,16 +36,17 @@ class EngineConfig:
     max_model_len: longest prompt plus output, in tokens; None takes the model's own.
     max_num_seqs: most requests that hold KV blocks at once; None chooses by device.
     max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks. None chooses by device.
-    gpu_memory_utilization: share of the device's memory that the engine may use in all; None is 0.9 on a GPU, and 0.3 of
-        the machine's memory on a CPU.
+    gpu_memory_utilization: share of the device's memory that the engine may use in all; None is 0.9 on a GPU, and 0.3
+        of the machine's memory on a CPU.
     kv_cache_memory_bytes: size of the KV cache, instead of what gpu_memory_utilization leaves.
     num_gpu_blocks_override: number of KV blocks, on any device, instead of what the memory would hold.
     block_size: tokens in one KV block: 8, 16, 32 or 64; None chooses by device.
     enable_prefix_caching: let requests share the KV blocks of equal prompt beginnings.
     enforce_eager: run without CUDA graphs.
-    compilation: how the layers between the matrix products run: "kernels" (this project's own: Triton on a GPU, C++ on a
-        CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
-    overlap_depth: steps in flight; 2 plans the next step while the device runs, 1 is synchronous. None chooses by device.
+    compilation: how the layers between the matrix products run: "kernels" (this project's own: Triton on a GPU, C++ on
+        a CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
+    overlap_depth: steps in flight; 2 plans the next step while the device runs, 1 is synchronous. None chooses by
+        device.
     tensor_parallel_size: devices that share the model; 1 in this version.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
@@ -114,12 +115,11 @@ class EngineConfig:
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size}")
-        if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
-            if self.max_num_batched_tokens < self.max_num_seqs:
-                raise ValueError(
-                    f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
-                    f"({self.max_num_seqs}), so that every running request gets a token in every step"
-                )
+        if (self.max_num_batched_tokens or self.max_num_seqs or 0) < (self.max_num_seqs or 0):
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running request gets a token in every step"
+            )
 
     def resolve(self, model_config: "ModelConfig", device_type: str) -> "EngineConfig":
         """A new config with every None decided for this model and device ("cpu" or "cuda").

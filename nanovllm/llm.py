@@ -1,7 +1,7 @@
 """LLM: the whole engine behind one object, with vLLM's offline interface.
 
-Owns the user's view: prompts in, RequestOutputs out in order, progress, and the end of the engine's life. Invariant: a call
-that raises for bad input has queued nothing; a call that is interrupted leaves nothing of its own behind.
+Owns the user's view: prompts in, RequestOutputs out in order, progress, and the end of the engine's life. Invariant: a
+call that raises for bad input has queued nothing; a call that is interrupted leaves nothing of its own behind.
 """
 
 import time
@@ -29,8 +29,8 @@ class LLM:
             for output in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
                 print(output.outputs[0].text)
 
-    model and options are the fields of `EngineConfig`. Raises TypeError for an unknown option, ValueError for a value, model
-    or checkpoint that cannot run, ConnectionError if a download fails.
+    model and options are the fields of `EngineConfig`. Raises TypeError for an unknown option, ValueError for a value,
+    model or checkpoint that cannot run, ConnectionError if a download fails.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -56,9 +56,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt; the results come in the order of the prompts.
 
-        prompts: one or a list of strings, token-id lists, or {"prompt_token_ids": [...]}. sampling_params: one for all, or
-        one for each; None takes `get_default_sampling_params()`. Raises ValueError or TypeError that names the item at fault
-        before anything is queued.
+        prompts: one or a list of strings, token-id lists, or {"prompt_token_ids": [...]}. sampling_params: one for all,
+        or one for each; None takes `get_default_sampling_params()`. Raises ValueError or TypeError that names the item
+        at fault before anything is queued.
         """
         self._check_open()
         prompts = _as_list(prompts)
@@ -70,7 +70,7 @@ class LLM:
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(
-                f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts; give one for all, or one for each"
+                f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts; give one for all or one each"
             )
         numbers = self._free_numbers()
         requests = [
@@ -204,7 +204,11 @@ class LLM:
         return SamplingParams(**options)
 
     def get_metrics(self) -> dict[str, float]:
-        """Counters since the start: steps, tokens, cache hits, preemptions, and where the engine's time went."""
+        """Counters since the start: steps, tokens, cache hits, preemptions, and where time went:
+
+        host_seconds planning and taking in results, execute_seconds queueing steps (on a CPU: running them),
+        wait_seconds waiting for the device.
+        """
         engine, stats = self._engine, self._engine.scheduler.stats
         return {
             "num_steps": engine.num_steps,
@@ -214,6 +218,7 @@ class LLM:
             "num_free_blocks": engine.scheduler.pool.num_free_blocks,
             "num_blocks": engine.scheduler.pool.num_blocks,
             "host_seconds": engine.host_seconds,
+            "execute_seconds": engine.execute_seconds,
             "wait_seconds": engine.wait_seconds,
         }
 
@@ -259,7 +264,8 @@ class _Progress:
         self._num_output_tokens += len(output.outputs[0].token_ids)
         seconds = time.perf_counter() - self._start
         self._bar.set_postfix_str(
-            f"prompt {self._num_prompt_tokens / seconds:.0f} tok/s, output {self._num_output_tokens / seconds:.0f} tok/s",
+            f"prompt {self._num_prompt_tokens / seconds:.0f} tok/s, "
+            f"output {self._num_output_tokens / seconds:.0f} tok/s",
             refresh=False,
         )
         self._bar.update()

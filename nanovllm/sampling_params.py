@@ -1,7 +1,7 @@
 """SamplingParams: what one request asks of the sampler, checked when it is made.
 
-Owns the meaning and the bounds of every field (vLLM's names and meanings). Invariant: an instance that exists is valid on
-its own; what depends on the model (vocabulary, lengths) is checked by `engine/input_processor.py`.
+Owns the meaning and the bounds of every field (vLLM's names and meanings). Invariant: an instance that exists is valid
+on its own; what depends on the model (vocabulary, lengths) is checked by `engine/input_processor.py`.
 """
 
 import math
@@ -21,7 +21,8 @@ class SamplingParams:
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al., 2020), in (0, 1].
     min_p: drop tokens less likely than min_p times the most likely one, in [0, 1].
-    seed: the same seed gives the same tokens alone, in any batch and after a preemption; None takes one from the engine.
+    seed: the same seed gives the same tokens alone, in any batch and after a preemption; None takes one from the
+        engine.
     max_tokens: at most this many output tokens; None runs up to the model length.
     min_tokens: no EOS and no stop token before this many output tokens.
     stop: strings that end the output; the text is cut before them. stop_token_ids: tokens that end it.

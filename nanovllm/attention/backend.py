@@ -21,7 +21,7 @@ class AttentionBackend(Protocol):
     def forward(
         self, layer_idx: int, q: Tensor, kv_cache: Tensor, prepared: Any, scale: float, window: int | None
     ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache already."""
+        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache."""
         ...
 
 

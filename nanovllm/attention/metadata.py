@@ -13,9 +13,9 @@ from torch import Tensor
 class AttentionMetadata:
     """One step. Tensors are int32 on the device, `slot_mapping` int64; T is the number of query tokens.
 
-    query_start_loc [n + 1]: where each request's queries begin. seq_lens [n]: context including this step's tokens; 0 for
-    a row of padding. block_table [n, max_blocks]: block ids in context order. slot_mapping [T]: where each token's key
-    and value go, -1 for padding.
+    query_start_loc [n + 1]: where each request's queries begin. seq_lens [n]: context including this step's tokens; 0
+    for a row of padding. block_table [n, max_blocks]: block ids in context order. slot_mapping [T]: where each token's
+    key and value go, -1 for padding.
     """
 
     query_start_loc: Tensor

@@ -24,7 +24,7 @@ class TritonBackend:
     def forward(
         self, layer_idx: int, q: Tensor, kv_cache: Tensor, prepared: PreparedStep, scale: float, window: int | None
     ) -> Tensor:
-        """See `kernels.paged_attention`."""
+        """See `kernels/paged_attention.py`."""
         meta, plan = prepared.meta, prepared.plans.get(window)
         if plan is None and meta.num_decodes:
             plan = prepared.plans[window] = plan_decode(meta.seq_lens[: meta.num_decodes], q, kv_cache, window)

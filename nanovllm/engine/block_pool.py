@@ -1,11 +1,11 @@
 """BlockPool: who holds which KV block, and which full blocks can be found again by their content.
 
-Owns block ids, reference counts and the prefix cache; it never touches a tensor and knows no request. Invariant: a block
-is in `_free` exactly when nobody references it; a free block keeps its content, and can be found, until it is handed out
-again, oldest first.
+Owns block ids, reference counts and the prefix cache; it never touches a tensor and knows no request. Invariant: a
+block is in `_free` exactly when nobody references it; a free block keeps its content, and can be found, until it is
+handed out again, oldest first.
 
-A full block's hash covers its tokens and the hash of the block before it, so equal hashes mean equal histories. The hash
-is 128 bits of BLAKE2b, so that a collision (a wrong answer) is out of reach even for prompts chosen to cause one.
+A full block's hash covers its tokens and the hash of the block before it, so equal hashes mean equal histories. The
+hash is 128 bits of BLAKE2b, so that a collision (a wrong answer) is out of reach even for prompts chosen to cause one.
 """
 
 from array import array
@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """16-byte hash of a full block, chained to the hash of the one before it (for the first block, the request's salt)."""
+    """16-byte hash of a full block, chained to the one before it (for the first block, to the request's salt)."""
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 

@@ -15,6 +15,7 @@ from nanovllm.engine.interfaces import Executor, PendingStep
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler_output import SchedulerOutput
 
 
 class Engine:
@@ -24,8 +25,9 @@ class Engine:
         self.output_processor = output_processor
         self.overlap_depth = overlap_depth
         self.num_steps = 0
-        self.host_seconds = 0.0  # planning, queueing and taking in results
-        self.wait_seconds = 0.0  # waiting for the device; on a CPU the step itself runs in `execute`
+        self.host_seconds = 0.0  # planning and taking in results
+        self.execute_seconds = 0.0  # queueing steps; on a CPU this is where they run
+        self.wait_seconds = 0.0  # waiting for the device
         self._in_flight: deque[PendingStep] = deque()
 
     def add_request(self, request: Request) -> None:
@@ -40,16 +42,21 @@ class Engine:
     def step(self) -> list[Request]:
         """Advance by at most one step; returns the requests that got a token or ended."""
         start = perf_counter()
-        waited = self.wait_seconds
+        elsewhere = self.execute_seconds + self.wait_seconds
         changed: list[Request] = []
         plan = self.scheduler.schedule()
         if plan is not None:
-            self._in_flight.append(self.executor.execute(plan))
-            self.num_steps += 1
+            self._execute(plan)
         if self._in_flight and (len(self._in_flight) >= self.overlap_depth or plan is None):
             changed = self._collect()
-        self.host_seconds += perf_counter() - start - (self.wait_seconds - waited)
+        self.host_seconds += perf_counter() - start - (self.execute_seconds + self.wait_seconds - elsewhere)
         return changed
+
+    def _execute(self, plan: SchedulerOutput) -> None:
+        start = perf_counter()
+        self._in_flight.append(self.executor.execute(plan))
+        self.num_steps += 1
+        self.execute_seconds += perf_counter() - start
 
     def _collect(self) -> list[Request]:
         start = perf_counter()
@@ -60,10 +67,8 @@ class Engine:
             stop = self.output_processor.find_stop_string(request)
             if stop is not None:
                 self.scheduler.finish(request, "stop", stop)
-                request.finish_reason, request.stop_reason = (
-                    "stop",
-                    stop,
-                )  # also where max_tokens ended it with this token
+                # also where max_tokens ended it with this very token
+                request.finish_reason, request.stop_reason = "stop", stop
         return changed
 
     def restart(self, requests: Iterable[Request]) -> None:

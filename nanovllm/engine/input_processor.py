@@ -1,7 +1,7 @@
 """InputProcessor: prompts and parameters in, checked Requests out.
 
-Owns every check that depends on the model: token ids, lengths, stop tokens. Invariant: a Request that leaves here can be
-run to its end, so nothing user-facing fails after it; nothing is queued here, so a bad item leaves nothing behind.
+Owns every check that depends on the model: token ids, lengths, stop tokens. Invariant: a Request that leaves here can
+be run to its end, so nothing user-facing fails after it; nothing is queued here, so a bad item leaves nothing behind.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +18,9 @@ class InputProcessor:
     """encode: text to token ids, or None without a tokenizer.
 
     max_model_len: prompt and output together; num_cache_tokens: what the whole KV cache holds.
-    eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the prompt's
-    length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never do.
+    eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the
+    prompt's length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never
+    do.
     """
 
     def __init__(
@@ -112,13 +113,13 @@ class InputProcessor:
         num_prompt = len(token_ids)
         if num_prompt >= self._max_model_len:
             raise ValueError(
-                f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len is "
-                f"{self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
+                f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len "
+                f"is {self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
             )
         if num_prompt >= self._num_cache_tokens:
             raise ValueError(
-                f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self._num_cache_tokens}. Shorten "
-                "the prompt, or raise kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
+                f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self._num_cache_tokens}. "
+                "Shorten the prompt, or raise kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
             )
         limit = min(self._max_model_len, self._num_cache_tokens)
         return limit if params.max_tokens is None else min(limit, num_prompt + params.max_tokens)

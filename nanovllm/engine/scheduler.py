@@ -75,7 +75,8 @@ class Scheduler:
     def restart(self, requests: Iterable[Request]) -> None:
         """Forget all plans and blocks; `requests`, the unfinished ones in order, wait again and compute their KV anew.
 
-        For a step that was interrupted anywhere: lists may be half changed, and blocks published that were never written.
+        For a step that was interrupted anywhere: lists may be half changed, and blocks published that were never
+        written.
         """
         self.pool = BlockPool(self.pool.num_blocks)
         self.running.clear()

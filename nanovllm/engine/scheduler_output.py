@@ -1,7 +1,7 @@
 """The two messages between planner and worker: SchedulerOutput goes down, ModelRunnerOutput comes up.
 
-Plain integers and lists, so that they can be pickled to another process. Invariant: the plan is complete, a worker never
-asks back; a row is rebuilt from the plan alone.
+Plain integers and lists, so that they can be pickled to another process. Invariant: the plan is complete, a worker
+never asks back; a row is rebuilt from the plan alone.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ class SchedulerOutput:
     """One step. The lists rows .. samples run in parallel, requests with a single token first.
 
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
-    num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table, block).
+    num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
+    block).
     """
 
     new_rows: list[NewRow]

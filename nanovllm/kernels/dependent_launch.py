@@ -1,12 +1,13 @@
-"""Programmatic dependent launch: a kernel starts while the one before it in its stream still runs (CUDA Programming Guide).
+"""Programmatic dependent launch: a kernel starts while the one before it in its stream still runs (CUDA Programming
+Guide).
 
 Owns the answer whether a device can, and the rules that every kernel launched this way keeps:
 
-1. Each program waits (`gdc_wait`) before it returns. A kernel that did not wait could end before its predecessor, and its
-   successor, which waits for it alone, would run beside that predecessor.
-2. Before it waits, a program reads weights only: no activation, no cache, nothing of the step. It writes nothing.
-3. It triggers (`gdc_launch_dependents`) early if it is short. A trigger lets the next kernel's programs take their
-   places; they wait for this kernel's end all the same.
+1. Each program waits (`gdc_wait`) before it returns. A kernel that did not wait could end before its predecessor, and
+   its successor, which waits for it alone, would run beside that predecessor. 2. Before it waits, a program reads
+   weights only: no activation, no cache, nothing of the step. It writes nothing. 3. It triggers
+   (`gdc_launch_dependents`) early if it is short. A trigger lets the next kernel's programs take their places; they
+   wait for this kernel's end all the same.
 
 Invariant: where the answer is no, kernels are compiled without these instructions and launched in turn.
 """

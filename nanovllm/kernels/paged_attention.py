@@ -1,7 +1,7 @@
 """Causal attention of new tokens over keys and values that lie in blocks (PagedAttention, Kwon et al., 2023).
 
-Owns the meaning, in plain PyTorch and one request at a time, and the choice of the GPU kernel. Invariant: the output
-of a request depends on its own blocks and queries only; rows of padding (a request of length 0) give zeros.
+Owns the meaning, in plain PyTorch and one request at a time; the backends in `attention/` equal it. Invariant: the
+output of a request depends on its own blocks and queries only; rows of padding (a request of length 0) give zeros.
 
     context of a request   0 .................. seq_len - query_len .......... seq_len
     its queries                                 [ j = 0, 1, ...            ]
@@ -13,8 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from nanovllm.kernels.dispatch import use_triton
 
 
 class PagedBatch(Protocol):
@@ -40,22 +38,14 @@ class PagedBatch(Protocol):
     def seq_lens_host(self) -> Sequence[int]: ...
 
 
-def paged_attention(q: Tensor, kv_cache: Tensor, meta: PagedBatch, scale: float, window: int | None) -> Tensor:
+def paged_attention_reference(
+    q: Tensor, kv_cache: Tensor, meta: PagedBatch, scale: float, window: int | None
+) -> Tensor:
     """q [num_tokens, num_heads, head_dim] -> the same shape and dtype.
 
     kv_cache [2, num_blocks, num_kv_heads, block_size, head_dim] with any strides; the keys and values of this step are
     already in it. num_heads is a multiple of num_kv_heads; consecutive query heads share one.
     """
-    if use_triton(q):
-        from nanovllm.kernels.paged_attention_triton import paged_attention_triton
-
-        return paged_attention_triton(q, kv_cache, meta, scale, window)
-    return paged_attention_reference(q, kv_cache, meta, scale, window)
-
-
-def paged_attention_reference(
-    q: Tensor, kv_cache: Tensor, meta: PagedBatch, scale: float, window: int | None
-) -> Tensor:
     out = torch.zeros_like(q)
     group = q.shape[1] // kv_cache.shape[2]
     starts = meta.query_start_loc.tolist()

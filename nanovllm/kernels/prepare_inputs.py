@@ -1,7 +1,7 @@
 """From rows to the inputs of a step: token ids, positions and KV slots, built where the state lives.
 
-Owns the meaning, in plain PyTorch; the GPU runs it as one kernel. Invariant: reads and advances `num_computed` of the rows
-named, and touches no other row; a padding row (-1) yields token 0 at position 0 without a slot.
+Owns the meaning, in plain PyTorch; the GPU runs it as one kernel. Invariant: reads and advances `num_computed` of the
+rows named, and touches no other row; a padding row (-1) yields token 0 at position 0 without a slot.
 """
 
 from typing import NamedTuple
@@ -37,9 +37,7 @@ def prepare_inputs(
         from nanovllm.kernels.prepare_inputs_triton import prepare_inputs_triton
 
         return StepInputs(
-            *prepare_inputs_triton(
-                rows, query_start_loc, token_ids, last_token, num_computed, block_tables, block_size
-            )
+            *prepare_inputs_triton(rows, query_start_loc, token_ids, last_token, num_computed, block_tables, block_size)
         )
     return prepare_inputs_reference(
         rows, query_start_loc, token_ids, last_token, num_computed, block_tables, block_size

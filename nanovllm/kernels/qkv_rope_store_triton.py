@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
 # Heads per program times half a head: elements of each half that a program holds.
 ELEMENTS = 1024
 
@@ -38,7 +40,10 @@ def _qkv_rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     col = tl.arange(0, BLOCK_HALF)[None, :]
@@ -46,6 +51,14 @@ def _qkv_rope_store_kernel(
     is_q = head < NUM_HEADS
     is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
     mask = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & col_mask
+    if Q_NORM:
+        q_weight_a = tl.load(q_weight_ptr + col, mask=col_mask, other=0.0)
+        q_weight_b = tl.load(q_weight_ptr + HALF + col, mask=col_mask, other=0.0)
+    if K_NORM:
+        k_weight_a = tl.load(k_weight_ptr + col, mask=col_mask, other=0.0)
+        k_weight_b = tl.load(k_weight_ptr + HALF + col, mask=col_mask, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     slot = tl.load(slot_ptr + token).to(tl.int64)
     row_ptr = qkv_ptr + token * qkv_stride + head * (2 * HALF) + col
     first = tl.load(row_ptr, mask=mask, other=0.0)
@@ -58,15 +71,11 @@ def _qkv_rope_store_kernel(
         normed_a = (a * scale).to(dtype).to(tl.float32)
         normed_b = (b * scale).to(dtype).to(tl.float32)
         if Q_NORM:
-            weight_a = tl.load(q_weight_ptr + col, mask=col_mask, other=0.0).to(tl.float32)
-            weight_b = tl.load(q_weight_ptr + HALF + col, mask=col_mask, other=0.0).to(tl.float32)
-            a = tl.where(is_q, (normed_a * weight_a).to(dtype).to(tl.float32), a)
-            b = tl.where(is_q, (normed_b * weight_b).to(dtype).to(tl.float32), b)
+            a = tl.where(is_q, (normed_a * q_weight_a.to(tl.float32)).to(dtype).to(tl.float32), a)
+            b = tl.where(is_q, (normed_b * q_weight_b.to(tl.float32)).to(dtype).to(tl.float32), b)
         if K_NORM:
-            weight_a = tl.load(k_weight_ptr + col, mask=col_mask, other=0.0).to(tl.float32)
-            weight_b = tl.load(k_weight_ptr + HALF + col, mask=col_mask, other=0.0).to(tl.float32)
-            a = tl.where(is_k, (normed_a * weight_a).to(dtype).to(tl.float32), a)
-            b = tl.where(is_k, (normed_b * weight_b).to(dtype).to(tl.float32), b)
+            a = tl.where(is_k, (normed_a * k_weight_a.to(tl.float32)).to(dtype).to(tl.float32), a)
+            b = tl.where(is_k, (normed_b * k_weight_b.to(tl.float32)).to(dtype).to(tl.float32), b)
 
     if ROPE:
         cos = tl.load(cos_sin_ptr + token * cos_sin_stride + col, mask=col_mask, other=0.0)
@@ -110,11 +119,12 @@ def qkv_rope_store_triton(
     heads = num_heads + 2 * num_kv_heads
     block_half = triton.next_power_of_2(head_dim // 2)
     block_heads = min(max(ELEMENTS // block_half, 1), triton.next_power_of_2(heads))
+    pdl = has_dependent_launch(qkv.device)
     _qkv_rope_store_kernel[(num_tokens, triton.cdiv(heads, block_heads))](
         qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, kv_cache,
         qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_cache.stride()[:4], eps,
         ROPE=cos_sin is not None, Q_NORM=q_norm_weight is not None, K_NORM=k_norm_weight is not None,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=kv_cache.shape[3],
-        BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, num_warps=4,
+        BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return q

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
 # Elements that a program holds at a time. Enough for a short row to fill 16-byte accesses, few enough for registers.
 ELEMENTS = 2048
 
@@ -30,10 +32,16 @@ def _rms_norm_kernel(
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     col = tl.arange(0, BLOCK_DIM)[None, :]
     mask = (row < num_rows) & (col < DIM)
+    weight = tl.load(weight_ptr + col, mask=col < DIM, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x_offset = (row // rows_per_group) * x_stride_group + (row % rows_per_group) * x_stride_row + col
     x = tl.load(x_ptr + x_offset, mask=mask, other=0.0)
     dtype = x.dtype
@@ -44,7 +52,6 @@ def _rms_norm_kernel(
     value = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / DIM + eps)
     normed = (value * scale[:, None]).to(dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + col, mask=col < DIM, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * DIM + col, (normed * weight).to(dtype), mask=mask)
 
 
@@ -61,10 +68,12 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows = groups * heads
     if num_rows:
+        pdl = has_dependent_launch(x.device)
         grid, block_rows, block_dim, num_warps = _tiling(num_rows, x.shape[-1])
         _rms_norm_kernel[grid](
             x, None, weight, out, None, num_rows, heads, group_stride, row_stride, 0, eps,
-            ADD=False, DIM=x.shape[-1], BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=num_warps,
+            ADD=False, DIM=x.shape[-1], BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, PDL=pdl,
+            num_warps=num_warps, launch_pdl=pdl,
         )  # fmt: skip
     return out
 
@@ -74,10 +83,12 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     num_rows, dim = x.shape
     out, total = (torch.empty((num_rows, dim), dtype=x.dtype, device=x.device) for _ in range(2))
     if num_rows:
+        pdl = has_dependent_launch(x.device)
         grid, block_rows, block_dim, num_warps = _tiling(num_rows, dim)
         _rms_norm_kernel[grid](
             x, residual, weight, out, total, num_rows, 1, x.stride(0), 0, residual.stride(0), eps,
-            ADD=True, DIM=dim, BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=num_warps,
+            ADD=True, DIM=dim, BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, PDL=pdl,
+            num_warps=num_warps, launch_pdl=pdl,
         )  # fmt: skip
     return out, total
 

@@ -23,6 +23,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 GROUP = tl.constexpr(128)
 FEW_ROWS = 8  # up to so many rows, smaller programs keep every multiprocessor busy
 SEARCH_GROUPS = 64  # groups weighed at a time in a search
+PICK_WARPS = 16
+PICK_REGISTERS = 64  # per thread: two programs on a multiprocessor
 PART = tl.constexpr(8)  # neighbours that one thread adds up by itself
 MANY = tl.constexpr(1 << 30)
 UNKNOWN_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits of a float32 that are always 0
@@ -120,10 +122,10 @@ def _bound_by_weight(tops, weights, highest, scale, spare, UNKNOWN: tl.constexpr
 
 
 @triton.jit
-def _list_groups(list_ptr, tops, lowest):
+def _list_groups(list_ptr, tops, lowest, num_groups):
     """Write the groups that hold a token of at least `lowest` to the list, in order; returns how many."""
     group = tl.arange(0, tops.shape[0])
-    listed = (tops >= lowest).to(tl.int32)
+    listed = ((tops >= lowest) & (group < num_groups)).to(tl.int32)
     tl.debug_barrier()  # who still reads the list is done
     tl.store(list_ptr + tl.cumsum(listed, axis=0) - 1, group, mask=listed > 0)
     tl.debug_barrier()
@@ -149,15 +151,16 @@ def _add_up(x, weight, pivot):
 
 @triton.jit
 def _pivot(low, high, nth: tl.constexpr, by_number, UNKNOWN: tl.constexpr):
-    """Key of the nth of seven pivots, evenly spaced as numbers or as keys."""
+    """The nth of seven pivots, evenly spaced as numbers or as keys."""
     key = low + (high - low) * nth // 8
     first, last = _number(low, UNKNOWN), _number(high, UNKNOWN)
     middle = _key(first + (last - first) * (nth / 8), UNKNOWN)
-    return tl.where(by_number, tl.minimum(tl.maximum(middle, low), high - 1), key)
+    return _number(tl.where(by_number, tl.minimum(tl.maximum(middle, low), high - 1), key), UNKNOWN)
 
 
 @triton.jit
-def _narrow(low, high, key, weight, wanted):
+def _narrow(low, high, pivot, weight, wanted, UNKNOWN: tl.constexpr):
+    key = _key(pivot, UNKNOWN)
     enough = weight >= wanted
     return tl.where(enough, tl.maximum(low, key), low), tl.where(enough, high, tl.minimum(high, key))
 
@@ -174,6 +177,7 @@ def _search(
     wanted,
     share,
     vocab_size,
+    num_groups,
     BY_COUNT: tl.constexpr,
     NUM: tl.constexpr,
     UNKNOWN: tl.constexpr,
@@ -186,12 +190,15 @@ def _search(
     high = _key(highest, UNKNOWN) + 1
     turn = 0
     while (high - low > 1) | (wanted < 0):
-        count = _list_groups(list_ptr, tops, tl.maximum(_number(low, UNKNOWN), lowest))
+        count = _list_groups(list_ptr, tops, tl.maximum(_number(low, UNKNOWN), lowest), num_groups)
         by_number = (turn % 2 == 0) & (_number(low, UNKNOWN) > float("-inf"))
-        key1, key2 = _pivot(low, high, 1, by_number, UNKNOWN), _pivot(low, high, 2, by_number, UNKNOWN)
-        key3, key4 = _pivot(low, high, 3, by_number, UNKNOWN), _pivot(low, high, 4, by_number, UNKNOWN)
-        key5, key6 = _pivot(low, high, 5, by_number, UNKNOWN), _pivot(low, high, 6, by_number, UNKNOWN)
-        key7 = _pivot(low, high, 7, by_number, UNKNOWN)
+        pivot1 = _pivot(low, high, 1, by_number, UNKNOWN)
+        pivot2 = _pivot(low, high, 2, by_number, UNKNOWN)
+        pivot3 = _pivot(low, high, 3, by_number, UNKNOWN)
+        pivot4 = _pivot(low, high, 4, by_number, UNKNOWN)
+        pivot5 = _pivot(low, high, 5, by_number, UNKNOWN)
+        pivot6 = _pivot(low, high, 6, by_number, UNKNOWN)
+        pivot7 = _pivot(low, high, 7, by_number, UNKNOWN)
         sum0 = tl.zeros([NUM, GROUP // PART], tl.float32)
         sum1, sum2, sum3, sum4, sum5, sum6, sum7 = sum0, sum0, sum0, sum0, sum0, sum0, sum0
         _, ahead = _load_listed(x_ptr, list_ptr, 0, count, vocab_size, NUM)
@@ -203,21 +210,21 @@ def _search(
             else:
                 weight = tl.where(x >= lowest, tl.exp2((x - highest) * scale), 0.0)
                 sum0 += tl.sum(tl.reshape(weight, [NUM, GROUP // PART, PART]), axis=2)
-            sum1 += _add_up(x, weight, _number(key1, UNKNOWN))
-            sum2 += _add_up(x, weight, _number(key2, UNKNOWN))
-            sum3 += _add_up(x, weight, _number(key3, UNKNOWN))
-            sum4 += _add_up(x, weight, _number(key4, UNKNOWN))
-            sum5 += _add_up(x, weight, _number(key5, UNKNOWN))
-            sum6 += _add_up(x, weight, _number(key6, UNKNOWN))
-            sum7 += _add_up(x, weight, _number(key7, UNKNOWN))
+            sum1 += _add_up(x, weight, pivot1)
+            sum2 += _add_up(x, weight, pivot2)
+            sum3 += _add_up(x, weight, pivot3)
+            sum4 += _add_up(x, weight, pivot4)
+            sum5 += _add_up(x, weight, pivot5)
+            sum6 += _add_up(x, weight, pivot6)
+            sum7 += _add_up(x, weight, pivot7)
         wanted = tl.where(wanted < 0, share * _total(sum0), wanted)
-        low, high = _narrow(low, high, key1, _total(sum1), wanted)
-        low, high = _narrow(low, high, key2, _total(sum2), wanted)
-        low, high = _narrow(low, high, key3, _total(sum3), wanted)
-        low, high = _narrow(low, high, key4, _total(sum4), wanted)
-        low, high = _narrow(low, high, key5, _total(sum5), wanted)
-        low, high = _narrow(low, high, key6, _total(sum6), wanted)
-        low, high = _narrow(low, high, key7, _total(sum7), wanted)
+        low, high = _narrow(low, high, pivot1, _total(sum1), wanted, UNKNOWN)
+        low, high = _narrow(low, high, pivot2, _total(sum2), wanted, UNKNOWN)
+        low, high = _narrow(low, high, pivot3, _total(sum3), wanted, UNKNOWN)
+        low, high = _narrow(low, high, pivot4, _total(sum4), wanted, UNKNOWN)
+        low, high = _narrow(low, high, pivot5, _total(sum5), wanted, UNKNOWN)
+        low, high = _narrow(low, high, pivot6, _total(sum6), wanted, UNKNOWN)
+        low, high = _narrow(low, high, pivot7, _total(sum7), wanted, UNKNOWN)
         turn += 1
     return low, wanted
 
@@ -229,10 +236,10 @@ def _total(sums):
 
 @triton.jit
 def _weigh_listed(
-    x_ptr, list_ptr, weights_ptr, ties_ptr, tops, threshold, highest, scale, vocab_size, NUM: tl.constexpr
+    x_ptr, list_ptr, weights_ptr, ties_ptr, tops, threshold, highest, scale, vocab_size, num_groups, NUM: tl.constexpr
 ):
     """Per group with a token at the threshold or above: the weight above it, and how many are exactly at it."""
-    count = _list_groups(list_ptr, tops, threshold)
+    count = _list_groups(list_ptr, tops, threshold, num_groups)
     for start in range(0, count, NUM):
         group, x = _load_listed(x_ptr, list_ptr, start, count, vocab_size, NUM)
         x = x.to(tl.float32)
@@ -334,7 +341,7 @@ def _pick_kernel(
             low = _bound_by_count(tops, highest, top_k, UNKNOWN)
             low, _ = _search(
                 x_ptr, list_ptr, tops, low, threshold, highest, scale, top_k.to(tl.float64), 0.0, vocab_size,
-                True, SEARCH_GROUPS, UNKNOWN,
+                num_groups, True, SEARCH_GROUPS, UNKNOWN,
             )  # fmt: skip
             threshold = tl.maximum(threshold, _number(low, UNKNOWN))
         wanted = tl.full([], -1.0, tl.float64)
@@ -347,12 +354,13 @@ def _pick_kernel(
                 low = _bound_by_weight(tops, weights, highest, scale, spare, UNKNOWN)
             low, wanted = _search(
                 x_ptr, list_ptr, tops, low, threshold, highest, scale, wanted, top_p, vocab_size,
-                False, SEARCH_GROUPS, UNKNOWN,
+                num_groups, False, SEARCH_GROUPS, UNKNOWN,
             )  # fmt: skip
             threshold = tl.maximum(threshold, _number(low, UNKNOWN))
         _weigh_listed(
-            x_ptr, list_ptr, weights_ptr, ties_ptr, tops, threshold, highest, scale, vocab_size, SEARCH_GROUPS
-        )
+            x_ptr, list_ptr, weights_ptr, ties_ptr, tops, threshold, highest, scale, vocab_size, num_groups,
+            SEARCH_GROUPS,
+        )  # fmt: skip
         listed = (tops >= threshold) & (group < num_groups)
         group_weights = tl.load(weights_ptr + group, mask=listed, other=0.0).to(tl.float64)
         ties = tl.load(ties_ptr + group, mask=listed, other=0)
@@ -403,6 +411,7 @@ def sample_triton(logits: Tensor, rows: Tensor, positions: Tensor, columns: Tens
     _pick_kernel[(num_rows,)](
         logits, logits.stride(0), rows, positions, columns, columns.stride(0), tops, weights, listed, ties, tokens,
         vocab_size, num_groups, MAX_GROUPS=triton.next_power_of_2(num_groups), SEARCH_GROUPS=SEARCH_GROUPS,
-        UNKNOWN=UNKNOWN_BITS[logits.dtype], PDL=pdl, num_warps=16, launch_pdl=pdl,
+        UNKNOWN=UNKNOWN_BITS[logits.dtype], PDL=pdl, num_warps=PICK_WARPS,
+        maxnreg=PICK_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
     return tokens

@@ -8,11 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
 BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < WIDTH
@@ -29,5 +34,8 @@ def silu_and_mul_triton(gate_up: Tensor) -> Tensor:
     out = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens:
         grid = (num_tokens, triton.cdiv(width, BLOCK))
-        _silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4)
+        pdl = has_dependent_launch(gate_up.device)
+        _silu_and_mul_kernel[grid](
+            gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
+        )
     return out

@@ -66,7 +66,7 @@ Config = VectorConfig | TileConfig | StreamConfig
 def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False) -> Config | None:
     """The kernel for x [num_rows, in_features] and weight [out_features, in_features]; None: leave it to cuBLAS.
 
-    Looks at sizes, strides and dtypes only.
+    Looks at sizes, strides, dtypes and alignment only.
     """
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -78,6 +78,7 @@ def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False)
         or num_inputs % 16
         or x.stride(1) != 1
         or not weight.is_contiguous()
+        or weight.data_ptr() % 16
     ):
         return None
     return choose_by_size(num_rows, num_outputs, num_inputs, gated, normed)
@@ -98,7 +99,7 @@ def choose_by_size(num_rows: int, num_outputs: int, num_inputs: int, gated: bool
     if num_rows <= 16:
         if num_inputs > 4096 or (normed and num_inputs > 1024):
             return None
-        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=256, ahead=16 // planes)
+        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=6 // planes)
     if normed:
         return None
     splits = 1
@@ -111,22 +112,17 @@ def choose_by_size(num_rows: int, num_outputs: int, num_inputs: int, gated: bool
 
 
 @triton.jit
-def _load(ptr, col, LIMIT: tl.constexpr, SIZE: tl.constexpr):
-    """Loads what `col`, which counts from 0 to SIZE, has below LIMIT; the rest is 0."""
-    if LIMIT >= SIZE:
-        return tl.load(ptr)
+def _load(ptr, offset, col, i: tl.constexpr, INPUTS: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk i of the rows at `offset`; `col` counts from 0 to CHUNK. Behind the last input there are zeros."""
+    if (i + 1) * CHUNK <= INPUTS:
+        return tl.load(ptr + offset + i * CHUNK + col)
     else:
-        return tl.load(ptr, mask=col < LIMIT, other=0.0)
+        return tl.load(ptr + offset + i * CHUNK + col, mask=col < INPUTS - i * CHUNK, other=0.0)
 
 
 @triton.jit
-def _load_input(x_ptr, residual_ptr, x_offset, residual_offset, col, LIMIT: tl.constexpr, SIZE: tl.constexpr,
-                ADD: tl.constexpr):  # fmt: skip
-    x = _load(x_ptr + x_offset, col, LIMIT, SIZE)
-    if ADD:
-        residual = _load(residual_ptr + residual_offset, col, LIMIT, SIZE)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    return x
+def _add(x, residual):
+    return (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -154,13 +150,15 @@ def _finish(first, second, bias_ptr, output, mask, num_outputs, dtype, GATED: tl
 
 
 @triton.jit
-def _sum_products(acc, w, x, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr):
-    """acc [ROWS, OUTPUTS, CHUNK / 8] += the products, 8 neighbours at a time: they lie in one thread."""
-    product = w.to(tl.float32) * x.to(tl.float32)
-    return acc + tl.sum(tl.reshape(product, [ROWS, OUTPUTS, CHUNK // 8, 8]), axis=3)
+def _multiply_add(sums, w, xs, ROWS: tl.constexpr):
+    """One sum for each row: the tile of weights times that row's tile of inputs."""
+    added = ()
+    for r in tl.static_range(ROWS):
+        added = added + (sums[r] + w.to(tl.float32) * xs[r].to(tl.float32),)
+    return added
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _vector_kernel(
     x_ptr,
     residual_ptr,
@@ -169,89 +167,88 @@ def _vector_kernel(
     bias_ptr,
     out_ptr,
     total_ptr,
-    num_rows,
     num_outputs,
     x_stride,
     residual_stride,
     eps,
+    ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     CHUNK: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Tiles are [rows, outputs, inputs] throughout, so that everything lies where the weights do: no exchange of data
-    between threads but the last sum. A chunk is one load per lane, so a warp has whole outputs to itself."""
+    """Every tile is [OUTPUTS, CHUNK], that of a row of x with equal rows, so everything lies where the weights do. A chunk
+    is one load per lane: a warp has whole outputs to itself, and no data passes between warps."""
     CHUNKS: tl.constexpr = (INPUTS + CHUNK - 1) // CHUNK
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :, None]
-    col = tl.arange(0, CHUNK)[None, None, :]
-    place = tl.minimum(output, num_outputs - 1) * INPUTS + col
-    nothing = tl.zeros([1, OUTPUTS, 1], tl.int32)  # spreads what is the same for all outputs
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    col = tl.arange(0, CHUNK)[None, :]
+    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS
+    repeat = tl.zeros([OUTPUTS, 1], tl.int32)
+    up_ptr = weight_ptr + num_outputs * INPUTS
     weights = ()
-    seconds = ()
+    up_weights = ()
     norm_weights = ()
     for i in tl.static_range(min(AHEAD, CHUNKS)):
-        weights = weights + (_load(weight_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+        weights = weights + (_load(weight_ptr, place, col, i, INPUTS, CHUNK),)
         if GATED:
-            up_ptr = weight_ptr + num_outputs * INPUTS
-            seconds = seconds + (_load(up_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+            up_weights = up_weights + (_load(up_ptr, place, col, i, INPUTS, CHUNK),)
     if NORM:
         for i in tl.static_range(CHUNKS):
-            ptr = norm_weight_ptr + nothing + i * CHUNK + col
-            norm_weights = norm_weights + (_load(ptr, col, INPUTS - i * CHUNK, CHUNK),)
+            norm_weights = norm_weights + (_load(norm_weight_ptr, repeat, col, i, INPUTS, CHUNK),)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    index = tl.arange(0, ROWS)[:, None, None]
-    row = tl.minimum(index, num_rows - 1)
-    x_offset = row * x_stride + nothing + col
-    residual_offset = row * residual_stride + nothing + col
-    xs = ()
-    scale = 0.0
-    if NORM:
-        squares = tl.zeros([ROWS, OUTPUTS, CHUNK // 8], tl.float32)
-        for i in tl.static_range(CHUNKS):
-            x = _load_input(x_ptr + i * CHUNK, residual_ptr + i * CHUNK, x_offset, residual_offset, col,
-                            INPUTS - i * CHUNK, CHUNK, ADD)  # fmt: skip
-            xs = xs + (x,)
-            squares = _sum_products(squares, x, x, ROWS, OUTPUTS, CHUNK)
-        scale = tl.rsqrt(tl.sum(squares, axis=2, keep_dims=True) / INPUTS + eps)
-        if ADD:
-            # Program 0 holds every row anyway.
-            written = (output == 0) & (index < num_rows)
+    totals = ()
+    scales = ()
+    zeros = ()
+    for r in tl.static_range(ROWS):
+        zeros = zeros + (tl.zeros([OUTPUTS, CHUNK], tl.float32),)
+        if NORM:
+            squares = tl.zeros([OUTPUTS, CHUNK], tl.float32)
             for i in tl.static_range(CHUNKS):
-                mask = written & (col < INPUTS - i * CHUNK)
-                tl.store(total_ptr + index * INPUTS + nothing + i * CHUNK + col, xs[i], mask=mask)
+                x = _load(x_ptr, r * x_stride + repeat, col, i, INPUTS, CHUNK)
+                if ADD:
+                    x = _add(x, _load(residual_ptr, r * residual_stride + repeat, col, i, INPUTS, CHUNK))
+                totals = totals + (x,)
+                squares += x.to(tl.float32) * x.to(tl.float32)
+            scales = scales + (tl.rsqrt(tl.sum(squares, axis=1) / INPUTS + eps)[:, None],)
+    if ADD:
+        # Every program holds every row; the first program writes them.
+        for r in tl.static_range(ROWS):
+            for i in tl.static_range(CHUNKS):
+                mask = (output == 0)[:, None] & (col < INPUTS - i * CHUNK)
+                tl.store(total_ptr + r * INPUTS + repeat + i * CHUNK + col, totals[r * CHUNKS + i], mask=mask)
 
-    first = tl.zeros([ROWS, OUTPUTS, CHUNK // 8], tl.float32)
-    second = tl.zeros([ROWS, OUTPUTS, CHUNK // 8], tl.float32)
+    sums = zeros
+    up_sums = zeros
     for i in tl.static_range(CHUNKS):
         if i + AHEAD < CHUNKS:
-            left: tl.constexpr = INPUTS - (i + AHEAD) * CHUNK
-            weights = weights + (_load(weight_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+            weights = weights + (_load(weight_ptr, place, col, i + AHEAD, INPUTS, CHUNK),)
             if GATED:
-                up_ptr = weight_ptr + num_outputs * INPUTS
-                seconds = seconds + (_load(up_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
-        if NORM:
-            x = _normalize(xs[i], scale, norm_weights[i])
-        else:
-            x = _load(x_ptr + x_offset + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK)
-        first = _sum_products(first, weights[i], x, ROWS, OUTPUTS, CHUNK)
+                up_weights = up_weights + (_load(up_ptr, place, col, i + AHEAD, INPUTS, CHUNK),)
+        xs = ()
+        for r in tl.static_range(ROWS):
+            if NORM:
+                xs = xs + (_normalize(totals[r * CHUNKS + i], scales[r], norm_weights[i]),)
+            else:
+                xs = xs + (_load(x_ptr, r * x_stride + repeat, col, i, INPUTS, CHUNK),)
+        sums = _multiply_add(sums, weights[i], xs, ROWS)
         if GATED:
-            second = _sum_products(second, seconds[i], x, ROWS, OUTPUTS, CHUNK)
-    mask = (index < num_rows) & (output < num_outputs)
-    result = _finish(
-        tl.sum(first, axis=2, keep_dims=True), tl.sum(second, axis=2, keep_dims=True), bias_ptr,
-        output, output < num_outputs, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS,
-    )  # fmt: skip
-    tl.store(out_ptr + index * num_outputs + output, result, mask=mask)
+            up_sums = _multiply_add(up_sums, up_weights[i], xs, ROWS)
+    valid = output < num_outputs
+    for r in tl.static_range(ROWS):
+        result = _finish(
+            tl.sum(sums[r], axis=1), tl.sum(up_sums[r], axis=1), bias_ptr,
+            output, valid, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS,
+        )  # fmt: skip
+        tl.store(out_ptr + r * num_outputs + output, result, mask=valid)
 
 
 # --- 5 to 16 rows --------------------------------------------------------------------------
@@ -297,28 +294,29 @@ def _tile_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     col = tl.arange(0, CHUNK)[None, :]
-    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS + col
+    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS
     weights = ()
     seconds = ()
     for i in tl.static_range(min(AHEAD, CHUNKS)):
-        weights = weights + (_load(weight_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+        weights = weights + (_load(weight_ptr, place, col, i, INPUTS, CHUNK),)
         if GATED:
             up_ptr = weight_ptr + num_outputs * INPUTS
-            seconds = seconds + (_load(up_ptr + place + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK),)
+            seconds = seconds + (_load(up_ptr, place, col, i, INPUTS, CHUNK),)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     index = tl.arange(0, ROWS)
     row = tl.minimum(index, num_rows - 1)[:, None]
-    x_offset = row * x_stride + col
-    residual_offset = row * residual_stride + col
+    x_offset = row * x_stride
+    residual_offset = row * residual_stride
     xs = ()
     scale = 0.0
     if NORM:
         squares = tl.zeros([ROWS], tl.float32)
         for i in tl.static_range(CHUNKS):
-            x = _load_input(x_ptr + i * CHUNK, residual_ptr + i * CHUNK, x_offset, residual_offset, col,
-                            INPUTS - i * CHUNK, CHUNK, ADD)  # fmt: skip
+            x = _load(x_ptr, x_offset, col, i, INPUTS, CHUNK)
+            if ADD:
+                x = _add(x, _load(residual_ptr, residual_offset, col, i, INPUTS, CHUNK))
             xs = xs + (x,)
             value = x.to(tl.float32)
             squares += tl.sum(value * value, axis=1)
@@ -333,16 +331,15 @@ def _tile_kernel(
     second = tl.zeros([SLICES, OUTPUTS, ROWS], tl.float32)
     for i in tl.static_range(CHUNKS):
         if i + AHEAD < CHUNKS:
-            left: tl.constexpr = INPUTS - (i + AHEAD) * CHUNK
-            weights = weights + (_load(weight_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+            weights = weights + (_load(weight_ptr, place, col, i + AHEAD, INPUTS, CHUNK),)
             if GATED:
                 up_ptr = weight_ptr + num_outputs * INPUTS
-                seconds = seconds + (_load(up_ptr + place + (i + AHEAD) * CHUNK, col, left, CHUNK),)
+                seconds = seconds + (_load(up_ptr, place, col, i + AHEAD, INPUTS, CHUNK),)
         if NORM:
-            norm_weight = _load(norm_weight_ptr + i * CHUNK + col, col, INPUTS - i * CHUNK, CHUNK)
+            norm_weight = _load(norm_weight_ptr, 0, col, i, INPUTS, CHUNK)
             x = _normalize(xs[i], scale, norm_weight)
         else:
-            x = _load(x_ptr + x_offset + i * CHUNK, col, INPUTS - i * CHUNK, CHUNK)
+            x = _load(x_ptr, x_offset, col, i, INPUTS, CHUNK)
         first = _sliced_product(first, weights[i], x, ROWS, OUTPUTS, SLICES, CHUNK)
         if GATED:
             second = _sliced_product(second, seconds[i], x, ROWS, OUTPUTS, SLICES, CHUNK)
@@ -359,11 +356,11 @@ def _tile_kernel(
 
 
 @triton.jit
-def _prefetch(ptr, BYTES: tl.constexpr):
-    """Asks for BYTES bytes behind each pointer to be brought into the L2 cache; waits for nothing."""
+def _prefetch(ptr, num_bytes):
+    """Asks for num_bytes, a multiple of 16, behind each pointer to be brought into the L2 cache; waits for nothing."""
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], " + str(BYTES) + "; mov.u32 $0, 0;",
-        "=r,l", [ptr.to(tl.uint64)], dtype=tl.int32, is_pure=False, pack=1,
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r", [ptr.to(tl.uint64), num_bytes], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -396,12 +393,10 @@ def _stream_kernel(
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS
     if PDL:
-        # The last split may be short: what it asks for beyond its end is the beginning of the next row, or nothing.
-        if INPUTS % PART == 0:
-            segment = tl.arange(0, 2)[None, :] * (PART // 2)
-            _prefetch(weight_ptr + place + split * PART + segment, PART)
-            if GATED:
-                _prefetch(weight_ptr + num_outputs * INPUTS + place + split * PART + segment, PART)
+        num_bytes = tl.minimum(PART, INPUTS - split * PART) * 2
+        _prefetch(weight_ptr + place + split * PART, num_bytes)
+        if GATED:
+            _prefetch(weight_ptr + num_outputs * INPUTS + place + split * PART, num_bytes)
         tl.extra.cuda.gdc_wait()
     index = tl.arange(0, ROWS)
     row = tl.minimum(index, num_rows - 1)[:, None] * x_stride
@@ -513,21 +508,24 @@ def _launch(
 ) -> None:
     assert not isinstance(config, StreamConfig)
     num_rows, num_outputs = out.shape
-    rows = triton.next_power_of_2(num_rows)
-    if isinstance(config, TileConfig):
-        kernel = _tile_kernel
-        sizes = {"ROWS": max(8, rows), "CHUNK": config.chunk, "SLICES": config.slices}
-    else:
-        kernel = _vector_kernel
-        sizes = {"ROWS": rows, "CHUNK": 256}
     pdl = has_dependent_launch(x.device)
-    kernel[(triton.cdiv(num_outputs, config.outputs),)](
-        x, residual, norm_weight, weight, bias, out, total, num_rows, num_outputs,
-        x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,
-        BIAS=bias is not None, OUTPUTS=config.outputs, AHEAD=config.ahead, PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl, **sizes,
-    )  # fmt: skip
+    grid = (triton.cdiv(num_outputs, config.outputs),)
+    residual_stride = 0 if residual is None else residual.stride(0)
+    constants = {
+        "INPUTS": weight.shape[1], "NORM": norm_weight is not None, "ADD": residual is not None, "GATED": gated,
+        "BIAS": bias is not None, "OUTPUTS": config.outputs, "AHEAD": config.ahead, "PDL": pdl,
+        "num_warps": config.num_warps, "launch_pdl": pdl,
+    }  # fmt: skip
+    if isinstance(config, TileConfig):
+        _tile_kernel[grid](
+            x, residual, norm_weight, weight, bias, out, total, num_rows, num_outputs, x.stride(0), residual_stride, eps,
+            ROWS=max(8, triton.next_power_of_2(num_rows)), CHUNK=config.chunk, SLICES=config.slices, **constants,
+        )  # fmt: skip
+    else:
+        _vector_kernel[grid](
+            x, residual, norm_weight, weight, bias, out, total, num_outputs, x.stride(0), residual_stride, eps,
+            ROWS=num_rows, CHUNK=256, **constants,
+        )  # fmt: skip
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """Token embedding and the language-model head.
 
-Owns their weights; one matrix can serve as both (tied). Invariant: the head is computed only for the rows it is given, so
-the caller chooses the few tokens that need logits.
+Owns their weights; one matrix can serve as both (tied). Invariant: the head is computed only for the rows it is given,
+so the caller chooses the few tokens that need logits.
 """
 
 import torch
@@ -27,7 +27,7 @@ class Embedding(nn.Module):
 
 
 class LMHead(Linear):
-    """hidden states [num_rows, hidden_size] -> logits [num_rows, vocab_size]; `tied_to` shares the embedding's matrix."""
+    """hidden states [num_rows, hidden_size] -> logits [num_rows, vocab_size]; `tied_to` lends its matrix."""
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, tied_to: Embedding | None) -> None:
         super().__init__(hidden_size, vocab_size if tied_to is None else 0, bias=False, dtype=dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class WeightSlot(NamedTuple):
-    """shape: of the whole tensor in the checkpoint. fill: copies this rank's part of it, converting dtype and device."""
+    """shape: of the whole tensor in the checkpoint. fill: copies this rank's part, converting dtype and device."""
 
     shape: tuple[int, ...]
     fill: Callable[[Tensor], object]

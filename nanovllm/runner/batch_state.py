@@ -2,8 +2,8 @@
 
         row | last_token | num_computed | block_table ...        and the sampler's columns (`sampling/state.py`)
 
-Owns these tensors; who sits in which row is the scheduler's decision. Invariant: a row is complete once its NewRow has been
-applied, so nothing is saved when a request leaves and nothing is restored when it returns.
+Owns these tensors; who sits in which row is the scheduler's decision. Invariant: a row is complete once its NewRow has
+been applied, so nothing is saved when a request leaves and nothing is restored when it returns.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class BatchState:
         return self.spare_row * self.max_blocks
 
     def apply(self, computed: torch.Tensor, blocks: torch.Tensor) -> None:
-        """computed [n, 2]: (row, num_computed); blocks [m, 2]: (row * max_blocks + index, block id). int32, on the device."""
+        """computed [n, 2]: (row, num_computed); blocks [m, 2]: (row * max_blocks + index, block id). All int32."""
         if computed.shape[0]:
             self.num_computed[computed[:, 0]] = computed[:, 1]
         if blocks.shape[0]:

@@ -1,7 +1,7 @@
 """DecodeGraphs: a decode step captured once per batch size, and replayed as one launch.
 
-Owns the sizes, the static inputs and the captured graphs. A step of n single-token requests runs in the graph of the next
-size up; the rows between are padding (-1), which reads nothing, stores nothing, and whose token nobody looks at.
+Owns the sizes, the static inputs and the captured graphs. A step of n single-token requests runs in the graph of the
+next size up; the rows between are padding (-1), which reads nothing, stores nothing, and whose token nobody looks at.
 
 Invariant: a graph reads only device memory that outlives it (weights, KV cache, batch state, its static inputs), so one
 capture serves every later step of its size.
@@ -56,7 +56,7 @@ class DecodeGraphs:
         self._capture(max_num_seqs)
 
     def run(self, rows: Sequence[int], token_ids: Sequence[int], new_blocks: Sequence[tuple[int, int]]) -> Tensor:
-        """Queue one decode step; new_blocks: (place, block). Returns the tokens [len(rows)], valid until the next run."""
+        """Queue one decode step; new_blocks: (place, block). Returns tokens [len(rows)], valid until the next run."""
         size = next(size for size in self._sizes if size >= len(rows))
         if size not in self._graphs:
             self._capture(size)

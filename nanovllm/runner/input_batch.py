@@ -1,7 +1,7 @@
 """InputBatch: a plan becomes one packed upload, and the views that the device reads it through.
 
-Owns the layout of that upload. Invariant: one copy to the device a step; staging buffers rotate, one more than steps can be
-in flight, so the host never overwrites an upload that has not run yet.
+Owns the layout of that upload. Invariant: one copy to the device a step; staging buffers rotate, one more than steps
+can be in flight, so the host never overwrites an upload that has not run yet.
 
         | rows | query_start_loc | token_ids | sampled | new rows (row, num_computed) | new blocks (place, block) |
 """

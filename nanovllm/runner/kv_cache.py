@@ -1,7 +1,7 @@
 """The KV cache's tensors: how many blocks fit into a budget of bytes, and their layout.
 
-Owns both. Invariant: every layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values), contiguous:
-the tokens of a block lie side by side under each head, so that a head reads a block in one piece.
+Owns both. Invariant: every layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values),
+contiguous: the tokens of a block lie side by side under each head, so that a head reads a block in one piece.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ def choose_num_blocks(config: EngineConfig, spec: KVCacheSpec, free_bytes: int) 
     if num_blocks < 1:
         raise ValueError(
             f"the KV cache needs {spec.bytes_per_block:,} bytes for one block of {spec.block_size} tokens and "
-            f"{num_bytes:,} are available; raise kv_cache_memory_bytes or gpu_memory_utilization, or use a smaller model"
+            f"{num_bytes:,} are available; raise kv_cache_memory_bytes or gpu_memory_utilization, or take a smaller "
+            "model"
         )
     return num_blocks
 

@@ -61,9 +61,7 @@ class ModelRunner:
         self._stager = InputStager(max_blocks, num_buffers, device)
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and not config.enforce_eager and not self._has_dynamic_rope:
-            self._graphs = DecodeGraphs(
-                self._decode, config.max_num_seqs, self.state.nowhere, num_buffers, device
-            )
+            self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, self.state.nowhere, num_buffers, device)
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens:

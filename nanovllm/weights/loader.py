@@ -14,7 +14,7 @@ from nanovllm.layers.slots import WeightSlot
 
 
 def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """model: has `slots()`; tensors: (checkpoint name, whole tensor). Raises ValueError that names the tensors at fault."""
+    """model: has `slots()`; tensors: (checkpoint name, whole tensor). Raises ValueError naming the tensors at fault."""
     slots: dict[str, WeightSlot] = dict(model.slots())
     filled: set[str] = set()
     redundant_head: Tensor | None = None

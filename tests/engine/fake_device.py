@@ -1,8 +1,8 @@
 """A device without a model: each KV slot remembers a hash of the exact history it was written for.
 
-The "model" of these tests computes the next token from the hashes of the whole context as read through the block table. A
-slot that is stale, foreign, unwritten or overwritten changes the token, and the output then differs from `expected_output`,
-which knows no blocks at all.
+The "model" of these tests computes the next token from the hashes of the whole context as read through the block table.
+A slot that is stale, foreign, unwritten or overwritten changes the token, and the output then differs from
+`expected_output`, which knows no blocks at all.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ class FakeDevice:
         return Done(sampled)
 
     def _write(self, plan: SchedulerOutput) -> None:
-        """Lowest positions first, over the whole batch: in each layer of a model all keys are stored before any is read."""
+        """Lowest positions first, over the whole batch: a layer stores all keys before any is read."""
         tokens = iter(plan.token_ids)
         writes = []
         for row, count, start in zip(plan.rows, plan.num_scheduled_tokens, plan.num_computed_tokens, strict=True):

@@ -1,6 +1,7 @@
 """BlockPool by itself: references, order of reuse, and what can be found."""
 
 import pytest
+
 from nanovllm.engine.block_pool import BlockPool, hash_block
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+
 from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.request import RequestStatus
 from tests.engine.fake_device import check_nothing_leaked, check_output, expected_output, make_engine, make_request, run

@@ -1,12 +1,13 @@
 """The scheduler and the prefix cache against an oracle, over random workloads.
 
-Aborts at every point, preemption in pools of a few blocks, chunks of a few tokens, shared prefixes, late stop tokens, any
-overlap depth. Cases C1, F1, F4, F7, W16 hold in all of them or the output differs.
+Aborts at every point, preemption in pools of a few blocks, chunks of a few tokens, shared prefixes, late stop tokens,
+any overlap depth. Cases C1, F1, F4, F7, W16 hold in all of them or the output differs.
 """
 
 import random
 
 import pytest
+
 from tests.engine.fake_device import VOCAB_SIZE, check_nothing_leaked, check_output, make_engine, make_request
 
 

@@ -5,7 +5,7 @@ import torch
 
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.rope import apply_rope
+from nanovllm.kernels.rope import apply_rope_reference
 
 NUM_BLOCKS, BLOCK_SIZE = 5, 4
 
@@ -39,7 +39,7 @@ def test_composes_norm_rope_and_store(layout: str, rope: bool, norm: bool, dtype
     if q_weight is not None and k_weight is not None:
         want_q, want_k = rms_norm(want_q, q_weight, 1e-6), rms_norm(want_k, k_weight, 1e-6)
     if cos_sin is not None:
-        want_q, want_k = apply_rope(want_q, cos_sin), apply_rope(want_k, cos_sin)
+        want_q, want_k = apply_rope_reference(want_q, cos_sin), apply_rope_reference(want_k, cos_sin)
     want_cache = torch.zeros(2, NUM_BLOCKS, kv_heads, BLOCK_SIZE, dim, dtype=dtype)
     for token, slot in enumerate(slots):
         if slot >= 0:

