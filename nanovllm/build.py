@@ -21,6 +21,7 @@ from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.executor.inline import InlineExecutor
+from nanovllm.kernels.native import load_native
 from nanovllm.kernels.ops import choose_ops
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
@@ -63,7 +64,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         block_size=_known(config.block_size),
         dtype=getattr(torch, model_config.dtype),
     )
-    backend = _choose_backend(device)
+    backend = _choose_backend(device, config.compilation)
 
     def make_runner(config: EngineConfig, num_blocks: int) -> ModelRunner:
         return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
@@ -137,12 +138,12 @@ def _cpu_multiplies_bfloat16() -> bool:
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-def _choose_backend(device: torch.device) -> AttentionBackend:
+def _choose_backend(device: torch.device, compilation: str) -> AttentionBackend:
     if device.type == "cuda":
         from nanovllm.attention.triton_paged import TritonBackend
 
         return TritonBackend()
-    return CpuPagedBackend()
+    return CpuPagedBackend(load_native() if compilation != "none" else None)
 
 
 def _load_model(config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> Any:

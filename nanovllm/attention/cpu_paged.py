@@ -1,7 +1,7 @@
-"""Paged attention that is fast on a CPU, from PyTorch's own operations.
+"""Paged attention that is fast on a CPU: decodes by the C++ kernel where it applies, else by PyTorch's operations.
 
 Owns the indices of a step, built once and used by every layer. Invariant: work grows with the blocks that are read,
-never with the longest request of the batch. Two paths:
+never with the longest request of the batch. PyTorch's operations take two paths:
 
     a few requests, or prompts   copy their blocks side by side, then scaled_dot_product_attention
     many decoding requests       batched products straight over the cache, one per (block, KV head), no copy of it:
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.attention.metadata import AttentionMetadata
+from nanovllm.kernels.native import NativeKernels
 
 MIN_BATCHED_DECODES = 4  # below this, a call per request costs less than the batched path's fixed price
 MAX_UNUSED_SHARE = 1.25  # blocks in the stretch per block needed, up to which reading in place beats copying
@@ -53,7 +54,11 @@ class PreparedStep:
 
 
 class CpuPagedBackend:
-    """Equals `kernels.paged_attention` up to rounding; in bfloat16, scores and weights are rounded to it."""
+    """Equals `kernels.paged_attention` up to rounding; in bfloat16, PyTorch's paths round scores and weights to it."""
+
+    def __init__(self, native: NativeKernels | None = None) -> None:
+        """native: None keeps to PyTorch's operations."""
+        self._native = native
 
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
@@ -63,14 +68,20 @@ class CpuPagedBackend:
     ) -> Tensor:
         """q [num_tokens, num_heads, head_dim] -> the same shape; kv_cache contiguous is fastest."""
         meta = prepared.meta
-        num_batched = meta.num_decodes if meta.num_decodes >= MIN_BATCHED_DECODES else 0
-        outputs, start = [], num_batched
-        if num_batched:
+        outputs, start = [], 0
+        decoded = self._decode_natively(q, kv_cache, meta, scale, window)
+        if decoded is not None:
+            if meta.num_decodes == meta.num_reqs:
+                return decoded
+            outputs.append(decoded)
+            start = meta.num_decodes
+        elif meta.num_decodes >= MIN_BATCHED_DECODES:
+            start = meta.num_decodes
             if window not in prepared.decode_plans:
                 prepared.decode_plans[window] = _plan_decodes(meta, window, q.shape[1], kv_cache)
-            outputs.append(_decode(q[:num_batched], kv_cache, prepared.decode_plans[window], scale))
+            outputs.append(_decode(q[:start], kv_cache, prepared.decode_plans[window], scale))
         lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
-        for (query_len, seq_len), group in groupby(list(enumerate(lens))[num_batched:], key=lambda item: item[1]):
+        for (query_len, seq_len), group in groupby(list(enumerate(lens))[start:], key=lambda item: item[1]):
             requests = [i for i, _ in group]
             stop = start + len(requests) * query_len
             table = meta.block_table[requests[0] : requests[-1] + 1]
@@ -78,6 +89,16 @@ class CpuPagedBackend:
             outputs.append(_attend(q[start:stop], kv_cache, table, query_len, seq_len, mask, scale))
             start = stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _decode_natively(
+        self, q: Tensor, kv_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None
+    ) -> Tensor | None:
+        n, table, seq_lens = meta.num_decodes, meta.block_table, meta.seq_lens
+        if self._native is None or n == 0:
+            return None
+        if n < meta.num_reqs:
+            q, table, seq_lens = q[:n], table[:n], seq_lens[:n]
+        return self._native.decode_attention(q, kv_cache, table, seq_lens, scale, window)
 
 
 def _attend(

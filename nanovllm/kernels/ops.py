@@ -3,22 +3,25 @@
 Owns the choice, made once when a model is built and handed to its layers. Invariant: every form computes what the
 references beside it define, up to rounding, so a model is written once and runs in all of them.
 
-    compilation    norms and activation                      rotation and KV store
-    "kernels"      Triton on a GPU, C++ on a CPU             the same
-    "inductor"     the references, fused by torch.compile    as "kernels"
-    "none"         the references, one PyTorch call each     as "kernels" on a GPU, the reference on a CPU
+    compilation    norms and activation                      products                      rotation and KV store
+    "kernels"      Triton on a GPU, C++ on a CPU             with norm and activation,     Triton or C++
+                                                             for few rows on a GPU
+    "inductor"     the references, fused by torch.compile    PyTorch's                     as "kernels"
+    "none"         the references, one PyTorch call each     PyTorch's                     as "kernels" on a GPU
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.native import load_native
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+from nanovllm.kernels.small_linear import rms_norm_gated_linear, rms_norm_linear, small_linear
 
 
 class Ops(NamedTuple):
@@ -28,15 +31,22 @@ class Ops(NamedTuple):
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     qkv_rope_store: Callable[..., Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    # (x, residual, norm weight, eps, weight, bias) -> (product, x + residual); None: norm and product apart
+    rms_norm_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
+    rms_norm_gated_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 PLAIN = Ops(rms_norm_reference, add_rms_norm_reference, silu_and_mul_reference, qkv_rope_store_reference)
 BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, qkv_rope_store)
+ON_GPU = BY_DEVICE._replace(
+    linear=small_linear, rms_norm_linear=rms_norm_linear, rms_norm_gated_linear=rms_norm_gated_linear
+)
 
 
 def choose_ops(device: torch.device, compilation: str) -> Ops:
     """compilation: as in `EngineConfig`."""
-    kernels = BY_DEVICE
+    kernels = ON_GPU if device.type == "cuda" else BY_DEVICE
     if device.type == "cpu" and compilation != "none":
         native = load_native()
         if native is not None:

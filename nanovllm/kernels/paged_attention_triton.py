@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
 if TYPE_CHECKING:
     from nanovllm.kernels.paged_attention import PagedBatch
 
@@ -377,9 +379,9 @@ def decode_attention(
     config = config or decode_config(q.shape[2], q.dtype)
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     group = q.shape[1] // num_kv_heads
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = max(16, triton.next_power_of_2(head_dim))  # tl.dot takes no less
     combine_cols = triton.next_power_of_2(group) * block_dim
-    pdl = _has_dependent_launch(q.device)
+    pdl = has_dependent_launch(q.device)
     _decode_kernel[(plan.first_request.shape[0],)](
         q, kv_cache, out, seq_lens, block_table, plan.tile_start, plan.first_request, plan.arrived,
         plan.partial_out, plan.partial_stats, plan.tile_start.shape[0] - 1, block_table.stride(0),
@@ -561,11 +563,11 @@ def prefill_attention(
     group = q.shape[1] // num_kv_heads
     rows = max(config.rows, triton.next_power_of_2(group))
     num_tiles = (q.shape[0] - first_req) // (rows // group) + num_reqs - first_req
-    pdl = _has_dependent_launch(q.device)
+    pdl = has_dependent_launch(q.device)
     _prefill_kernel[(num_tiles, num_kv_heads)](
         q, kv_cache, out, query_start_loc, seq_lens, block_table, first_req, num_reqs, block_table.stride(0),
         q.stride(0), q.stride(1), *kv_cache.stride()[:4], scale * LOG2_E,
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size, ROWS=rows, TILE=config.tile, WINDOW=window or 0, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
@@ -575,7 +577,3 @@ def _num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _has_dependent_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -1,22 +1,22 @@
-"""Triton twin of `small_linear.py`: three kernels for up to 64 rows, and the choice among them.
+"""Triton twin of `small_linear.py`: two kernels for up to 8 rows, and the choice between them and cuBLAS.
 
 Owns how few rows are multiplied on a GPU. A decode step reads every weight once and computes little, so what counts is
-that the reading never pauses, not even from one kernel to the next: each program asks for its weights before it waits for
-the kernel ahead (`dependent_launch`). Invariant: sums are added in an order that the sizes alone determine.
+that the reading never pauses, not even from one kernel to the next: each program asks for its weights before it waits
+for the kernel ahead (`dependent_launch`). Invariant: sums are added in an order that the sizes alone determine.
 
-    rows     kernel     a program's weights, before it waits             product
-    1 .. 4   vector     into registers                                   multiply and add, a lane along the inputs
-    5 .. 16  tile       into registers                                   matrix unit, warps split the inputs
-    .. 64    stream     into the L2 cache                                matrix unit, programs may split the inputs
+    rows     kernel     product
+    1 .. 4   vector     multiply and add, a lane along the inputs
+    5 .. 8   tile       matrix unit, warps split the inputs
 
-The norm needs all of a row before its first product. The first two kernels compute it in every program, from rows that
-are few enough to hold.
+The norm needs all of a row before its first product; every program computes it, from rows that are few enough to hold.
 """
+
+# Tuples of tiles grow while a kernel is compiled.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 
-MAX_ROWS = 64
-MAX_COLUMNS_OF_SPLITS = 4096  # programs along the outputs that a split product may have
+MAX_ROWS = 8  # measured on an H200: from 16 rows on, cuBLAS is as fast
+MAX_OUTPUTS = 65536  # wider is a language-model head, which runs at the memory's speed anyway
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class VectorConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """outputs: per program. slices: parts of the inputs, a warp or more for each. chunk: inputs per step of the loop."""
+    """outputs: per program. chunk: inputs per step. slices: parts of a chunk, a warp or more for each.
+
+    ahead: chunks of weights that are held.
+    """
 
     outputs: int
     num_warps: int
@@ -49,24 +52,13 @@ class TileConfig:
     ahead: int
 
 
-@dataclass(frozen=True)
-class StreamConfig:
-    """outputs, inputs: of a tile. splits: programs that share the inputs of one tile of outputs."""
-
-    outputs: int
-    inputs: int
-    splits: int
-    num_stages: int
-    num_warps: int
-
-
-Config = VectorConfig | TileConfig | StreamConfig
+Config = VectorConfig | TileConfig
 
 
 def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False) -> Config | None:
     """The kernel for x [num_rows, in_features] and weight [out_features, in_features]; None: leave it to cuBLAS.
 
-    Looks at sizes, strides, dtypes and alignment only.
+    Looks at sizes, strides, dtypes and alignment only; any of them that no kernel is made for goes to cuBLAS, too.
     """
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -79,33 +71,36 @@ def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False)
         or x.stride(1) != 1
         or not weight.is_contiguous()
         or weight.data_ptr() % 16
+        or weight.shape[0] > MAX_OUTPUTS
+        or weight.numel() >= 2**31
     ):
         return None
     return choose_by_size(num_rows, num_outputs, num_inputs, gated, normed)
 
 
 def choose_by_size(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, normed: bool) -> Config | None:
-    """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated."""
+    """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated.
+
+    The shapes of programs are the fastest of a sweep over the layers of a 0.6B and are not tied to its sizes.
+    """
     planes = 2 if gated else 1
     if num_rows <= 4:
         if normed and triton.next_power_of_2(num_rows) * num_inputs > 4096:
             return None
         chunks = triton.cdiv(num_inputs, 256)
-        # Enough outputs per thread that its weights fill some 16 loads, as long as all multiprocessors have work.
+        # As many outputs per warp as there are registers for their weights, as long as all multiprocessors have work.
+        loads = 16 if num_rows == 1 else 8
         per_warp = 1
-        while per_warp * 2 * chunks * planes <= 16 and num_outputs // (per_warp * 2 * 4) >= 256:
+        while per_warp * 2 * chunks * planes <= loads and num_outputs // (per_warp * 2 * 4) >= 256:
             per_warp *= 2
-        return VectorConfig(outputs=4 * per_warp, num_warps=4, ahead=max(1, 16 // (per_warp * planes)))
-    if num_rows <= 16:
-        if num_inputs > 4096 or (normed and num_inputs > 1024):
-            return None
-        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=6 // planes)
-    if normed:
+        return VectorConfig(outputs=4 * per_warp, num_warps=4, ahead=16 // (per_warp * planes))
+    if num_inputs > 4096 or (normed and num_inputs > 1024):
         return None
-    splits = 1
-    while splits < 8 and num_outputs // 64 * splits < 64 and num_inputs // (splits * 2) >= 256:
-        splits *= 2
-    return StreamConfig(outputs=64 // planes, inputs=64, splits=splits, num_stages=4, num_warps=4)
+    if num_inputs <= 1024:
+        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=256, ahead=3 if gated else 4)
+    if num_inputs <= 2048:
+        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=1024, ahead=4 // planes)
+    return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=6 // planes)
 
 
 # --- parts that the kernels share ---------------------------------------------------------
@@ -133,7 +128,7 @@ def _normalize(x, scale, norm_weight):
 
 @triton.jit
 def _finish(first, second, bias_ptr, output, mask, num_outputs, dtype, GATED: tl.constexpr, BIAS: tl.constexpr):
-    """From float32 sums to what is stored: bias, rounding, gate. `output`, `mask`: which outputs, in the sums' shape."""
+    """From float32 sums to what is stored: bias, rounding, gate. `output`, `mask`: which outputs these are."""
     if BIAS:
         first += tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
     result = first.to(dtype)
@@ -182,8 +177,8 @@ def _vector_kernel(
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Every tile is [OUTPUTS, CHUNK], that of a row of x with equal rows, so everything lies where the weights do. A chunk
-    is one load per lane: a warp has whole outputs to itself, and no data passes between warps."""
+    """Every tile is [OUTPUTS, CHUNK], that of a row of x with equal rows, so everything lies where the weights do. A
+    chunk is one load per lane: a warp has whole outputs to itself, and no data passes between warps."""
     CHUNKS: tl.constexpr = (INPUTS + CHUNK - 1) // CHUNK
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -251,7 +246,7 @@ def _vector_kernel(
         tl.store(out_ptr + r * num_outputs + output, result, mask=valid)
 
 
-# --- 5 to 16 rows --------------------------------------------------------------------------
+# --- 5 to 8 rows --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -352,128 +347,13 @@ def _tile_kernel(
     tl.store(out_ptr + index[None, :] * num_outputs + output[:, None], result, mask=mask)
 
 
-# --- up to 64 rows -------------------------------------------------------------------------
-
-
-@triton.jit
-def _prefetch(ptr, num_bytes):
-    """Asks for num_bytes, a multiple of 16, behind each pointer to be brought into the L2 cache; waits for nothing."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r", [ptr.to(tl.uint64), num_bytes], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _stream_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    partial_ptr,
-    arrived_ptr,
-    num_rows,
-    num_outputs,
-    x_stride,
-    INPUTS: tl.constexpr,
-    GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Programs (tile of outputs, split). partial [splits, 1 or 2 planes, num_rows, num_outputs] float32."""
-    PART: tl.constexpr = (INPUTS + SPLITS * TILE - 1) // (SPLITS * TILE) * TILE
-    PLANES: tl.constexpr = 2 if GATED else 1
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    split = tl.program_id(1)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS
-    if PDL:
-        num_bytes = tl.minimum(PART, INPUTS - split * PART) * 2
-        _prefetch(weight_ptr + place + split * PART, num_bytes)
-        if GATED:
-            _prefetch(weight_ptr + num_outputs * INPUTS + place + split * PART, num_bytes)
-        tl.extra.cuda.gdc_wait()
-    index = tl.arange(0, ROWS)
-    row = tl.minimum(index, num_rows - 1)[:, None] * x_stride
-    first = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    second = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for start in range(split * PART, tl.minimum(split * PART + PART, INPUTS), TILE):
-        col = start + tl.arange(0, TILE)[None, :]
-        if INPUTS % TILE == 0:
-            x = tl.load(x_ptr + row + col)
-            w = tl.load(weight_ptr + place + col)
-        else:
-            x = tl.load(x_ptr + row + col, mask=col < INPUTS, other=0.0)
-            w = tl.load(weight_ptr + place + col, mask=col < INPUTS, other=0.0)
-        first = tl.dot(x, tl.trans(w), first)
-        if GATED:
-            up_ptr = weight_ptr + num_outputs * INPUTS + place + col
-            if INPUTS % TILE == 0:
-                w = tl.load(up_ptr)
-            else:
-                w = tl.load(up_ptr, mask=col < INPUTS, other=0.0)
-            second = tl.dot(x, tl.trans(w), second)
-
-    valid = (output < num_outputs)[None, :]
-    mask = valid & (index < num_rows)[:, None]
-    out_offset = index[:, None] * num_outputs + output[None, :]
-    last = True
-    if SPLITS > 1:
-        plane = num_rows * num_outputs
-        own_ptr = partial_ptr + split * PLANES * plane + out_offset
-        tl.store(own_ptr, first, mask=mask)
-        if GATED:
-            tl.store(own_ptr + plane, second, mask=mask)
-        tl.debug_barrier()  # every warp's stores come before the one thread's release
-        counter_ptr = arrived_ptr + tl.program_id(0)
-        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS - 1
-        if last:
-            tl.store(counter_ptr, 0)
-            first = tl.zeros([ROWS, OUTPUTS], tl.float32)
-            second = tl.zeros([ROWS, OUTPUTS], tl.float32)
-            # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
-            for i in tl.static_range(SPLITS):
-                part_ptr = partial_ptr + i * PLANES * plane + out_offset
-                first += tl.load(part_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-                if GATED:
-                    second += tl.load(part_ptr + plane, mask=mask, other=0.0, cache_modifier=".cg")
-    if last:
-        result = _finish(
-            first, second, bias_ptr, output[None, :], valid, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS
-        )
-        tl.store(out_ptr + out_offset, result, mask=mask)
-
-
 # --- from tensors to kernels ---------------------------------------------------------------
 
 
-def small_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, gated: bool = False
-) -> Tensor:
+def small_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, gated: bool = False) -> Tensor:
     """`small_linear.small_linear`, or `gated_linear` if gated, in the kernel of `config`, which `choose` gave."""
-    num_outputs, num_inputs = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    out = torch.empty((x.shape[0], num_outputs), dtype=x.dtype, device=x.device)
-    if not isinstance(config, StreamConfig):
-        _launch(x, None, None, 0.0, weight, bias, out, None, config, gated)
-        return out
-    columns = triton.cdiv(num_outputs, config.outputs)
-    partial = arrived = None
-    if config.splits > 1:
-        shape = (config.splits, 2 if gated else 1, x.shape[0], num_outputs)
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        arrived = _arrival_counters(x.device)
-    pdl = has_dependent_launch(x.device)
-    _stream_kernel[(columns, config.splits)](
-        x, weight, bias, out, partial, arrived, x.shape[0], num_outputs, x.stride(0),
-        INPUTS=num_inputs, GATED=gated, BIAS=bias is not None, ROWS=max(16, triton.next_power_of_2(x.shape[0])),
-        OUTPUTS=config.outputs, TILE=config.inputs, SPLITS=config.splits, PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
-    )  # fmt: skip
+    out = torch.empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), dtype=x.dtype, device=x.device)
+    _launch(x, None, None, 0.0, weight, bias, out, None, config, gated)
     return out
 
 
@@ -487,7 +367,7 @@ def rms_norm_linear_triton(
     config: Config,
     gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`small_linear.rms_norm_linear`, or `rms_norm_gated_linear` if gated; `choose` gives no StreamConfig for it."""
+    """`small_linear.rms_norm_linear`, or `rms_norm_gated_linear` if gated."""
     out = torch.empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, residual, norm_weight, eps, weight, bias, out, total, config, gated)
@@ -506,7 +386,6 @@ def _launch(
     config: Config,
     gated: bool,
 ) -> None:
-    assert not isinstance(config, StreamConfig)
     num_rows, num_outputs = out.shape
     pdl = has_dependent_launch(x.device)
     grid = (triton.cdiv(num_outputs, config.outputs),)
@@ -518,7 +397,8 @@ def _launch(
     }  # fmt: skip
     if isinstance(config, TileConfig):
         _tile_kernel[grid](
-            x, residual, norm_weight, weight, bias, out, total, num_rows, num_outputs, x.stride(0), residual_stride, eps,
+            x, residual, norm_weight, weight, bias, out, total, num_rows, num_outputs,
+            x.stride(0), residual_stride, eps,
             ROWS=max(8, triton.next_power_of_2(num_rows)), CHUNK=config.chunk, SLICES=config.slices, **constants,
         )  # fmt: skip
     else:
@@ -526,9 +406,3 @@ def _launch(
             x, residual, norm_weight, weight, bias, out, total, num_outputs, x.stride(0), residual_stride, eps,
             ROWS=num_rows, CHUNK=256, **constants,
         )  # fmt: skip
-
-
-@lru_cache
-def _arrival_counters(device: torch.device) -> Tensor:
-    """Programs that have left their part of a sum: 0 between calls. Calls that share a device follow one another."""
-    return torch.zeros(MAX_COLUMNS_OF_SPLITS, dtype=torch.int32, device=device)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.kernels.ops import Ops
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.slots import Slots, parameter_slot
 
@@ -29,8 +30,10 @@ class Embedding(nn.Module):
 class LMHead(Linear):
     """hidden states [num_rows, hidden_size] -> logits [num_rows, vocab_size]; `tied_to` lends its matrix."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, tied_to: Embedding | None) -> None:
-        super().__init__(hidden_size, vocab_size if tied_to is None else 0, bias=False, dtype=dtype)
+    def __init__(
+        self, vocab_size: int, hidden_size: int, dtype: torch.dtype, tied_to: Embedding | None, ops: Ops
+    ) -> None:
+        super().__init__(hidden_size, vocab_size if tied_to is None else 0, bias=False, dtype=dtype, ops=ops)
         self.is_tied = tied_to is not None
         if tied_to is not None:
             self.weight = tied_to.weight

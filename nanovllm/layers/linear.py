@@ -8,10 +8,11 @@ after loading, `forward` reads the weights through `multiply` only, so a layer c
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.ops import Ops
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.packed_linear import pack_linear
 from nanovllm.layers.slots import Slots, WeightSlot
 
@@ -19,17 +20,25 @@ from nanovllm.layers.slots import Slots, WeightSlot
 class Linear(nn.Module):
     """y = x W^T + b on this rank's part: x [num_tokens, in_features] -> [num_tokens, out_features]."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.multiply: Callable[[Tensor], Tensor] = self._multiply
 
     def _multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x)
+
+    def after_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(forward(norm of x + residual), x + residual), in one kernel where the device has one."""
+        if self.ops.rms_norm_linear is None:
+            x, total = norm(x, residual)
+            return self(x), total
+        return self.ops.rms_norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
 
     def optimize(self) -> None:
         """Called once when the weights are in place: on a CPU, lay them out as its matrix kernels want them."""
@@ -43,11 +52,11 @@ class MergedColumnParallelLinear(Linear):
     """Several column-parallel layers with one input, computed as one product; `sizes` are their whole output sizes."""
 
     def __init__(
-        self, in_features: int, sizes: Sequence[int], bias: bool, dtype: torch.dtype, tp: TensorParallel
+        self, in_features: int, sizes: Sequence[int], bias: bool, dtype: torch.dtype, tp: TensorParallel, ops: Ops
     ) -> None:
         self.sizes = tuple(sizes)
         self.tp = tp
-        super().__init__(in_features, sum(tp.shard(size, "output size") for size in sizes), bias, dtype)
+        super().__init__(in_features, sum(tp.shard(size, "output size") for size in sizes), bias, dtype, ops)
 
     def slots(self, *names: str) -> Slots:
         """names: the checkpoint's layer names, in the order of `sizes`."""
@@ -66,6 +75,19 @@ class MergedColumnParallelLinear(Linear):
         return lambda tensor: target.copy_(tensor[first : first + part])
 
 
+class GatedLinear(MergedColumnParallelLinear):
+    """Gate and up projection with the gate applied: x -> silu(gate) * up, [num_tokens, size of one of them]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.silu_and_mul(self.multiply(x))
+
+    def after_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `Linear.after_norm`."""
+        if self.ops.rms_norm_gated_linear is None:
+            return super().after_norm(norm, x, residual)
+        return self.ops.rms_norm_gated_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
+
+
 class QKVParallelLinear(MergedColumnParallelLinear):
     """The query, key and value projections as one; heads are spread over the ranks."""
 
@@ -78,19 +100,22 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         bias: bool,
         dtype: torch.dtype,
         tp: TensorParallel,
+        ops: Ops,
     ) -> None:
         self.num_heads = tp.shard(num_heads, "num_attention_heads")
         self.num_kv_heads = tp.shard(num_kv_heads, "num_key_value_heads")
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        super().__init__(hidden_size, sizes, bias, dtype, tp)
+        super().__init__(hidden_size, sizes, bias, dtype, tp, ops)
 
 
 class RowParallelLinear(Linear):
     """Splits the input features; the ranks' partial results are summed, and the bias is added once, by rank 0."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, tp: TensorParallel) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, tp: TensorParallel, ops: Ops
+    ) -> None:
         self.tp = tp
-        super().__init__(tp.shard(in_features, "input size"), out_features, bias, dtype)
+        super().__init__(tp.shard(in_features, "input size"), out_features, bias, dtype, ops)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tp.all_reduce(self.multiply(x))

@@ -3,8 +3,9 @@
 Owns the order of operations and the names of the checkpoint's tensors. Invariant: stateless; a forward pass depends on
 its arguments and the weights only.
 
-        input_ids -> embedding -> [ norm -> QKV -> attention -> O  (+) norm -> gate, up -> SiLU * up -> down (+) ] x L
-                  -> norm -> head -> logits                            (+): residual addition, fused with the next norm
+    input_ids -> embedding -> [ (+) norm, QKV -> rotation, KV store -> attention -> O -> (+) norm, gate, up -> down ]
+              -> (+) norm -> head -> logits             (+): residual addition. What stands between two arrows is one
+                                                        operation, and one kernel where that is faster.
 """
 
 import torch
@@ -16,7 +17,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.slots import Slots
@@ -26,15 +27,19 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, config.qkv_bias, dtype, tp)
-        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, config.o_bias, dtype, tp)
+        hidden, qkv_bias = config.hidden_size, config.qkv_bias
+        self.qkv_proj = QKVParallelLinear(hidden, head_dim, heads, kv_heads, qkv_bias, dtype, tp, ops)
+        self.o_proj = RowParallelLinear(heads * head_dim, hidden, config.o_bias, dtype, tp, ops)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, ops) if config.qk_norm else None
         num_heads, num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
         self.attention = Attention(layer_idx, num_heads, num_kv_heads, head_dim, config.windows[layer_idx], ops)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, ctx: ForwardContext) -> Tensor:
-        return self.o_proj(self.attention(self.qkv_proj(x), cos_sin, ctx, self.q_norm, self.k_norm))
+    def forward(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
+        return self.o_proj(self.attention(qkv, cos_sin, ctx, self.q_norm, self.k_norm)), residual
 
     def slots(self, name: str) -> Slots:
         yield from self.qkv_proj.slots(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
@@ -48,12 +53,12 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, (inner, inner), config.mlp_bias, dtype, tp)
-        self.down_proj = RowParallelLinear(inner, hidden, config.mlp_bias, dtype, tp)
-        self.ops = ops
+        self.gate_up_proj = GatedLinear(hidden, (inner, inner), config.mlp_bias, dtype, tp, ops)
+        self.down_proj = RowParallelLinear(inner, hidden, config.mlp_bias, dtype, tp, ops)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        gated, residual = self.gate_up_proj.after_norm(norm, x, residual)
+        return self.down_proj(gated), residual
 
     def slots(self, name: str) -> Slots:
         yield from self.gate_up_proj.slots(f"{name}.gate_proj", f"{name}.up_proj")
@@ -72,10 +77,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """x: what the layer before adds to the residual stream. Returns the same for the next layer."""
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, ctx)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.self_attn(self.input_layernorm, x, residual, cos_sin, ctx)
+        return self.mlp(self.post_attention_layernorm, x, residual)
 
     def slots(self, name: str) -> Slots:
         yield from self.input_layernorm.slots(f"{name}.input_layernorm")
@@ -94,7 +97,7 @@ class LlamaForCausalLM(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
         self.rotary = RotaryEmbedding(config.head_dim, max_len, config.rope)
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to)
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to, ops)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """input_ids, positions [num_tokens] -> hidden states [num_tokens, hidden_size], after the last norm."""

@@ -1,4 +1,6 @@
-"""The fast CPU path equals the reference, on every shape of batch."""
+"""The fast CPU paths, PyTorch's and C++'s, equal the reference, on every shape of batch."""
+
+import shutil
 
 import pytest
 import torch
@@ -7,19 +9,23 @@ from hypothesis import strategies as st
 
 from nanovllm.attention import cpu_paged
 from nanovllm.attention.cpu_paged import CpuPagedBackend
+from nanovllm.kernels.native import load_native
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_metadata
 
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
 
 def check(case: PagedCase, window: int | None, tolerance: float) -> None:
-    backend = CpuPagedBackend()
-    prepared = backend.prepare(case.meta)
     scale = case.q.shape[2] ** -0.5
     expected = paged_attention_reference(case.q, case.kv_cache, case.meta, scale, window)
-    for layer_idx in range(2):  # the second layer reuses the first one's indices
-        out = backend.forward(layer_idx, case.q, case.kv_cache, prepared, scale, window)
-        assert out.shape == case.q.shape and out.dtype == case.q.dtype
-        torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
+    for native in (None, load_native()) if HAS_COMPILER else (None,):
+        backend = CpuPagedBackend(native)
+        prepared = backend.prepare(case.meta)
+        for layer_idx in range(2):  # the second layer reuses the first one's indices
+            out = backend.forward(layer_idx, case.q, case.kv_cache, prepared, scale, window)
+            assert out.shape == case.q.shape and out.dtype == case.q.dtype
+            torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
 
 @st.composite
@@ -78,3 +84,16 @@ def test_queries_may_be_strided() -> None:
     case = make_case([1] * 5 + [4], [7, 9, 20, 30, 1, 6])
     wide = torch.cat((case.q, torch.randn(case.q.shape[0], 3, 16)), dim=1)
     check(PagedCase(wide[:, :6], case.kv_cache, case.meta, []), None, 1e-5)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_decodes_of_a_mixed_batch_are_those_of_a_decode_batch() -> None:
+    """The C++ kernel takes the decodes of any batch; their bits do not depend on the other requests."""
+    mixed = make_case([1] * 3 + [6], [40, 7, 90, 11], layout="heads outside", dtype=torch.bfloat16)
+    backend = CpuPagedBackend(load_native())
+    out = backend.forward(0, mixed.q, mixed.kv_cache, backend.prepare(mixed.meta), 0.25, None)
+    for i in range(3):
+        meta = make_metadata([1], mixed.meta.seq_lens_host[i : i + 1], mixed.meta.block_table[i : i + 1],
+                             mixed.meta.slot_mapping[i : i + 1])  # fmt: skip
+        alone = backend.forward(0, mixed.q[i : i + 1], mixed.kv_cache, backend.prepare(meta), 0.25, None)
+        assert torch.equal(alone, out[i : i + 1])

@@ -46,7 +46,7 @@ def check(case: PagedCase, window: int | None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(4, 2, 128, 64), (9, 3, 64, 64), (4, 4, 80, 16), (7, 1, 96, 32), (2, 1, 256, 64), (20, 1, 32, 128)],
+    [(4, 2, 128, 64), (9, 3, 64, 64), (4, 4, 80, 16), (7, 1, 96, 32), (2, 1, 256, 64), (20, 1, 32, 128), (4, 2, 8, 16)],
 )
 def test_mixed_batches(
     dtype: torch.dtype, window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int

@@ -1,5 +1,6 @@
 """The Triton sampler against the PyTorch one, which its own tests compare with NumPy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -76,8 +77,15 @@ def test_columns_are_where_the_state_puts_them() -> None:
     assert twin.SEED_HIGH.value == twin.SEED_LOW.value + 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "ties", "flat", "masked", "negative"])
-@pytest.mark.parametrize("vocab_size", [1, 5, 64, 128, 1000, 5003])
+@pytest.mark.parametrize(
+    ("vocab_size", "kind"),
+    [
+        *itertools.product([1, 5, 64], ["plain", "ties"]),
+        *itertools.product([300, 1000], ["plain", "ties", "flat", "masked", "negative"]),
+        (5003, "plain"),
+        (5003, "ties"),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_batches_draw_what_torch_draws(dtype: torch.dtype, vocab_size: int, kind: str) -> None:
     """C8, W12: greedy, sampled and filtered rows side by side, the same token in each."""
@@ -128,16 +136,16 @@ def test_odd_logits(options: dict[str, float]) -> None:
 
 def test_ties_of_greedy_and_filters() -> None:
     """Greedy takes the lowest id; top_k keeps all that tie with the k-th, top_p only the first of them."""
-    n = 40
-    logits = torch.zeros(n, 1000)
+    n = 12
+    logits = torch.zeros(n, 500)
     options: list[dict[str, float]] = [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.25}]
     drawn = []
     for option in options:
-        state = make_state([option], 1000, [7])
+        state = make_state([option], 500, [7])
         drawn.append(draw(logits, state, [0] * n, list(range(n))))
     assert drawn[0] == [0] * n
-    assert max(drawn[1]) > 500
-    assert 200 < max(drawn[2]) < 250
+    assert max(drawn[1]) > 250
+    assert 62 < max(drawn[2]) < 125
 
 
 @pytest.mark.skipif(INTERPRETED, reason="takes thousands of draws")

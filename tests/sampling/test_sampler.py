@@ -210,6 +210,13 @@ def test_min_tokens_holds_stop_ids_back_until_the_position() -> None:
     assert tokens == [5, 5, 3, 3]
 
 
+def test_needs_host_is_about_min_tokens_of_these_rows() -> None:
+    state = SamplingState(2, 10, "cpu")
+    state.set_row(1, SamplingParams(min_tokens=2), 0, 1, (3,))
+    sampler = Sampler(state)
+    assert sampler.needs_host(np.array([0, 1])) and not sampler.needs_host(np.array([0]))
+
+
 def test_extreme_temperatures() -> None:
     """C6: very low is greedy in effect, very high uniform; neither gives NaN."""
     logits = make_logits(0, 200, 50, torch.float32)

@@ -51,3 +51,13 @@ def test_greedy_is_exactly_zero() -> None:
     state = SamplingState(1, 10, "cpu")
     state.set_row(0, SamplingParams(temperature=9e-6), 0, 1, [])
     assert state.host["temperature"][0] == np.float32(0)
+
+
+def test_upload_keeps_one_tensor() -> None:
+    """A captured graph reads `columns`, so new rows must show up there and not in a new tensor."""
+    state = SamplingState(2, 10, "cpu")
+    columns = state.columns
+    state.set_row(1, SamplingParams(top_k=3), 5, 1, [])
+    assert not columns.any()
+    assert state.upload() is columns
+    assert columns.numpy().tobytes() == state.host.tobytes()

@@ -1,0 +1,325 @@
+// The CPU kernels of a decoder layer, for float32 and bfloat16: twins of rms_norm.py, silu_and_mul.py,
+// qkv_rope_store.py and of the decode part of paged_attention.py. `native.py` builds this file, checks arguments and
+// allocates results.
+//
+// Layout    Every tensor is contiguous; the cache is [2, num_blocks, num_kv_heads, block_size, head_dim], keys first.
+// Rounding  All arithmetic is float32. Results are rounded to the type where the PyTorch references round, no oftener.
+// Sizes     Rows may have any length; a head_dim is at most MAX_DIM, and in attention a multiple of 16.
+// Threads   OpenMP, in the pool that PyTorch uses. One thread computes a row, or a request under one KV head, in an
+//           order that depends on nothing else: so results depend neither on the threads nor on the batch.
+// Vectors   The compiler's generic vectors, as wide as the machine's registers: one source for AVX-512, AVX2 and NEON.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace {
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int MAX_DIM = 256;   // of a head
+constexpr int MAX_GROUP = 16;  // query heads that share a KV head
+constexpr int TILE = 64;       // keys between two updates of the running softmax
+constexpr int SMALL = 16384;   // elements that one thread handles sooner than several can be woken
+
+typedef float f32 __attribute__((vector_size(4 * W)));
+typedef int32_t i32 __attribute__((vector_size(4 * W)));
+typedef uint32_t u32 __attribute__((vector_size(4 * W)));
+typedef uint16_t u16 __attribute__((vector_size(2 * W)));
+typedef f32 f32_anywhere __attribute__((aligned(4), may_alias));
+typedef u16 u16_anywhere __attribute__((aligned(2), may_alias));
+struct bf16 {
+  uint16_t bits;
+};
+
+// --- vectors ------------------------------------------------------------
+
+inline f32 all(float x) { return f32{} + x; }
+inline f32 load(const float* p) { return *(const f32_anywhere*)p; }
+inline f32 load(const bf16* p) { return (f32)(__builtin_convertvector((u16)*(const u16_anywhere*)p, u32) << 16); }
+inline u32 round_bits(f32 x) {  // the upper halves are bfloat16, to nearest, ties to even
+  u32 bits = (u32)x;
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+inline void store(float* p, f32 x) { *(f32_anywhere*)p = x; }
+inline void store(bf16* p, f32 x) { *(u16_anywhere*)p = __builtin_convertvector(round_bits(x) >> 16, u16); }
+template <class T> f32 rounded(f32 x);
+template <> inline f32 rounded<float>(f32 x) { return x; }
+template <> inline f32 rounded<bf16>(f32 x) { return (f32)(round_bits(x) & 0xffff0000u); }
+
+// The last vector of a row may be short: `left` elements, the other lanes 0.
+template <class T> inline f32 load(const T* p, int64_t left) {
+  if (left >= W) return load(p);
+  T padded[W] = {};
+  std::memcpy(padded, p, left * sizeof(T));
+  return load(padded);
+}
+template <class T> inline void store(T* p, f32 x, int64_t left) {
+  if (left >= W) return store(p, x);
+  T padded[W];
+  store(padded, x);
+  std::memcpy(p, padded, left * sizeof(T));
+}
+
+// Interleaves a and b and adds the lower half to the upper: lanes a0 + a[W/2], b0 + b[W/2], a1 + a[W/2 + 1], ...
+template <int... I> inline f32 fold(f32 a, f32 b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * W)...) +
+         __builtin_shufflevector(a, b, (I / 2 + I % 2 * W + W / 2)...);
+#else
+  const i32 low = {(I / 2 + I % 2 * W)...}, high = low + W / 2;
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+#endif
+}
+inline f32 fold(f32 a, f32 b) { return fold(a, b, std::make_integer_sequence<int, W>()); }
+inline float sum(f32 x) {
+  for (int n = W; n > 1; n /= 2) x = fold(x, x);
+  return x[0];
+}
+inline f32 sums(f32* x) {  // of W vectors, the sum of vector i in lane i
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = fold(x[i], x[i + half]);
+  return x[0];
+}
+inline f32 exponential(f32 x) {  // 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2], relative error < 2e-7; x clamped
+  x = x < all(-87.0f) ? all(-87.0f) : x;
+  x = x > all(88.0f) ? all(88.0f) : x;
+  f32 scaled = x * 1.44269504f;
+  i32 k = __builtin_convertvector(scaled + (scaled < 0.0f ? all(-0.5f) : all(0.5f)), i32);
+  f32 n = __builtin_convertvector(k, f32), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32 y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  return (y * r * r + r + 1.0f) * (f32)((k + 127) << 23);
+}
+
+// --- rows ---------------------------------------------------------------
+
+template <class T> inline void norm_row(const T* x, const T* weight, T* out, int64_t dim, float eps) {
+  f32 squares = {};
+  for (int64_t i = 0; i < dim; i += W) {
+    f32 v = load(x + i, dim - i);
+    squares += v * v;
+  }
+  float scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
+  for (int64_t i = 0; i < dim; i += W)
+    store(out + i, rounded<T>(load(x + i, dim - i) * scale) * load(weight + i, dim - i), dim - i);
+}
+
+// residual and total: both or neither.
+template <class T>
+void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t rows, int64_t dim,
+                  float eps) {
+#pragma omp parallel for if (rows * dim > SMALL)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* in = x + row * dim;
+    if (residual) {
+      const T* other = residual + row * dim;
+      T* added = total + row * dim;
+      for (int64_t i = 0; i < dim; i += W) store(added + i, load(in + i, dim - i) + load(other + i, dim - i), dim - i);
+      in = added;
+    }
+    norm_row(in, weight, out + row * dim, dim, eps);
+  }
+}
+
+template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
+#pragma omp parallel for if (rows * dim > SMALL)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *gates = gate_up + row * 2 * dim, *ups = gates + dim;
+    for (int64_t i = 0; i < dim; i += W) {
+      f32 gate = load(gates + i, dim - i);
+      store(out + row * dim + i, rounded<T>(gate / (1.0f + exponential(-gate))) * load(ups + i, dim - i), dim - i);
+    }
+  }
+}
+
+// One query or key head: the norm if there is a weight, the rotation if there are angles.
+template <class T>
+inline void norm_and_rotate(const T* in, const T* weight, const float* cos_sin, T* out, int64_t dim, float eps) {
+  T normed[MAX_DIM];
+  if (weight) {
+    norm_row(in, weight, normed, dim, eps);
+    in = normed;
+  }
+  if (!cos_sin) {
+    std::memcpy(out, in, dim * sizeof(T));
+    return;
+  }
+  for (int64_t i = 0, half = dim / 2; i < half; i += W) {
+    int64_t left = half - i;
+    f32 a = load(in + i, left), b = load(in + half + i, left);
+    f32 cos = load(cos_sin + i, left), sin = load(cos_sin + half + i, left);
+    store(out + i, a * cos - b * sin, left);
+    store(out + half + i, b * cos + a * sin, left);
+  }
+}
+
+// cos_sin and both weights may be null. A token whose slot is negative is not stored.
+template <class T>
+void qkv_rope_store(const T* qkv, const float* cos_sin, T* cache, const int64_t* slots, const T* q_weight,
+                    const T* k_weight, T* q_out, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+                    int64_t num_blocks, int64_t block_size, float eps) {
+  const int64_t width = (heads + 2 * kv_heads) * dim, values = num_blocks * kv_heads * block_size * dim;
+#pragma omp parallel for if (tokens * width > SMALL)
+  for (int64_t token = 0; token < tokens; token++) {
+    const T* in = qkv + token * width;
+    const float* angles = cos_sin ? cos_sin + token * dim : nullptr;
+    for (int64_t head = 0; head < heads; head++, in += dim)
+      norm_and_rotate(in, q_weight, angles, q_out + (token * heads + head) * dim, dim, eps);
+    if (slots[token] < 0) continue;
+    const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
+    for (int64_t head = 0; head < kv_heads; head++, in += dim) {
+      T* key = cache + ((block * kv_heads + head) * block_size + offset) * dim;
+      norm_and_rotate(in, k_weight, angles, key, dim, eps);
+      std::memcpy(key + values, in + kv_heads * dim, dim * sizeof(T));
+    }
+  }
+}
+
+// --- attention of one query token per request --------------------------------
+
+// A query head on its way through the keys: online softmax (Milakov and Gimelshein, 2018).
+struct Head {
+  float q[MAX_DIM];    // times the scale
+  float acc[MAX_DIM];  // sum of exp(score - top) * value
+  float top, total;    // highest score so far, sum of exp(score - top)
+};
+
+template <class T> inline void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
+// Adds N vectors of weighted values, at dimension d, to G heads.
+template <class T, int G, int N>
+inline void add_values(Head* heads, const float (*weights)[TILE], const T* const* keys, int64_t values, int64_t count,
+                       int64_t d) {
+  f32 acc[G][N];
+  for (int g = 0; g < G; g++)
+    for (int n = 0; n < N; n++) acc[g][n] = load(heads[g].acc + d + n * W);
+  for (int64_t t = 0; t < count; t++)
+    for (int n = 0; n < N; n++) {
+      f32 value = load(keys[t] + values + d + n * W);
+      for (int g = 0; g < G; g++) acc[g][n] += weights[g][t] * value;
+    }
+  for (int g = 0; g < G; g++)
+    for (int n = 0; n < N; n++) store(heads[g].acc + d + n * W, acc[g][n]);
+}
+
+// Takes G heads past `count` keys, 1 to TILE; values: the distance from a key to its value. Of the 2 * TILE pointers
+// those from `count` on are readable too: some fill up a vector (their scores are dropped), the rest are fetched ahead.
+template <class T, int G>
+void attend(Head* heads, const T* const* keys, int64_t values, int64_t count, int64_t dim) {
+  float weights[G][TILE];
+  i32 lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  for (int64_t t = 0; t < count; t += W) {
+    f32 products[G][W];
+    for (int i = 0; i < W; i++) {
+      f32 product[G] = {};
+      for (int64_t d = 0; d < dim; d += W) {
+        f32 key = load(keys[t + i] + d);
+        for (int g = 0; g < G; g++) product[g] += load(heads[g].q + d) * key;
+      }
+      for (int g = 0; g < G; g++) products[g][i] = product[g];
+      prefetch_row(keys[t + i] + values, dim);
+      prefetch_row(keys[t + i + TILE], dim);
+    }
+    for (int g = 0; g < G; g++)
+      store(weights[g] + t, lane < (int32_t)(count - t) ? sums(products[g]) : all(-INFINITY));
+  }
+  for (int g = 0; g < G; g++) {
+    f32 highest = all(heads[g].top), total = {};
+    for (int64_t t = 0; t < count; t += W) {
+      f32 scores = load(weights[g] + t);
+      highest = scores > highest ? scores : highest;
+    }
+    float top = highest[0];
+    for (int i = 1; i < W; i++) top = std::max(top, highest[i]);
+    for (int64_t t = 0; t < count; t += W) {
+      f32 weight = exponential(load(weights[g] + t) - top);
+      total += weight;
+      store(weights[g] + t, weight);
+    }
+    float shrink = std::exp(heads[g].top - top);
+    heads[g].total = heads[g].total * shrink + sum(total);
+    heads[g].top = top;
+    for (int64_t d = 0; d < dim; d += W) store(heads[g].acc + d, load(heads[g].acc + d) * shrink);
+  }
+  int64_t d = 0;
+  for (; d + 2 * W <= dim; d += 2 * W) add_values<T, G, 2>(heads, weights, keys, values, count, d);
+  if (d < dim) add_values<T, G, 1>(heads, weights, keys, values, count, d);
+}
+
+// table [n, table_stride]; window 0: none. All heads that share a KV head go through it together, so it is read once.
+template <class T>
+void decode_attention(const T* q, const T* cache, const int32_t* table, const int32_t* seq_lens, T* out, int64_t n,
+                      int64_t num_heads, int64_t kv_heads, int64_t dim, int64_t num_blocks, int64_t block_size,
+                      int64_t table_stride, int64_t window, float scale) {
+  const int64_t group = num_heads / kv_heads, head_stride = block_size * dim, block_stride = kv_heads * head_stride;
+  const int64_t values = num_blocks * block_stride;  // from a key to its value
+  int64_t work = 0;
+  for (int64_t r = 0; r < n; r++) work += seq_lens[r] * kv_heads * dim;
+#pragma omp parallel for schedule(dynamic, 1) if (work > SMALL)
+  for (int64_t task = 0; task < n * kv_heads; task++) {
+    const int64_t request = task / kv_heads, kv_head = task % kv_heads, len = seq_lens[request];
+    const int64_t first_row = (request * num_heads + kv_head * group) * dim;
+    Head heads[MAX_GROUP];
+    for (int64_t g = 0; g < group; g++) {
+      heads[g].top = -INFINITY, heads[g].total = 0;
+      for (int64_t d = 0; d < dim; d += W) {
+        store(heads[g].q + d, load(q + first_row + g * dim + d) * scale);
+        store(heads[g].acc + d, f32{});
+      }
+    }
+    // Where the next 2 * TILE keys lie; behind the last one, that one again.
+    const T* keys[2 * TILE];
+    int64_t position = window > 0 ? std::max<int64_t>(0, len - window) : 0, ahead = position;
+    const int32_t* block = table + request * table_stride + position / block_size;
+    const T* first = cache + kv_head * head_stride;
+    int64_t offset = position % block_size;
+    const T* key = len ? first + *block * block_stride + offset * dim : nullptr;
+    auto locate = [&](const T** rows) {
+      for (int t = 0; t < TILE; t++) {
+        rows[t] = key;
+        if (++ahead >= len) continue;
+        key += dim;
+        if (++offset == block_size) offset = 0, key = first + *++block * block_stride;
+      }
+    };
+    locate(keys);
+    for (; position < len; position += TILE) {
+      locate(keys + TILE);
+      const int64_t count = std::min<int64_t>(TILE, len - position);
+      for (int64_t g = 0; g < group;) switch (std::min<int64_t>(group - g, 4)) {
+          case 4: attend<T, 4>(heads + g, keys, values, count, dim), g += 4; break;
+          case 3: attend<T, 3>(heads + g, keys, values, count, dim), g += 3; break;
+          case 2: attend<T, 2>(heads + g, keys, values, count, dim), g += 2; break;
+          default: attend<T, 1>(heads + g, keys, values, count, dim), g += 1;
+        }
+      std::copy(keys + TILE, keys + 2 * TILE, keys);
+    }
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t d = 0; d < dim; d += W)
+        store(out + first_row + g * dim + d, len ? load(heads[g].acc + d) / heads[g].total : f32{});
+  }
+}
+}  // namespace
+
+// Found by name, as pointers to functions.
+#define EXPORT(NAME)                                \
+  extern "C" {                                      \
+  decltype(&NAME<float>) NAME##_float32 = NAME;     \
+  decltype(&NAME<bf16>) NAME##_bfloat16 = NAME;     \
+  }
+EXPORT(add_rms_norm)
+EXPORT(silu_and_mul)
+EXPORT(qkv_rope_store)
+EXPORT(decode_attention)

@@ -1,0 +1,98 @@
+"""Linear layers on a few rows, as decoding needs them: alone, after an RMS norm, and with the SiLU gate behind them.
+
+Owns the meaning of the fused forms: each equals the plain operations in sequence and rounds where they round. On a GPU
+they run as one kernel where that is faster (`small_linear_triton.choose`) and as the plain operations elsewhere, so a
+model can be written with them alone. Invariant: pure, no input is ever written.
+
+What is repeatable: a row's result depends on that row, the sizes, the dtype and the number of rows, which picks the
+kernel. It does not depend on the other rows, nor on timing: where a sum is split, its parts are added in a fixed order.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.dispatch import use_triton
+from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+
+
+def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features].
+
+    Any number of rows; "small" is what it is made for. Rows of x may be strided.
+    """
+    if use_triton(x):
+        from nanovllm.kernels.small_linear_triton import choose, small_linear_triton
+
+        config = choose(x, weight)
+        if config is not None:
+            return small_linear_triton(x, weight, bias, config)
+    return F.linear(x, weight, bias)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu_and_mul(x W^T + b). weight [2 * intermediate, in_features], gate first -> [num_rows, intermediate]."""
+    if use_triton(x):
+        from nanovllm.kernels.small_linear_triton import choose, small_linear_triton
+
+        config = choose(x, weight, gated=True)
+        if config is not None:
+            return small_linear_triton(x, weight, bias, config, gated=True)
+    return silu_and_mul(F.linear(x, weight, bias))
+
+
+def rms_norm_linear(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(small_linear(rms_norm(x + residual)), x + residual); without a residual, the second is x itself.
+
+    x, residual [num_rows, in_features], norm_weight [in_features]; the rest as in `small_linear`.
+    """
+    if use_triton(x):
+        from nanovllm.kernels.small_linear_triton import choose, rms_norm_linear_triton
+
+        config = choose(x, weight, normed=True)
+        if config is not None:
+            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config)
+    normed, total = _norm(x, residual, norm_weight, eps)
+    return small_linear(normed, weight, bias), total
+
+
+def rms_norm_gated_linear(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(gated_linear(rms_norm(x + residual)), x + residual): see `rms_norm_linear` and `gated_linear`."""
+    if use_triton(x):
+        from nanovllm.kernels.small_linear_triton import choose, rms_norm_linear_triton
+
+        config = choose(x, weight, gated=True, normed=True)
+        if config is not None:
+            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config, gated=True)
+    normed, total = _norm(x, residual, norm_weight, eps)
+    return gated_linear(normed, weight, bias), total
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if residual is None:
+        return rms_norm(x, weight, eps), x
+    return add_rms_norm(x, residual, weight, eps)
+
+
+def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return silu_and_mul_reference(F.linear(x, weight, bias))
+
+
+def rms_norm_linear_reference(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if residual is None:
+        return F.linear(rms_norm_reference(x, norm_weight, eps), weight, bias), x
+    normed, total = add_rms_norm_reference(x, residual, norm_weight, eps)
+    return F.linear(normed, weight, bias), total
+
+
+def rms_norm_gated_linear_reference(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    gate_up, total = rms_norm_linear_reference(x, residual, norm_weight, eps, weight, bias)
+    return silu_and_mul_reference(gate_up), total

@@ -1,0 +1,196 @@
+"""The engine on a GPU: kernels, CUDA graphs and overlap give the tokens of the CPU's references. Run: pytest -m gpu"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.tiny_models import random_prompts, save_random
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [1, 3, 63, 64, 65, 130, 17, 200, 64, 5, 90, 128]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    defaults = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "max_model_len": 256,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": 200,
+    }
+    return LLM(str(folder), **{**defaults, **options})
+
+
+def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    prompts = random_prompts(LENGTHS)
+    prompts[8] = prompts[5][:64]  # prefixes of another one
+    prompts[10] = prompts[7][:90]
+    return prompts
+
+
+@pytest.fixture(scope="module", params=["LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config: dict[str, Any] = {"head_dim": 64, "max_position_embeddings": 512}
+    if request.param == "MistralForCausalLM":
+        config["sliding_window"] = 48
+    return save_random(tmp_path_factory.mktemp("model"), request.param, **config)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    with make_llm(folder, device="cpu", compilation="none") as llm:
+        return tokens(llm, prompts)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "synchronous": {"overlap_depth": 1},
+    "deep": {"overlap_depth": 4},
+    "chunks": {"max_num_batched_tokens": 48},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "preempting": {"num_gpu_blocks_override": 10},
+    "small blocks": {"block_size": 16, "num_gpu_blocks_override": 800},
+    "three rows": {"max_num_seqs": 3},
+    "plain layers": {"compilation": "none"},
+    "inductor": {"compilation": "inductor"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_equal_the_cpu(folder: Path, prompts: list[list[int]], on_cpu: list[list[int]], way: str) -> None:
+    """The equality matrix, cold and with a warm prefix cache."""
+    with make_llm(folder, **WAYS[way]) as llm:
+        assert tokens(llm, prompts) == on_cpu
+        assert tokens(llm, prompts) == on_cpu
+        if way == "preempting":
+            assert llm.get_metrics()["num_preemptions"] > 0
+
+
+def test_one_by_one_equals_the_batch(folder: Path, prompts: list[list[int]], on_cpu: list[list[int]]) -> None:
+    """The kernels for 1 to 4 rows against those for many."""
+    with make_llm(folder, enable_prefix_caching=False) as llm:
+        assert [tokens(llm, [prompt])[0] for prompt in prompts] == on_cpu
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_the_small_kernels(folder: Path, dtype: str) -> None:
+    """Fused norm and product at 1, 2, 4 and 8 rows: the same tokens as plain layers, but for near ties."""
+    prompts = random_prompts([20] * 8, seed=3)
+    equal = 0
+    with make_llm(folder, dtype=dtype) as fused, make_llm(folder, dtype=dtype, compilation="none") as plain:
+        for count in (1, 2, 4, 8):
+            pairs = zip(tokens(fused, prompts[:count]), tokens(plain, prompts[:count]), strict=True)
+            equal += sum(a[:8] == b[:8] for a, b in pairs)
+    assert equal >= 12  # of 15
+
+
+def test_seeded_requests_do_not_depend_on_their_batch(folder: Path, prompts: list[list[int]]) -> None:
+    """W12 through captured sampling: alone, in a batch, in other rows, preempted, after a prefix hit."""
+    params = [
+        SamplingParams(
+            temperature=0.8, seed=i, max_tokens=16, ignore_eos=True, top_k=(0, 20)[i % 2], top_p=(1, 0.9)[i // 2 % 2]
+        )
+        for i in range(len(prompts))
+    ]
+    with make_llm(folder) as llm:
+        together = tokens(llm, prompts, params)
+        assert tokens(llm, prompts[::-1], params[::-1]) == together[::-1]
+        assert [tokens(llm, [p], s)[0] for p, s in zip(prompts, params, strict=True)] == together
+    with make_llm(folder, num_gpu_blocks_override=10) as llm:
+        assert tokens(llm, prompts, params) == together
+
+
+def test_min_tokens_leaves_the_graph_and_comes_back(folder: Path) -> None:
+    prompt = random_prompts([12])[0]
+    with make_llm(folder) as llm:
+        free = tokens(llm, [prompt])[0]
+        stop = free[3]
+        held = SamplingParams(temperature=0, max_tokens=24, min_tokens=8, stop_token_ids=[stop], ignore_eos=True)
+        output = tokens(llm, [prompt], held)[0]
+        assert stop not in output[:8] and output[:3] == free[:3]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 5, 8, 13, 31, 64, 100, 200, 511])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_full_batches_of_every_size(
+    tmp_path_factory: pytest.TempPathFactory, max_num_seqs: int, enforce_eager: bool
+) -> None:
+    """C3: each output is what the request gives alone, up to float32 rounding that random tiny models do not show."""
+    folder = save_random(tmp_path_factory.mktemp("tiny"), "LlamaForCausalLM", num_hidden_layers=1)
+    prompts = random_prompts([4] * max_num_seqs, seed=max_num_seqs)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    options = {"max_model_len": 64, "num_gpu_blocks_override": 600, "enforce_eager": enforce_eager}
+    with make_llm(folder, max_num_seqs=max_num_seqs, **options) as llm:
+        outputs = tokens(llm, prompts, params)
+        assert tokens(llm, prompts[-1:], params)[0] == outputs[-1]
+
+
+def test_soak_with_poisoned_blocks(folder: Path) -> None:
+    """1,000 steps of random arrivals, aborts and preemptions; what nobody may read is NaN, and no token changes."""
+    rng = random.Random(5)
+    options = {"num_gpu_blocks_override": 14, "max_num_seqs": 8}
+    with make_llm(folder, **options) as llm:
+        pool = llm._engine.scheduler.pool
+        caches = llm._engine.executor._runner.kv_caches  # type: ignore[attr-defined]
+        shared = random_prompts([70])[0]
+        wanted: dict[str, tuple[list[int], int]] = {}
+        outputs: dict[str, list[int]] = {}
+        for step in range(1000):
+            if rng.random() < 0.25 and len(llm._requests) < 20:
+                prompt = shared[: rng.choice([0, 64, 70])] + random_prompts([rng.randint(1, 60)], seed=step)[0]
+                max_tokens = rng.randint(1, 60)
+                params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+                wanted[llm.add_request(prompt, params, f"r{step}")] = prompt, max_tokens
+            if rng.random() < 0.03 and llm._requests:
+                aborted = rng.choice(list(llm._requests))
+                llm.abort_request(aborted)
+                wanted.pop(aborted)
+            for output in llm.step():
+                if output.finished:
+                    outputs[output.request_id] = output.outputs[0].token_ids
+            if step % 10 == 0:
+                unreadable = [block for block in pool._free if pool._hashes[block] is None]
+                for cache in caches:
+                    cache[:, unreadable] = float("nan")
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                if output.finished:
+                    outputs[output.request_id] = output.outputs[0].token_ids
+        assert llm.get_metrics()["num_preemptions"] > 0
+        assert pool.num_free_blocks == pool.num_blocks
+    with make_llm(folder, device="cpu", compilation="none", enable_prefix_caching=False) as cpu:
+        names = rng.sample(sorted(wanted), 40)
+        params = [SamplingParams(temperature=0, max_tokens=wanted[name][1], ignore_eos=True) for name in names]
+        assert tokens(cpu, [wanted[name][0] for name in names], params) == [outputs[name] for name in names]
+
+
+def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
+    """C16, C17: a full step of the largest size after planning at half the card; nothing is left after close()."""
+    import gc
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    _, total = torch.cuda.mem_get_info()
+    with make_llm(
+        folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.5, max_num_seqs=64, max_num_batched_tokens=8192
+    ) as llm:
+        params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=8, ignore_eos=True)
+        llm.generate(random_prompts([128] * 64), params, use_tqdm=False)
+        free, _ = torch.cuda.mem_get_info()
+        assert total - free <= 0.51 * total
+        assert llm.get_metrics()["execute_seconds"] > 0  # F9
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before * 1.01 + 2**20
