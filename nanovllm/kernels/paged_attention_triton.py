@@ -237,8 +237,8 @@ def _decode_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     req = tl.load(first_request_ptr + program)
     total = tl.load(tile_start_ptr + num_reqs).to(tl.int64) * NUM_KV_HEADS
