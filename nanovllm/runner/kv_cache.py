@@ -5,7 +5,9 @@ contiguous: the tokens of a block lie side by side under each head, so that a he
 """
 
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +34,15 @@ class KVCacheSpec:
     def allocate(self, num_blocks: int, device: torch.device) -> list[Tensor]:
         """One tensor per layer, zeroed: kernels may read a whole block of which only a part was written."""
         shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        return [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(self.num_layers)]
+        return [_zeros(shape, self.dtype, device) for _ in range(self.num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy leaves the zeroing to the operating system, page by page on first use; torch.zeros writes all of it at once,
+    # which takes seconds and memory that most runs never need.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def choose_num_blocks(config: EngineConfig, spec: KVCacheSpec, free_bytes: int) -> int:
