@@ -83,6 +83,16 @@ def name_of(way: dict[str, Any]) -> str:
     return f"depth{depth}-budget{budget}-{'cache' if caching else 'nocache'}-{num_blocks or 'many'}blocks"
 
 
+@pytest.mark.parametrize("compilation", ["none", "inductor"])
+def test_every_form_of_the_layers_gives_the_same_tokens(
+    folder: Path, greedy_alone: list[list[int]], compilation: str
+) -> None:
+    """Plain PyTorch and torch.compile beside the CPU kernels that all other tests run with."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
+    with make_llm(folder, compilation=compilation) as llm:
+        assert tokens(llm, PROMPTS, params) == greedy_alone
+
+
 @pytest.mark.parametrize("way", WAYS, ids=name_of)
 def test_every_way_of_running_gives_the_same_tokens(
     folder: Path, greedy_alone: list[list[int]], sampled_alone: list[list[int]], way: dict[str, Any]
