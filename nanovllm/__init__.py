@@ -14,6 +14,7 @@ _PUBLIC = {
     "SamplingParams": "nanovllm.sampling_params",
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
+    "Logprob": "nanovllm.outputs",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -6,6 +6,19 @@ Plain data without torch. Invariant: `finish_reason` is None exactly while the s
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token as the model saw it, before temperature, penalties and filters.
+
+    logprob: natural log of its probability over the whole vocabulary. rank: 1 for the most likely token; tokens that
+    tie share the better rank. decoded_token: its text alone; None without a tokenizer or with detokenize=False.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
 @dataclass(kw_only=True)
 class CompletionOutput:
     """One generated sequence.
@@ -13,11 +26,15 @@ class CompletionOutput:
     text: decoded output, without special tokens by default; empty when detokenize=False.
     finish_reason: "stop" (EOS, stop token or stop string), "length" (max_tokens or model length), "abort", or None.
     stop_reason: the stop string or stop token id that ended it; None for EOS and for every other reason.
+    cumulative_logprob: sum of the log-probabilities of token_ids; logprobs: for each of token_ids, token id to Logprob
+        of that token and of the most likely ones. Both are None unless SamplingParams.logprobs asks for them.
     """
 
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -32,6 +49,8 @@ class RequestOutput:
 
     prompt: the text that was given; None when the prompt was token ids.
     num_cached_tokens: prompt tokens that came from the prefix cache instead of being computed.
+    prompt_logprobs: for each prompt token, token id to Logprob of that token and of the most likely ones, given the
+        tokens before it; the first entry is None. None unless SamplingParams.prompt_logprobs asks for them.
     """
 
     request_id: str
@@ -40,3 +59,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
