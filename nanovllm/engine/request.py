@@ -33,6 +33,7 @@ class Request:
     stop_token_ids: frozenset[int]  # EOS (unless ignored) and the request's own
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
+    needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
 
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
@@ -51,9 +52,15 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens a next step may compute; 0 once the last token that the request may have is sampled or in flight."""
+        """Tokens a next step may compute; 0 once the last token that the request may have is sampled or in flight.
+
+        Also 0 while a token that the host has to see first is on its way: such a request skips a step for each step
+        that is in flight, and everyone else goes on.
+        """
         num_tokens = len(self.token_ids) + self.num_pending_tokens
-        return num_tokens - self.num_computed_tokens if num_tokens < self.max_total_tokens else 0
+        if num_tokens >= self.max_total_tokens or (self.needs_host_tokens and self.num_pending_tokens):
+            return 0
+        return num_tokens - self.num_computed_tokens
 
     @property
     def output_token_ids(self) -> list[int]:

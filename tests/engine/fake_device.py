@@ -134,7 +134,12 @@ def make_engine(
 
 
 def make_request(
-    prompt: Sequence[int], max_tokens: int = 8, stop_token_ids: Sequence[int] = (), name: str = "r", limit: int = 10**6
+    prompt: Sequence[int],
+    max_tokens: int = 8,
+    stop_token_ids: Sequence[int] = (),
+    name: str = "r",
+    limit: int = 10**6,
+    needs_host_tokens: bool = False,
 ) -> Request:
     return Request(
         request_id=name,
@@ -145,6 +150,7 @@ def make_request(
         seed=0,
         stop_token_ids=frozenset(stop_token_ids),
         max_total_tokens=min(limit, len(prompt) + max_tokens),
+        needs_host_tokens=needs_host_tokens,
     )
 
 

@@ -190,3 +190,34 @@ def test_abort_in_every_state_frees_everything() -> None:
         assert {request.finish_reason for request in requests} == {"abort"}
         run(engine)
         check_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2, 3])
+def test_a_request_that_needs_its_tokens_on_the_host_waits_and_nobody_else_does(overlap_depth: int) -> None:
+    """It is planned only when the host has read all its tokens; its neighbour gets a token in every step."""
+    engine, device = make_engine(overlap_depth=overlap_depth)
+    careful = make_request(range(5), 10, name="careful", needs_host_tokens=True)
+    other = make_request(range(5, 9), 30, name="other")
+    engine.add_request(careful)
+    engine.add_request(other)
+    while engine.has_work():
+        engine.step()
+        assert careful.num_pending_tokens <= 1
+    assert all(-1 not in plan.token_ids for plan in device.plans) == (overlap_depth == 1)
+    assert len(device.plans) == 30, "the other one ran in every step"
+    assert sum(len(plan.rows) for plan in device.plans) == 40
+    if overlap_depth > 1:
+        assert sum(len(plan.rows) == 2 for plan in device.plans) == 10
+        assert [len(plan.rows) for plan in device.plans[: 2 * overlap_depth]] == ([2] + [1] * (overlap_depth - 1)) * 2
+    check_output(careful)
+    check_output(other)
+    check_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2])
+def test_a_request_that_needs_its_tokens_on_the_host_runs_alone(overlap_depth: int) -> None:
+    engine, _ = make_engine(overlap_depth=overlap_depth)
+    request = make_request(range(5), 10, needs_host_tokens=True)
+    engine.add_request(request)
+    run(engine)
+    check_output(request)

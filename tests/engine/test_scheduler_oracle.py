@@ -1,7 +1,8 @@
 """The scheduler and the prefix cache against an oracle, over random workloads.
 
 Aborts at every point, preemption in pools of a few blocks, chunks of a few tokens, shared prefixes, late stop tokens,
-any overlap depth. Cases C1, F1, F4, F7, W16 hold in all of them or the output differs.
+any overlap depth, requests that the host must read before they go on. Cases C1, F1, F4, F7, W16 hold in all of them or
+the output differs.
 """
 
 import random
@@ -35,6 +36,7 @@ def run_random_workload(seed: int) -> tuple[int, int]:
             ]
             stop_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 0, 5]))]
             request = make_request(prompt, rng.randint(1, 30), stop_ids, f"r{len(requests)}", limit=capacity)
+            request.needs_host_tokens = rng.random() < 0.2
             requests.append(request)
             engine.add_request(request)
         if step > 40 and not engine.has_work():
@@ -45,6 +47,7 @@ def run_random_workload(seed: int) -> tuple[int, int]:
                 engine.abort(victim)
                 aborted.add(victim)
         engine.step()
+        assert all(r.num_pending_tokens <= 1 for r in requests if r.needs_host_tokens)
         device.poison(engine.scheduler.pool)
         assert len(engine.scheduler.running) <= max_num_seqs  # F1
         assert device.num_tokens_per_step[-1:] <= [engine.scheduler.max_num_batched_tokens]
