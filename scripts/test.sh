@@ -26,7 +26,7 @@ if [ $# -eq 0 ]; then
     quietly "validation under python -O" python -O -m pytest -q -m "not slow and not demo_model" \
         tests/test_config.py tests/test_sampling_params.py tests/test_llm.py
     if ! command -v nvidia-smi >/dev/null 2>&1; then
-        quietly "kernels in Triton's interpreter" env TRITON_INTERPRET=1 python -m pytest -q tests/kernels
+        quietly "kernels in Triton's interpreter" env TRITON_INTERPRET=1 python -m pytest -q tests/kernels tests/runner
     fi
 fi
 exec python -m pytest "$@" </dev/null

@@ -11,6 +11,7 @@ import torch
 
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
+from nanovllm.runner.captured_steps import PromptLayout
 from nanovllm.runner.kv_cache import KVCacheSpec
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling_params import SamplingParams
@@ -59,6 +60,7 @@ def measure_free_bytes(
     assert config.gpu_memory_utilization is not None and config.max_num_seqs is not None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    weights = torch.cuda.memory_allocated(device)
     make_runner(replace(config, enforce_eager=True), 1).execute(largest_step(config)).result()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - spec.bytes_per_block
@@ -67,5 +69,9 @@ def measure_free_bytes(
     elsewhere = total - free - torch.cuda.memory_reserved(device)  # the CUDA context, and other processes
     graphs = 0
     if not config.enforce_eager:
-        graphs = config.max_num_seqs * model_config.vocab_size * spec.dtype.itemsize + _GRAPH_OVERHEAD
+        assert config.max_num_batched_tokens
+        most_tokens, _ = PromptLayout().largest
+        work_space = (peak - weights) * min(1.0, most_tokens / config.max_num_batched_tokens)
+        logits = config.max_num_seqs * model_config.vocab_size * spec.dtype.itemsize
+        graphs = int(work_space) + logits + _GRAPH_OVERHEAD
     return int(total * config.gpu_memory_utilization) - elsewhere - peak - graphs

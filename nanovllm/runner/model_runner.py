@@ -17,7 +17,8 @@ from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.runner.batch_state import BatchState
-from nanovllm.runner.cuda_graphs import DecodeGraphs, DecodeInputs
+from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
+from nanovllm.runner.cuda_graphs import StepGraphs, can_capture
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.sampler import Sampler
 
@@ -59,19 +60,34 @@ class ModelRunner:
         self.sampler = Sampler(self.state.sampling)
         num_buffers = config.overlap_depth + 1
         self._stager = InputStager(max_blocks, num_buffers, device)
-        self._graphs: DecodeGraphs | None = None
-        if device.type == "cuda" and not config.enforce_eager and not self._has_dynamic_rope:
-            self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, self.state.nowhere, num_buffers, device)
+        self._decodes = DecodeLayout(config.max_num_seqs, max_blocks, self.state.nowhere)
+        self._prompts = PromptLayout()
+        self._has_graphs = can_capture(device) and not config.enforce_eager and not self._has_dynamic_rope
+        if self._has_graphs:
+            pool = torch.cuda.graph_pool_handle()
+            self._starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
+            self._decode_graphs = StepGraphs(
+                self._decode, self._decodes, config.max_num_seqs, num_buffers, device, pool
+            )
+            self._prompt_graphs = StepGraphs(
+                self._run_prompts, self._prompts, self._prompts.largest, num_buffers, device, pool
+            )
+            self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step."""
-        if self._graphs is not None and self._is_plain_decode(plan):
-            self.state.sampling.upload()
-            places = [(row * self.state.max_blocks + index, block_id) for row, index, block_id in plan.new_blocks]
-            return self._read_back(self._graphs.run(plan.rows, plan.token_ids, places))
-        batch = self._stager.stage(plan)
         self.state.enter(plan.new_rows)
+        if self._has_graphs and not self.sampler.needs_host(np.array(plan.rows)):
+            self.state.sampling.upload()
+            if (size := self._decodes.size(plan)) is not None:
+                return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
+            if (prompt_size := self._prompts.size(plan)) is not None:
+                batch = self._stager.stage(plan)
+                self.state.apply(batch.new_rows, batch.new_blocks)
+                tokens = self._prompt_graphs.run(prompt_size, plan)
+                return self._read_back(tokens[: sum(plan.samples)])
+        batch = self._stager.stage(plan)
         self.state.apply(batch.new_rows, batch.new_blocks)
         hidden, seq_lens = self._forward(plan, batch)
         if not len(batch.sampled_host):
@@ -81,11 +97,6 @@ class ModelRunner:
         tokens = self.sampler.sample(logits, batch.rows_host[batch.sampled_host], rows, seq_lens[batch.sampled])
         self.state.last_token[rows] = tokens
         return self._read_back(tokens)
-
-    def _is_plain_decode(self, plan: SchedulerOutput) -> bool:
-        """One token for each of some rows that run already, sampled as the device can by itself."""
-        is_decode = plan.num_decodes == len(plan.rows) and not plan.new_rows and all(plan.samples)
-        return is_decode and not self.sampler.needs_host(np.array(plan.rows))
 
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
         """Any mixture of requests: hidden states [num_tokens, hidden_size], seq_lens [num_reqs]."""
@@ -107,26 +118,41 @@ class ModelRunner:
         rope_lens = self._rope_lens(plan, batch) if self._has_dynamic_rope else None
         return self._run_model(inputs, meta, rope_lens), inputs.seq_lens
 
-    def _decode(self, inputs: DecodeInputs, query_start_loc: Tensor) -> Tensor:
-        """A whole decode step on the device, to be captured: every size comes from the inputs' shapes."""
-        size, max_len = inputs.rows.shape[0], self.state.max_blocks * self.block_size
+    def _decode(self, inputs: DecodeInputs) -> Tensor:
+        """A whole decode step on the device, to be captured."""
+        size = inputs.rows.shape[0]
         self.state.set_blocks(inputs.new_places, inputs.new_blocks)
-        step = self._prepare(inputs.rows, query_start_loc, inputs.token_ids)
-        safe_rows = torch.where(inputs.rows < 0, self.state.spare_row, inputs.rows)
+        return self._run_captured(inputs.rows, self._starts[: size + 1], inputs.token_ids, [1] * size, None)
+
+    def _run_prompts(self, inputs: PromptInputs) -> Tensor:
+        """A whole step with prompts, to be captured; new rows and blocks are in place."""
+        lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
+        return self._run_captured(inputs.rows, inputs.query_start_loc, inputs.token_ids, lens, inputs.sampled)
+
+    def _run_captured(
+        self, rows: Tensor, query_start_loc: Tensor, token_ids: Tensor, query_lens: list[int], sampled: Tensor | None
+    ) -> Tensor:
+        """From rows to tokens without the host; every size comes from shapes. sampled: indices into rows; None: all."""
+        max_len = self.state.max_blocks * self.block_size
+        step = self._prepare(rows, query_start_loc, token_ids)
+        safe_rows = torch.where(rows < 0, self.state.spare_row, rows)
         meta = AttentionMetadata(
             query_start_loc=query_start_loc,
             seq_lens=step.seq_lens,
             block_table=self.state.block_tables[safe_rows],
             slot_mapping=step.slot_mapping,
-            num_decodes=size,
-            num_reqs=size,
-            max_query_len=1,
+            num_decodes=len(query_lens) if sampled is None else 0,
+            num_reqs=len(query_lens),
+            max_query_len=max(query_lens),
             max_seq_len=max_len,
-            query_lens_host=[1] * size,
-            seq_lens_host=[max_len] * size,
+            query_lens_host=query_lens,
+            seq_lens_host=[max_len] * len(query_lens),
         )
-        logits = self.model.compute_logits(self._run_model(step, meta, None))
-        tokens = self.sampler.sample_captured(logits, inputs.rows, step.seq_lens)
+        hidden, seq_lens = self._run_model(step, meta, None), step.seq_lens
+        if sampled is not None:
+            hidden = hidden[query_start_loc[1:][sampled] - 1]
+            rows, safe_rows, seq_lens = rows[sampled], safe_rows[sampled], seq_lens[sampled]
+        tokens = self.sampler.sample_captured(self.model.compute_logits(hidden), rows, seq_lens)
         self.state.last_token[safe_rows] = tokens
         return tokens
 

@@ -1,0 +1,119 @@
+"""Which steps are captured as CUDA graphs, and how a plan is laid out as the inputs of one.
+
+Owns two kinds of step, their sizes and their layouts; `cuda_graphs.py` captures them and `model_runner.py` computes
+them. Invariant: what fills a size up is padding (row -1), which reads nothing of a request, stores nothing, and whose
+token nobody looks at.
+
+    decode     one token for each of some running rows, at most `max_num_seqs` of them
+    prompts    anything with few tokens, most of it prompts: launching their kernels one by one takes longer than
+               running them
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from nanovllm.engine.scheduler_output import SchedulerOutput
+
+
+class DecodeInputs(NamedTuple):
+    """What a decode step is told, each [size] int32."""
+
+    rows: Tensor  # -1: padding
+    token_ids: Tensor  # -1: the row's last sampled token
+    new_places: Tensor  # where in the flat block tables a new block goes; padding points behind them
+    new_blocks: Tensor  # the block
+
+
+class DecodeLayout:
+    """size: a batch size. nowhere: a place behind the block tables that may be written."""
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, nowhere: int) -> None:
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
+        self.sizes = [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+        self._max_blocks = max_blocks
+        self._nowhere = nowhere
+
+    def size(self, plan: SchedulerOutput) -> int | None:
+        """The size for a plan of one sampled token for each of some rows that run already; None for any other plan."""
+        num_reqs = len(plan.rows)
+        if plan.num_decodes < num_reqs or plan.new_rows or not all(plan.samples):
+            return None
+        return next(size for size in self.sizes if size >= num_reqs)
+
+    def words(self, size: int) -> int:
+        return len(DecodeInputs._fields) * size
+
+    def inputs(self, static: Tensor, size: int) -> DecodeInputs:
+        return DecodeInputs(*static.view(-1, size))
+
+    def fill(self, words: np.ndarray, size: int, plan: SchedulerOutput | None) -> None:
+        fields = words.reshape(-1, size)
+        fields.fill(-1)
+        fields[2].fill(self._nowhere)
+        if plan is None:
+            return
+        fields[0, : len(plan.rows)] = plan.rows
+        fields[1, : len(plan.rows)] = plan.token_ids
+        if plan.new_blocks:
+            row, index, block_id = np.array(plan.new_blocks, dtype=np.int32).T
+            fields[2, : len(row)] = row * self._max_blocks + index
+            fields[3, : len(row)] = block_id
+
+
+class PromptInputs(NamedTuple):
+    """What a step with prompts is told, int32. The last request is padding, and owns the tokens that fill a size up."""
+
+    rows: Tensor  # [num_reqs], -1: padding
+    sampled: Tensor  # [num_reqs] requests that get a token, then padding
+    query_start_loc: Tensor  # [num_reqs + 1]
+    token_ids: Tensor  # [num_tokens], -1: the row's last sampled token
+
+
+PromptSize = tuple[int, int]  # num_tokens, num_reqs
+
+
+class PromptLayout:
+    """size: tokens and requests, the last of them padding."""
+
+    num_tokens = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+    num_reqs = (8, 64)
+    longest_decode = 4096  # of a longer context, a single token is better computed by the kernels for decodes
+
+    @property
+    def largest(self) -> PromptSize:
+        return self.num_tokens[-1], self.num_reqs[-1]
+
+    def size(self, plan: SchedulerOutput) -> PromptSize | None:
+        num_tokens = next((n for n in self.num_tokens if n >= len(plan.token_ids)), None)
+        num_reqs = next((n for n in self.num_reqs if n > len(plan.rows)), None)
+        if num_tokens is None or num_reqs is None or not any(plan.samples):
+            return None
+        if max(plan.num_computed_tokens[: plan.num_decodes], default=0) >= self.longest_decode:
+            return None
+        return num_tokens, num_reqs
+
+    def words(self, size: PromptSize) -> int:
+        num_tokens, num_reqs = size
+        return num_tokens + 3 * num_reqs + 1
+
+    def inputs(self, static: Tensor, size: PromptSize) -> PromptInputs:
+        num_tokens, num_reqs = size
+        return PromptInputs(*static.split((num_reqs, num_reqs, num_reqs + 1, num_tokens)))
+
+    def fill(self, words: np.ndarray, size: PromptSize, plan: SchedulerOutput | None) -> None:
+        num_tokens, num_reqs = size
+        rows, sampled, starts, token_ids = np.split(words, np.cumsum((num_reqs, num_reqs, num_reqs + 1)))
+        rows.fill(-1)
+        sampled.fill(num_reqs - 1)
+        starts.fill(0)
+        token_ids.fill(0)
+        if plan is not None:
+            which = np.flatnonzero(plan.samples)
+            rows[: len(plan.rows)] = plan.rows
+            sampled[: len(which)] = which
+            np.cumsum(plan.num_scheduled_tokens, out=starts[1 : len(plan.rows) + 1])
+            starts[len(plan.rows) + 1 :] = len(plan.token_ids)
+            token_ids[: len(plan.token_ids)] = plan.token_ids
+        starts[num_reqs] = num_tokens

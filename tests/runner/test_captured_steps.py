@@ -1,0 +1,140 @@
+"""What is captured as CUDA graphs computes what the eager path computes: checked without capturing anything, on a CPU
+in Triton's interpreter.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.runner.captured_steps import DecodeLayout, PromptLayout
+from nanovllm.runner.cuda_graphs import StepGraphs
+from tests.kernels.twins import load_twin
+from tests.tiny_models import random_prompts, save_random
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
+
+
+def make_plan(lens: list[int], computed: list[int], samples: list[bool], **options: Any) -> SchedulerOutput:
+    fields: dict[str, Any] = {
+        "new_rows": [],
+        "new_blocks": [],
+        "rows": list(range(3, 3 + len(lens))),
+        "num_scheduled_tokens": lens,
+        "num_computed_tokens": computed,
+        "samples": samples,
+        "token_ids": list(range(100, 100 + sum(lens))),
+        "num_decodes": sum(length == 1 for length in lens),
+    }
+    return SchedulerOutput(**{**fields, **options})
+
+
+def test_a_decode_fills_the_next_size_and_padding_changes_nothing() -> None:
+    layout = DecodeLayout(max_num_seqs=12, max_blocks=10, nowhere=120)
+    assert layout.sizes == [1, 2, 4, 8, 12]
+    plan = make_plan([1, 1, 1], [5, 6, 7], [True] * 3, new_blocks=[(4, 2, 77)], token_ids=[-1, 9, -1])
+    assert layout.size(plan) == 4
+    words = np.empty(layout.words(4), dtype=np.int32)
+    layout.fill(words, 4, plan)
+    rows, token_ids, places, blocks = (part.tolist() for part in layout.inputs(torch.from_numpy(words), 4))
+    assert rows == [3, 4, 5, -1]
+    assert token_ids == [-1, 9, -1, -1]
+    assert places == [42, 120, 120, 120]
+    assert blocks[0] == 77
+
+
+@pytest.mark.parametrize(
+    ("plan", "size"),
+    [
+        (make_plan([5, 7], [0, 0], [True, True]), (16, 8)),
+        (make_plan([16], [0], [True]), (16, 8)),
+        (make_plan([17], [64], [True]), (32, 8)),
+        (make_plan([1, 1, 300], [9, 4095, 0], [True, True, False]), (384, 8)),
+        (make_plan([2] * 7, [0] * 7, [True] * 7), (16, 8)),
+        (make_plan([2] * 8, [0] * 8, [True] * 8), (16, 64)),
+        (make_plan([2] * 64, [0] * 64, [True] * 64), None),  # no room for padding
+        (make_plan([2049], [0], [True]), None),
+        (make_plan([1, 5], [4096, 0], [True, True]), None),  # a long context: the decode kernels
+        (make_plan([100], [0], [False]), None),  # nothing to sample
+    ],
+)
+def test_only_small_steps_with_prompts_are_captured(plan: SchedulerOutput, size: tuple[int, int] | None) -> None:
+    assert PromptLayout().size(plan) == size
+
+
+def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
+    layout = PromptLayout()
+    plan = make_plan([1, 4, 6], [5, 0, 0], [True, False, True])
+    words = np.empty(layout.words((16, 8)), dtype=np.int32)
+    layout.fill(words, (16, 8), plan)
+    rows, sampled, starts, token_ids = (part.tolist() for part in layout.inputs(torch.from_numpy(words), (16, 8)))
+    assert rows == [3, 4, 5, -1, -1, -1, -1, -1]
+    assert sampled == [0, 2, 7, 7, 7, 7, 7, 7]
+    assert starts == [0, 1, 5, 11, 11, 11, 11, 11, 16]
+    assert token_ids == [*range(100, 111), 0, 0, 0, 0, 0]
+
+
+class RunEagerly(StepGraphs[Any, Any]):
+    """Runs a step each time instead of replaying it, and counts."""
+
+    count = 0
+
+    def __init__(self, step: Any, layout: Any, largest: Any, *_: Any) -> None:
+        self._run_step, self._layout = step, layout
+
+    def capture(self, size: Any) -> None:
+        self._run(size, None)
+
+    def run(self, size: Any, plan: SchedulerOutput) -> torch.Tensor:
+        type(self).count += 1
+        return self._run(size, plan)
+
+    def _run(self, size: Any, plan: SchedulerOutput | None) -> torch.Tensor:
+        words = np.empty(self._layout.words(size), dtype=np.int32)
+        self._layout.fill(words, size, plan)
+        return self._run_step(self._layout.inputs(torch.from_numpy(words), size))
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 20}, {"num_gpu_blocks_override": 9}])
+def test_captured_steps_give_the_tokens_of_the_eager_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    for operation in ("paged_attention", "sample"):
+        load_twin(operation)
+    from nanovllm.attention.triton_paged import TritonBackend
+
+    folder = save_random(tmp_path, "Qwen3ForCausalLM", num_hidden_layers=2, head_dim=16)
+    prompts = random_prompts([5, 33, 1, 20, 48, 16])
+    prompts[3] = prompts[1][:20]
+    params = [
+        SamplingParams(temperature=(0, 0.8)[i % 2], top_k=(0, 9)[i // 2 % 2], seed=i, max_tokens=6, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+
+    def run() -> list[list[int]]:
+        defaults: dict[str, Any] = {"max_num_seqs": 5, "max_model_len": 64, "num_gpu_blocks_override": 40}
+        with LLM(
+            str(folder),
+            device="cpu",
+            dtype="float32",
+            compilation="none",
+            skip_tokenizer_init=True,
+            block_size=16,
+            **{**defaults, **options},
+        ) as llm:
+            return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    expected = run()
+    monkeypatch.setattr("nanovllm.build._choose_backend", lambda *_: TritonBackend())
+    monkeypatch.setattr("nanovllm.runner.model_runner.can_capture", lambda _: True)
+    monkeypatch.setattr("nanovllm.runner.model_runner.StepGraphs", RunEagerly)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    RunEagerly.count = 0
+    assert run() == expected
+    assert RunEagerly.count > 8
