@@ -7,6 +7,7 @@ before the weights are read.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,6 +33,22 @@ from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.weights.loader import fill_random, load_weights
 
 
+@dataclass(frozen=True)
+class StartTimes:
+    """Seconds of each part of a start, in their order.
+
+    config_seconds: finding (and fetching) the checkpoint, reading its config. weights_seconds: building the model and
+    filling it. memory_seconds: choosing the size of the KV cache; on a GPU this runs, so compiles, the largest step.
+    runner_seconds: allocating the cache and the rows; on a GPU, capturing the largest decode step.
+    """
+
+    config_seconds: float
+    tokenizer_seconds: float
+    weights_seconds: float
+    memory_seconds: float
+    runner_seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineParts:
     """What `LLM` works with. config: resolved. generation_config: the model's generation_config.json."""
@@ -42,21 +59,26 @@ class EngineParts:
     input_processor: InputProcessor
     tokenizer: Tokenizer | None
     generation_config: Mapping[str, Any]
+    start_times: StartTimes
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
     """Raises ValueError or ImportError for what cannot run here, ConnectionError if a download fails."""
+    times = [perf_counter()]
     device = _choose_device(config.device)
     checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=config.revision)
     model_config = read_model_config(checkpoint.config, _choose_dtype(config.dtype, checkpoint.config, device))
     config = config.resolve(model_config, device.type)
+    times.append(perf_counter())
     tokenizer = None
     if not config.skip_tokenizer_init:
         if config.tokenizer is None:
             tokenizer = load_tokenizer(config.model, revision=config.revision)
         else:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
+    times.append(perf_counter())
     model = _load_model(config, model_config, checkpoint, device)
+    times.append(perf_counter())
     spec = KVCacheSpec(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
@@ -69,7 +91,10 @@ def build_engine(config: EngineConfig) -> EngineParts:
     def make_runner(config: EngineConfig, num_blocks: int) -> ModelRunner:
         return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
 
-    runner = make_runner(config, _plan_num_blocks(config, model_config, spec, device, make_runner))
+    num_blocks = _plan_num_blocks(config, model_config, spec, device, make_runner)
+    times.append(perf_counter())
+    runner = make_runner(config, num_blocks)
+    times.append(perf_counter())
     return EngineParts(
         config=config,
         model_config=model_config,
@@ -96,6 +121,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         ),
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,
+        start_times=StartTimes(*(end - start for start, end in zip(times, times[1:], strict=False))),
     )
 
 

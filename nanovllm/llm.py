@@ -7,6 +7,7 @@ call that raises for bad input has queued nothing; a call that is interrupted le
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import count
 from typing import Any
 
@@ -41,6 +42,7 @@ class LLM:
         self._input_processor = parts.input_processor
         self._tokenizer = parts.tokenizer
         self._generation_config = parts.generation_config
+        self._start_times = parts.start_times
         self._next_number = 0
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._unclaimed: dict[str, RequestOutput] = {}  # the newest that `generate` saw of requests not its own
@@ -207,19 +209,20 @@ class LLM:
         """Counters since the start: steps, tokens, cache hits, preemptions, and where time went:
 
         host_seconds planning and taking in results, execute_seconds queueing steps (on a CPU: running them),
-        wait_seconds waiting for the device.
+        wait_seconds waiting for the device. What steps had to read and multiply follows from num_steps (weights),
+        num_tokens_computed, num_tokens_sampled (the head), num_context_tokens_read (KV) and num_query_key_pairs
+        (attention). start_*_seconds: the parts of the start (`build.StartTimes`).
         """
         engine, stats = self._engine, self._engine.scheduler.stats
         return {
             "num_steps": engine.num_steps,
-            "num_tokens_computed": stats.num_tokens_computed,
-            "num_prompt_tokens_cached": stats.num_prompt_tokens_cached,
-            "num_preemptions": stats.num_preemptions,
+            **asdict(stats),
             "num_free_blocks": engine.scheduler.pool.num_free_blocks,
             "num_blocks": engine.scheduler.pool.num_blocks,
             "host_seconds": engine.host_seconds,
             "execute_seconds": engine.execute_seconds,
             "wait_seconds": engine.wait_seconds,
+            **{f"start_{name}": seconds for name, seconds in asdict(self._start_times).items()},
         }
 
     def reset_prefix_cache(self) -> None:

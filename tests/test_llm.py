@@ -665,7 +665,10 @@ def test_a_default_that_is_not_applied_is_said(script_folder: Path, copy_of: Cal
 def test_metrics_count_steps_tokens_and_time(random_folder: Path) -> None:
     """F9: the host's share of the time is reported, and no more than what passed."""
     with make_llm(random_folder, block_size=8, enable_prefix_caching=True) as llm:
-        assert set(llm.get_metrics().values()) == {0, llm.get_metrics()["num_blocks"]}
+        metrics = llm.get_metrics()
+        starts = [metrics.pop(name) for name in list(metrics) if name.startswith("start_")]
+        assert set(metrics.values()) == {0, metrics["num_blocks"]}
+        assert len(starts) == 5 and min(starts) >= 0 and sum(starts) > 0
         start = time.perf_counter()
         for _ in range(2):
             llm.generate([[1] * 20], greedy(max_tokens=5, ignore_eos=True), use_tqdm=False)
@@ -673,7 +676,10 @@ def test_metrics_count_steps_tokens_and_time(random_folder: Path) -> None:
         metrics = llm.get_metrics()
     assert metrics["num_steps"] == 10
     assert metrics["num_tokens_computed"] == 20 + 4 + (20 - 16) + 4
+    assert metrics["num_tokens_sampled"] == 10
     assert metrics["num_prompt_tokens_cached"] == 16
+    assert metrics["num_context_tokens_read"] == 2 * (20 + 21 + 22 + 23 + 24)
+    assert metrics["num_query_key_pairs"] == sum(range(1, 25)) + sum(range(17, 25))
     assert metrics["num_preemptions"] == 0
     assert 0 < metrics["host_seconds"] + metrics["wait_seconds"] <= elapsed
     assert metrics["host_seconds"] > 0 and metrics["wait_seconds"] >= 0

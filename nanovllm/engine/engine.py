@@ -64,6 +64,8 @@ class Engine:
         self.wait_seconds += perf_counter() - start
         changed = self.scheduler.update(output)
         for request in changed:
+            if not request.params.stop:
+                continue
             stop = self.output_processor.find_stop_string(request)
             if stop is not None:
                 self.scheduler.finish(request, "stop", stop)

@@ -16,13 +16,19 @@ from dataclasses import dataclass
 from nanovllm.engine.block_pool import BlockPool, hash_block
 from nanovllm.engine.request import Request, RequestStatus
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
+from nanovllm.engine.steady_decode import SteadyDecode
 
 
 @dataclass(slots=True)
 class SchedulerStats:
+    """Counted when a step is planned. Of what a step reads and multiplies, these depend on the requests."""
+
     num_preemptions: int = 0
     num_prompt_tokens_cached: int = 0
     num_tokens_computed: int = 0
+    num_tokens_sampled: int = 0
+    num_context_tokens_read: int = 0  # each request's context, its new tokens included, once a step
+    num_query_key_pairs: int = 0  # each new token with its whole context
 
 
 class Scheduler:
@@ -50,6 +56,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: deque[list[Request]] = deque()  # per step in flight, the requests it samples for
+        self._steady: SteadyDecode | None = None
 
     # -- what enters and leaves --
 
@@ -64,6 +71,7 @@ class Scheduler:
         if request.is_finished:
             return
         if request.status is RequestStatus.RUNNING:
+            self._steady = None
             self.running.remove(request)
             self._release(request)
         else:
@@ -82,6 +90,7 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
         self._planned.clear()
+        self._steady = None
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in requests:
             request.status = RequestStatus.WAITING
@@ -93,6 +102,9 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step and advance the counters; None if there is nothing to compute now."""
+        if self._steady is not None and (plan := self._schedule_steady(self._steady)) is not None:
+            return plan
+        self._steady = None
         new_rows: list[NewRow] = []
         new_blocks: list[tuple[int, int, int]] = []
         scheduled: list[tuple[Request, int]] = []
@@ -101,6 +113,37 @@ class Scheduler:
         if num_preempted == self.stats.num_preemptions:  # else the blocks that came free belong to the running ones
             self._schedule_waiting(budget, scheduled, new_rows)
         return self._plan(scheduled, new_rows, new_blocks) if scheduled else None
+
+    def _schedule_steady(self, steady: SteadyDecode) -> SchedulerOutput | None:
+        """One more token for each running request; None where that needs the general rule."""
+        out_of_blocks = steady.out_of_blocks()
+        if (
+            (self.waiting and self._free_rows)
+            or not steady.num_steps_left
+            or len(out_of_blocks) > self.pool.num_free_blocks
+        ):
+            return None
+        new_blocks: list[tuple[int, int, int]] = []
+        for request in out_of_blocks:
+            new_blocks.extend((request.row, len(request.block_ids) - 1, i) for i in self._allocate(request, 1) or ())
+        num_reqs = len(steady.rows)
+        plan = SchedulerOutput(
+            new_rows=[],
+            new_blocks=new_blocks,
+            rows=steady.rows,
+            num_scheduled_tokens=[1] * num_reqs,
+            num_computed_tokens=[request.num_computed_tokens for request in steady.requests],
+            samples=[True] * num_reqs,
+            token_ids=[-1] * num_reqs,
+            num_decodes=num_reqs,
+        )
+        steady.count_step()
+        self.stats.num_tokens_computed += num_reqs
+        self.stats.num_tokens_sampled += num_reqs
+        self.stats.num_context_tokens_read += steady.num_context_tokens
+        self.stats.num_query_key_pairs += steady.num_context_tokens
+        self._planned.append(steady.requests)
+        return plan
 
     def _schedule_running(self, scheduled: list[tuple[Request, int]], new_blocks: list[tuple[int, int, int]]) -> int:
         """Give each running request its tokens, oldest first; return the budget that is left."""
@@ -206,8 +249,13 @@ class Scheduler:
                 sampled.append(request)
             if num_new > 1:
                 self._publish(request, end)
+            self.stats.num_context_tokens_read += end
+            self.stats.num_query_key_pairs += num_new * (start + 1 + end) // 2
         self.stats.num_tokens_computed += len(plan.token_ids)
+        self.stats.num_tokens_sampled += len(sampled)
         self._planned.append(sampled)
+        if len(sampled) == len(self.running) == plan.num_decodes:
+            self._steady = SteadyDecode(sampled, self.block_size)
         return plan
 
     # -- after a step --
@@ -215,6 +263,13 @@ class Scheduler:
     def update(self, output: ModelRunnerOutput) -> list[Request]:
         """Take in the oldest step in flight; returns the requests that got a token, some of them now finished."""
         sampled = self._planned.popleft()
+        steady = self._steady
+        if steady is not None and sampled is steady.requests:
+            if steady.ends_nobody(output.token_ids):
+                for request in steady.take_result(output.token_ids):
+                    self._publish(request, request.num_computed_tokens)
+                return list(sampled)
+            self._steady = None
         changed: list[Request] = []
         for request, token_id in zip(sampled, output.token_ids, strict=True):
             request.num_pending_tokens -= 1
