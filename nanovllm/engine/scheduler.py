@@ -127,6 +127,7 @@ class Scheduler:
         for request in out_of_blocks:
             new_blocks.extend((request.row, len(request.block_ids) - 1, i) for i in self._allocate(request, 1) or ())
         num_reqs = len(steady.rows)
+        is_known = not steady.requests[0].num_pending_tokens  # to the host, and then all of them are
         plan = SchedulerOutput(
             new_rows=[],
             new_blocks=new_blocks,
@@ -134,7 +135,7 @@ class Scheduler:
             num_scheduled_tokens=[1] * num_reqs,
             num_computed_tokens=[request.num_computed_tokens for request in steady.requests],
             samples=[True] * num_reqs,
-            token_ids=[-1] * num_reqs,
+            token_ids=[request.token_ids[-1] for request in steady.requests] if is_known else [-1] * num_reqs,
             num_decodes=num_reqs,
         )
         steady.count_step()
@@ -254,7 +255,7 @@ class Scheduler:
         self.stats.num_tokens_computed += len(plan.token_ids)
         self.stats.num_tokens_sampled += len(sampled)
         self._planned.append(sampled)
-        if len(sampled) == len(self.running) == plan.num_decodes:
+        if len(sampled) == len(self.running) == plan.num_decodes and not any(r.needs_host_tokens for r in sampled):
             self._steady = SteadyDecode(sampled, self.block_size)
         return plan
 
