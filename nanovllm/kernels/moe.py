@@ -1,0 +1,104 @@
+"""A mixture of experts (Shazeer et al., 2017): the choice of each token's experts, and their gated feed-forward layers.
+
+Owns the meaning of both, and the order that puts tokens of one expert side by side. Invariant: pure and repeatable;
+each (token, choice) has a row of its own, and a token's rows are added in the order of its choices, so the result does
+not depend on timing. On a GPU nothing here waits for the device, so a step can be captured as a CUDA graph.
+
+    logits --fused_topk--> expert_ids, weights        a token's choices, best first
+    x, expert_ids --align--> rows, block_experts      blocks of rows that share an expert, so that its weights are read
+                                                      once for all of them
+    rows --gate, up, SiLU--> --down, times weight--> one row per choice --sum--> one row per token
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.dispatch import use_triton
+from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
+
+
+def fused_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The `top_k` most probable experts of each token. logits [num_tokens, num_experts], any float dtype.
+
+    Returns (weights float32, expert_ids int32), both [num_tokens, top_k], most probable first. The weights are
+    probabilities among all experts, or, if `renormalize`, among the chosen ones.
+    """
+    if use_triton(logits):
+        from nanovllm.kernels.moe_triton import fused_topk_triton
+
+        return fused_topk_triton(logits, top_k, renormalize)
+    return fused_topk_reference(logits, top_k, renormalize)
+
+
+def fused_topk_reference(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    weights, expert_ids = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, expert_ids.int()
+
+
+def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+    """The weighted sum of each token's experts: weights * down(silu(gate x) * up x).
+
+    x [num_tokens, hidden], contiguous. gate_up [num_experts, 2 * intermediate, hidden], gate first; down [num_experts,
+    hidden, intermediate]; both contiguous and of x's dtype. weights, expert_ids [num_tokens, top_k] from `fused_topk`.
+    Returns [num_tokens, hidden]. Rounds to x's dtype behind the gate and behind the weighting; sums in float32.
+    """
+    if use_triton(x):
+        from nanovllm.kernels.moe_triton import fused_experts_triton
+
+        return fused_experts_triton(x, gate_up, down, weights, expert_ids)
+    return fused_experts_reference(x, gate_up, down, weights, expert_ids)
+
+
+def fused_experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+    """One expert after another, only those that are in use."""
+    chosen = torch.empty((*expert_ids.shape, x.shape[1]), dtype=x.dtype, device=x.device)
+    for expert in expert_ids.unique().tolist():
+        token, choice = (expert_ids == expert).nonzero(as_tuple=True)
+        hidden = F.linear(silu_and_mul_reference(F.linear(x[token], gate_up[expert])), down[expert])
+        chosen[token, choice] = (hidden.float() * weights[token, choice, None]).to(x.dtype)
+    return chosen.sum(dim=1, dtype=torch.float32).to(x.dtype)
+
+
+def num_blocks(num_rows: int, num_experts: int, block_size: int) -> int:
+    """Most blocks of `block_size` rows that `num_rows` rows of `num_experts` experts can need, filled or not."""
+    return (num_rows + min(num_rows, num_experts) * (block_size - 1)) // block_size
+
+
+def align(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Order the choices by expert, each expert's beginning a new block. expert_ids [num_tokens, top_k] int32.
+
+    Returns rows int32 [num_blocks(...), block_size], which names choices (token * top_k + place), in their order within
+    an expert, and num_tokens * top_k where a block has no more; and block_experts int32 [num_blocks(...)], -1 for
+    blocks that are not needed, whose rows mean nothing. All sizes follow from those of the arguments.
+
+        expert_ids [[2, 0], [2, 1]], block_size 2  ->  rows [[1, 4], [3, 4], [0, 2]], block_experts [0, 1, 2]
+    """
+    if use_triton(expert_ids):
+        from nanovllm.kernels.moe_triton import MAX_ROWS_OF_ALIGN, align_triton
+
+        if expert_ids.numel() <= MAX_ROWS_OF_ALIGN:
+            return align_triton(expert_ids, num_experts, block_size)
+    return align_reference(expert_ids, num_experts, block_size)
+
+
+def align_reference(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor]:
+    num_rows, device = expert_ids.numel(), expert_ids.device
+    by_expert, order = expert_ids.flatten().sort(stable=True)
+    experts = torch.arange(num_experts, dtype=by_expert.dtype, device=device)
+    first_row = torch.searchsorted(by_expert, experts)
+    end_row = torch.searchsorted(by_expert, experts, right=True)
+    sizes = end_row - first_row
+    blocks = (sizes + block_size - 1) // block_size
+    end_block = blocks.cumsum(0)
+    block = torch.arange(num_blocks(num_rows, num_experts, block_size), device=device)
+    expert = torch.searchsorted(end_block, block, right=True)
+    is_used = expert < num_experts
+    expert = expert.clamp(max=num_experts - 1)
+    blocks_before = block - (end_block - blocks)[expert]  # of the same expert
+    place = (blocks_before * block_size)[:, None] + torch.arange(block_size, device=device)
+    index = (first_row[expert][:, None] + place).clamp(max=num_rows - 1)
+    rows = torch.where((place < sizes[expert][:, None]) & is_used[:, None], order[index], num_rows)
+    return rows.int(), torch.where(is_used, expert, -1).int()

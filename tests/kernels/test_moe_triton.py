@@ -1,0 +1,136 @@
+"""The Triton experts against their reference: every block size, sizes that leave remainders, and CUDA graphs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import moe
+from tests.kernels.test_moe import check_order, random_ids
+from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
+
+twin = load_twin("moe")
+pytestmark = twin_test
+
+# tokens, experts, top_k, hidden, intermediate: one token alone, few, so many that blocks of 32, 64 and 128 are used.
+SIZES = [
+    (0, 4, 2, 32, 32), (1, 8, 3, 80, 40), (5, 9, 2, 144, 272), (33, 4, 2, 48, 80), (90, 3, 2, 64, 40),
+    (110, 2, 2, 40, 64),
+]  # fmt: skip
+
+
+def make_experts(num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (
+        (randn(num_experts, 2 * intermediate, hidden, dtype=dtype) / hidden**0.5).contiguous(),
+        (randn(num_experts, hidden, intermediate, dtype=dtype) / intermediate**0.5).contiguous(),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_experts_equal_reference(dtype: torch.dtype, size: tuple[int, int, int, int, int]) -> None:
+    torch.manual_seed(0)
+    num_tokens, num_experts, top_k, hidden, intermediate = size
+    gate_up, down = make_experts(num_experts, hidden, intermediate, dtype)
+    x = randn(num_tokens, hidden, dtype=dtype)
+    before = x.clone()
+    routing = moe.fused_topk_reference(randn(num_tokens, num_experts, dtype=dtype), top_k, True)
+    got = twin.fused_experts_triton(x, gate_up, down, *routing)
+    want = moe.fused_experts_reference(x, gate_up, down, *routing)
+    assert got.shape == want.shape and got.dtype == dtype
+    assert relative_error(got, want) < TOLERANCE[dtype]
+    assert torch.equal(x, before)
+
+
+def test_sizes_use_every_block_size() -> None:
+    used = {twin.choose_block_size(tokens * top_k, experts) for tokens, experts, top_k, _, _ in SIZES if tokens > 1}
+    assert used == {16, 32, 64, 128}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(0, 8, 2), (1, 128, 8), (5, 9, 2), (3, 4, 4), (2, 1, 1)]
+)
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_topk_equals_reference(
+    dtype: torch.dtype, num_tokens: int, num_experts: int, top_k: int, renormalize: bool
+) -> None:
+    """Rows of the logits lie apart; no two logits of a row are equal, so the choice is one."""
+    torch.manual_seed(0)
+    ranks = torch.rand(num_tokens, num_experts).argsort(-1)
+    logits = torch.empty(num_tokens, 2, num_experts, dtype=dtype, device=DEVICE)[:, 1]
+    logits.copy_((ranks - num_experts // 2) / 16)
+    weights, expert_ids = twin.fused_topk_triton(logits, top_k, renormalize)
+    want_weights, want_ids = moe.fused_topk_reference(logits, top_k, renormalize)
+    assert torch.equal(expert_ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+
+
+def test_ids_stay_in_range_whatever_the_logits_are() -> None:
+    logits = torch.full((3, 5), float("nan"), device=DEVICE)
+    logits[1] = float("-inf")
+    logits[2] = 0.0
+    _, expert_ids = twin.fused_topk_triton(logits, 3, True)
+    assert ((expert_ids >= 0) & (expert_ids < 5)).all()
+    assert expert_ids[2].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize(("num_experts", "top_k", "block_size"), [(1, 1, 16), (3, 2, 16), (64, 8, 16), (5, 5, 32)])
+def test_align(num_tokens: int, num_experts: int, top_k: int, block_size: int) -> None:
+    torch.manual_seed(num_tokens)
+    expert_ids = random_ids(num_tokens, top_k, num_experts)
+    rows, block_experts = twin.align_triton(expert_ids.to(DEVICE), num_experts, block_size)
+    check_order(expert_ids, num_experts, block_size, rows.cpu(), block_experts.cpu())
+
+
+@pytest.mark.parametrize("num_tokens", [2, 17])
+def test_a_token_does_not_depend_on_its_neighbours_values(num_tokens: int) -> None:
+    """W12: as long as the number of tokens is the same, and so the kernel."""
+    torch.manual_seed(0)
+    gate_up, down = make_experts(4, 64, 48, torch.float16)
+    x, logits = randn(num_tokens, 64, dtype=torch.float16), randn(num_tokens, 4, dtype=torch.float16)
+    before = twin.fused_experts_triton(x, gate_up, down, *moe.fused_topk_reference(logits, 2, True))
+    x[1:] = float("inf")
+    logits[1:] = -logits[1:]
+    after = twin.fused_experts_triton(x, gate_up, down, *moe.fused_topk_reference(logits, 2, True))
+    assert torch.equal(before[0], after[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 512, 600])
+def test_a_captured_graph_follows_its_inputs(num_tokens: int) -> None:
+    """Nothing of the routing is frozen in a CUDA graph: other tokens, other experts, same graph. 600: PyTorch sorts."""
+    gate_up, down = make_experts(128, 256, 96, torch.bfloat16)
+    x, logits = randn(num_tokens, 256, dtype=torch.bfloat16), randn(num_tokens, 128, dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        return moe.fused_experts(x, gate_up, down, *moe.fused_topk(logits, 8, True))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(num_tokens, 256))
+        logits.copy_(torch.randn(num_tokens, 128))
+        graph.replay()
+        assert torch.equal(out, run())
+        want = moe.fused_experts_reference(x, gate_up, down, *moe.fused_topk_reference(logits, 8, True))
+        assert relative_error(out, want) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("num_tokens", [1, 64, 2000])
+def test_shape_of_qwen3_30b_a3b(num_tokens: int) -> None:
+    gate_up, down = make_experts(128, 2048, 768, torch.bfloat16)
+    x = randn(num_tokens, 2048, dtype=torch.bfloat16)
+    routing = moe.fused_topk(randn(num_tokens, 128, dtype=torch.bfloat16), 8, True)
+    got = moe.fused_experts(x, gate_up, down, *routing)
+    assert relative_error(got, moe.fused_experts_reference(x, gate_up, down, *routing)) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(got, moe.fused_experts(x, gate_up, down, *routing))
