@@ -4,17 +4,13 @@ Owns that order and the choice of parts for a device. Invariant: every user-faci
 before the weights are read.
 """
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.cpu_paged import CpuPagedBackend
 from nanovllm.config import DTYPES, EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.engine import Engine
@@ -22,24 +18,17 @@ from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.kernels.native import load_native
-from nanovllm.kernels.ops import choose_ops
-from nanovllm.models.registry import model_class, read_model_config
-from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
-from nanovllm.runner.memory import measure_free_bytes
-from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.executor.worker import build_runner
+from nanovllm.models.registry import read_model_config
 from nanovllm.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
-from nanovllm.weights.loader import fill_random, load_weights
 
 
 @dataclass(frozen=True)
 class StartTimes:
-    """Seconds of each part of a start, in their order.
+    """Seconds of each part of a start, in their order; the last three as in `RunnerTimes`.
 
-    config_seconds: finding (and fetching) the checkpoint, reading its config. weights_seconds: building the model and
-    filling it. memory_seconds: choosing the size of the KV cache; on a GPU this runs, so compiles, the largest step.
-    runner_seconds: allocating the cache and the rows; on a GPU, capturing the largest decode step.
+    config_seconds: finding (and fetching) the checkpoint, reading its config.
     """
 
     config_seconds: float
@@ -77,31 +66,14 @@ def build_engine(config: EngineConfig) -> EngineParts:
         else:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
-    model = _load_model(config, model_config, checkpoint, device)
-    times.append(perf_counter())
-    spec = KVCacheSpec(
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        block_size=_known(config.block_size),
-        dtype=getattr(torch, model_config.dtype),
-    )
-    backend = _choose_backend(device, config.compilation)
-
-    def make_runner(config: EngineConfig, num_blocks: int) -> ModelRunner:
-        return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
-
-    num_blocks = _plan_num_blocks(config, model_config, spec, device, make_runner)
-    times.append(perf_counter())
-    runner = make_runner(config, num_blocks)
-    times.append(perf_counter())
+    runner, runner_times = build_runner(config, model_config, checkpoint, device, TensorParallel())
     return EngineParts(
         config=config,
         model_config=model_config,
         engine=Engine(
             Scheduler(
                 num_blocks=runner.num_blocks,
-                block_size=spec.block_size,
+                block_size=_known(config.block_size),
                 max_num_seqs=_known(config.max_num_seqs),
                 max_num_batched_tokens=_known(config.max_num_batched_tokens),
                 enable_prefix_caching=config.enable_prefix_caching,
@@ -114,14 +86,14 @@ def build_engine(config: EngineConfig) -> EngineParts:
             encode=tokenizer.encode if tokenizer else None,
             vocab_size=model_config.vocab_size,
             max_model_len=_known(config.max_model_len),
-            num_cache_tokens=runner.num_blocks * spec.block_size,
+            num_cache_tokens=runner.num_blocks * _known(config.block_size),
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
             seed=config.seed,
             length_dependent_from=model_config.rope.length_dependent_from,
         ),
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,
-        start_times=StartTimes(*(end - start for start, end in zip(times, times[1:], strict=False))),
+        start_times=StartTimes(times[1] - times[0], times[2] - times[1], *runner_times),
     )
 
 
@@ -162,51 +134,6 @@ def _choose_dtype(name: str, hf: Mapping[str, Any], device: torch.device) -> str
 
 def _cpu_multiplies_bfloat16() -> bool:
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
-def _choose_backend(device: torch.device, compilation: str) -> AttentionBackend:
-    if device.type == "cuda":
-        from nanovllm.attention.triton_paged import TritonBackend
-
-        return TritonBackend()
-    return CpuPagedBackend(load_native() if compilation != "none" else None)
-
-
-def _load_model(config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> Any:
-    dtype = getattr(torch, model_config.dtype)
-    with device:
-        model = model_class(model_config.architecture)(
-            model_config, _known(config.max_model_len), dtype, TensorParallel(), choose_ops(device, config.compilation)
-        )
-    if config.load_format == "dummy":
-        fill_random(model, config.seed)
-    else:
-        total = sum(1 for _ in model.slots())
-        load_weights(model, tqdm(checkpoint.tensors(), "Loading weights", total, unit=" tensors", disable=None))
-    model.requires_grad_(False).eval()
-    for module in model.modules():
-        if hasattr(module, "optimize"):
-            module.optimize()
-    return model
-
-
-def _plan_num_blocks(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    spec: KVCacheSpec,
-    device: torch.device,
-    make_runner: Callable[[EngineConfig, int], ModelRunner],
-) -> int:
-    assert config.gpu_memory_utilization is not None
-    if device.type == "cpu":
-        # Pages of host memory are taken when they are first written, so only what requests can use is worth reserving.
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization))
-        is_set = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
-        return num_blocks if is_set else min(num_blocks, useful_num_blocks(config))
-    if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:
-        return choose_num_blocks(config, spec, 0)
-    return choose_num_blocks(config, spec, measure_free_bytes(config, model_config, spec, device, make_runner))
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:

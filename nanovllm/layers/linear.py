@@ -54,25 +54,29 @@ class MergedColumnParallelLinear(Linear):
     def __init__(
         self, in_features: int, sizes: Sequence[int], bias: bool, dtype: torch.dtype, tp: TensorParallel, ops: Ops
     ) -> None:
+        self._init_parts(in_features, sizes, [tp.part(size, "output size") for size in sizes], bias, dtype, ops)
+
+    def _init_parts(
+        self, in_features: int, sizes: Sequence[int], parts: Sequence[range], bias: bool, dtype: torch.dtype, ops: Ops
+    ) -> None:
+        """parts: which outputs of each layer this rank holds."""
+        super().__init__(in_features, sum(map(len, parts)), bias, dtype, ops)
         self.sizes = tuple(sizes)
-        self.tp = tp
-        super().__init__(in_features, sum(tp.shard(size, "output size") for size in sizes), bias, dtype, ops)
+        self.parts = tuple(parts)
 
     def slots(self, *names: str) -> Slots:
         """names: the checkpoint's layer names, in the order of `sizes`."""
         offset = 0
-        for name, size in zip(names, self.sizes, strict=True):
-            part = size // self.tp.size
+        for name, size, part in zip(names, self.sizes, self.parts, strict=True):
             for suffix, parameter in (("weight", self.weight), ("bias", self.bias)):
                 if parameter is not None:
-                    target = parameter.data[offset : offset + part]
-                    yield f"{name}.{suffix}", WeightSlot((size, *parameter.shape[1:]), self._filler(target))
-            offset += part
+                    target = parameter.data[offset : offset + len(part)]
+                    yield f"{name}.{suffix}", WeightSlot((size, *parameter.shape[1:]), _filler(target, part))
+            offset += len(part)
 
-    def _filler(self, target: Tensor) -> Callable[[Tensor], object]:
-        part = target.shape[0]
-        first = self.tp.rank * part
-        return lambda tensor: target.copy_(tensor[first : first + part])
+
+def _filler(target: Tensor, part: range) -> Callable[[Tensor], object]:
+    return lambda tensor: target.copy_(tensor[part.start : part.stop])
 
 
 class GatedLinear(MergedColumnParallelLinear):
@@ -89,7 +93,10 @@ class GatedLinear(MergedColumnParallelLinear):
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
-    """The query, key and value projections as one; heads are spread over the ranks."""
+    """The query, key and value projections as one; heads are spread over the ranks.
+
+    Ranks that share a key/value head each hold a copy of it.
+    """
 
     def __init__(
         self,
@@ -102,20 +109,25 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         tp: TensorParallel,
         ops: Ops,
     ) -> None:
-        self.num_heads = tp.shard(num_heads, "num_attention_heads")
-        self.num_kv_heads = tp.shard(num_kv_heads, "num_key_value_heads")
+        heads, kv_heads = tp.part(num_heads, "num_attention_heads"), tp.kv_heads(num_kv_heads)
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        super().__init__(hidden_size, sizes, bias, dtype, tp, ops)
+        parts = [range(held.start * head_dim, held.stop * head_dim) for held in (heads, kv_heads, kv_heads)]
+        self._init_parts(hidden_size, sizes, parts, bias, dtype, ops)
+        self.num_heads, self.num_kv_heads = len(heads), len(kv_heads)
 
 
 class RowParallelLinear(Linear):
-    """Splits the input features; the ranks' partial results are summed, and the bias is added once, by rank 0."""
+    """Splits the input features; the ranks' partial results are summed, and the bias is added once, by rank 0.
+
+    What follows in a decoder is the residual addition and a norm: `after_norm` of the next layer. A kernel that does
+    the sum on the way would take its place in these two.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, tp: TensorParallel, ops: Ops
     ) -> None:
-        self.tp = tp
         super().__init__(tp.shard(in_features, "input size"), out_features, bias, dtype, ops)
+        self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tp.all_reduce(self.multiply(x))

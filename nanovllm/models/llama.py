@@ -92,12 +92,12 @@ class LlamaForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, tp)
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
         self.rotary = RotaryEmbedding(config.head_dim, max_len, config.rope)
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to, ops)
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to, tp, ops)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """input_ids, positions [num_tokens] -> hidden states [num_tokens, hidden_size], after the last norm."""

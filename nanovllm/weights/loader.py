@@ -38,10 +38,8 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"the checkpoint has no tensor {', '.join(map(repr, missing[:5]))}{more}")
-    if redundant_head is not None:
-        embedding = model.embed_tokens.weight
-        if redundant_head.shape != embedding.shape or not torch.equal(redundant_head.to(embedding), embedding):
-            raise ValueError("the config ties the head to the embedding, but the checkpoint's 'lm_head.weight' differs")
+    if redundant_head is not None and not model.embed_tokens.equals(redundant_head):
+        raise ValueError("the config ties the head to the embedding, but the checkpoint's 'lm_head.weight' differs")
 
 
 def fill_random(model: Any, seed: int) -> None:

@@ -1,0 +1,123 @@
+"""build_runner: from a resolved config to a ModelRunner with weights and KV cache, on one rank's device.
+
+Owns the order of it: model, weights, memory, cache. Every process that computes runs this, be it the engine's own or a
+worker's. Invariant: ranks that share a model get KV caches of equally many blocks, as many as fit the least memory,
+since one plan is for all of them.
+"""
+
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from nanovllm.attention.backend import AttentionBackend
+from nanovllm.attention.cpu_paged import CpuPagedBackend
+from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.native import load_native
+from nanovllm.kernels.ops import choose_ops
+from nanovllm.models.registry import model_class
+from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
+from nanovllm.runner.memory import measure_free_bytes
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.weights.checkpoint import Checkpoint
+from nanovllm.weights.loader import fill_random, load_weights
+
+
+class RunnerTimes(NamedTuple):
+    """Seconds of each part of `build_runner`, in their order.
+
+    weights_seconds: building the model and filling it. memory_seconds: choosing the size of the KV cache; on a GPU this
+    runs, so compiles, the largest step. runner_seconds: allocating the cache and the rows; on a GPU, capturing the
+    largest decode step.
+    """
+
+    weights_seconds: float
+    memory_seconds: float
+    runner_seconds: float
+
+
+def build_runner(
+    config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device, tp: TensorParallel
+) -> tuple[ModelRunner, RunnerTimes]:
+    """config is resolved. Raises ValueError for a checkpoint that does not fit, or memory that does not suffice."""
+    assert config.max_model_len and config.block_size
+    times = [perf_counter()]
+    model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
+    times.append(perf_counter())
+    spec = KVCacheSpec(
+        num_layers=model_config.num_layers,
+        num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=getattr(torch, model_config.dtype),
+    )
+    backend = _choose_backend(device, config.compilation)
+
+    def make_runner(config: EngineConfig, num_blocks: int) -> ModelRunner:
+        return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
+
+    num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
+    times.append(perf_counter())
+    runner = make_runner(config, num_blocks)
+    times.append(perf_counter())
+    return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
+
+
+def _load_model(
+    config: EngineConfig,
+    max_len: int,
+    model_config: ModelConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    tp: TensorParallel,
+) -> Any:
+    dtype = getattr(torch, model_config.dtype)
+    with device:
+        ops = choose_ops(device, config.compilation)
+        model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
+    if config.load_format == "dummy":
+        fill_random(model, config.seed)
+    else:
+        total = sum(1 for _ in model.slots())
+        is_silent = None if tp.rank == 0 else True  # None: shown on a terminal
+        progress = tqdm(checkpoint.tensors(), "Loading weights", total, unit=" tensors", disable=is_silent)
+        load_weights(model, progress)
+    model.requires_grad_(False).eval()
+    for module in model.modules():
+        if hasattr(module, "optimize"):
+            module.optimize()
+    return model
+
+
+def _choose_backend(device: torch.device, compilation: str) -> AttentionBackend:
+    if device.type == "cuda":
+        from nanovllm.attention.triton_paged import TritonBackend
+
+        return TritonBackend()
+    return CpuPagedBackend(load_native() if compilation != "none" else None)
+
+
+def plan_num_blocks(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    spec: KVCacheSpec,
+    device: torch.device,
+    tp: TensorParallel,
+    make_runner: Callable[[EngineConfig, int], ModelRunner],
+) -> int:
+    """KV blocks that fit beside the model on this rank's device."""
+    assert config.gpu_memory_utilization is not None
+    if device.type == "cpu":
+        # Pages of host memory are taken when they are first written, so only what requests can use is worth reserving.
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // tp.size  # the ranks share the memory
+        num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization))
+        is_set = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
+        return num_blocks if is_set else min(num_blocks, useful_num_blocks(config))
+    if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:
+        return choose_num_blocks(config, spec, 0)
+    return choose_num_blocks(config, spec, measure_free_bytes(config, model_config, spec, device, make_runner))
