@@ -90,6 +90,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
             seed=config.seed,
             length_dependent_from=model_config.rope.length_dependent_from,
+            has_logits_processors=bool(config.logits_processors),
         ),
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,

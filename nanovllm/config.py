@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nanovllm.errors import reject_unknown_options
+from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -51,6 +52,8 @@ class EngineConfig:
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
     skip_tokenizer_init: work on token ids only.
+    logits_processors: functions (token ids of prompt and output so far, logits [vocab_size] float32) -> logits, run for
+        every request before its own `SamplingParams.logits_processors`.
     """
 
     model: str
@@ -73,6 +76,7 @@ class EngineConfig:
     seed: int = 0
     load_format: str = "auto"
     skip_tokenizer_init: bool = False
+    logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = ()
 
     def __new__(cls, *args: object, **options: object) -> "EngineConfig":
         if "trust_remote_code" in options:
@@ -111,6 +115,12 @@ class EngineConfig:
             raise TypeError(f"gpu_memory_utilization must be a number, got {utilization!r}")
         if utilization is not None and not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization}")
+        if not isinstance(self.logits_processors, (list, tuple)) or not all(map(callable, self.logits_processors)):
+            raise TypeError(
+                f"logits_processors must be a list of functions (token_ids, logits) -> logits, got "
+                f"{self.logits_processors!r}"
+            )
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
         if self.tensor_parallel_size != 1:

@@ -5,7 +5,6 @@ call that raises for bad input has queued nothing; a call that is interrupted le
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -196,9 +195,7 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams with what the model's generation_config.json sets."""
         stated = self._generation_config
-        if stated.get("repetition_penalty", 1.0) != 1.0:
-            warnings.warn("the model's default repetition_penalty is not applied", stacklevel=3)
-        names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+        names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
         names["max_new_tokens"] = "max_tokens"
         options = {ours: stated[name] for name, ours in names.items() if stated.get(name) is not None}
         if stated.get("do_sample") is False:

@@ -5,12 +5,19 @@ on its own; what depends on the model (vocabulary, lengths) is checked by `engin
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from types import NoneType
+from typing import Any
 
 from nanovllm.errors import reject_unknown_options
 
+# (token ids of prompt and output so far, logits [vocab_size] float32) -> logits of the same shape
+LogitsProcessor = Callable[[list[int], Any], Any]
+
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy, as in vLLM: dividing by them would overflow
+
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,17 @@ class SamplingParams:
         engine.
     max_tokens: at most this many output tokens; None runs up to the model length.
     min_tokens: no EOS and no stop token before this many output tokens.
+    presence_penalty, frequency_penalty: taken off the logit of each token that stands in the output, once, and once for
+        each time it stands there; in [-2, 2].
+    repetition_penalty: positive logits of tokens that stand in prompt or output are divided by it, others multiplied
+        (Keskar et al., 2019); above 0, 1 is off.
+    logit_bias: token id -> what is added to its logit. allowed_token_ids: no other token can be drawn.
+    bad_words: words that the output never holds; each is held back at its last token, with and without a space before.
+    logits_processors: functions (token ids of prompt and output so far, logits [vocab_size] float32) -> logits, run in
+        turn. They need each token on the host, so the request is planned every other step where steps overlap.
+    logprobs: log-probabilities of each output token and of the most likely so many, over the whole vocabulary and
+        before any of the above; -1 gives all tokens', 0 the drawn ones' alone. prompt_logprobs: the same for each
+        prompt token; the request then computes its whole prompt, also where the prefix cache holds it.
     stop: strings that end the output; the text is cut before them. stop_token_ids: tokens that end it.
     ignore_eos: go on past the model's end-of-sequence tokens.
     skip_special_tokens: leave special tokens out of the text. detokenize: False leaves `text` empty.
@@ -37,6 +55,15 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: tuple[str, ...] | list[str] | None = None
+    logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: str | tuple[str, ...] | list[str] | None = None
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     ignore_eos: bool = False
@@ -48,15 +75,15 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", *_PENALTIES):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name in ("top_k", "min_tokens", "max_tokens", "seed"):
+        for name in ("top_k", "min_tokens", "max_tokens", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "seed"):
+            if value is None and name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -77,6 +104,7 @@ class SamplingParams:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise ValueError(f"min_tokens must be in [0, max_tokens={self.max_tokens}], got {self.min_tokens}")
+        self._check_edits()
         for name in ("stop", "stop_token_ids"):
             if not isinstance(getattr(self, name), (str, list, tuple, NoneType)):
                 raise TypeError(f"{name} must be a list, got {getattr(self, name)!r}")
@@ -95,6 +123,56 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
 
+    def _check_edits(self) -> None:
+        """What edits single logits, and log-probabilities. Sequences become tuples, logit_bias a dict of its own."""
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) < -1:
+                raise ValueError(f"{name} must be -1 (the whole vocabulary), 0 or more, got {getattr(self, name)}")
+        for name, is_member, kind in (
+            ("allowed_token_ids", _is_integer, "integers"),
+            ("bad_words", lambda item: isinstance(item, str), "strings"),
+            ("logits_processors", callable, "functions (token_ids, logits) -> logits"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple, NoneType)):
+                raise TypeError(f"{name} must be a list, got {value!r}")
+            for item in value or ():
+                if not is_member(item):
+                    raise TypeError(f"{name} must hold {kind}, got {item!r}")
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        if self.allowed_token_ids == ():
+            raise ValueError("allowed_token_ids is empty, so no token could be drawn; give one, or None to allow all")
+        for word in self.bad_words or ():
+            if not word.strip():
+                raise ValueError(f"bad_words must not hold an empty string, got {word!r}")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise TypeError(f"logit_bias must be a dict of token ids to numbers, got {self.logit_bias!r}")
+            for token_id, bias in self.logit_bias.items():
+                if not _is_integer(token_id):
+                    raise TypeError(f"logit_bias must have token ids as keys, got {token_id!r}")
+                if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+                    raise TypeError(f"logit_bias[{token_id}] must be a number, got {bias!r}")
+                if not math.isfinite(bias):
+                    raise ValueError(
+                        f"logit_bias[{token_id}] must be finite, got {bias}; allowed_token_ids or bad_words rule out"
+                    )
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

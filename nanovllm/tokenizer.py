@@ -55,18 +55,23 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the model expects around it.
 
         A prompt that already starts with BOS, as one that came out of a chat template does, gets no second one.
+        add_special_tokens=False: the ids of the text alone.
         """
+        if not add_special_tokens:
+            return self._encode(text, add_special_tokens=False)
         ids = self._encode(text)
         if self._adds_bos and ids[1:2] == [self.bos_token_id]:
             del ids[0]
         return ids
 
-    def _encode(self, text: str) -> list[int]:
-        return self.hf.encode(text) if self._backend is None else self._backend.encode(text).ids
+    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self._backend is None:
+            return self.hf.encode(text, add_special_tokens=add_special_tokens)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     @cached_property
     def _adds_bos(self) -> bool:

@@ -638,11 +638,14 @@ def test_default_parameters_come_from_the_generation_config(
         top_k=20,
         top_p=0.95,
         min_p=0.1,
+        repetition_penalty=1.2,
         max_new_tokens=3,
     )
     with make_llm(folder) as llm:
         params = llm.get_default_sampling_params()
-        assert params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, max_tokens=3)
+        assert params == SamplingParams(
+            temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.2, max_tokens=3
+        )
         (output,) = llm.generate("X", use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 3
     edit_json(folder / "generation_config.json", do_sample=False)
@@ -652,14 +655,6 @@ def test_default_parameters_come_from_the_generation_config(
     (folder / "generation_config.json").write_text("{}")
     with make_llm(folder) as llm:
         assert llm.get_default_sampling_params() == SamplingParams()
-
-
-def test_a_default_that_is_not_applied_is_said(script_folder: Path, copy_of: Callable[[Path], Path]) -> None:
-    """W13: nothing is ignored silently."""
-    folder = copy_of(script_folder)
-    edit_json(folder / "generation_config.json", repetition_penalty=1.2)
-    with make_llm(folder) as llm, pytest.warns(UserWarning, match="repetition_penalty"):
-        llm.get_default_sampling_params()
 
 
 def test_metrics_count_steps_tokens_and_time(random_folder: Path) -> None:

@@ -16,6 +16,12 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *[("max_tokens", value) for value in (0, -1)],
     *[("min_tokens", value) for value in (-1, 17)],
     *[("seed", value) for value in (2**64, -(2**63) - 1)],
+    *[(f"{kind}_penalty", value) for kind in ("presence", "frequency") for value in (-2.01, 2.5, float("nan"))],
+    *[("repetition_penalty", value) for value in (0, -1.0, float("nan"), float("inf"))],
+    *[(name, value) for name in ("logprobs", "prompt_logprobs") for value in (-2, -100)],
+    *[("logit_bias", {3: value}) for value in (float("nan"), float("-inf"))],
+    ("allowed_token_ids", []),
+    *[("bad_words", words) for words in (["ok", ""], [" "])],
     ("stop", ""),
     ("stop", ["ok", ""]),
 ]
@@ -27,6 +33,12 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     *[("max_tokens", value) for value in (1.0, "16", True)],
     *[("min_tokens", value) for value in (None, 0.0)],
     *[("seed", value) for value in (0.5, "7", True)],
+    *[(f"{kind}_penalty", value) for kind in ("presence", "repetition") for value in ("1", None, True)],
+    *[(name, value) for name in ("logprobs", "prompt_logprobs") for value in (1.0, "5", True)],
+    *[("logit_bias", value) for value in ([1], {"3": 1.0}, {3: "1"}, {True: 1.0}, {3: None})],
+    *[("allowed_token_ids", value) for value in (5, "12", [1.5], [True], {1})],
+    *[("bad_words", value) for value in ("word", [1], [None])],
+    *[("logits_processors", value) for value in (len, ["name"], [None])],
     *[("ignore_eos", value) for value in (1, None, "yes")],
     *[("skip_special_tokens", value) for value in (0, None)],
     *[("detokenize", value) for value in (1, None)],
@@ -70,7 +82,7 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
 
 @pytest.mark.parametrize(
     "unsupported",
-    ["n", "best_of", "logit_bias", "logprobs", "presence_penalty", "repetition_penalty", "guided_decoding"],
+    ["best_of", "guided_decoding", "truncate_prompt_tokens"],
 )
 def test_an_unsupported_option_of_vllm_is_refused(unsupported: str) -> None:
     """W13: never accepted and ignored."""
@@ -89,6 +101,15 @@ def test_positional_arguments_are_refused() -> None:
         {"temperature": 0},
         {"temperature": 1e-6},
         {"temperature": 2},
+        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1e-3},
+        {"logprobs": -1, "prompt_logprobs": 0},
+        {
+            "logit_bias": {0: -100, 5: 3.5},
+            "allowed_token_ids": (1,),
+            "bad_words": ("a b",),
+            "logits_processors": (max,),
+        },
+        {"logit_bias": {}, "bad_words": ()},
         {"top_k": -1},
         {"top_k": 10**6},
         {"top_p": 1},
@@ -134,8 +155,11 @@ def test_stop_strings_without_text_are_refused() -> None:
 
 def test_an_instance_stays_what_was_checked() -> None:
     stop = ["a"]
-    params = SamplingParams(stop=stop, temperature=0.5)
+    bias = {1: 2.0}
+    params = SamplingParams(stop=stop, temperature=0.5, logit_bias=bias)
     stop.append("")
+    bias[-1] = 0.0
+    assert params.logit_bias == {1: 2.0}
     assert params.stop == ("a",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.temperature = -1  # type: ignore[misc]
@@ -145,6 +169,6 @@ def test_an_instance_stays_what_was_checked() -> None:
 
 
 def test_it_travels_to_other_processes() -> None:
-    params = SamplingParams(temperature=0.5, stop=["a"], stop_token_ids=[1], seed=3)
+    params = SamplingParams(temperature=0.5, stop=["a"], stop_token_ids=[1], seed=3, logit_bias={4: 1.0})
     assert pickle.loads(pickle.dumps(params)) == params
     assert hash(params) == hash(pickle.loads(pickle.dumps(params)))

@@ -17,15 +17,16 @@ from nanovllm.sampling_params import SamplingParams
 _CHOICES = {"dtype": ("auto", *DTYPES), "load_format": LOAD_FORMATS, "compilation": COMPILATIONS}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
-# Not among the sampling flags: the engine's --seed makes a run reproducible, and the commands print text.
-_NOT_SAMPLING_FLAGS = {"seed", "detokenize"}
+# Not among the sampling flags: the engine's --seed makes a run reproducible, the commands print text, and there are
+# values that no flag can hold.
+_NOT_SAMPLING_FLAGS = {"seed", "detokenize", "logprobs", "prompt_logprobs", "logit_bias", "logits_processors"}
 
 
 def add_engine_options(parser: argparse.ArgumentParser, exclude: Collection[str] = ()) -> None:
     """A flag for each field of EngineConfig except `model`, which each command takes in its own way, and `exclude`."""
     group = parser.add_argument_group("engine options", "the arguments of LLM(...)")
     defaults = {field.name: _show(field.default) for field in fields(EngineConfig)}
-    _add_options(group, EngineConfig, "engine", {"model", *exclude}, defaults)
+    _add_options(group, EngineConfig, "engine", {"model", "logits_processors", *exclude}, defaults)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: str) -> None:

@@ -15,24 +15,26 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class InputProcessor:
-    """encode: text to token ids, or None without a tokenizer.
+    """encode: text to token ids, with the special tokens of a prompt or (add_special_tokens=False) without them; None
+    without a tokenizer.
 
     max_model_len: prompt and output together; num_cache_tokens: what the whole KV cache holds.
     eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the
     prompt's length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never
-    do.
+    do. has_logits_processors: the engine has some of its own, which run for every request.
     """
 
     def __init__(
         self,
         *,
-        encode: Callable[[str], list[int]] | None,
+        encode: Callable[..., list[int]] | None,
         vocab_size: int,
         max_model_len: int,
         num_cache_tokens: int,
         eos_token_ids: Sequence[int],
         seed: int,
         length_dependent_from: int | None = None,
+        has_logits_processors: bool = False,
     ) -> None:
         self._encode = encode
         self._vocab_size = vocab_size
@@ -41,6 +43,7 @@ class InputProcessor:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._length_dependent_from = length_dependent_from
+        self._has_logits_processors = has_logits_processors
 
     def process(
         self, prompt: Prompt, params: SamplingParams, name: str, number: int, request_id: str | None = None
@@ -53,11 +56,12 @@ class InputProcessor:
             raise TypeError(f"{name}: sampling_params must be SamplingParams, got {type(params).__name__}")
         text, token_ids = self._read_prompt(prompt, name)
         max_total_tokens = self._fit(token_ids, params, name)
-        for token_id in params.stop_token_ids or ():
-            if not 0 <= token_id < self._vocab_size:
-                raise ValueError(f"{name}: stop token id {token_id} is outside the vocabulary [0, {self._vocab_size})")
+        self._check_vocabulary(params, name)
         if params.stop and self._encode is None:
             raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
+        bad_words = self._read_bad_words(params, name)
+        uses_python = bool(params.logits_processors) or self._has_logits_processors
+        needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         return Request(
             request_id=str(number) if request_id is None else request_id,
@@ -69,7 +73,37 @@ class InputProcessor:
             stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
             max_total_tokens=max_total_tokens,
             cache_salt=self._cache_salt(len(token_ids)),
+            bad_words=bad_words,
+            needs_history=needs_host_tokens or params.has_penalties,
+            needs_host_tokens=needs_host_tokens,
         )
+
+    def _check_vocabulary(self, params: SamplingParams, name: str) -> None:
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, field) or ():
+                if not 0 <= token_id < self._vocab_size:
+                    raise ValueError(
+                        f"{name}: {field} holds {token_id}, which is outside the vocabulary [0, {self._vocab_size})"
+                    )
+
+    def _read_bad_words(self, params: SamplingParams, name: str) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of the bad words: as they begin a text, and as they go on after a space.
+
+        The second form counts where the space became part of the word's first token and changed nothing else.
+        """
+        sequences: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words or ():
+            if self._encode is None:
+                raise ValueError(f"{name}: bad_words need a tokenizer; use logit_bias, or skip_tokenizer_init=False")
+            plain = tuple(self._encode(word.lstrip(), add_special_tokens=False))
+            spaced = tuple(self._encode(" " + word.lstrip(), add_special_tokens=False))
+            if not plain:
+                raise ValueError(f"{name}: bad_words holds {word!r}, which has no tokens; leave it out")
+            sequences[plain] = None
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                sequences[spaced] = None
+        # A tokenizer may know more tokens than the model, which can never say those.
+        return tuple(sequence for sequence in sequences if max(sequence) < self._vocab_size)
 
     def _read_prompt(self, prompt: Prompt, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):

@@ -33,6 +33,8 @@ class Request:
     stop_token_ids: frozenset[int]  # EOS (unless ignored) and the request's own
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not hold
+    needs_history: bool = False  # the worker must know all tokens that the host knows when the request enters a row
     needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
 
     status: RequestStatus = RequestStatus.WAITING

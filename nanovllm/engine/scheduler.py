@@ -208,6 +208,8 @@ class Scheduler:
                     params=request.params,
                     seed=request.seed,
                     stop_token_ids=tuple(request.stop_token_ids),
+                    token_ids=list(request.token_ids) if request.needs_history else None,
+                    bad_words=request.bad_words,
                 )
             )
             scheduled.append((request, num_new))

@@ -20,6 +20,8 @@ class NewRow:
     params: SamplingParams
     seed: int
     stop_token_ids: tuple[int, ...]
+    token_ids: list[int] | None = None  # all that the host knows, where the sampler needs them
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,25 +11,42 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler_output import NewRow
+from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.sampling.state import SamplingState
+from nanovllm.sampling_params import LogitsProcessor
 
 
 class BatchState:
-    def __init__(self, max_num_seqs: int, max_blocks: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        vocab_size: int,
+        device: torch.device,
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
         self.max_blocks = max_blocks
         self.spare_row = max_num_seqs  # written by padding, read by nobody
         self.last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.num_computed = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
-        self.sampling = SamplingState(max_num_seqs, vocab_size, device)
+        self.sampling = SamplingState(max_num_seqs, vocab_size, device, processors)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # host only
 
-    def enter(self, new_rows: Sequence[NewRow]) -> None:
-        """Host side of new rows; their device side travels with the step's upload."""
-        for new in new_rows:
+    def enter(self, plan: SchedulerOutput) -> None:
+        """Host side of new rows and new tokens; what they compute with travels with the step's upload."""
+        for new in plan.new_rows:
             self.num_prompt_tokens[new.row] = new.num_prompt_tokens
-            self.sampling.set_row(new.row, new.params, new.seed, new.num_prompt_tokens, new.stop_token_ids)
+            self.sampling.set_row(
+                new.row,
+                new.params,
+                new.seed,
+                new.num_prompt_tokens,
+                new.stop_token_ids,
+                new.token_ids,
+                new.bad_words,
+            )
+        self.sampling.extend_histories(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.token_ids)
 
     @property
     def nowhere(self) -> int:

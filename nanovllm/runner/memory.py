@@ -20,11 +20,11 @@ _GRAPH_OVERHEAD = 256 * 2**20  # what the driver and the graphs' own pool take b
 
 
 def largest_step(config: EngineConfig) -> SchedulerOutput:
-    """max_num_seqs requests that fill the token budget and are all sampled, with every filter on; all in KV block 0."""
+    """max_num_seqs requests that fill the token budget and are all sampled, with every stage on; all in KV block 0."""
     assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.block_size
     num_reqs = config.max_num_seqs
     length = max(1, min(config.max_num_batched_tokens // num_reqs, config.max_model_len))
-    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
+    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias={0: 1})
     block_ids = [0] * -(-length // config.block_size)
     return SchedulerOutput(
         new_rows=[
@@ -36,6 +36,7 @@ def largest_step(config: EngineConfig) -> SchedulerOutput:
                 params=params,
                 seed=row,
                 stop_token_ids=(),
+                token_ids=[0] * length,
             )
             for row in range(num_reqs)
         ],
@@ -61,7 +62,7 @@ def measure_free_bytes(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     weights = torch.cuda.memory_allocated(device)
-    make_runner(replace(config, enforce_eager=True), 1).execute(largest_step(config)).result()
+    make_runner(replace(config, enforce_eager=True, logits_processors=()), 1).execute(largest_step(config)).result()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - spec.bytes_per_block
     torch.cuda.empty_cache()

@@ -36,6 +36,11 @@ class PendingTokens:
         return ModelRunnerOutput(token_ids=self.tokens.tolist())
 
 
+def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
+    """Tokens of each request after this step, [num_reqs]; a token that it samples will stand there."""
+    return np.array(plan.num_computed_tokens) + np.array(plan.num_scheduled_tokens)
+
+
 class ModelRunner:
     def __init__(
         self,
@@ -56,7 +61,9 @@ class ModelRunner:
         self.num_blocks = kv_caches[0].shape[1]
         self._has_dynamic_rope = model_config.rope.rope_type == "dynamic"
         max_blocks = -(-config.max_model_len // config.block_size)
-        self.state = BatchState(config.max_num_seqs, max_blocks, model_config.vocab_size, device)
+        self.state = BatchState(
+            config.max_num_seqs, max_blocks, model_config.vocab_size, device, config.logits_processors
+        )
         self.sampler = Sampler(self.state.sampling)
         num_buffers = config.overlap_depth + 1
         self._stager = InputStager(max_blocks, num_buffers, device)
@@ -77,8 +84,8 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step."""
-        self.state.enter(plan.new_rows)
-        if self._has_graphs and not self.sampler.needs_host(np.array(plan.rows)):
+        self.state.enter(plan)
+        if self._has_graphs and not self.sampler.needs_edits(np.array(plan.rows), _seq_lens(plan)).any():
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
                 return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
@@ -94,14 +101,15 @@ class ModelRunner:
             return self._read_back(batch.sampled)
         logits = self.model.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1])
         rows = batch.rows[batch.sampled]
-        tokens = self.sampler.sample(logits, batch.rows_host[batch.sampled_host], rows, seq_lens[batch.sampled])
+        rows_host, positions_host = batch.rows_host[batch.sampled_host], _seq_lens(plan)[batch.sampled_host]
+        tokens = self.sampler.sample(logits, rows_host, rows, positions_host, seq_lens[batch.sampled])
         self.state.last_token[rows] = tokens
         return self._read_back(tokens)
 
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
         """Any mixture of requests: hidden states [num_tokens, hidden_size], seq_lens [num_reqs]."""
         inputs = self._prepare(batch.rows, batch.query_start_loc, batch.token_ids)
-        seq_lens = [a + b for a, b in zip(plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)]
+        seq_lens = _seq_lens(plan).tolist()
         num_blocks = -(-max(seq_lens) // self.block_size)
         meta = AttentionMetadata(
             query_start_loc=batch.query_start_loc,

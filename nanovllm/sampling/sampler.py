@@ -2,25 +2,35 @@
 
 The order of the stages, as in vLLM:
 
-    1. min_tokens    stop ids are masked while the output is too short         every row that asks
-    2. greedy        argmax, the lowest id on a tie                            rows with temperature 0; done
-       temperature   logits / temperature                                      all other rows
-    3. min_p         drop tokens below min_p times the highest probability     rows that ask
-    4. top_k         keep the k highest, with ties                             rows that ask
-    5. top_p         keep the nucleus of what is left, at least one token      rows that ask
-    6. draw          lowest id where the CDF exceeds uniform(seed, position)   all sampled rows
+     0. logprobs            of the raw logits: log-softmax, top k and ranks            rows that ask
+     1. allowed_token_ids   all other tokens are ruled out                             rows that ask
+     2. bad_words           the token that would complete one is ruled out             rows that ask
+     3. min_tokens          stop ids are ruled out while the output is too short       rows that ask
+     4. logit_bias          added to single logits                                     rows that ask
+     5. logits_processors   Python functions, the engine's and then the request's      rows that ask
+     6. penalties           repetition, then frequency, then presence                  rows that ask
+     7. greedy              argmax, the lowest id on a tie                             rows with temperature 0; done
+        temperature         logits / temperature                                       all other rows
+     8. min_p               drop tokens below min_p times the highest probability      rows that ask
+     9. top_k               keep the k highest, with ties                              rows that ask
+    10. top_p               keep the nucleus of what is left, at least one token       rows that ask
+    11. draw                lowest id where the CDF exceeds uniform(seed, position)    all sampled rows
 
-Owns the order and the choice of route; `logits.py` owns the arithmetic, `state.py` the parameters. On a GPU, stages 2
-to 6 are `kernels/sample_triton.py`, which reads the parameters there. On a CPU the host mirrors say which rows need
-what, so a stage that nobody asked for is not run. Invariant: a row's token depends on its logits, parameters, seed and
-position alone, and so does the route to it.
+Owns the order and the choice of route; `logprobs.py` (0), `edits.py` (1 to 6) and `logits.py` (7 to 11) own the
+arithmetic, `state.py` the parameters. Rows that ask for an edit get a float32 copy of their logits; the others never
+see those stages. On a GPU, stages 7 to 11 are `kernels/sample_triton.py`, which reads the parameters there. On a CPU
+the host mirrors say which rows need what, so a stage that nobody asked for is not run. Invariant: a row's token depends
+on its logits, parameters, history, seed and position alone, and so does the route to it.
 """
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.sampling.edits import add_bias, allow_only, apply_penalties, rule_out
 from nanovllm.sampling.logits import (
     MASKED,
     apply_min_p,
@@ -36,6 +46,8 @@ from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.state import RowParams, SamplingState, upload
 
 _NUM_CANDIDATES = 128  # what the filters look at first; rows that keep more are filtered whole
+_EDIT_CHUNK = 2**23  # logits edited at a time: bounds the memory of float32 copies
+_NO_IDS = np.zeros(0, dtype=np.int64)
 _CHUNK = 2**21  # logits handled at a time: float32 temporaries then stay in the cache
 
 
@@ -43,16 +55,117 @@ class Sampler:
     def __init__(self, state: SamplingState) -> None:
         self._state = state
 
-    def sample(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
+    def sample(
+        self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray, positions: Tensor
+    ) -> Tensor:
         """Next tokens, int32 [n]. logits [n, V] of any float dtype, left unchanged; positions [n]: where the new tokens
-        will stand; rows_host and rows, int32 [n]: the requests' rows, on the host and on the device.
+        will stand; rows [n]: the requests' rows. Both are int32 on the device, and known to the host.
         """
-        asked = self._state.host[rows_host]
-        if asked["min_length"].any():
-            logits = self._hold_back_stop_ids(logits, rows_host, rows, positions)
+        edited = np.flatnonzero(self.needs_edits(rows_host, positions_host))
+        if len(edited) == 0:
+            tokens = self._draw(logits, rows_host, rows, positions)
+        else:
+            tokens = self._draw_others(logits, edited, rows_host, rows, positions)
+            size = max(1, _EDIT_CHUNK // logits.shape[1])
+            for part in np.split(edited, range(size, len(edited), size)):
+                index = upload(part, logits.device)
+                values = self._edit(logits[index].float(), rows_host[part], rows[index], positions_host[part])
+                tokens[index] = self._draw(values, rows_host[part], rows[index], positions[index])
+        self._state.count(rows_host, rows, tokens)
+        return tokens
+
+    def needs_edits(self, rows_host: np.ndarray, positions_host: np.ndarray) -> np.ndarray:
+        """Which of these rows ask for stages that `sample_captured` does not do, bool [n]."""
+        state = self._state
+        return state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
+
+    def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Stages 7 to 11 on a GPU and without the host, so that it can be captured in a CUDA graph.
+
+        Reads `SamplingState.columns` as last uploaded. rows, positions int32; a row of -1 is padding and gives token 0.
+        """
+        from nanovllm.kernels.sample_triton import sample_triton
+
+        return sample_triton(logits, rows, positions, self._state.columns)
+
+    # -- stages 1 to 6 --
+
+    def _edit(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray) -> Tensor:
+        """logits [n, V] float32, a copy of our own; each stage in turn, for those rows that ask."""
+        state = self._state
+        asked = [state.edits[row] for row in rows_host]
+        logits = self._with_ids(allow_only, logits, [edits.allowed_ids for edits in asked])
+        logits = self._with_ids(rule_out, logits, [self._completing(row) for row in rows_host])
+        too_short = positions_host < state.min_length[rows_host]
+        stop_ids = [edits.stop_ids if short else _NO_IDS for edits, short in zip(asked, too_short, strict=True)]
+        logits = self._with_ids(rule_out, logits, stop_ids)
+        biases = np.concatenate([edits.bias for edits in asked])
+        if len(biases):
+            bias_ids = [edits.bias_ids for edits in asked]
+            logits = self._with_ids(add_bias, logits, bias_ids, upload(biases, logits.device))
+        for i, (row, edits) in enumerate(zip(rows_host, asked, strict=True)):
+            for processor in edits.processors:
+                logits[i] = _checked(processor(list(state.histories[row]), logits[i].clone()), logits[i], processor)
+        members = np.flatnonzero(state.has_penalties[rows_host])
+        if len(members):
+            assert state.counts is not None
+            index = upload(members, logits.device)
+            params = state.select(rows[index])
+            penalised = apply_penalties(
+                logits[index],
+                state.counts.index_select(0, rows[index]),
+                params.repetition_penalty,
+                params.frequency_penalty,
+                params.presence_penalty,
+            )
+            logits = logits.index_copy(0, index, penalised)
+        return logits
+
+    def _with_ids(
+        self, stage: Callable[..., Tensor], logits: Tensor, token_ids: Sequence[np.ndarray], *values: Tensor
+    ) -> Tensor:
+        """Run a stage on lists of tokens, one a row; not at all if they are all empty."""
+        flat = np.concatenate(token_ids)
+        if len(flat) == 0:
+            return logits
+        index = np.arange(len(token_ids)).repeat([len(ids) for ids in token_ids])
+        return stage(logits, *upload(np.stack((index, flat)), logits.device).unbind(0), *values)
+
+    def _completing(self, row: int) -> np.ndarray:
+        """Tokens that would complete a bad word after the row's output so far."""
+        bad_words = self._state.edits[row].bad_words
+        if not bad_words:
+            return _NO_IDS
+        first = self._state.edits[row].num_prompt_tokens
+        history = self._state.histories.get(row, [])
+        found = []
+        for *before, last in bad_words:
+            begin = len(history) - len(before)
+            if not before or (begin >= first and history[begin:] == before):
+                found.append(last)
+        return np.unique(np.array(found, dtype=np.int64))
+
+    # -- stages 7 to 11 --
+
+    def _draw_others(
+        self, logits: Tensor, edited: np.ndarray, rows_host: np.ndarray, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        """As `_draw`, but for the rows that are edited first; their tokens are yet to come."""
+        if use_triton(logits):
+            self._state.upload()
+            return self.sample_captured(logits, rows.index_fill(0, upload(edited, rows.device), -1), positions)
+        tokens = torch.empty(len(rows_host), dtype=torch.int32)
+        others = np.delete(np.arange(len(rows_host)), edited)
+        if len(others):
+            index = torch.from_numpy(others)
+            tokens[index] = self._draw(logits[index], rows_host[others], rows[index], positions[index])
+        return tokens
+
+    def _draw(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
         if use_triton(logits):
             self._state.upload()
             return self.sample_captured(logits, rows, positions)
+        asked = self._state.host[rows_host]
         greedy = asked["temperature"] == 0
         filtered = ~greedy & _asks_for_a_filter(asked)
         tokens = torch.empty(len(rows_host), dtype=torch.int32)
@@ -63,27 +176,6 @@ class Sampler:
                 index = torch.from_numpy(np.flatnonzero(members))
                 tokens[index] = self._pick(logits[index], asked[members], rows[index], positions[index]).int()
         return tokens
-
-    def needs_host(self, rows_host: np.ndarray) -> bool:
-        """Does any of these rows ask for min_tokens, which `sample_captured` does not do?"""
-        return bool(self._state.host["min_length"][rows_host].any())
-
-    def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """As `sample`, on a GPU and without the host, so that it can be captured in a CUDA graph; without min_tokens.
-
-        Reads `SamplingState.columns` as last uploaded. rows, positions int32; a row of -1 is padding and gives token 0.
-        """
-        from nanovllm.kernels.sample_triton import sample_triton
-
-        return sample_triton(logits, rows, positions, self._state.columns)
-
-    def _hold_back_stop_ids(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
-        pairs = [(i, stop_id) for i, row in enumerate(rows_host) for stop_id in self._state.stop_ids[row]]
-        index, stop_ids = upload(np.array(pairs, dtype=np.int64), logits.device).unbind(1)
-        too_short = positions[index] < self._state.select(rows[index]).min_length
-        logits = logits.clone()
-        logits[index, stop_ids] = logits[index, stop_ids].masked_fill(too_short, MASKED)
-        return logits
 
     def _pick(self, logits: Tensor, asked: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
         """Tokens of rows that are all greedy, all plain, or all filtered; on a CPU."""
@@ -96,15 +188,26 @@ class Sampler:
         for start in range(0, len(logits), size):
             part = slice(start, start + size)
             scaled = apply_temperature(logits[part], params.temperature[part])
-            picked.append(_draw(scaled, RowParams(*(column[part] for column in params)), asked[part], noise[part]))
+            picked.append(
+                _filter_and_draw(scaled, RowParams(*(column[part] for column in params)), asked[part], noise[part])
+            )
         return torch.cat(picked)
+
+
+def _checked(result: object, logits: Tensor, processor: object) -> Tensor:
+    if not isinstance(result, Tensor) or result.shape != logits.shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(
+            f"logits processor {processor!r} must return a tensor of shape {tuple(logits.shape)}, got {got}"
+        )
+    return result
 
 
 def _asks_for_a_filter(asked: np.ndarray) -> np.ndarray:
     return (asked["min_p"] > 0) | (asked["top_k"] > 0) | (asked["top_p"] < 1)
 
 
-def _draw(scaled: Tensor, params: RowParams, asked: np.ndarray, noise: Tensor) -> Tensor:
+def _filter_and_draw(scaled: Tensor, params: RowParams, asked: np.ndarray, noise: Tensor) -> Tensor:
     """Filter and draw. The filters look at the highest tokens first, and at whole rows only where these do not settle
     it, since to search whole rows is dear.
     """

@@ -10,7 +10,7 @@ from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling.state import SamplingState
 from nanovllm.sampling_params import SamplingParams
-from tests.sampling.reference import filtered_probabilities
+from tests.sampling.reference import edited, filtered_probabilities
 
 MIXED = [
     {"temperature": 0},
@@ -35,15 +35,19 @@ def sample(
     rows: list[int] | None = None,
     prompt_len: int = 1,
     stop_ids: tuple[int, ...] = (),
+    histories: list[list[int]] | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> list[int]:
     """Put the requests into rows of a new state and sample once."""
     rows = rows or list(range(len(params)))
     state = SamplingState(max(rows) + 1, logits.shape[1], "cpu")
-    for row, param, seed in zip(rows, params, seeds, strict=True):
-        state.set_row(row, param, seed, prompt_len, stop_ids)
+    for i, (row, param, seed) in enumerate(zip(rows, params, seeds, strict=True)):
+        state.set_row(row, param, seed, prompt_len, stop_ids, histories[i] if histories else None, bad_words)
     before = logits.clone()
     rows_host = np.array(rows, dtype=np.int32)
-    tokens = Sampler(state).sample(logits, rows_host, torch.from_numpy(rows_host), torch.tensor(positions))
+    tokens = Sampler(state).sample(
+        logits, rows_host, torch.from_numpy(rows_host), np.array(positions), torch.tensor(positions)
+    )
     assert tokens.dtype == torch.int32
     assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7)), "logits are not changed"
     assert ((tokens >= 0) & (tokens < logits.shape[1])).all()
@@ -55,8 +59,19 @@ def make_logits(seed: int, num_rows: int, vocab_size: int, dtype: torch.dtype, s
     return (torch.randn(num_rows, vocab_size, generator=generator) * spread).to(dtype)
 
 
+def halve_odd_tokens(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    logits[1::2] /= 2
+    return logits - len(token_ids) % 3
+
+
 request_params = st.builds(
     SamplingParams,
+    presence_penalty=st.sampled_from([0.0, 0.0, -2.0, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 2.0, -0.3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.5]),
+    logit_bias=st.sampled_from([None, None, {0: 3.0}, {0: -100.0}]),
+    allowed_token_ids=st.sampled_from([None, None, (0,)]),
+    logits_processors=st.sampled_from([None, None, (halve_odd_tokens,)]),
     temperature=st.sampled_from([0.0, 1e-4, 0.3, 0.8, 1.0, 2.0, 1e4]),
     top_k=st.sampled_from([0, 1, 2, 5, 50, 127, 128, 129, 400, 5000]),
     top_p=st.sampled_from([1.0, 1e-30, 0.3, 0.9, 0.95, 0.999]),
@@ -76,18 +91,38 @@ request_params = st.builds(
 def test_mixed_batches_agree_with_numpy(
     params: list[SamplingParams], vocab_size: int, dtype: torch.dtype, spread: float, case: int
 ) -> None:
-    """C8, W12: the whole pipeline, each row with its own parameters, greedy rows beside sampled ones."""
+    """C8, W12: all stages in their order, each row with its own parameters, greedy rows beside sampled ones."""
     logits = make_logits(case, len(params), vocab_size, dtype, spread)
     seeds = [case + 31 * i for i in range(len(params))]
     positions = [5 + i for i in range(len(params))]
     stop_ids = (0, vocab_size - 1) if vocab_size > 2 else ()
-    tokens = sample(logits, params, seeds, positions, prompt_len=2, stop_ids=stop_ids)
+    rng = np.random.default_rng(case)
+    histories = [rng.integers(0, min(vocab_size, 9), position).tolist() for position in positions]
+    bad_words = ((vocab_size // 2,), (*histories[0][-1:], 0), (*histories[-1][-2:], 1), (7, 7, 7)) if case % 2 else ()
+    bad_words = tuple(word for word in bad_words if max(word) < vocab_size > 2)
+    tokens = sample(
+        logits,
+        params,
+        seeds,
+        positions,
+        prompt_len=2,
+        stop_ids=stop_ids,
+        histories=histories,
+        bad_words=bad_words,
+    )
     for i, (param, token) in enumerate(zip(params, tokens, strict=True)):
-        row = logits[i].float().numpy().copy()
-        if positions[i] < 2 + param.min_tokens:
-            row[list(stop_ids)] = -math.inf
+        row = edited(
+            logits[i].float().numpy(),
+            histories[i][:2],
+            histories[i][2:],
+            param,
+            stop_ids=stop_ids,
+            bad_words=bad_words,
+        )
+        if not np.isfinite(row).any():
+            continue  # the stages contradict each other: there is no right token
         if param.is_greedy:
-            assert token == row.argmax()
+            assert row[token] >= row.max() - 1e-5 * max(1, abs(row.max()))
             continue
         u = uniform(torch.tensor([seeds[i]]), torch.tensor([positions[i]])).item()
         fits = False
@@ -162,8 +197,9 @@ def test_drawn_frequencies(options: dict[str, float], vocab_size: int) -> None:
     state = SamplingState(1, vocab_size, "cpu")
     state.set_row(0, param, 20_251_123, 1, ())
     rows = np.zeros(num_draws, dtype=np.int32)
+    positions = torch.arange(num_draws, dtype=torch.int32)
     drawn = Sampler(state).sample(
-        logits.expand(num_draws, -1), rows, torch.from_numpy(rows), torch.arange(num_draws, dtype=torch.int32)
+        logits.expand(num_draws, -1), rows, torch.from_numpy(rows), positions.numpy(), positions
     )
     probabilities = torch.from_numpy(
         filtered_probabilities(logits[0].numpy(), param.temperature, param.top_k, param.top_p, param.min_p)
@@ -191,12 +227,12 @@ def test_neighbours_are_independent(neighbour: str) -> None:
     rows = np.zeros(num_draws, dtype=np.int32)
     logits, positions = torch.zeros(num_draws, 4), torch.arange(num_draws)
     sampler = Sampler(state)
-    first = sampler.sample(logits, rows, torch.from_numpy(rows), positions)
+    first = sampler.sample(logits, rows, torch.from_numpy(rows), positions.numpy(), positions)
     if neighbour == "position":
-        second = sampler.sample(logits, rows, torch.from_numpy(rows), positions + 1)
+        second = sampler.sample(logits, rows, torch.from_numpy(rows), positions.numpy() + 1, positions + 1)
         first, second = first[::2], second[::2]  # disjoint pairs
     else:
-        second = sampler.sample(logits, rows + 1, torch.from_numpy(rows + 1), positions)
+        second = sampler.sample(logits, rows + 1, torch.from_numpy(rows + 1), positions.numpy(), positions)
     counts = torch.bincount(first * 4 + second, minlength=16)
     assert chi_squared_p_value(counts, torch.full((16,), 1 / 16)) > 1e-4
 
@@ -210,11 +246,16 @@ def test_min_tokens_holds_stop_ids_back_until_the_position() -> None:
     assert tokens == [5, 5, 3, 3]
 
 
-def test_needs_host_is_about_min_tokens_of_these_rows() -> None:
-    state = SamplingState(2, 10, "cpu")
+def test_needs_edits_is_about_these_rows_at_these_positions() -> None:
+    """A row of min_tokens is a plain one again once it is long enough, so that a GPU returns to its captured path."""
+    state = SamplingState(3, 10, "cpu")
     state.set_row(1, SamplingParams(min_tokens=2), 0, 1, (3,))
+    state.set_row(2, SamplingParams(logit_bias={1: 1.0}), 0, 1, (3,))
     sampler = Sampler(state)
-    assert sampler.needs_host(np.array([0, 1])) and not sampler.needs_host(np.array([0]))
+    assert sampler.needs_edits(np.arange(3), np.array([2, 2, 2])).tolist() == [False, True, True]
+    assert sampler.needs_edits(np.arange(3), np.array([3, 3, 3])).tolist() == [False, False, True]
+    state.set_row(2, SamplingParams(), 0, 1, (3,))
+    assert not sampler.needs_edits(np.array([2]), np.array([0])).any()
 
 
 def test_extreme_temperatures() -> None:
@@ -274,5 +315,5 @@ def test_cpu_and_gpu_draw_the_same_tokens() -> None:
             options = MIXED[row % len(MIXED)]
             state.set_row(row, SamplingParams(min_tokens=row % 2, **options), row, 5, (1, 2))  # type: ignore[arg-type]
         rows, positions = torch.from_numpy(rows_host).to(device), torch.full((n,), 5, device=device)
-        drawn.append(Sampler(state).sample(logits.to(device), rows_host, rows, positions).cpu())
+        drawn.append(Sampler(state).sample(logits.to(device), rows_host, rows, np.full(n, 5), positions).cpu())
     assert (drawn[0] != drawn[1]).sum() <= n // 1000

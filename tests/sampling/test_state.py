@@ -14,13 +14,13 @@ def test_select_returns_what_was_set_last() -> None:
     assert params.seed.tolist() == [5, 6, 5]
     assert params.temperature.tolist() == [0.5, 0.0, 0.5]
     assert params.top_k.tolist() == [7, 0, 7]
-    assert params.min_length.tolist() == [13, 0, 13]
+    assert state.min_length.tolist() == [0, 0, 13, 0]
     assert torch.equal(params.top_p, torch.tensor([0.9, 1.0, 0.9]))
     assert torch.equal(params.min_p, torch.tensor([0.1, 0.0, 0.1]))
     state.set_row(2, SamplingParams(), 9, 1, [1])
     again = state.select(torch.tensor([2]))
-    assert [column.item() for column in again] == [9, 1.0, 0.0, 1.0, 0, 0]
-    assert state.stop_ids[2] == ()
+    assert [column.item() for column in again] == [9, 1.0, 0.0, 1.0, 0, 1.0, 0.0, 0.0]
+    assert state.min_length[2] == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 3, -(2**63)])
@@ -40,10 +40,10 @@ def test_filters_that_keep_all_are_off() -> None:
 def test_min_tokens_holds_back_known_ids_only() -> None:
     state = SamplingState(1, 10, "cpu")
     state.set_row(0, SamplingParams(min_tokens=5, max_tokens=None), 0, 2**31 - 3, [9, 10, -1, 3, 3])
-    assert state.stop_ids[0] == (3, 9)
-    assert state.host["min_length"][0] == 2**31 - 1
+    assert state.edits[0].stop_ids.tolist() == [3, 9]
+    assert state.min_length[0] == 2**31 + 2
     state.set_row(0, SamplingParams(min_tokens=5), 0, 7, [10])
-    assert state.host["min_length"][0] == 0, "nothing to hold back, so the stage is off"
+    assert state.min_length[0] == 0, "nothing to hold back, so the stage is off"
 
 
 def test_greedy_is_exactly_zero() -> None:

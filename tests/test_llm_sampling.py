@@ -1,0 +1,227 @@
+"""What a request asks of the sampler, through the whole engine, against Hugging Face's logits and slow NumPy stages.
+
+Each way of running has steps that overlap, chunks, a prefix cache, or a cache so small that requests are preempted; a
+batch mixes all features, so each of them meets the others.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.sampling.reference import edited
+from tests.tiny_models import (
+    VOCAB_WITH_TOKENIZER,
+    hugging_face_logits,
+    load_hugging_face,
+    random_prompts,
+    save_random,
+    save_tokenizer,
+)
+
+PROMPTS = random_prompts([3, 17, 30, 8, 21, 9, 16, 12, 33], vocab_size=VOCAB_WITH_TOKENIZER)
+PROMPTS[6] = PROMPTS[2][:24]
+NUM_OUTPUT = 12
+
+
+def forbid_repeats(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    logits[token_ids[-3:]] = -torch.inf
+    return logits
+
+
+def shift(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return logits.roll(len(token_ids))
+
+
+def greedy(**options: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": NUM_OUTPUT, "ignore_eos": True, **options})
+
+
+REQUESTS = [
+    greedy(),
+    greedy(repetition_penalty=1.8),
+    greedy(presence_penalty=2.0, frequency_penalty=1.0),
+    greedy(logit_bias={5: 3.0, 9: -2.5, 200: 4.0}),
+    greedy(allowed_token_ids=[3, 4, 5, 100, 101, 102], frequency_penalty=2.0),
+    greedy(min_tokens=6, stop_token_ids=list(range(0, VOCAB_WITH_TOKENIZER, 2))),
+    greedy(logits_processors=[forbid_repeats]),
+    greedy(logits_processors=[shift, forbid_repeats], repetition_penalty=1.3, logit_bias={7: 2.0}),
+    greedy(repetition_penalty=0.8, presence_penalty=-1.0, min_tokens=3, stop_token_ids=[1, 3, 5]),
+]
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"overlap_depth": 2},
+    {"overlap_depth": 2, "max_num_batched_tokens": 11},
+    {"overlap_depth": 2, "num_gpu_blocks_override": 9},
+    {"overlap_depth": 3, "num_gpu_blocks_override": 9, "enable_prefix_caching": False, "max_num_batched_tokens": 13},
+    {"compilation": "none", "max_num_seqs": 3},
+]
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    return LLM(str(folder), **{"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 8, **options})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = save_random(tmp_path_factory.mktemp("model"), "Qwen3ForCausalLM", vocab_size=VOCAB_WITH_TOKENIZER)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hf(folder: Path) -> Any:
+    return load_hugging_face(folder)
+
+
+def expected_tokens(
+    hf: Any, prompt: list[int], params: SamplingParams, bad_words: tuple[tuple[int, ...], ...] = ()
+) -> list[int]:
+    output: list[int] = []
+    while len(output) < NUM_OUTPUT:
+        logits = hugging_face_logits(hf, prompt + output)[-1].numpy()
+        stop_ids = tuple(params.stop_token_ids or ())
+        output.append(int(edited(logits, prompt, output, params, stop_ids=stop_ids, bad_words=bad_words).argmax()))
+        if output[-1] in stop_ids:
+            break
+    return output
+
+
+@pytest.fixture(scope="module")
+def expected(hf: Any) -> list[list[int]]:
+    return [expected_tokens(hf, prompt, params) for prompt, params in zip(PROMPTS, REQUESTS, strict=True)]
+
+
+def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_every_stage_in_every_way_of_running(folder: Path, expected: list[list[int]], way: dict[str, Any]) -> None:
+    """C8, W12: cold, then in another order with a warm prefix cache, then with rows that others have used."""
+    with make_llm(folder, **way) as llm:
+        assert tokens(llm, PROMPTS, REQUESTS) == expected
+        assert tokens(llm, PROMPTS[::-1], REQUESTS[::-1]) == expected[::-1]
+        assert (llm.get_metrics()["num_preemptions"] > 0) == ("num_gpu_blocks_override" in way)
+        for prompt, params, wanted in list(zip(PROMPTS, REQUESTS, expected, strict=True))[1:8:3]:
+            assert tokens(llm, [prompt], params) == [wanted]
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2])
+def test_seeded_requests_with_penalties_do_not_depend_on_the_batch(folder: Path, overlap_depth: int) -> None:
+    """W12: sampled, with penalties and bias, alone and beside others, preempted and not."""
+    params = [
+        SamplingParams(seed=i, max_tokens=NUM_OUTPUT, repetition_penalty=1.2 + i / 10, top_p=0.9, logit_bias={i: 2.0})
+        for i in range(len(PROMPTS))
+    ]
+    with make_llm(folder, max_num_seqs=1) as llm:
+        alone = [tokens(llm, [prompt], param)[0] for prompt, param in zip(PROMPTS, params, strict=True)]
+    for blocks in (None, 9):
+        with make_llm(folder, overlap_depth=overlap_depth, num_gpu_blocks_override=blocks) as llm:
+            assert tokens(llm, PROMPTS, params) == alone
+            mixed = [param for pair in zip(params, REQUESTS, strict=True) for param in pair]
+            assert tokens(llm, [prompt for prompt in PROMPTS for _ in range(2)], mixed)[::2] == alone
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2])
+def test_bad_words_never_appear(folder: Path, hf: Any, overlap_depth: int) -> None:
+    """Words of one byte and of several, which greedy decoding would say; other requests still overlap."""
+    prompt = PROMPTS[1]
+    with make_llm(folder, overlap_depth=overlap_depth) as llm:
+        tokenizer = llm.get_tokenizer()
+        (free,) = tokens(llm, [prompt], greedy())
+        words, sequences = [], []
+        for first, length in ((0, 3), (5, 2), (8, 1)):
+            word = "".join(map(chr, free[first : first + length]))
+            if word.strip() == word and all(token < 128 for token in free[first : first + length]):
+                words.append(word)
+        words += ["Q", "zz"]
+        for word in words:
+            sequences += [tuple(tokenizer.encode(word, add_special_tokens=False))]
+        params = greedy(bad_words=words)
+        wanted = expected_tokens(hf, prompt, params, tuple(sequences))
+        outputs = tokens(llm, [prompt, PROMPTS[0], prompt], [params, greedy(), params])
+        assert outputs[0] == outputs[2] == wanted
+        assert outputs[1] == expected_tokens(hf, PROMPTS[0], greedy())
+        for sequence in sequences:
+            found = [outputs[0][i : i + len(sequence)] for i in range(NUM_OUTPUT)]
+            assert list(sequence) not in found
+
+
+def test_bad_words_count_with_and_without_a_space_before(folder: Path) -> None:
+    """As a word begins a text, and as it goes on after a space where the space is part of its first token."""
+    words = {"ab": [1, 2], " ab": [7, 2], "cd": [3, 4], " cd": [9, 3, 4], "e": [5], " e": [5]}
+    from nanovllm.engine.input_processor import InputProcessor
+
+    processor = InputProcessor(
+        encode=lambda text, add_special_tokens=True: words[text],
+        vocab_size=8,
+        max_model_len=10,
+        num_cache_tokens=10,
+        eos_token_ids=[],
+        seed=0,
+    )
+    request = processor.process([1], SamplingParams(bad_words=["ab", " cd", "e"]), "prompt", 0)
+    assert request.bad_words == ((1, 2), (7, 2), (3, 4), (5,))
+    assert request.needs_host_tokens and request.needs_history
+    request = processor.process([1], SamplingParams(bad_words=["e"]), "prompt", 0)
+    assert request.bad_words == ((5,),) and not request.needs_host_tokens
+
+
+def test_processors_of_the_engine_run_for_every_request_and_first(folder: Path, hf: Any) -> None:
+    """They see prompt and output, and compose with the request's own."""
+    seen: list[list[int]] = []
+
+    def note(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        assert logits.shape == (VOCAB_WITH_TOKENIZER,) and logits.dtype == torch.float32
+        seen.append(token_ids)
+        return logits
+
+    with make_llm(folder, logits_processors=[shift, note], overlap_depth=2) as llm:
+        outputs = tokens(llm, PROMPTS[:2], [greedy(), greedy(logits_processors=[forbid_repeats])])
+    for prompt, output, own in zip(PROMPTS, outputs, ([], [forbid_repeats]), strict=False):
+        assert output == expected_tokens(hf, prompt, greedy(logits_processors=[shift, *own]))
+        for length in range(NUM_OUTPUT):
+            assert prompt + output[:length] in seen
+
+
+def test_a_processor_that_returns_nonsense_is_named(folder: Path) -> None:
+    with make_llm(folder) as llm, pytest.raises(ValueError, match=r"logits processor.*\(272,\), got NoneType"):
+        llm.generate([PROMPTS[0]], greedy(logits_processors=[lambda token_ids, logits: None]), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {VOCAB_WITH_TOKENIZER: 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"allowed_token_ids": [1, VOCAB_WITH_TOKENIZER]},
+    ],
+)
+def test_tokens_outside_the_vocabulary_name_item_and_field(folder: Path, options: dict[str, Any]) -> None:
+    """C6, W13: before anything is queued."""
+    with make_llm(folder) as llm:
+        with pytest.raises(ValueError, match=rf"prompts\[1\]: {next(iter(options))}.*{VOCAB_WITH_TOKENIZER}"):
+            llm.generate(PROMPTS[:2], [greedy(), greedy(**options)], use_tqdm=False)
+        assert not llm.has_unfinished_requests()
+
+
+def test_bad_words_without_a_tokenizer_are_refused(folder: Path) -> None:
+    """W13"""
+    with make_llm(folder, skip_tokenizer_init=True) as llm, pytest.raises(ValueError, match="bad_words"):
+        llm.generate([PROMPTS[0]], greedy(bad_words=["a"]), use_tqdm=False)
+
+
+def test_counts_are_made_only_for_penalties(folder: Path) -> None:
+    """A stage that nobody asks for costs no memory."""
+    with make_llm(folder) as llm:
+        state = llm._engine.executor._runner.state.sampling  # type: ignore[attr-defined]
+        tokens(llm, PROMPTS, greedy(logit_bias={1: 1.0}))
+        assert state.counts is None and not state.histories
+        tokens(llm, PROMPTS, greedy(frequency_penalty=0.1))
+        assert state.counts.shape == (8, VOCAB_WITH_TOKENIZER)
+        assert np.all(state.counts.numpy() >= 0)
