@@ -54,7 +54,7 @@ def count_parameters(config: ModelConfig) -> int:
     """Numbers in the checkpoint of such a model; tied weights count once."""
     with torch.device("meta"):
         model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel(), PLAIN)
-    return sum(prod(slot.shape) for _, slot in model.slots())
+    return sum(prod(slot.shape) for _, slot in model.slots() if not slot.instead_of)
 
 
 def _room(num_bytes: int, config: ModelConfig, length: int) -> str:

@@ -11,10 +11,14 @@ from torch import Tensor
 
 
 class WeightSlot(NamedTuple):
-    """shape: of the whole tensor in the checkpoint. fill: copies this rank's part, converting dtype and device."""
+    """shape: of the whole tensor in the checkpoint. fill: copies this rank's part, converting dtype and device.
+
+    instead_of: names of slots that this one fills together, for checkpoints that hold one tensor in their place.
+    """
 
     shape: tuple[int, ...]
     fill: Callable[[Tensor], object]
+    instead_of: tuple[str, ...] = ()
 
 
 Slots = Iterator[tuple[str, WeightSlot]]  # (name in the checkpoint, slot)

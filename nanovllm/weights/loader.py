@@ -19,8 +19,6 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     filled: set[str] = set()
     redundant_head: Tensor | None = None
     for name, tensor in tensors:
-        if name in filled:
-            raise ValueError(f"the checkpoint holds {name!r} twice")
         if name not in slots:
             if name == "lm_head.weight" and model.lm_head.is_tied:
                 redundant_head = tensor
@@ -28,13 +26,17 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 raise ValueError(f"the checkpoint holds {name!r}, which this model does not have")
             continue
         slot = slots[name]
+        parts = slot.instead_of or (name,)
+        for part in parts:
+            if part in filled:
+                raise ValueError(f"the checkpoint holds {part!r} twice{f', once in {name!r}' if part != name else ''}")
         if tuple(tensor.shape) != slot.shape:
             raise ValueError(
                 f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; the config says {slot.shape}"
             )
         slot.fill(tensor)
-        filled.add(name)
-    missing = [name for name in slots if name not in filled]
+        filled.update(parts)
+    missing = [name for name, slot in slots.items() if not slot.instead_of and name not in filled]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"the checkpoint has no tensor {', '.join(map(repr, missing[:5]))}{more}")
@@ -47,6 +49,8 @@ def fill_random(model: Any, seed: int) -> None:
     device = model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     for name, slot in model.slots():
+        if slot.instead_of:
+            continue
         if len(slot.shape) == 1:
             slot.fill(torch.full(slot.shape, 0.0 if name.endswith("bias") else 1.0))
         else:
