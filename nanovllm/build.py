@@ -89,7 +89,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             num_cache_tokens=runner.num_blocks * _known(config.block_size),
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
             seed=config.seed,
-            length_dependent_from=model_config.rope.length_dependent_from,
+            length_dependent_from=model_config.length_dependent_from,
             has_logits_processors=bool(config.logits_processors),
         ),
         tokenizer=tokenizer,

@@ -1,7 +1,8 @@
 """EngineConfig (what the user chose) and ModelConfig (what a Hugging Face config.json says); both frozen.
 
-Owns parsing and bounds. Invariant: nothing measured is ever written back here; the number of KV blocks, say, is a
-result of loading and lives with the engine. Dtypes are strings, so that this file needs no torch.
+Owns the options and their bounds; `models/hf_config.py` reads a config.json. Invariant: nothing measured is ever
+written back here; the number of KV blocks, say, is a result of loading and lives with the engine. Dtypes are strings,
+so that this file needs no torch.
 """
 
 from collections.abc import Mapping
@@ -159,16 +160,15 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: its base and how it is stretched. `parameters` holds what the type needs, by its HF name."""
+    """Rotary embedding: its base and how it is stretched. `parameters` holds what the type needs, by its HF name.
+
+    share: of a head's dimensions that are rotated, from the first on.
+    """
 
     rope_type: str = "default"
     theta: float = 10000.0
+    share: float = 1.0
     parameters: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def length_dependent_from(self) -> int | None:
-        """Keys of prompts longer than this depend on the prompt's length; None if they never do."""
-        return self.parameters["original_max_position_embeddings"] if self.rope_type == "dynamic" else None
 
     def max_positions(self, max_position_embeddings: int) -> int:
         """How far the model reaches when its positions are stretched as this says."""
@@ -183,8 +183,14 @@ class RopeConfig:
 class ModelConfig:
     """What a decoder is, with this project's names for the fields of a Hugging Face config.json.
 
-    windows: per layer, how many last tokens attention sees, None for all. dtype: of the weights and the computation.
-    max_model_len: positions that the model was made for, stretched as its rope says.
+    Made by `models/hf_config.py`. dtype: of the weights and the computation. max_model_len: positions that the model
+    was made for, stretched as its rope says.
+    windows: per layer, how many last tokens attention sees, None for all. ropes: per layer, None for no rotation.
+    qk_norm: "head" norms each head of q and k, "projection" all heads of a token together.
+    norms: where a layer's norms are: "before" attention and MLP, "after" them, or "both". norm_offset: what is added to
+    the norm weights of the checkpoint.
+    attention_scale: of q k^T. Soft-caps: x -> cap tanh(x / cap). residual_scale: of what a layer adds to the residual.
+    extra: the config.json fields that this architecture has beyond those of all decoders.
     """
 
     architecture: str
@@ -197,122 +203,32 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: RopeConfig
     max_model_len: int
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     windows: tuple[int | None, ...]
+    ropes: tuple[RopeConfig | None, ...]
+    attention_scale: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    norms: str = "before"
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kv_bytes_per_token(self) -> int:
         element_size = 4 if self.dtype == "float32" else 2
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * element_size
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], *, dtype: str, qkv_bias: bool | None, qk_norm: bool) -> "ModelConfig":
-        """Read a config.json dict. dtype is resolved already; qkv_bias None takes the config's `attention_bias`.
-
-        Raises ValueError for a missing field, and for one that changes the maths in a way that is not implemented.
-        """
-        architecture = hf["architectures"][0]
-        for name, neutral in _NEUTRAL.items():
-            if hf.get(name, neutral) not in (neutral, None):
-                raise ValueError(f"{architecture} with {name}={hf[name]!r} is not supported; only {neutral!r} is")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(hf.get(name), int):
-                raise ValueError(f"config.json of {architecture}: {name} must be an integer, got {hf.get(name)!r}")
-        num_heads = hf["num_attention_heads"]
-        num_kv_heads = hf.get("num_key_value_heads") or num_heads
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}"
-            )
-        attention_bias = bool(hf.get("attention_bias", False))
-        max_position_embeddings = hf.get("max_position_embeddings") or 2048
-        rope = _read_rope(hf, max_position_embeddings)
-        return cls(
-            architecture=architecture,
-            dtype=dtype,
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-            rms_norm_eps=hf.get("rms_norm_eps") or 1e-6,
-            rope=rope,
-            max_model_len=rope.max_positions(max_position_embeddings),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias if qkv_bias is None else qkv_bias,
-            o_bias=attention_bias if qkv_bias is None else False,
-            mlp_bias=bool(hf.get("mlp_bias", False)),
-            qk_norm=qk_norm,
-            windows=_read_windows(hf),
-        )
-
-
-# Fields of other models' config.json files that change the computation; any other value than these is refused.
-_NEUTRAL: Mapping[str, Any] = {
-    "hidden_act": "silu",
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": None,
-    "logits_scaling": 1.0,
-    "no_rope_layers": None,
-}
-
-_ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-}
-
-
-def _read_rope(hf: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
-    """RoPE from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    parameters = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    theta = parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    if rope_type not in _ROPE_PARAMETERS:
-        raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(_ROPE_PARAMETERS)}")
-    for name in _ROPE_PARAMETERS[rope_type]:
-        if not isinstance(parameters.get(name), (int, float)):
-            raise ValueError(f"rope type {rope_type!r} needs a number {name!r} in rope_parameters, got {parameters}")
-    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1.0 is not supported")
-    original = parameters.get("original_max_position_embeddings")
-    if rope_type == "dynamic" or (rope_type == "yarn" and original is None):  # dynamic never looks at it, as in HF
-        parameters["original_max_position_embeddings"] = max_position_embeddings
-    return RopeConfig(rope_type=rope_type, theta=float(theta), parameters=parameters)
-
-
-def _read_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Sliding windows per layer, from `layer_types`, or from the older switches of Mistral and Qwen2."""
-    num_layers = hf["num_hidden_layers"]
-    window = hf.get("sliding_window")
-    if window is None or hf.get("use_sliding_window") is False:
-        return (None,) * num_layers
-    layer_types = hf.get("layer_types")
-    if layer_types is not None:
-        if len(layer_types) != num_layers:
-            raise ValueError(f"config.json has {len(layer_types)} layer_types for {num_layers} layers")
-        known = {"full_attention": None, "sliding_attention": window}
-        for layer_type in layer_types:
-            if layer_type not in known:
-                raise ValueError(f"layer type {layer_type!r} is not supported; supported are {', '.join(known)}")
-        return tuple(known[layer_type] for layer_type in layer_types)
-    if hf.get("use_sliding_window"):
-        first = hf.get("max_window_layers", num_layers)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    return (window,) * num_layers
+    @property
+    def length_dependent_from(self) -> int | None:
+        """Keys of prompts longer than this depend on the prompt's length; None if they never do."""
+        dynamic = (rope for rope in self.ropes if rope is not None and rope.rope_type == "dynamic")
+        return next((rope.parameters["original_max_position_embeddings"] for rope in dynamic), None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanovllm import EngineConfig
-from nanovllm.config import ModelConfig
+from nanovllm.config import ModelConfig, RopeConfig
 from nanovllm.models.registry import read_model_config
 
 HF: dict[str, Any] = {
@@ -174,6 +174,10 @@ def test_a_length_beyond_the_model_is_refused_with_both_numbers() -> None:
         ("attention_multiplier", 0.01),
         ("logits_scaling", 8.0),
         ("no_rope_layers", [1, 0, 1]),
+        ("sliding_window", 5),
+        ("layer_types", ["sliding_attention"] * 3),
+        ("clip_qkv", 8.0),
+        ("a_field_of_next_year", 1),
     ],
 )
 def test_a_field_that_changes_the_maths_is_refused_by_name(name: str, value: Any) -> None:
@@ -201,48 +205,59 @@ def test_heads_must_divide() -> None:
 def test_defaults_are_those_of_older_configs() -> None:
     config = model_config(num_key_value_heads=None, head_dim=None)
     assert (config.num_kv_heads, config.head_dim) == (4, 8)
-    assert (config.rope.rope_type, config.rope.theta) == ("default", 10000.0)
+    assert config.ropes == (RopeConfig(rope_type="default", theta=10000.0),) * 3
     assert not config.tie_word_embeddings and config.windows == (None, None, None)
 
 
 @pytest.mark.parametrize(
-    ("changes", "windows"),
+    ("architecture", "changes", "windows"),
     [
-        ({"sliding_window": 5}, (5, 5, 5)),
-        ({"sliding_window": None}, (None, None, None)),
-        ({"sliding_window": 5, "use_sliding_window": False}, (None, None, None)),
-        ({"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}, (None, None, 5)),
-        ({"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, (5, 5, 5)),
+        ("MistralForCausalLM", {"sliding_window": 5}, (5, 5, 5)),
+        ("MistralForCausalLM", {"sliding_window": None}, (None, None, None)),
+        ("MistralForCausalLM", {}, (4096, 4096, 4096)),
+        ("Qwen2ForCausalLM", {"sliding_window": 5}, (None, None, None)),
+        ("Qwen2ForCausalLM", {"sliding_window": 5, "use_sliding_window": False}, (None, None, None)),
         (
-            {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "Qwen2ForCausalLM",
+            {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2},
+            (None, None, 5),
+        ),
+        ("Qwen3ForCausalLM", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, (5, 5, 5)),
+        (
+            "Qwen3ForCausalLM",
+            {
+                "sliding_window": 5,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
             (None, 5, None),
         ),
     ],
 )
-def test_windows_per_layer(changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+def test_windows_per_layer(architecture: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     """W1"""
-    assert model_config(**changes).windows == windows
+    assert model_config(architectures=[architecture], **changes).windows == windows
 
 
 @pytest.mark.parametrize("layer_types", [["full_attention", "chunked_attention", "full_attention"], ["full_attention"]])
 def test_unknown_or_too_few_layer_types_are_refused(layer_types: list[str]) -> None:
     """W1"""
     with pytest.raises(ValueError, match=r"layer.type"):
-        model_config(sliding_window=5, layer_types=layer_types)
+        model_config(architectures=["Qwen3ForCausalLM"], sliding_window=5, layer_types=layer_types)
 
 
 @pytest.mark.parametrize(
     ("architecture", "changes", "expected"),
     [
-        ("LlamaForCausalLM", {}, (False, False, False, False)),
-        ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
-        ("MistralForCausalLM", {}, (False, False, False, False)),
-        ("Qwen2ForCausalLM", {}, (True, False, False, False)),
-        ("Qwen3ForCausalLM", {}, (False, False, False, True)),
-        ("Qwen3ForCausalLM", {"attention_bias": True}, (True, True, False, True)),
+        ("LlamaForCausalLM", {}, (False, False, False, None)),
+        ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}, (True, True, True, None)),
+        ("MistralForCausalLM", {}, (False, False, False, None)),
+        ("Qwen2ForCausalLM", {}, (True, False, False, None)),
+        ("Qwen3ForCausalLM", {}, (False, False, False, "head")),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, (True, True, False, "head")),
     ],
 )
-def test_switches_of_the_architectures(architecture: str, changes: dict[str, Any], expected: tuple[bool, ...]) -> None:
+def test_switches_of_the_architectures(architecture: str, changes: dict[str, Any], expected: tuple[Any, ...]) -> None:
     """W1: (qkv_bias, o_bias, mlp_bias, qk_norm)"""
     config = model_config(architectures=[architecture], **changes)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == expected

@@ -19,9 +19,19 @@ class AttentionBackend(Protocol):
         ...
 
     def forward(
-        self, layer_idx: int, q: Tensor, kv_cache: Tensor, prepared: Any, scale: float, window: int | None
+        self,
+        layer_idx: int,
+        q: Tensor,
+        kv_cache: Tensor,
+        prepared: Any,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache."""
+        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache.
+
+        scale, window, softcap: as in `kernels/paged_attention.py`.
+        """
         ...
 
 

@@ -64,12 +64,22 @@ class CpuPagedBackend:
         return PreparedStep(meta)
 
     def forward(
-        self, layer_idx: int, q: Tensor, kv_cache: Tensor, prepared: PreparedStep, scale: float, window: int | None
+        self,
+        layer_idx: int,
+        q: Tensor,
+        kv_cache: Tensor,
+        prepared: PreparedStep,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape; kv_cache contiguous is fastest."""
+        """q [num_tokens, num_heads, head_dim] -> the same shape; kv_cache contiguous is fastest.
+
+        A soft-cap takes PyTorch's paths.
+        """
         meta = prepared.meta
         outputs, start = [], 0
-        decoded = self._decode_natively(q, kv_cache, meta, scale, window)
+        decoded = self._decode_natively(q, kv_cache, meta, scale, window) if softcap is None else None
         if decoded is not None:
             if meta.num_decodes == meta.num_reqs:
                 return decoded
@@ -79,14 +89,14 @@ class CpuPagedBackend:
             start = meta.num_decodes
             if window not in prepared.decode_plans:
                 prepared.decode_plans[window] = _plan_decodes(meta, window, q.shape[1], kv_cache)
-            outputs.append(_decode(q[:start], kv_cache, prepared.decode_plans[window], scale))
+            outputs.append(_decode(q[:start], kv_cache, prepared.decode_plans[window], scale, softcap))
         lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
         for (query_len, seq_len), group in groupby(list(enumerate(lens))[start:], key=lambda item: item[1]):
             requests = [i for i, _ in group]
             stop = start + len(requests) * query_len
             table = meta.block_table[requests[0] : requests[-1] + 1]
             mask = _mask(prepared, query_len, seq_len, window)
-            outputs.append(_attend(q[start:stop], kv_cache, table, query_len, seq_len, mask, scale))
+            outputs.append(_attend(q[start:stop], kv_cache, table, query_len, seq_len, mask, scale, softcap))
             start = stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -102,7 +112,14 @@ class CpuPagedBackend:
 
 
 def _attend(
-    q: Tensor, kv_cache: Tensor, table: Tensor, query_len: int, seq_len: int, mask: Tensor | None, scale: float
+    q: Tensor,
+    kv_cache: Tensor,
+    table: Tensor,
+    query_len: int,
+    seq_len: int,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Requests of equal lengths, together: q [n * query_len, num_heads, head_dim]; mask [query_len, seq_len]."""
     num_blocks = -(-seq_len // kv_cache.shape[3])
@@ -113,13 +130,31 @@ def _attend(
     keys, values = context.transpose(1, 2)  # each [n, num_kv_heads, seq_len, head_dim]
     if query_len == 1:  # the heads that share keys stand in for queries
         grouped = q.reshape(n, keys.shape[1], -1, q.shape[2])
+        if softcap is not None:
+            return _capped_attention(grouped, keys, values, mask, scale, softcap).reshape(q.shape)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(q.shape)
     heads_first = q.reshape(n, query_len, *q.shape[1:]).transpose(1, 2)  # [n, num_heads, query_len, head_dim]
     causal = mask is None
+    if softcap is not None:
+        if causal:
+            mask = torch.ones(query_len, seq_len, dtype=torch.bool).tril_()
+        grouped = heads_first.unflatten(1, (keys.shape[1], -1))  # [n, num_kv_heads, group, query_len, head_dim]
+        out = _capped_attention(grouped, keys.unsqueeze(2), values.unsqueeze(2), mask, scale, softcap)
+        return out.flatten(1, 2).transpose(1, 2).flatten(0, 1)
     out = F.scaled_dot_product_attention(
         heads_first, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _capped_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """What scaled_dot_product_attention does, with softcap * tanh(score / softcap) for each score."""
+    scores = (q @ keys.transpose(-1, -2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1) @ values
 
 
 def _mask(prepared: PreparedStep, query_len: int, seq_len: int, window: int | None) -> Tensor | None:
@@ -134,7 +169,7 @@ def _mask(prepared: PreparedStep, query_len: int, seq_len: int, window: int | No
     return prepared.masks[key]
 
 
-def _decode(q: Tensor, kv_cache: Tensor, plan: _DecodePlan, scale: float) -> Tensor:
+def _decode(q: Tensor, kv_cache: Tensor, plan: _DecodePlan, scale: float, softcap: float | None) -> Tensor:
     n, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
     cache = kv_cache[:, plan.blocks] if isinstance(plan.blocks, slice) else kv_cache.index_select(1, plan.blocks)
@@ -142,6 +177,8 @@ def _decode(q: Tensor, kv_cache: Tensor, plan: _DecodePlan, scale: float) -> Ten
     q_pairs = (q.reshape(n, -1) * scale).index_select(0, plan.owners)
     q_pairs = q_pairs.view(-1, num_heads // num_kv_heads, head_dim)  # [P * num_kv_heads, group, head_dim]
     scores = torch.bmm(q_pairs, keys.transpose(1, 2)).view(-1, block_size)  # [P * num_heads, block_size]
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
     weights = []
     for bucket in plan.buckets:
         rows = scores.index_select(0, bucket.rows).view(bucket.mask.shape[0], num_heads, -1)

@@ -22,10 +22,17 @@ class TritonBackend:
         return PreparedStep(meta)
 
     def forward(
-        self, layer_idx: int, q: Tensor, kv_cache: Tensor, prepared: PreparedStep, scale: float, window: int | None
+        self,
+        layer_idx: int,
+        q: Tensor,
+        kv_cache: Tensor,
+        prepared: PreparedStep,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See `kernels/paged_attention.py`."""
         meta, plan = prepared.meta, prepared.plans.get(window)
         if plan is None and meta.num_decodes:
             plan = prepared.plans[window] = plan_decode(meta.seq_lens[: meta.num_decodes], q, kv_cache, window)
-        return paged_attention_triton(q, kv_cache, meta, scale, window, plan)
+        return paged_attention_triton(q, kv_cache, meta, scale, window, plan, softcap)

@@ -130,15 +130,23 @@ void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* tot
   }
 }
 
-template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
+// The activation is gate * logistic(slope): slope is the gate for SiLU; for GELU's tanh form it is twice tanh's argument.
+template <class T, bool GELU> void gate_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
 #pragma omp parallel for if (rows * dim > SMALL)
   for (int64_t row = 0; row < rows; row++) {
     const T *gates = gate_up + row * 2 * dim, *ups = gates + dim;
     for (int64_t i = 0; i < dim; i += W) {
       f32 gate = load(gates + i, dim - i);
-      store(out + row * dim + i, rounded<T>(gate / (1.0f + exponential(-gate))) * load(ups + i, dim - i), dim - i);
+      f32 slope = GELU ? 1.5957691216f * (gate + 0.044715f * gate * gate * gate) : gate;
+      store(out + row * dim + i, rounded<T>(gate / (1.0f + exponential(-slope))) * load(ups + i, dim - i), dim - i);
     }
   }
+}
+template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
+  gate_and_mul<T, false>(gate_up, out, rows, dim);
+}
+template <class T> void gelu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
+  gate_and_mul<T, true>(gate_up, out, rows, dim);
 }
 
 // One query or key head: the norm if there is a weight, the rotation if there are angles.
@@ -321,5 +329,6 @@ void decode_attention(const T* q, const T* cache, const int32_t* table, const in
   }
 EXPORT(add_rms_norm)
 EXPORT(silu_and_mul)
+EXPORT(gelu_and_mul)
 EXPORT(qkv_rope_store)
 EXPORT(decode_attention)

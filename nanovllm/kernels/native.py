@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
-from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -40,6 +40,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "add_rms_norm": ctypes.CFUNCTYPE(None, *[_POINTER] * 5, *[_INT] * 2, _FLOAT),
     "silu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
+    "gelu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
     "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6, _FLOAT),
     "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 5, *[_INT] * 8, _FLOAT),
 }
@@ -58,6 +59,7 @@ class NativeKernels:
 
         self._add_rms_norm = by_dtype("add_rms_norm")
         self._silu_and_mul = by_dtype("silu_and_mul")
+        self._gelu_and_mul = by_dtype("gelu_and_mul")
         self._qkv_rope_store = by_dtype("qkv_rope_store")
         self._decode_attention = by_dtype("decode_attention")
 
@@ -91,9 +93,18 @@ class NativeKernels:
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """See `kernels.silu_and_mul.silu_and_mul`."""
-        run, shape = self._silu_and_mul.get(gate_up.dtype), gate_up.shape
+        out = self._gate(self._silu_and_mul, gate_up)
+        return silu_and_mul(gate_up) if out is None else out
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `kernels.silu_and_mul.gelu_and_mul`."""
+        out = self._gate(self._gelu_and_mul, gate_up)
+        return gelu_and_mul(gate_up) if out is None else out
+
+    def _gate(self, by_dtype: dict[torch.dtype, Callable[..., None]], gate_up: Tensor) -> Tensor | None:
+        run, shape = by_dtype.get(gate_up.dtype), gate_up.shape
         if run is None or len(shape) != 2 or shape[1] % 2 or not gate_up.is_contiguous():
-            return silu_and_mul(gate_up)
+            return None
         rows, dim = shape[0], shape[1] // 2
         out = gate_up.new_empty(rows, dim)
         run(gate_up.data_ptr(), out.data_ptr(), rows, dim)

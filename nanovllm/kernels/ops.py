@@ -20,7 +20,12 @@ from torch import Tensor
 from nanovllm.kernels.native import load_native
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+from nanovllm.kernels.silu_and_mul import (
+    gelu_and_mul,
+    gelu_and_mul_reference,
+    silu_and_mul,
+    silu_and_mul_reference,
+)
 from nanovllm.kernels.small_linear import rms_norm_gated_linear, rms_norm_linear, small_linear
 
 
@@ -30,15 +35,23 @@ class Ops(NamedTuple):
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_and_mul: Callable[[Tensor], Tensor]
     qkv_rope_store: Callable[..., Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     # (x, residual, norm weight, eps, weight, bias) -> (product, x + residual); None: norm and product apart
     rms_norm_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
+    # (..., activation)
     rms_norm_gated_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
-PLAIN = Ops(rms_norm_reference, add_rms_norm_reference, silu_and_mul_reference, qkv_rope_store_reference)
-BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, qkv_rope_store)
+PLAIN = Ops(
+    rms_norm_reference,
+    add_rms_norm_reference,
+    silu_and_mul_reference,
+    gelu_and_mul_reference,
+    qkv_rope_store_reference,
+)
+BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, qkv_rope_store)
 ON_GPU = BY_DEVICE._replace(
     linear=small_linear, rms_norm_linear=rms_norm_linear, rms_norm_gated_linear=rms_norm_gated_linear
 )
@@ -50,7 +63,13 @@ def choose_ops(device: torch.device, compilation: str) -> Ops:
     if device.type == "cpu" and compilation != "none":
         native = load_native()
         if native is not None:
-            kernels = Ops(native.rms_norm, native.add_rms_norm, native.silu_and_mul, native.qkv_rope_store)
+            kernels = Ops(
+                native.rms_norm,
+                native.add_rms_norm,
+                native.silu_and_mul,
+                native.gelu_and_mul,
+                native.qkv_rope_store,
+            )
     if compilation == "kernels":
         return kernels
     store = kernels.qkv_rope_store
@@ -60,5 +79,6 @@ def choose_ops(device: torch.device, compilation: str) -> Ops:
         torch.compile(rms_norm_reference, dynamic=True),
         torch.compile(add_rms_norm_reference, dynamic=True),
         torch.compile(silu_and_mul_reference, dynamic=True),
+        torch.compile(gelu_and_mul_reference, dynamic=True),
         store,
     )

@@ -39,12 +39,13 @@ class PagedBatch(Protocol):
 
 
 def paged_attention_reference(
-    q: Tensor, kv_cache: Tensor, meta: PagedBatch, scale: float, window: int | None
+    q: Tensor, kv_cache: Tensor, meta: PagedBatch, scale: float, window: int | None, softcap: float | None = None
 ) -> Tensor:
     """q [num_tokens, num_heads, head_dim] -> the same shape and dtype.
 
     kv_cache [2, num_blocks, num_kv_heads, block_size, head_dim] with any strides; the keys and values of this step are
-    already in it. num_heads is a multiple of num_kv_heads; consecutive query heads share one.
+    already in it. num_heads is a multiple of num_kv_heads; consecutive query heads share one. softcap: a score s, times
+    `scale`, becomes softcap * tanh(s / softcap) before the softmax.
     """
     out = torch.zeros_like(q)
     group = q.shape[1] // kv_cache.shape[2]
@@ -64,6 +65,8 @@ def paged_attention_reference(
         distance = positions - torch.arange(seq_len, device=q.device)  # [query_len, seq_len]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
         scores = q[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * scale  # [num_heads, query_len, seq_len]
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[rows] = (weights @ values).transpose(0, 1).to(q.dtype)
     return out

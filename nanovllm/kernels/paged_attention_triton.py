@@ -95,7 +95,13 @@ def prefill_config(head_dim: int, dtype: torch.dtype) -> PrefillConfig:
 
 
 def paged_attention_triton(
-    q: Tensor, kv_cache: Tensor, meta: PagedBatch, scale: float, window: int | None, plan: DecodePlan | None = None
+    q: Tensor,
+    kv_cache: Tensor,
+    meta: PagedBatch,
+    scale: float,
+    window: int | None,
+    plan: DecodePlan | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """See `paged_attention.paged_attention`; `plan` is `plan_decode`'s, made here if not given.
 
@@ -106,11 +112,12 @@ def paged_attention_triton(
     if meta.num_decodes:
         if plan is None:
             plan = plan_decode(meta.seq_lens[: meta.num_decodes], q, kv_cache, window)
-        decode_attention(q, kv_cache, out, meta.seq_lens, meta.block_table, plan, scale)
+        decode_attention(q, kv_cache, out, meta.seq_lens, meta.block_table, plan, scale, softcap)
     if meta.num_reqs > meta.num_decodes:
         prefill_attention(
-            q, kv_cache, out, meta.query_start_loc, meta.seq_lens, meta.block_table, meta.num_decodes, scale, window
-        )
+            q, kv_cache, out, meta.query_start_loc, meta.seq_lens, meta.block_table, meta.num_decodes, scale, window,
+            softcap,
+        )  # fmt: skip
     return out
 
 
@@ -203,6 +210,22 @@ def _offsets_of_tile(
         return base + (first_token + tl.arange(0, TILE)) % BLOCK_SIZE * stride_token
 
 
+@triton.jit
+def _scores(q, k, scale, SOFTCAP: tl.constexpr):
+    """q k^T as exponents of 2. With a soft-cap, scale and SOFTCAP are those of `_exponents`."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = SOFTCAP - 2.0 * SOFTCAP / (1.0 + tl.exp2(scores))  # tanh(x) = 1 - 2 / (1 + e^(2 x))
+    return scores
+
+
+def _exponents(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(scale, SOFTCAP) for `_scores`, so that 2 to its results is e to the scores."""
+    if softcap is None:
+        return scale * LOG2_E, 0.0
+    return 2 * scale / softcap * LOG2_E, softcap * LOG2_E
+
+
 @triton.jit(do_not_specialize=["num_reqs", "table_stride"])
 def _decode_kernel(
     q_ptr,
@@ -232,6 +255,7 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     COMBINE_COLS: tl.constexpr,
     COMBINE_ROWS: tl.constexpr,
     PDL: tl.constexpr,
@@ -284,7 +308,7 @@ def _decode_kernel(
                 v = tl.load(tile_ptr + cache_stride_kv, mask=visible[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
             # Read one tile ahead, so that the loads above never wait for it and can be pipelined.
             blocks = _blocks_of_tile(row_table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = _scores(q, k, scale, SOFTCAP)
             scores = tl.where(visible[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             decay = tl.exp2(top - new_top)
@@ -373,6 +397,7 @@ def decode_attention(
     block_table: Tensor,
     plan: DecodePlan,
     scale: float,
+    softcap: float | None = None,
     config: DecodeConfig | None = None,
 ) -> None:
     """Writes rows 0 .. n - 1 of the contiguous `out` for the n requests planned; query i belongs to request i."""
@@ -381,14 +406,15 @@ def decode_attention(
     group = q.shape[1] // num_kv_heads
     block_dim = max(16, triton.next_power_of_2(head_dim))  # tl.dot takes no less
     combine_cols = triton.next_power_of_2(group) * block_dim
+    exponent_scale, exponent_cap = _exponents(scale, softcap)
     pdl = has_dependent_launch(q.device)
     _decode_kernel[(plan.first_request.shape[0],)](
         q, kv_cache, out, seq_lens, block_table, plan.tile_start, plan.first_request, plan.arrived,
         plan.partial_out, plan.partial_stats, plan.tile_start.shape[0] - 1, block_table.stride(0),
-        q.stride(0), q.stride(1), *kv_cache.stride()[:4], scale * LOG2_E,
+        q.stride(0), q.stride(1), *kv_cache.stride()[:4], exponent_scale,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_SIZE=block_size, TILE=plan.tile, WINDOW=plan.window or 0,
-        COMBINE_COLS=combine_cols, COMBINE_ROWS=max(1, COMBINE_ELEMENTS // combine_cols), PDL=pdl,
+        SOFTCAP=exponent_cap, COMBINE_COLS=combine_cols, COMBINE_ROWS=max(1, COMBINE_ELEMENTS // combine_cols), PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
         maxnreg=min(REGISTERS // (config.occupancy * config.num_warps * 32) // 8 * 8, 248),
     )  # fmt: skip
@@ -420,6 +446,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """The online softmax (Milakov and Gimelshein, 2018) over tiles begin .. end of keys."""
@@ -443,7 +470,7 @@ def _attend(
         else:
             v = tl.load(tile_ptr + cache_stride_kv, mask=dim_mask, other=0.0)
         blocks = _blocks_of_tile(table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = _scores(q, k, scale, SOFTCAP)
         if MASKED:
             distance = query_position[:, None] - token[None, :]
             visible = distance >= 0
@@ -485,6 +512,7 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -532,12 +560,12 @@ def _prefill_kernel(
         top, norm, acc = _attend(
             top, norm, acc, q, cache_ptr, table_ptr, query_position, 0, masked_from, seq_len, head,
             cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
-            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, False,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False,
         )  # fmt: skip
     top, norm, acc = _attend(
         top, norm, acc, q, cache_ptr, table_ptr, query_position, masked_from, end, seq_len, head,
         cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
-        HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, True,
+        HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True,
     )  # fmt: skip
     result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (token * (NUM_KV_HEADS * GROUP) + query_head) * HEAD_DIM
@@ -554,6 +582,7 @@ def prefill_attention(
     first_req: int,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
     config: PrefillConfig | None = None,
 ) -> None:
     """Writes the rows of requests first_req .. n - 1 in the contiguous `out`; the requests before have one row each."""
@@ -563,12 +592,13 @@ def prefill_attention(
     group = q.shape[1] // num_kv_heads
     rows = max(config.rows, triton.next_power_of_2(group))
     num_tiles = (q.shape[0] - first_req) // (rows // group) + num_reqs - first_req
+    exponent_scale, exponent_cap = _exponents(scale, softcap)
     pdl = has_dependent_launch(q.device)
     _prefill_kernel[(num_tiles, num_kv_heads)](
         q, kv_cache, out, query_start_loc, seq_lens, block_table, first_req, num_reqs, block_table.stride(0),
-        q.stride(0), q.stride(1), *kv_cache.stride()[:4], scale * LOG2_E,
+        q.stride(0), q.stride(1), *kv_cache.stride()[:4], exponent_scale,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_SIZE=block_size, ROWS=rows, TILE=config.tile, WINDOW=window or 0, PDL=pdl,
+        BLOCK_SIZE=block_size, ROWS=rows, TILE=config.tile, WINDOW=window or 0, SOFTCAP=exponent_cap, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from nanovllm.kernels.dispatch import use_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., dim] with any strides, weight [dim], both of one dtype -> a new tensor [..., dim] of that dtype."""
+    """x [..., dim] with any strides, weight [dim] of x's dtype or float32 -> a new tensor [..., dim] of x's dtype."""
     if use_triton(x):
         from nanovllm.kernels.rms_norm_triton import rms_norm_triton
 
@@ -33,7 +33,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     values = x.float()
     scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    return (values * scale).to(x.dtype) * weight
+    return ((values * scale).to(x.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -45,4 +45,4 @@ def _rms_norm_by_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The CPU path. x beside -x has mean 0 and the variance that RMS norm wants, so the fused layer norm applies: half
     the time of the reference's eight operations."""
     dim = x.shape[-1]
-    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * dim,), eps=eps)[..., :dim] * weight
+    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * dim,), eps=eps)[..., :dim].mul(weight).to(x.dtype)

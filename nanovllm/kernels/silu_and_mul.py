@@ -1,6 +1,7 @@
-"""The gate of a SwiGLU feed-forward layer (Shazeer, 2020): silu(gate) * up.
+"""The gate of a feed-forward layer (Shazeer, 2020): silu(gate) * up, or gelu(gate) * up with the tanh form of GELU.
 
-Owns the meaning and its rounding: silu is rounded to the input's dtype before the product, as in Hugging Face's models.
+Owns the meaning and its rounding: the activation is rounded to the input's dtype before the product, as in Hugging
+Face's models.
 Invariant: pure; the two halves lie side by side in the last dimension, gate first.
 """
 
@@ -19,6 +20,20 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return silu_and_mul_reference(gate_up)
 
 
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """As `silu_and_mul`, with gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) of the gate."""
+    if use_triton(gate_up):
+        from nanovllm.kernels.silu_and_mul_triton import silu_and_mul_triton
+
+        return silu_and_mul_triton(gate_up, gelu=True)
+    return gelu_and_mul_reference(gate_up)
+
+
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def gelu_and_mul_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)

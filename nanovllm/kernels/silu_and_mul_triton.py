@@ -14,7 +14,9 @@ BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_and_mul_kernel(
+    x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -24,18 +26,21 @@ def _silu_and_mul_kernel(x_ptr, out_ptr, x_stride, WIDTH: tl.constexpr, BLOCK: t
     gate = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0)
     up = tl.load(x_ptr + row * x_stride + WIDTH + col, mask=mask, other=0.0)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + col, (silu * up.to(tl.float32)).to(gate.dtype), mask=mask)
+    slope = wide
+    if GELU:  # (1 + tanh(z)) / 2 is the logistic function at 2 z
+        slope = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)
+    active = (wide / (1.0 + tl.exp(-slope))).to(gate.dtype).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + col, (active * up.to(tl.float32)).to(gate.dtype), mask=mask)
 
 
-def silu_and_mul_triton(gate_up: Tensor) -> Tensor:
-    """See `silu_and_mul.silu_and_mul`; rows may be strided, the last dimension may not."""
+def silu_and_mul_triton(gate_up: Tensor, gelu: bool = False) -> Tensor:
+    """See `silu_and_mul.silu_and_mul`, or `gelu_and_mul`; rows may be strided, the last dimension may not."""
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens:
         grid = (num_tokens, triton.cdiv(width, BLOCK))
         pdl = has_dependent_launch(gate_up.device)
         _silu_and_mul_kernel[grid](
-            gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
+            gate_up, out, gate_up.stride(0), WIDTH=width, GELU=gelu, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
         )
     return out

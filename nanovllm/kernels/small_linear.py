@@ -1,4 +1,4 @@
-"""Linear layers on a few rows, as decoding needs them: alone, after an RMS norm, and with the SiLU gate behind them.
+"""Linear layers on a few rows, as decoding needs them: alone, after an RMS norm, and with a gate behind them.
 
 Owns the meaning of the fused forms: each equals the plain operations in sequence and rounds where they round. On a GPU
 they run as one kernel where that is faster (`small_linear_triton.choose`) and as the plain operations elsewhere, so a
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+from nanovllm.kernels.silu_and_mul import (
+    gelu_and_mul,
+    gelu_and_mul_reference,
+    silu_and_mul,
+    silu_and_mul_reference,
+)
+
+_GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
+_REFERENCE_GATES = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_reference}
 
 
 def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,15 +38,18 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """silu_and_mul(x W^T + b). weight [2 * intermediate, in_features], gate first -> [num_rows, intermediate]."""
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu") -> Tensor:
+    """silu_and_mul(x W^T + b), or gelu_and_mul for activation "gelu_tanh".
+
+    weight [2 * intermediate, in_features], gate first -> [num_rows, intermediate].
+    """
     if use_triton(x):
         from nanovllm.kernels.small_linear_triton import choose, small_linear_triton
 
         config = choose(x, weight, gated=True)
         if config is not None:
-            return small_linear_triton(x, weight, bias, config, gated=True)
-    return silu_and_mul(F.linear(x, weight, bias))
+            return small_linear_triton(x, weight, bias, config, gated=True, gelu=activation == "gelu_tanh")
+    return _GATES[activation](F.linear(x, weight, bias))
 
 
 def rms_norm_linear(
@@ -59,7 +70,13 @@ def rms_norm_linear(
 
 
 def rms_norm_gated_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     """(gated_linear(rms_norm(x + residual)), x + residual): see `rms_norm_linear` and `gated_linear`."""
     if use_triton(x):
@@ -67,9 +84,10 @@ def rms_norm_gated_linear(
 
         config = choose(x, weight, gated=True, normed=True)
         if config is not None:
-            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config, gated=True)
+            gelu = activation == "gelu_tanh"
+            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config, gated=True, gelu=gelu)
     normed, total = _norm(x, residual, norm_weight, eps)
-    return gated_linear(normed, weight, bias), total
+    return gated_linear(normed, weight, bias, activation), total
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -78,8 +96,8 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     return add_rms_norm(x, residual, weight, eps)
 
 
-def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return silu_and_mul_reference(F.linear(x, weight, bias))
+def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu") -> Tensor:
+    return _REFERENCE_GATES[activation](F.linear(x, weight, bias))
 
 
 def rms_norm_linear_reference(
@@ -92,7 +110,13 @@ def rms_norm_linear_reference(
 
 
 def rms_norm_gated_linear_reference(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     gate_up, total = rms_norm_linear_reference(x, residual, norm_weight, eps, weight, bias)
-    return silu_and_mul_reference(gate_up), total
+    return _REFERENCE_GATES[activation](gate_up), total

@@ -130,7 +130,10 @@ def _normalize(x, scale, norm_weight):
 
 
 @triton.jit
-def _finish(first, second, bias_ptr, output, mask, num_outputs, dtype, GATED: tl.constexpr, BIAS: tl.constexpr):
+def _finish(
+    first, second, bias_ptr, output, mask, num_outputs, dtype,
+    GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """From float32 sums to what is stored: bias, rounding, gate. `output`, `mask`: which outputs these are."""
     if BIAS:
         first += tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
@@ -139,8 +142,11 @@ def _finish(first, second, bias_ptr, output, mask, num_outputs, dtype, GATED: tl
         if BIAS:
             second += tl.load(bias_ptr + num_outputs + output, mask=mask, other=0.0).to(tl.float32)
         gate = result.to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        result = (silu * second.to(dtype).to(tl.float32)).to(dtype)
+        slope = gate
+        if GELU:  # as in silu_and_mul_triton
+            slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        active = (gate / (1.0 + tl.exp(-slope))).to(dtype).to(tl.float32)
+        result = (active * second.to(dtype).to(tl.float32)).to(dtype)
     return result
 
 
@@ -174,6 +180,7 @@ def _vector_kernel(
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     BIAS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -244,7 +251,7 @@ def _vector_kernel(
     for r in tl.static_range(ROWS):
         result = _finish(
             tl.sum(sums[r], axis=1), tl.sum(up_sums[r], axis=1), bias_ptr,
-            output, valid, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS,
+            output, valid, num_outputs, out_ptr.dtype.element_ty, GATED, GELU, BIAS,
         )  # fmt: skip
         tl.store(out_ptr + r * num_outputs + output, result, mask=valid)
 
@@ -278,6 +285,7 @@ def _tile_kernel(
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -344,7 +352,7 @@ def _tile_kernel(
     valid = (output < num_outputs)[:, None]
     result = _finish(
         tl.sum(first, axis=0), tl.sum(second, axis=0), bias_ptr,
-        output[:, None], valid, num_outputs, out_ptr.dtype.element_ty, GATED, BIAS,
+        output[:, None], valid, num_outputs, out_ptr.dtype.element_ty, GATED, GELU, BIAS,
     )  # fmt: skip
     mask = valid & (index < num_rows)[None, :]
     tl.store(out_ptr + index[None, :] * num_outputs + output[:, None], result, mask=mask)
@@ -353,10 +361,12 @@ def _tile_kernel(
 # --- from tensors to kernels ---------------------------------------------------------------
 
 
-def small_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, gated: bool = False) -> Tensor:
+def small_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, gated: bool = False, gelu: bool = False
+) -> Tensor:
     """`small_linear.small_linear`, or `gated_linear` if gated, in the kernel of `config`, which `choose` gave."""
     out = torch.empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), dtype=x.dtype, device=x.device)
-    _launch(x, None, None, 0.0, weight, bias, out, None, config, gated)
+    _launch(x, None, None, 0.0, weight, bias, out, None, config, gated, gelu)
     return out
 
 
@@ -369,11 +379,12 @@ def rms_norm_linear_triton(
     bias: Tensor | None,
     config: Config,
     gated: bool = False,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`small_linear.rms_norm_linear`, or `rms_norm_gated_linear` if gated."""
     out = torch.empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, residual, norm_weight, eps, weight, bias, out, total, config, gated)
+    _launch(x, residual, norm_weight, eps, weight, bias, out, total, config, gated, gelu)
     return out, total
 
 
@@ -388,6 +399,7 @@ def _launch(
     total: Tensor | None,
     config: Config,
     gated: bool,
+    gelu: bool,
 ) -> None:
     num_rows, num_outputs = out.shape
     pdl = has_dependent_launch(x.device)
@@ -395,7 +407,7 @@ def _launch(
     residual_stride = 0 if residual is None else residual.stride(0)
     constants = {
         "INPUTS": weight.shape[1], "NORM": norm_weight is not None, "ADD": residual is not None, "GATED": gated,
-        "BIAS": bias is not None, "OUTPUTS": config.outputs, "AHEAD": config.ahead, "PDL": pdl,
+        "GELU": gelu, "BIAS": bias is not None, "OUTPUTS": config.outputs, "AHEAD": config.ahead, "PDL": pdl,
         "num_warps": config.num_warps, "launch_pdl": pdl,
     }  # fmt: skip
     if isinstance(config, TileConfig):

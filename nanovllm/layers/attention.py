@@ -14,18 +14,27 @@ class Attention:
     """Grouped-query attention of one layer (Ainslie et al., 2023), for the heads of this rank."""
 
     def __init__(
-        self, layer_idx: int, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, ops: Ops
+        self,
+        layer_idx: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        ops: Ops,
     ) -> None:
         self.layer_idx = layer_idx
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.scale = scale
         self.window = window
+        self.softcap = softcap
         self.ops = ops
-        self.scale = head_dim**-0.5
 
     def __call__(
-        self, qkv: Tensor, cos_sin: Tensor, ctx: ForwardContext, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+        self, qkv: Tensor, cos_sin: Tensor | None, ctx: ForwardContext, q_norm: RMSNorm | None, k_norm: RMSNorm | None
     ) -> Tensor:
         """qkv [num_tokens, (num_heads + 2 num_kv_heads) head_dim] -> [num_tokens, num_heads * head_dim]."""
         kv_cache = ctx.kv_caches[self.layer_idx]
@@ -41,5 +50,5 @@ class Attention:
             k_norm.weight if k_norm else None,
             q_norm.eps if q_norm else 0.0,
         )
-        out = ctx.backend.forward(self.layer_idx, q, kv_cache, ctx.prepared, self.scale, self.window)
+        out = ctx.backend.forward(self.layer_idx, q, kv_cache, ctx.prepared, self.scale, self.window, self.softcap)
         return out.flatten(1)

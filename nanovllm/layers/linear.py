@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.ops import Ops
-from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.packed_linear import pack_linear
 from nanovllm.layers.slots import Slots, WeightSlot
 
@@ -33,9 +33,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x)
 
-    def after_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def after_norm(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(forward(norm of x + residual), x + residual), in one kernel where the device has one."""
-        if self.ops.rms_norm_linear is None:
+        if self.ops.rms_norm_linear is None or norm.weight is None:
             x, total = norm(x, residual)
             return self(x), total
         return self.ops.rms_norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
@@ -80,16 +80,36 @@ def _filler(target: Tensor, part: range) -> Callable[[Tensor], object]:
 
 
 class GatedLinear(MergedColumnParallelLinear):
-    """Gate and up projection with the gate applied: x -> silu(gate) * up, [num_tokens, size of one of them]."""
+    """Gate and up projection with the gate applied: x -> silu(gate) * up, [num_tokens, size of one of them].
+
+    activation: "silu" or "gelu_tanh".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        sizes: Sequence[int],
+        bias: bool,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+        ops: Ops,
+        activation: str = "silu",
+    ) -> None:
+        super().__init__(in_features, sizes, bias, dtype, tp, ops)
+        self.activation = activation
+        self.gate = {"silu": ops.silu_and_mul, "gelu_tanh": ops.gelu_and_mul}[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.silu_and_mul(self.multiply(x))
+        return self.gate(self.multiply(x))
 
-    def after_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def after_norm(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `Linear.after_norm`."""
-        if self.ops.rms_norm_gated_linear is None:
-            return super().after_norm(norm, x, residual)
-        return self.ops.rms_norm_gated_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
+        if self.ops.rms_norm_gated_linear is None or norm.weight is None:
+            x, total = norm(x, residual)
+            return self(x), total
+        return self.ops.rms_norm_gated_linear(
+            x, residual, norm.weight, norm.eps, self.weight, self.bias, self.activation
+        )
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):

@@ -1,20 +1,31 @@
-"""RMSNorm as a layer: a weight, and the operation with or without the residual addition before it."""
+"""RMSNorm as a layer: a weight, and the operation with or without the residual addition before it.
+
+Owns the norm's weight. Invariant: every kind of norm here is called in the same way, so a decoder layer need not know
+which one it has.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.ops import Ops
-from nanovllm.layers.slots import Slots, parameter_slot
+from nanovllm.layers.slots import Slots, WeightSlot, parameter_slot
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019)."""
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019).
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, ops: Ops) -> None:
+    offset: added to the checkpoint's weight once, when it is loaded. Such a weight is kept in float32, in which its
+    family adds the offset: near 1, bfloat16 would lose most of what the checkpoint says.
+    """
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, ops: Ops, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        kept = torch.float32 if offset else dtype
+        self.weight = nn.Parameter(torch.empty(size, dtype=kept), requires_grad=False)
         self.eps = eps
         self.ops = ops
+        self.offset = offset
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual); without a residual, x itself starts the residual stream."""
@@ -23,4 +34,50 @@ class RMSNorm(nn.Module):
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def slots(self, name: str) -> Slots:
-        yield parameter_slot(f"{name}.weight", self.weight)
+        if self.offset:
+            weight, offset = self.weight.data, self.offset
+            fill = lambda tensor: weight.copy_(tensor[:]).add_(offset)  # noqa: E731
+            yield f"{name}.weight", WeightSlot(tuple(weight.shape), fill)
+        else:
+            yield parameter_slot(f"{name}.weight", self.weight)
+
+
+class ShardedRMSNorm(RMSNorm):
+    """Norm over all heads of a token together, of which this rank holds some: the mean square is that of all ranks."""
+
+    def __init__(
+        self, num_heads: int, held: range, head_dim: int, eps: float, dtype: torch.dtype, tp: TensorParallel, ops: Ops
+    ) -> None:
+        """held: the heads of this rank; a head that ranks share is held equally often as any other."""
+        super().__init__(len(held) * head_dim, eps, dtype, ops)
+        self.tp = tp
+        self.size = num_heads * head_dim
+        self.first = held.start * head_dim
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See RMSNorm; never with a residual."""
+        if self.tp.size == 1:
+            return super().forward(x)
+        values = x.float()
+        mean = self.tp.all_reduce(values.square().mean(-1, keepdim=True)) / self.tp.size
+        return (values * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight, x
+
+    def slots(self, name: str) -> Slots:
+        weight, first = self.weight.data, self.first
+        fill = lambda tensor: weight.copy_(tensor[first : first + weight.shape[0]])  # noqa: E731
+        yield f"{name}.weight", WeightSlot((self.size,), fill)
+
+
+class NoNorm(nn.Module):
+    """What stands where a family has no norm: the residual addition alone."""
+
+    weight = None
+    eps = 0.0
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + residual, x + residual)"""
+        total = x if residual is None else x + residual
+        return total, total
+
+    def slots(self, name: str) -> Slots:
+        yield from ()

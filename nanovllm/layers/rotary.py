@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.config import RopeConfig
@@ -19,23 +20,40 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, max_len: int, rope: RopeConfig) -> None:
         super().__init__()
+        self.rotary_dim = int(head_dim * rope.share)
         self.head_dim = head_dim
         self.rope = rope
-        inv_freq, scale = _frequencies(head_dim, rope)
+        inv_freq, scale = _frequencies(self.rotary_dim, rope)
         positions = torch.arange(max_len, dtype=torch.float32)
         self.table: Tensor
-        self.register_buffer("table", _cos_sin(positions[:, None] * inv_freq) * scale, persistent=False)
+        self.register_buffer("table", self._cos_sin(positions[:, None] * inv_freq) * scale, persistent=False)
 
     def forward(self, positions: Tensor, rope_lens: Tensor | None = None) -> Tensor:
         """rope_lens [num_tokens], for the dynamic type: the length of the context that the token was computed in."""
         if rope_lens is None:
             return self.table[positions]
-        inv_freq = _dynamic_frequencies(self.head_dim, self.rope, rope_lens)  # [num_tokens, head_dim / 2]
-        return _cos_sin(positions[:, None].float() * inv_freq)
+        inv_freq = _dynamic_frequencies(self.rotary_dim, self.rope, rope_lens)  # [num_tokens, rotary_dim / 2]
+        return self._cos_sin(positions[:, None].float() * inv_freq)
+
+    def _cos_sin(self, angles: Tensor) -> Tensor:
+        """Pairs beyond the rotated ones are turned by an angle of 0."""
+        angles = F.pad(angles, (0, (self.head_dim - self.rotary_dim) // 2))
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def _cos_sin(angles: Tensor) -> Tensor:
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+def halves_order(head_dim: int, rope: RopeConfig) -> Tensor:
+    """An order of a head's dimensions in which a partial rotation is a whole one, for the rows of q and k. [head_dim]
+
+    The checkpoint rotates pairs (i, i + rotary_dim / 2); kernels rotate (i, i + head_dim / 2). Scores do not depend on
+    the order of the dimensions, as long as q and k agree on it.
+
+        checkpoint    [ a0 a1 | b0 b1 | c0 c1 c2 c3 ]        a, b: rotated        c: not rotated
+        here          [ a0 a1   c0 c1 | b0 b1   c2 c3 ]      pairs (a0, b0), (a1, b1), and (c0, c2), (c1, c3) by 0
+    """
+    rotary_dim = int(head_dim * rope.share)
+    a, b = torch.arange(rotary_dim, device="cpu").chunk(2)
+    c, d = torch.arange(rotary_dim, head_dim, device="cpu").chunk(2)
+    return torch.cat((a, c, b, d))
 
 
 def _base_frequencies(head_dim: int, theta: float) -> Tensor:

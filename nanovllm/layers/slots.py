@@ -4,7 +4,7 @@ Owns the description; each layer lists its own slots and `weights/loader.py` fil
 name every tensor of its checkpoint, and together write every parameter exactly once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,3 +27,30 @@ Slots = Iterator[tuple[str, WeightSlot]]  # (name in the checkpoint, slot)
 def parameter_slot(name: str, parameter: Tensor) -> tuple[str, WeightSlot]:
     """The slot of a parameter that every rank holds whole."""
     return name, WeightSlot(tuple(parameter.shape), parameter.copy_)
+
+
+def with_joined(name: str, parts: Sequence[tuple[str, WeightSlot]]) -> Slots:
+    """`parts`, and the slots of checkpoints that hold them one below the other in `name`.weight and `name`.bias."""
+    yield from parts
+    for suffix in dict.fromkeys(part_name.rpartition(".")[2] for part_name, _ in parts):
+        names, slots = zip(*((n, slot) for n, slot in parts if n.endswith(suffix)), strict=True)
+
+        def fill(tensor: Tensor, slots: Sequence[WeightSlot] = slots) -> None:
+            first = 0
+            for slot in slots:
+                slot.fill(tensor[first : first + slot.shape[0]])
+                first += slot.shape[0]
+
+        shape = (sum(slot.shape[0] for slot in slots), *slots[0].shape[1:])
+        yield f"{name}.{suffix}", WeightSlot(shape, fill, instead_of=names)
+
+
+def reordered_slot(named: tuple[str, WeightSlot], order: Tensor) -> tuple[str, WeightSlot]:
+    """The slot of a layer that keeps the rows of each head in another order: `order` [head_dim], on the CPU."""
+    name, slot = named
+
+    def fill(tensor: Tensor) -> None:
+        heads = tensor[:].unflatten(0, (-1, order.shape[0]))
+        slot.fill(heads[:, order.to(heads.device)].flatten(0, 1))
+
+    return name, WeightSlot(slot.shape, fill)

@@ -1,4 +1,4 @@
-"""The dense decoder of Llama, SmolLM2, Mistral, Qwen2 and Qwen3: one definition, with switches from ModelConfig.
+"""The dense decoder of Llama and of the families near it: one definition, with switches from ModelConfig.
 
 Owns the order of operations and the names of the checkpoint's tensors. Invariant: stateless; a forward pass depends on
 its arguments and the weights only.
@@ -6,112 +6,200 @@ its arguments and the weights only.
     input_ids -> embedding -> [ (+) norm, QKV -> rotation, KV store -> attention -> O -> (+) norm, gate, up -> down ]
               -> (+) norm -> head -> logits             (+): residual addition. What stands between two arrows is one
                                                         operation, and one kernel where that is faster.
-"""
+
+Families differ in where a layer's norms are (`ModelConfig.norms`), with these names in the checkpoint:
+
+    before    input_layernorm  attention                                 post_attention_layernorm   MLP
+    after                      attention  post_attention_layernorm                                  MLP  post_feedforward_layernorm
+    both      input_layernorm  attention  post_attention_layernorm       pre_feedforward_layernorm  MLP  post_feedforward_layernorm
+"""  # noqa: E501
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
+from nanovllm.config import ModelConfig, RopeConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
 from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rotary import RotaryEmbedding
-from nanovllm.layers.slots import Slots
+from nanovllm.layers.norm import NoNorm, RMSNorm, ShardedRMSNorm
+from nanovllm.layers.rotary import RotaryEmbedding, halves_order
+from nanovllm.layers.slots import Slots, reordered_slot, with_joined
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        hidden, qkv_bias = config.hidden_size, config.qkv_bias
+        hidden, qkv_bias, eps, offset = config.hidden_size, config.qkv_bias, config.rms_norm_eps, config.norm_offset
         self.qkv_proj = QKVParallelLinear(hidden, head_dim, heads, kv_heads, qkv_bias, dtype, tp, ops)
         self.o_proj = RowParallelLinear(heads * head_dim, hidden, config.o_bias, dtype, tp, ops)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, ops) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype, ops) if config.qk_norm else None
+        self.head_norms: tuple[RMSNorm | None, RMSNorm | None] = (None, None)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm == "head":
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, eps, dtype, ops, offset) for _ in range(2))
+            self.head_norms = (self.q_norm, self.k_norm)
+        elif config.qk_norm == "projection":
+            self.q_norm, self.k_norm = (
+                ShardedRMSNorm(n, held, head_dim, eps, dtype, tp, ops)
+                for n, held in ((heads, tp.part(heads, "num_attention_heads")), (kv_heads, tp.kv_heads(kv_heads)))
+            )
         num_heads, num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self.attention = Attention(layer_idx, num_heads, num_kv_heads, head_dim, config.windows[layer_idx], ops)
+        self.parts = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self.attention = Attention(
+            layer_idx,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            config.attention_scale,
+            config.windows[layer_idx],
+            config.attention_softcap,
+            ops,
+        )
+        rope = config.ropes[layer_idx]
+        self.order = halves_order(head_dim, rope) if rope is not None and rope.share < 1 else None
 
     def forward(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext
+        self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
-        return self.o_proj(self.attention(qkv, cos_sin, ctx, self.q_norm, self.k_norm)), residual
+        if isinstance(self.q_norm, ShardedRMSNorm) and self.k_norm is not None:
+            q, k, v = qkv.split(self.parts, dim=-1)
+            qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-1)
+        return self.o_proj(self.attention(qkv, cos_sin, ctx, *self.head_norms)), residual
 
     def slots(self, name: str) -> Slots:
-        yield from self.qkv_proj.slots(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
+        parts = list(self.qkv_proj.slots(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"))
+        if self.order is not None:
+            parts = [part if ".v_proj." in part[0] else reordered_slot(part, self.order) for part in parts]
+        yield from with_joined(f"{name}.qkv_proj", parts)
         yield from self.o_proj.slots(f"{name}.o_proj")
-        if self.q_norm is not None and self.k_norm is not None:
-            yield from self.q_norm.slots(f"{name}.q_norm")
-            yield from self.k_norm.slots(f"{name}.k_norm")
+        for norm, norm_name in ((self.q_norm, "q_norm"), (self.k_norm, "k_norm")):
+            if norm is not None:
+                yield from norm.slots(f"{name}.{norm_name}")
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
+    """layer_idx: for blocks that are given in this one's place and differ from layer to layer."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = GatedLinear(hidden, (inner, inner), config.mlp_bias, dtype, tp, ops)
+        self.gate_up_proj = GatedLinear(
+            hidden, (inner, inner), config.mlp_bias, dtype, tp, ops, activation=config.activation
+        )
         self.down_proj = RowParallelLinear(inner, hidden, config.mlp_bias, dtype, tp, ops)
 
-    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         gated, residual = self.gate_up_proj.after_norm(norm, x, residual)
         return self.down_proj(gated), residual
 
     def slots(self, name: str) -> Slots:
-        yield from self.gate_up_proj.slots(f"{name}.gate_proj", f"{name}.up_proj")
+        parts = list(self.gate_up_proj.slots(f"{name}.gate_proj", f"{name}.up_proj"))
+        yield from with_joined(f"{name}.gate_up_proj", parts)
         yield from self.down_proj.slots(f"{name}.down_proj")
 
 
+MakeMLP = Callable[[ModelConfig, int, torch.dtype, TensorParallel, Ops], nn.Module]
+
+
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
+    """mlp: makes the feed-forward block: `forward` and `slots` as those of MLP."""
+
+    def __init__(
+        self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops, mlp: MakeMLP
+    ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
+
+        def norm(exists: bool) -> RMSNorm | NoNorm:
+            return (
+                RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops, config.norm_offset) if exists else NoNorm()
+            )
+
+        self.norms = config.norms
+        self.residual_scale = config.residual_scale
+        self.before_attention, self.before_mlp = norm(config.norms != "after"), norm(config.norms != "after")
+        self.after_attention, self.after_mlp = norm(config.norms != "before"), norm(config.norms != "before")
         self.self_attn = SelfAttention(config, layer_idx, dtype, tp, ops)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
-        self.mlp = MLP(config, dtype, tp, ops)
+        self.mlp = mlp(config, layer_idx, dtype, tp, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, ctx: ForwardContext
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """x: what the layer before adds to the residual stream. Returns the same for the next layer."""
-        x, residual = self.self_attn(self.input_layernorm, x, residual, cos_sin, ctx)
-        return self.mlp(self.post_attention_layernorm, x, residual)
+        x, residual = self.self_attn(self.before_attention, x, residual, cos_sin, ctx)
+        x, residual = self.mlp(self.before_mlp, self._added(x, self.after_attention), residual)
+        return self._added(x, self.after_mlp), residual
+
+    def _added(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What attention or MLP adds to the residual stream."""
+        if self.norms != "before":
+            x, _ = norm(x)
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def slots(self, name: str) -> Slots:
-        yield from self.input_layernorm.slots(f"{name}.input_layernorm")
+        before_mlp = "pre_feedforward_layernorm" if self.norms == "both" else "post_attention_layernorm"
+        yield from self.before_attention.slots(f"{name}.input_layernorm")
         yield from self.self_attn.slots(f"{name}.self_attn")
-        yield from self.post_attention_layernorm.slots(f"{name}.post_attention_layernorm")
-        yield from self.mlp.slots(f"{name}.mlp")
+        yield from self.after_attention.slots(f"{name}.post_attention_layernorm")
+        yield from self.before_mlp.slots(f"{name}.{before_mlp}")
+        yield from self.mlp.slots(f"{name}.mlp")  # type: ignore[operator]
+        yield from self.after_mlp.slots(f"{name}.post_feedforward_layernorm")
 
 
 class LlamaForCausalLM(nn.Module):
-    """max_len: positions that the rotary table must cover. ops: see `kernels/ops.py`."""
+    """max_len: positions that the rotary table must cover. ops: see `kernels/ops.py`. mlp: see DecoderLayer."""
 
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_len: int,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+        ops: Ops,
+        mlp: MakeMLP = MLP,
+    ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, tp)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops)
-        self.rotary = RotaryEmbedding(config.head_dim, max_len, config.rope)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops, mlp) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops, config.norm_offset)
+        distinct: list[RopeConfig] = []
+        for rope in config.ropes:
+            if rope is not None and rope not in distinct:
+                distinct.append(rope)
+        self.rotaries = nn.ModuleList(RotaryEmbedding(config.head_dim, max_len, rope) for rope in distinct)
+        self.rotary_of_layer = [None if rope is None else distinct.index(rope) for rope in config.ropes]
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to, tp, ops)
+        # Rounded as transformers rounds it, to the dtype of the embedding.
+        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
+        self.logits_scale, self.logits_softcap = config.logits_scale, config.logits_softcap
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """input_ids, positions [num_tokens] -> hidden states [num_tokens, hidden_size], after the last norm."""
-        cos_sin = self.rotary(positions, ctx.rope_lens)
+        tables = [rotary(positions, ctx.rope_lens) for rotary in self.rotaries]
         x: Tensor = self.embed_tokens(input_ids)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
         residual: Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos_sin, ctx)
+        for layer, rotary in zip(self.layers, self.rotary_of_layer, strict=True):
+            x, residual = layer(x, residual, None if rotary is None else tables[rotary], ctx)
         hidden, _ = self.norm(x, residual)
         return hidden  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] -> logits [num_rows, vocab_size] in the model's dtype."""
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+        logits: Tensor = self.lm_head(hidden)
+        if self.logits_scale != 1.0:
+            logits = logits * self.logits_scale
+        if self.logits_softcap is not None:
+            logits = (logits / self.logits_softcap).tanh_().mul_(self.logits_softcap)
+        return logits
 
     def slots(self) -> Slots:
         yield from self.embed_tokens.slots("model.embed_tokens")

@@ -4,37 +4,63 @@ Owns the table. Invariant: an architecture that is not in it is refused by name 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from nanovllm.config import ModelConfig
+from nanovllm.models.hf_config import from_hf
+
+_DECODER = "nanovllm.models.llama:LlamaForCausalLM"
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 
 
-class Architecture(NamedTuple):
-    module: str  # "module:class"
-    qkv_bias: bool | None = None  # None: as the config's attention_bias says
-    qk_norm: bool = False
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How a name in config.json's `architectures` is run.
 
+    fields: config.json fields beside those of all decoders, with the values they have when missing (transformers'
+        defaults); ModelConfig.extra hands them to the model. It may also hold other defaults for common fields.
+    switches: ModelConfig fields that the architecture sets.
+    model: "module:class", called with (config, max_len, dtype, tp, ops).
+    mlp: "module:class" of another feed-forward block, called with (config, layer_idx, dtype, tp, ops).
+    """
 
-_DENSE = "nanovllm.models.llama:LlamaForCausalLM"
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    model: str = _DECODER
+    mlp: str | None = None
+
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(_DENSE),  # Llama 2 and 3, SmolLM2
-    "MistralForCausalLM": Architecture(_DENSE, qkv_bias=False),
-    "Qwen2ForCausalLM": Architecture(_DENSE, qkv_bias=True),
-    "Qwen3ForCausalLM": Architecture(_DENSE, qk_norm=True),
+    "LlamaForCausalLM": Architecture(fields={"attention_bias": False, "mlp_bias": False}),
+    "MistralForCausalLM": Architecture(fields={"sliding_window": 4096}),
+    "Qwen2ForCausalLM": Architecture(
+        fields={**_QWEN_WINDOW, "attention_bias": True}, switches={"qkv_bias": True, "o_bias": False}
+    ),
+    "Qwen3ForCausalLM": Architecture(
+        fields={**_QWEN_WINDOW, "attention_bias": False, "head_dim": 128}, switches={"qk_norm": "head"}
+    ),
 }
 
 
 def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
     """ModelConfig of a config.json dict; ValueError names an architecture or field that is not supported."""
-    return ModelConfig.from_hf(hf, dtype=dtype, qkv_bias=_architecture(hf).qkv_bias, qk_norm=_architecture(hf).qk_norm)
+    row = _architecture(hf)
+    return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches)
 
 
 def model_class(architecture: str) -> Any:
-    """The class that implements a name from ARCHITECTURES: `cls(config, max_len, dtype, tp, ops)`."""
-    module, name = ARCHITECTURES[architecture].module.split(":")
-    return getattr(import_module(module), name)
+    """What makes the model of an architecture of the table: `cls(config, max_len, dtype, tp, ops)`."""
+    row = ARCHITECTURES[architecture]
+    model = _load(row.model)
+    return model if row.mlp is None else partial(model, mlp=_load(row.mlp))
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def _architecture(hf: Mapping[str, Any]) -> Architecture:

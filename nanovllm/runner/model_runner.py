@@ -59,7 +59,7 @@ class ModelRunner:
         self.device = device
         self.block_size = config.block_size
         self.num_blocks = kv_caches[0].shape[1]
-        self._has_dynamic_rope = model_config.rope.rope_type == "dynamic"
+        self._has_dynamic_rope = model_config.length_dependent_from is not None
         max_blocks = -(-config.max_model_len // config.block_size)
         self.state = BatchState(
             config.max_num_seqs, max_blocks, model_config.vocab_size, device, config.logits_processors

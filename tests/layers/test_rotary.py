@@ -78,8 +78,8 @@ def test_cosines_and_sines_equal_hugging_face(name: str, head_dim: int) -> None:
     length = config.max_model_len
     positions = torch.arange(length)
     cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(1), positions[None])
-    rope_lens = torch.full((length,), length) if config.rope.rope_type == "dynamic" else None
-    cos_sin = RotaryEmbedding(head_dim, length, config.rope)(positions, rope_lens)
+    rope_lens = torch.full((length,), length) if config.ropes[0].rope_type == "dynamic" else None
+    cos_sin = RotaryEmbedding(head_dim, length, config.ropes[0])(positions, rope_lens)
     half = head_dim // 2
     expected = torch.cat((cos[0, :, :half], sin[0, :, :half]), -1)
     torch.testing.assert_close(cos_sin, expected, atol=3e-5, rtol=0)
@@ -98,7 +98,7 @@ def test_frequencies_equal_the_functions_of_transformers(name: str) -> None:
         hf_config = hugging_face_config(rope, length, 64)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[name](hf_config, torch.device("cpu"), seq_len=3 * length)
         rope_lens = torch.tensor([3 * length]) if name == "dynamic" else None
-        cos_sin = RotaryEmbedding(64, 4, ours(hf_config).rope)(torch.tensor([1]), rope_lens)[0]
+        cos_sin = RotaryEmbedding(64, 4, ours(hf_config).ropes[0])(torch.tensor([1]), rope_lens)[0]
         expected = torch.cat((inv_freq.cos(), inv_freq.sin())) * scale
         torch.testing.assert_close(cos_sin, expected, atol=1e-6, rtol=0)
 
@@ -106,14 +106,14 @@ def test_frequencies_equal_the_functions_of_transformers(name: str) -> None:
 def test_dynamic_counts_from_max_position_embeddings_as_hugging_face_does() -> None:
     """W4: `original_max_position_embeddings` beside it changes nothing there."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2 * ORIGINAL}
-    assert ours(hugging_face_config(rope, ORIGINAL)).rope == ours(hugging_face_config(*TYPES["dynamic"])).rope
+    assert ours(hugging_face_config(rope, ORIGINAL)).ropes == ours(hugging_face_config(*TYPES["dynamic"])).ropes
 
 
 def test_dynamic_before_the_original_length_is_the_default() -> None:
     config = ours(hugging_face_config(*TYPES["dynamic"]))
     positions = torch.arange(ORIGINAL)
-    layer = RotaryEmbedding(16, config.max_model_len, config.rope)
-    plain = RotaryEmbedding(16, ORIGINAL, ours(hugging_face_config(*TYPES["default"])).rope)
+    layer = RotaryEmbedding(16, config.max_model_len, config.ropes[0])
+    plain = RotaryEmbedding(16, ORIGINAL, ours(hugging_face_config(*TYPES["default"])).ropes[0])
     torch.testing.assert_close(layer(positions, positions + 1), plain(positions), atol=1e-6, rtol=0)
 
 
