@@ -12,6 +12,7 @@ _PUBLIC = {
     "LLM": "nanovllm.llm",
     "EngineConfig": "nanovllm.config",
     "SamplingParams": "nanovllm.sampling_params",
+    "RequestOutputKind": "nanovllm.sampling_params",
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",

@@ -5,8 +5,9 @@ call that raises for bad input has queued nothing; a call that is interrupted le
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
@@ -17,9 +18,22 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+Inbox = dict[str, list[Request]]  # by request id, the sequences of those that changed and were not looked at since
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The sequences of one request, and where its caller looks for news of it."""
+
+    requests: list[Request]
+    inbox: Inbox
+
+    @property
+    def is_finished(self) -> bool:
+        return all(request.is_finished for request in self.requests)
 
 
 class LLM:
@@ -43,8 +57,8 @@ class LLM:
         self._generation_config = parts.generation_config
         self._start_times = parts.start_times
         self._next_number = 0
-        self._requests: dict[str, Request] = {}  # unfinished ones
-        self._unclaimed: dict[str, RequestOutput] = {}  # the newest that `generate` saw of requests not its own
+        self._groups: dict[str, _Group] = {}  # unfinished ones
+        self._inbox: Inbox = {}  # of `add_request` and `step`
         self._is_closed = False
 
     # -- whole batches --
@@ -61,6 +75,40 @@ class LLM:
         or one for each; None takes `get_default_sampling_params()`. Raises ValueError or TypeError that names the item
         at fault before anything is queued.
         """
+        requests = self._process(prompts, sampling_params)
+        outputs: dict[str, RequestOutput] = {}
+        with _Progress(len(requests), use_tqdm) as progress:
+            for group in self._run(requests):
+                if all(request.is_finished for request in group):
+                    output = self._make_output(group, RequestOutputKind.FINAL_ONLY)
+                    outputs[output.request_id] = output
+                    progress.count(output)
+        return [outputs[group[0].request_id] for group in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As `generate`, but yield what is new as it comes: a request's outputs are deltas that add up to the whole.
+
+        Yields no order across prompts; `request_id` rises with the prompts' order, and an output holds those of its
+        `n` sequences that have news. Bad input raises here, at the call. Leaving the loop early, closing the iterator,
+        or an exception cancels what is unfinished and frees its blocks. Several streams, `generate` and `step` may
+        take turns: each sees its own requests only.
+        """
+        return self._stream(self._process(prompts, sampling_params))
+
+    def _stream(self, requests: list[list[Request]]) -> Iterator[RequestOutput]:
+        for group in self._run(requests):
+            output = self._make_output(group, RequestOutputKind.DELTA)
+            if output.outputs:
+                yield output
+
+    def _process(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[list[Request]]:
+        """The sequences of each prompt, checked and not queued."""
         self._check_open()
         prompts = _as_list(prompts)
         if sampling_params is None:
@@ -79,7 +127,7 @@ class LLM:
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
         ]
         self._next_number = next(numbers)
-        return self._run(requests, use_tqdm)
+        return requests
 
     def chat(
         self,
@@ -103,24 +151,27 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        outputs: dict[str, RequestOutput] = {}
-        own = {request.request_id for request in requests}
-        for request in requests:
-            self._add(request)
+    def _run(self, groups: list[list[Request]]) -> Iterator[list[Request]]:
+        """Queue these, yield each of them that has news until all have ended; whatever ends the loop cancels the rest.
+
+        Generators end in `finally` when they are closed or forgotten, so nothing has to be called.
+        """
+        inbox: Inbox = {}
+        unfinished = deque(group[0].request_id for group in groups)
         try:
-            with _Progress(len(requests), use_tqdm) as progress:
-                while len(outputs) < len(requests):
-                    for request in self._step():
-                        if request.request_id not in own:
-                            self._unclaimed[request.request_id] = self._engine.output_processor.make_output(request)
-                        elif request.is_finished:
-                            output = self._engine.output_processor.make_output(request)
-                            outputs[request.request_id] = output
-                            progress.count(output)
+            for group in groups:
+                self._add(group, inbox)
+            while True:
+                while inbox:
+                    yield inbox.pop(next(iter(inbox)))
+                while unfinished and unfinished[0] not in self._groups:
+                    unfinished.popleft()
+                if not unfinished:
+                    return
+                self._step()
         finally:
-            self.abort_request([request.request_id for request in requests])
-        return [outputs[request.request_id] for request in requests]
+            for group in groups:
+                self._abort(group)
 
     # -- one step at a time --
 
@@ -129,57 +180,86 @@ class LLM:
     ) -> str:
         """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
         self._check_open()
-        if request_id is not None and request_id in self._requests:
-            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         numbers = self._free_numbers()
-        request = self._input_processor.process(prompt, params, "prompt", next(numbers), request_id)
+        group = self._input_processor.process(prompt, params, "prompt", next(numbers), request_id)
+        self._add(group, self._inbox)
         self._next_number = next(numbers)
-        self._add(request)
-        return request.request_id
+        return group[0].request_id
 
     def step(self) -> list[RequestOutput]:
-        """Advance by one step; returns the requests that got tokens or ended, each with all its output so far."""
-        outputs, self._unclaimed = self._unclaimed, {}
-        for request in self._step():
-            outputs[request.request_id] = self._engine.output_processor.make_output(request)
-        return list(outputs.values())
+        """Advance by one step; returns the requests of `add_request` that got tokens or ended.
+
+        Each has what `SamplingParams.output_kind` says: all its output so far, what is new, or nothing before its end.
+        """
+        self._step()
+        outputs = []
+        while self._inbox:
+            group = self._inbox.pop(next(iter(self._inbox)))
+            kind = group[0].params.output_kind
+            if kind is RequestOutputKind.FINAL_ONLY and not all(request.is_finished for request in group):
+                continue
+            output = self._make_output(group, kind)
+            if output.outputs:
+                outputs.append(output)
+        return outputs
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests or self._unclaimed)
+        return bool(self._groups or self._inbox)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
-        """Stop and forget requests. An id that has ended already, or never was, is passed over."""
+        """Stop and forget requests, each with all its sequences. An id that has ended, or never was, is passed over."""
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
-            request = self._requests.pop(name, None)
-            if request is not None:
+            if name in self._groups:
+                self._abort(self._groups[name].requests)
+
+    def _abort(self, requests: list[Request]) -> None:
+        """Stop and forget these; nothing if they have ended, even where another request has their id now."""
+        name = requests[0].request_id
+        group = self._groups.get(name)
+        if group is not None and group.requests is requests:
+            del self._groups[name]
+            group.inbox.pop(name, None)
+            for request in requests:
                 self._engine.abort(request)
                 self._engine.output_processor.forget(request)
 
     def _free_numbers(self) -> Iterator[int]:
         """Numbers for new requests; as ids, none of them is in use. A call that is refused uses none of them up."""
-        return (number for number in count(self._next_number) if str(number) not in self._requests)
+        return (number for number in count(self._next_number) if str(number) not in self._groups)
 
-    def _add(self, request: Request) -> None:
-        self._requests[request.request_id] = request
-        self._engine.add_request(request)
+    def _add(self, requests: list[Request], inbox: Inbox) -> None:
+        request_id = requests[0].request_id
+        if request_id in self._groups:  # perhaps since the request was checked: a stream adds it at its first step
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
+        self._groups[request_id] = _Group(requests, inbox)
+        for request in requests:
+            self._engine.add_request(request)
 
-    def _step(self) -> list[Request]:
+    def _step(self) -> None:
+        """One step of the engine; what changed goes to the inboxes of those who asked for it."""
         self._check_open()
         try:
             changed = self._engine.step()
         except KeyboardInterrupt:
             # Wherever it struck: what was in flight is dropped, the tokens that the host has are kept.
-            self._requests = {name: request for name, request in self._requests.items() if not request.is_finished}
-            self._engine.restart(self._requests.values())
+            self._groups = {name: group for name, group in self._groups.items() if not group.is_finished}
+            self._engine.restart(
+                request for group in self._groups.values() for request in group.requests if not request.is_finished
+            )
             raise
         except Exception:
             self.close()  # device state is unknown now: refuse further use instead of giving wrong answers
             raise
         for request in changed:
-            if request.is_finished:
-                self._requests.pop(request.request_id, None)
-        return changed
+            group = self._groups.get(request.request_id)
+            if group is not None:
+                group.inbox[request.request_id] = group.requests
+                if group.is_finished:
+                    del self._groups[request.request_id]
+
+    def _make_output(self, group: list[Request], kind: RequestOutputKind) -> RequestOutput:
+        return self._engine.output_processor.make_output(group, kind)
 
     # -- about the engine --
 
@@ -230,7 +310,7 @@ class LLM:
         """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""
         if not self._is_closed:
             self._is_closed = True
-            self._requests.clear()
+            self._groups.clear()
             self._engine.close()
 
     def __enter__(self) -> "LLM":
@@ -261,7 +341,7 @@ class _Progress:
 
     def count(self, output: RequestOutput) -> None:
         self._num_prompt_tokens += len(output.prompt_token_ids)
-        self._num_output_tokens += len(output.outputs[0].token_ids)
+        self._num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
         seconds = time.perf_counter() - self._start
         self._bar.set_postfix_str(
             f"prompt {self._num_prompt_tokens / seconds:.0f} tok/s, "

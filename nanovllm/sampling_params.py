@@ -7,6 +7,7 @@ on its own; what depends on the model (vocabulary, lengths) is checked by `engin
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from types import NoneType
 from typing import Any
 
@@ -16,6 +17,16 @@ from nanovllm.errors import reject_unknown_options
 LogitsProcessor = Callable[[list[int], Any], Any]
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy, as in vLLM: dividing by them would overflow
+MAX_N = 16_384  # sequences of one prompt; vLLM's bound
+
+
+class RequestOutputKind(Enum):
+    """What the outputs of `LLM.step` hold."""
+
+    CUMULATIVE = 0  # all output so far
+    DELTA = 1  # what is new since the request's last output
+    FINAL_ONLY = 2  # nothing before the end, then everything
+
 
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
@@ -24,6 +35,8 @@ _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 class SamplingParams:
     """Parameters of one request. Raises TypeError for a wrong type or name and ValueError for a value out of range.
 
+    n: sequences to generate for the prompt, which is computed once. The i-th draws with seed + i; greedy decoding gives
+        n times the same, so it wants n = 1.
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al., 2020), in (0, 1].
@@ -45,9 +58,13 @@ class SamplingParams:
         prompt token; the request then computes its whole prompt, also where the prefix cache holds it.
     stop: strings that end the output; the text is cut before them. stop_token_ids: tokens that end it.
     ignore_eos: go on past the model's end-of-sequence tokens.
-    skip_special_tokens: leave special tokens out of the text. detokenize: False leaves `text` empty.
+    include_stop_str_in_output: cut the text after the stop string instead; a stop token's text stays in, too.
+    skip_special_tokens: leave special tokens out of the text. spaces_between_special_tokens: where they are not left
+        out, False puts no space between two of them. detokenize: False leaves `text` empty.
+    output_kind: what `LLM.step` returns of this request; `LLM.generate` returns all, `LLM.stream` what is new.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -67,8 +84,11 @@ class SamplingParams:
     stop: str | tuple[str, ...] | list[str] | None = None
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     detokenize: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __new__(cls, *args: object, **options: object) -> "SamplingParams":
         reject_unknown_options("SamplingParams", options, [field.name for field in fields(cls)])
@@ -81,17 +101,31 @@ class SamplingParams:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name in ("top_k", "min_tokens", "max_tokens", "seed", "logprobs", "prompt_logprobs"):
+        for name in ("n", "top_k", "min_tokens", "max_tokens", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
-        for name in ("ignore_eos", "skip_special_tokens", "detokenize"):
+        for name in (
+            "ignore_eos",
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "detokenize",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 1 <= self.n <= MAX_N:
+            raise ValueError(f"n must be in [1, {MAX_N}], got {self.n}")
+        if self.n > 1 and self.is_greedy:
+            raise ValueError(
+                f"n must be 1 with temperature={self.temperature} (greedy), got {self.n}: all outputs would be equal"
+            )
         if self.top_k < -1:
             raise ValueError(f"top_k must be 0 or -1 (all tokens) or at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -130,8 +130,13 @@ class Tokenizer:
 class DetokenizerStream:
     """Text of one request's output, as its tokens arrive."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        # Ids that stand beside each other without a space.
+        self._joined_ids = frozenset() if spaces_between_special_tokens else tokenizer.special_ids
+        self._is_after_joined = False
         self._skip_special_tokens = skip_special_tokens
         self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._is_byte_level = tokenizer.is_byte_level
@@ -146,6 +151,14 @@ class DetokenizerStream:
         """Take the next token. Returns the new text, "" while a character is incomplete."""
         if token_id in self._skipped_ids:
             return ""
+        is_joined = token_id in self._joined_ids
+        piece = self._piece(token_id)
+        if is_joined and self._is_after_joined:
+            piece = piece.removeprefix(" ")
+        self._is_after_joined = is_joined
+        return piece
+
+    def _piece(self, token_id: int) -> str:
         if self._is_byte_level:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
         self._window.append(token_id)

@@ -14,6 +14,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *[("top_p", value) for value in (0, -0.5, 1.0001, float("nan"), float("inf"))],
     *[("min_p", value) for value in (-0.001, 1.5, float("nan"))],
     *[("max_tokens", value) for value in (0, -1)],
+    *[("n", value) for value in (0, -1, 16_385)],
     *[("min_tokens", value) for value in (-1, 17)],
     *[("seed", value) for value in (2**64, -(2**63) - 1)],
     *[(f"{kind}_penalty", value) for kind in ("presence", "frequency") for value in (-2.01, 2.5, float("nan"))],
@@ -39,7 +40,11 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     *[("allowed_token_ids", value) for value in (5, "12", [1.5], [True], {1})],
     *[("bad_words", value) for value in ("word", [1], [None])],
     *[("logits_processors", value) for value in (len, ["name"], [None])],
+    *[("n", value) for value in (1.0, None, "2", True)],
     *[("ignore_eos", value) for value in (1, None, "yes")],
+    *[("include_stop_str_in_output", value) for value in (1, None)],
+    *[("spaces_between_special_tokens", value) for value in (0, None)],
+    *[("output_kind", value) for value in (1, None, "DELTA")],
     *[("skip_special_tokens", value) for value in (0, None)],
     *[("detokenize", value) for value in (1, None)],
     *[("stop", value) for value in (5, b"end", [1], ["a", None])],
@@ -172,3 +177,9 @@ def test_it_travels_to_other_processes() -> None:
     params = SamplingParams(temperature=0.5, stop=["a"], stop_token_ids=[1], seed=3, logit_bias={4: 1.0})
     assert pickle.loads(pickle.dumps(params)) == params
     assert hash(params) == hash(pickle.loads(pickle.dumps(params)))
+
+
+def test_several_greedy_outputs_are_refused() -> None:
+    """W13: they would all be equal; vLLM refuses them, too."""
+    with pytest.raises(ValueError, match=r"n must be 1 .*temperature=0.*got 2"):
+        SamplingParams(n=2, temperature=0)

@@ -17,9 +17,18 @@ from nanovllm.sampling_params import SamplingParams
 _CHOICES = {"dtype": ("auto", *DTYPES), "load_format": LOAD_FORMATS, "compilation": COMPILATIONS}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
-# Not among the sampling flags: the engine's --seed makes a run reproducible, the commands print text, and there are
-# values that no flag can hold.
-_NOT_SAMPLING_FLAGS = {"seed", "detokenize", "logprobs", "prompt_logprobs", "logit_bias", "logits_processors"}
+# Not among the sampling flags: the engine's --seed makes a run reproducible, the commands print one text for each
+# prompt, as it comes, and there are values that no flag can hold.
+_NOT_SAMPLING_FLAGS = {
+    "n",
+    "seed",
+    "detokenize",
+    "output_kind",
+    "logprobs",
+    "prompt_logprobs",
+    "logit_bias",
+    "logits_processors",
+}
 
 
 def add_engine_options(parser: argparse.ArgumentParser, exclude: Collection[str] = ()) -> None:

@@ -47,10 +47,10 @@ class InputProcessor:
 
     def process(
         self, prompt: Prompt, params: SamplingParams, name: str, number: int, request_id: str | None = None
-    ) -> Request:
-        """Raise ValueError or TypeError for `name` (say "prompts[3]"), or return a request that fits.
+    ) -> list[Request]:
+        """Raise ValueError or TypeError for `name` (say "prompts[3]"), or return requests that fit: `n` of one id.
 
-        number: what the request's id and seed come from where none is given.
+        number: what the id and seed come from where none is given.
         """
         if not isinstance(params, SamplingParams):
             raise TypeError(f"{name}: sampling_params must be SamplingParams, got {type(params).__name__}")
@@ -63,20 +63,29 @@ class InputProcessor:
         uses_python = bool(params.logits_processors) or self._has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
-        return Request(
-            request_id=str(number) if request_id is None else request_id,
-            prompt=text,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=self._request_seed(number) if params.seed is None else params.seed % 2**64,
-            stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
-            max_total_tokens=max_total_tokens,
-            cache_salt=self._cache_salt(len(token_ids)),
-            bad_words=bad_words,
-            needs_history=needs_host_tokens or params.has_penalties,
-            needs_host_tokens=needs_host_tokens,
-        )
+        seed = self._request_seed(number) if params.seed is None else params.seed
+        requests = [
+            Request(
+                request_id=str(number) if request_id is None else request_id,
+                index=index,
+                prompt=text,
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                params=params,
+                seed=(seed + index) % 2**64,
+                stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
+                max_total_tokens=max_total_tokens,
+                cache_salt=self._cache_salt(len(token_ids)),
+                bad_words=bad_words,
+                needs_history=needs_host_tokens or params.has_penalties,
+                needs_host_tokens=needs_host_tokens,
+            )
+            for index in range(params.n)
+        ]
+        if params.n > 1:
+            for request in requests:
+                request.siblings = requests
+        return requests
 
     def _check_vocabulary(self, params: SamplingParams, name: str) -> None:
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):

@@ -1,28 +1,35 @@
 """OutputProcessor: token ids to text, stop strings, and the RequestOutput a caller sees.
 
-Owns the decoding state of each request that needs text before it ends; counters and queues belong to the scheduler.
-Invariant: text only ever grows, and is cut at a stop string before anyone sees it.
+Owns the decoding state of each request that needs text before it ends, and what of it has been sent; counters and
+queues belong to the scheduler. Invariant: text only ever grows, and is cut at a stop string before anyone sees it.
 """
+
+from collections.abc import Sequence
 
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.tokenizer import DetokenizerStream, Tokenizer
 
 
 class _PartialText:
-    """Text of a request that is still growing."""
+    """Text of a request that is still growing, or was seen while it grew. stream is None where there is no text."""
 
-    def __init__(self, stream: DetokenizerStream) -> None:
+    def __init__(self, stream: DetokenizerStream | None) -> None:
         self.stream = stream
         self.text = ""
         self.num_decoded_tokens = 0
+        self.is_final = False
+        self.num_sent_tokens = self.num_sent_characters = 0
+        self.is_end_sent = False
 
     def catch_up(self, request: Request) -> int:
         """Decode the tokens that arrived since the last call; returns the length of the text before them."""
         old_length = len(self.text)
-        for token_id in request.token_ids[request.num_prompt_tokens + self.num_decoded_tokens :]:
-            self.text += self.stream.step(token_id)
-            self.num_decoded_tokens += 1
+        if self.stream is not None:
+            for token_id in request.token_ids[request.num_prompt_tokens + self.num_decoded_tokens :]:
+                self.text += self.stream.step(token_id)
+                self.num_decoded_tokens += 1
         return old_length
 
 
@@ -34,7 +41,7 @@ class OutputProcessor:
         self._partial: dict[Request, _PartialText] = {}
 
     def find_stop_string(self, request: Request) -> str | None:
-        """The stop string that the request's newest token completed, if any; its text is cut before it."""
+        """The stop string that the request's newest token completed, if any; its text is cut there."""
         stops = request.params.stop
         if not stops or self._tokenizer is None:
             return None
@@ -51,56 +58,101 @@ class OutputProcessor:
                 found = at, stop
         if found is None:
             return None
-        partial.text = partial.text[: found[0]]
+        end = found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0)
+        partial.text = partial.text[:end]
         return found[1]
 
-    def make_output(self, request: Request) -> RequestOutput:
-        """What the request has produced so far. The decoding state of a finished request is dropped."""
-        token_ids = request.output_token_ids
+    def make_output(self, group: Sequence[Request], kind: RequestOutputKind) -> RequestOutput:
+        """What the sequences of one prompt have produced: all so far, or (DELTA) what no output before this one held.
+
+        With DELTA, sequences without anything new are left out. The decoding state of a finished group is dropped.
+        """
+        first = group[0]
+        if kind is RequestOutputKind.DELTA:
+            outputs = [output for request in group if (output := self._delta(request)) is not None]
+        else:
+            outputs = [self._completion(request) for request in group]
+        is_finished = all(request.is_finished for request in group)
+        if is_finished:
+            for request in group:
+                self.forget(request)
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
-            outputs=[
-                CompletionOutput(
-                    text=self._text(request, token_ids),
-                    token_ids=token_ids,
-                    finish_reason=request.finish_reason,
-                    stop_reason=request.stop_reason,
-                )
-            ],
-            finished=request.is_finished,
-            num_cached_tokens=request.num_cached_tokens or 0,
+            request_id=first.request_id,
+            prompt=first.prompt,
+            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            outputs=outputs,
+            finished=is_finished,
+            num_cached_tokens=first.num_cached_tokens or 0,
         )
 
     def forget(self, request: Request) -> None:
         self._partial.pop(request, None)
 
+    def _completion(self, request: Request) -> CompletionOutput:
+        token_ids = request.output_token_ids
+        return CompletionOutput(
+            index=request.index,
+            text=self._text(request, token_ids),
+            token_ids=token_ids,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+    def _delta(self, request: Request) -> CompletionOutput | None:
+        """The part of `_completion` that was not sent yet; None if there is none."""
+        sent = self._partial_text(request)
+        if sent.is_end_sent:
+            return None
+        output = self._completion(request)
+        num_tokens, num_characters = len(output.token_ids), len(output.text)
+        output.token_ids = output.token_ids[sent.num_sent_tokens :]
+        output.text = output.text[sent.num_sent_characters :]
+        if not (output.token_ids or output.text or output.finished):
+            return None
+        sent.num_sent_tokens, sent.num_sent_characters = num_tokens, num_characters
+        sent.is_end_sent = output.finished
+        return output
+
     def _text(self, request: Request, token_ids: list[int]) -> str:
         if self._tokenizer is None or not request.params.detokenize:
             return ""
+        partial = self._partial.get(request)
         if not request.is_finished:
             partial = self._partial_text(request)
             partial.catch_up(request)
             return self._without_possible_stop(partial.text, request)
-        finished = self._partial.pop(request, None)
-        if isinstance(request.stop_reason, str) and finished is not None:
-            return finished.text
-        if request.finish_reason == "stop":
+        if partial is not None and (partial.is_final or isinstance(request.stop_reason, str)):
+            return partial.text
+        if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
             token_ids = token_ids[:-1]  # the EOS or stop token itself is not part of the text
-        return self._tokenizer.decode(token_ids, skip_special_tokens=request.params.skip_special_tokens)
+        text = self._decode(request, token_ids)
+        if partial is not None:
+            partial.text, partial.is_final = text, True
+        return text
+
+    def _decode(self, request: Request, token_ids: list[int]) -> str:
+        assert self._tokenizer is not None
+        if request.params.skip_special_tokens or request.params.spaces_between_special_tokens:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=request.params.skip_special_tokens)
+        stream = self._new_stream(request)
+        return "".join([stream.step(token_id) for token_id in token_ids]) + stream.flush()
 
     def _partial_text(self, request: Request) -> _PartialText:
         if request not in self._partial:
-            assert self._tokenizer is not None
-            self._partial[request] = _PartialText(
-                DetokenizerStream(self._tokenizer, request.params.skip_special_tokens)
-            )
+            has_text = self._tokenizer is not None and request.params.detokenize
+            self._partial[request] = _PartialText(self._new_stream(request) if has_text else None)
         return self._partial[request]
+
+    def _new_stream(self, request: Request) -> DetokenizerStream:
+        assert self._tokenizer is not None
+        params = request.params
+        return DetokenizerStream(self._tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens)
 
     @staticmethod
     def _without_possible_stop(text: str, request: Request) -> str:
         """Hold back an ending that may yet become a stop string, so that streamed text never has to shrink."""
+        if request.params.include_stop_str_in_output:
+            return text
         longest = 0
         for stop in request.params.stop or ():
             for length in range(min(len(stop) - 1, len(text)), longest, -1):

@@ -1,4 +1,4 @@
-"""Request: the host's record of one generation, and its two counters.
+"""Request: the host's record of one generated sequence, and its two counters.
 
 Owns nothing but its fields; `scheduler.py` moves the counters and `output_processor.py` reads them. Invariant: of the
 request's `num_tokens`, the first `num_computed_tokens` have their KV written or in flight.
@@ -35,6 +35,8 @@ class Request:
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not hold
     needs_history: bool = False  # the worker must know all tokens that the host knows when the request enters a row
+    index: int = 0  # among the sequences of its prompt
+    siblings: list["Request"] = field(default_factory=list)  # these sequences, itself included; empty if it is alone
     needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
 
     status: RequestStatus = RequestStatus.WAITING
@@ -44,7 +46,7 @@ class Request:
     row: int = -1  # its place in the device state while it runs
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
-    num_published_blocks: int = 0  # of block_ids, how many the prefix cache knows
+    num_published_blocks: int = 0  # of block_ids, how many are full, computed or in flight, and so fit to be shared
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -166,6 +166,8 @@ class Scheduler:
                 self._preempt(newest)
                 if newest is request:
                     return budget
+            if num_new > 1:
+                self._publish(request, request.num_computed_tokens + num_new)  # for those that enter in this step
             first = len(request.block_ids) - len(block_ids)
             new_blocks.extend((request.row, first + i, block_id) for i, block_id in enumerate(block_ids))
             scheduled.append((request, num_new))
@@ -250,8 +252,6 @@ class Scheduler:
             if is_sampled:
                 request.num_pending_tokens += 1
                 sampled.append(request)
-            if num_new > 1:
-                self._publish(request, end)
             self.stats.num_context_tokens_read += end
             self.stats.num_query_key_pairs += num_new * (start + 1 + end) // 2
         self.stats.num_tokens_computed += len(plan.token_ids)
@@ -319,37 +319,47 @@ class Scheduler:
         self._publish(request, request.num_computed_tokens)
         self.pool.release(request.block_ids)
         request.block_ids = []
+        request.num_published_blocks = 0
         self._free_rows.append(request.row)
         request.row = -1
 
     # -- prefix cache --
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Cached blocks of the request's prefix; at least one token is left over to compute, for its logits."""
-        if not self.enable_prefix_caching:
-            return []
+        """Cached blocks of the request's prefix; at least one token is left over to compute, for its logits.
+
+        Without a prefix cache these are blocks of its prompt that a sibling holds.
+        """
         last = (len(request.token_ids) - 1) // self.block_size
-        return self.pool.find_prefix(self._hashes(request, last)[:last])
+        if self.enable_prefix_caching:
+            return self.pool.find_prefix(self._hashes(request, last)[:last])
+        last = min(last, request.num_prompt_tokens // self.block_size)
+        held = [sibling.block_ids[: min(last, sibling.num_published_blocks)] for sibling in request.siblings]
+        return max(held, key=lambda block_ids: len(block_ids), default=[])
 
     def _publish(self, request: Request, num_computed_tokens: int) -> None:
-        """Let others find the request's full blocks.
+        """Let others find the request's full blocks: anyone through the prefix cache, its siblings without one.
 
         A block may be found as soon as the step that fills it is planned: every layer stores the whole batch's keys and
         values before anyone in the batch reads them, and later steps run later.
         """
-        if not self.enable_prefix_caching:
-            return
         num_full = min(num_computed_tokens, len(request.token_ids)) // self.block_size
         num_published = request.num_published_blocks
-        if num_full > num_published:
+        if num_full <= num_published:
+            return
+        request.num_published_blocks = num_full
+        if self.enable_prefix_caching:
             hashes = self._hashes(request, num_full)
             for index in range(num_published, num_full):
                 self.pool.publish(request.block_ids[index], hashes[index])
-            request.num_published_blocks = num_full
 
     def _hashes(self, request: Request, num_blocks: int) -> Sequence[bytes]:
         """The request's first num_blocks (or more) block hashes; each block is hashed once in the request's life."""
         hashes = request.block_hashes
+        if not hashes and request.siblings:
+            num_prompt = request.num_prompt_tokens // self.block_size
+            longest = max(request.siblings, key=lambda sibling: len(sibling.block_hashes))
+            hashes.extend(longest.block_hashes[:num_prompt])
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size
             parent = hashes[-1] if hashes else request.cache_salt

@@ -221,3 +221,59 @@ def test_a_request_that_needs_its_tokens_on_the_host_runs_alone(overlap_depth: i
     engine.add_request(request)
     run(engine)
     check_output(request)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+@pytest.mark.parametrize("budget", [16, 80, 500])
+def test_siblings_compute_their_prompt_once(enable_prefix_caching: bool, budget: int) -> None:
+    """F3, F6: with and without the prefix cache, in chunks or at once; only what no full block holds is repeated."""
+    engine, device = make_engine(
+        num_blocks=400,
+        block_size=4,
+        max_num_seqs=8,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    group = [make_request(range(43), 4, name="g") for _ in range(8)]
+    for index, request in enumerate(group):
+        request.index, request.siblings = index, group
+        engine.add_request(request)
+    run(engine)
+    for request in group:
+        check_output(request)
+    # All 43 once, 3 (behind the tenth block) for each other one, and 3 output tokens for each.
+    assert sum(device.num_tokens_per_step) == 43 + 7 * 3 + 8 * 3
+    check_nothing_leaked(engine)
+
+
+def test_siblings_hash_their_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F6"""
+    hashed: list[int] = []
+    hash_block = scheduler_module.hash_block
+    monkeypatch.setattr(
+        scheduler_module, "hash_block", lambda parent, ids: hashed.append(ids[0]) or hash_block(parent, ids)
+    )
+    engine, _ = make_engine(num_blocks=400, block_size=4)
+    group = [make_request(range(40), 1, name="g") for _ in range(8)]
+    for request in group:
+        request.siblings = group
+        engine.add_request(request)
+    run(engine)
+    assert sorted(hashed) == list(range(0, 40, 4))
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_sibling_goes_on_when_the_one_that_computed_the_prompt_is_aborted(enable_prefix_caching: bool) -> None:
+    engine, device = make_engine(num_blocks=400, block_size=4, enable_prefix_caching=enable_prefix_caching)
+    group = [make_request(range(43), 9, name="g") for _ in range(3)]
+    for request in group:
+        request.siblings = group
+        engine.add_request(request)
+    for num_steps in (1, 2):
+        for _ in range(num_steps):
+            engine.step()
+        engine.abort(group[num_steps - 1])
+        device.poison(engine.scheduler.pool)
+    run(engine)
+    check_output(group[2])
+    check_nothing_leaked(engine)

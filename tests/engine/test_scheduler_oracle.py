@@ -1,7 +1,8 @@
 """The scheduler and the prefix cache against an oracle, over random workloads.
 
 Aborts at every point, preemption in pools of a few blocks, chunks of a few tokens, shared prefixes, late stop tokens,
-any overlap depth, requests that the host must read before they go on. Cases C1, F1, F4, F7, W16 hold in all of them or
+any overlap depth, requests that the host must read before they go on, groups of
+sequences of one prompt. Cases C1, F1, F4, F7, W16 hold in all of them or
 the output differs.
 """
 
@@ -35,10 +36,15 @@ def run_random_workload(seed: int) -> tuple[int, int]:
                 : capacity - 1
             ]
             stop_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, 0, 5]))]
-            request = make_request(prompt, rng.randint(1, 30), stop_ids, f"r{len(requests)}", limit=capacity)
-            request.needs_host_tokens = rng.random() < 0.2
-            requests.append(request)
-            engine.add_request(request)
+            max_tokens, needs_host_tokens = rng.randint(1, 30), rng.random() < 0.2
+            group = [
+                make_request(prompt, max_tokens, stop_ids, f"r{len(requests)}", capacity, needs_host_tokens)
+                for _ in range(rng.choice([1, 1, 1, 3]))
+            ]
+            for request in group:
+                request.siblings = group if len(group) > 1 else []
+                requests.append(request)
+                engine.add_request(request)
         if step > 40 and not engine.has_work():
             break
         if rng.random() < 0.05 and requests:
