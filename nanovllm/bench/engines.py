@@ -1,19 +1,31 @@
 """The engines that can be measured, behind one call: run this workload, come back when every token is there.
 
 Owns how each engine is set up fairly: the same checkpoint, dtype and device, greedy or sampled alike, EOS ignored.
-Invariant: `run` returns only after exactly `max_tokens` output tokens exist for every prompt, or raises.
+Invariant: `run` returns the seconds in which exactly `max_tokens` output tokens came to exist for every prompt, or
+raises; a prefix cache holds nothing then but the workload's own prefix.
 """
 
 import gc
+import json
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 import transformers
 
 from nanovllm import __version__
+from nanovllm.bench.roofline import ModelSize
 from nanovllm.bench.workload import Workload
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.ops import PLAIN
 from nanovllm.llm import LLM
+from nanovllm.models.registry import model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.weights.checkpoint import open_checkpoint
 
@@ -22,9 +34,21 @@ class BenchEngine(Protocol):
     name: str
     version: str
 
-    def run(self, workload: Workload) -> None: ...
+    def run(self, workload: Workload) -> float: ...
 
     def close(self) -> None: ...
+
+
+def check_installed(name: str, nano_vllm_python: str | None) -> None:
+    """Raises ImportError or ValueError, with the remedy, where the engine of this name cannot be measured here."""
+    if name == "vllm" and find_spec("vllm") is None:
+        raise ImportError("--compare vllm needs vLLM in this environment: pip install vllm")
+    if name == "nano-vllm" and nano_vllm_python is None:
+        raise ValueError(
+            "nano-vllm's module is called nanovllm too, so it needs an environment of its own: make one, run there "
+            "pip install git+https://github.com/GeeeekExplorer/nano-vllm.git and name it here with "
+            "--nano-vllm-python PATH/bin/python"
+        )
 
 
 class NanoVLLM:
@@ -36,14 +60,35 @@ class NanoVLLM:
         self.dtype = self._llm.model_config.dtype
         self.device = self._llm.config.device
         self.vocab_size = self._llm.model_config.vocab_size
+        self.num_devices = self._llm.config.tensor_parallel_size
+        self._counters: Counter[str] = Counter()
 
-    def run(self, workload: Workload) -> None:
+    @property
+    def llm(self) -> LLM:
+        return self._llm
+
+    def run(self, workload: Workload) -> float:
         params = [
             SamplingParams(temperature=workload.temperature, max_tokens=count, ignore_eos=True, detokenize=False)
             for count in workload.max_tokens
         ]
+        self._llm.reset_prefix_cache()
+        if workload.prefix:
+            self._llm.generate([workload.prefix], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+        before = self._llm.get_metrics()
+        start = perf_counter()
         outputs = self._llm.generate(workload.prompts, params, use_tqdm=False)
+        seconds = perf_counter() - start
+        self._counters.update({name: value - before[name] for name, value in self._llm.get_metrics().items()})
         _check_counts(self.name, workload, [len(output.outputs[0].token_ids) for output in outputs])
+        return seconds
+
+    def counters(self) -> dict[str, float]:
+        """The counters of `LLM.get_metrics()`, of what ran while a clock ran."""
+        return dict(self._counters)
+
+    def model_size(self) -> ModelSize:
+        return model_size(self._llm.model_config)
 
     def close(self) -> None:
         self._llm.close()
@@ -61,18 +106,21 @@ class HuggingFace:
         self._model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # without an EOS token
 
     @torch.inference_mode()
-    def run(self, workload: Workload) -> None:
+    def run(self, workload: Workload) -> float:
         longest = max(map(len, workload.prompts))
         input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in workload.prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in workload.prompts])
         num_new = max(workload.max_tokens)
         sampling = {"do_sample": True, "temperature": workload.temperature, "top_k": 0} if workload.temperature else {}
+        start = perf_counter()
         output = self._model.generate(
             input_ids.to(self._device), attention_mask=mask.to(self._device), max_new_tokens=num_new, **sampling
         )
         num_made = output.cpu().shape[1] - longest
+        seconds = perf_counter() - start
         counts = [min(num_made, count) for count in workload.max_tokens]
         _check_counts(self.name, workload, counts)
+        return seconds
 
     def close(self) -> None:
         del self._model
@@ -102,7 +150,7 @@ class VLLM:
         self._vllm = vllm
         self._llm = vllm.LLM(model, dtype=dtype, skip_tokenizer_init=True, **arguments)
 
-    def run(self, workload: Workload) -> None:
+    def run(self, workload: Workload) -> float:
         params = [
             self._vllm.SamplingParams(
                 temperature=workload.temperature, max_tokens=count, ignore_eos=True, detokenize=False
@@ -110,12 +158,75 @@ class VLLM:
             for count in workload.max_tokens
         ]
         prompts = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
+        self._llm.reset_prefix_cache()
+        if workload.prefix:
+            self._llm.generate([{"prompt_token_ids": workload.prefix}], params[0], use_tqdm=False)
+        start = perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = perf_counter() - start
         _check_counts(self.name, workload, [len(output.outputs[0].token_ids) for output in outputs])
+        return seconds
 
     def close(self) -> None:
         del self._llm
         gc.collect()
+
+
+class OriginalNanoVLLM:
+    """nano-vllm in a Python of its own, through `nano_vllm_worker.py`; `model` must be a folder that it can load."""
+
+    name = "nano-vllm"
+
+    def __init__(self, model: str, options: dict[str, Any], python: str) -> None:
+        shared = {name: options[name] for name in ("max_model_len", "max_num_seqs", "enforce_eager") if name in options}
+        worker = Path(__file__).with_name("nano_vllm_worker.py")
+        self._process = subprocess.Popen(
+            [python, str(worker), model, json.dumps(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.version = self._read()["version"]
+
+    def run(self, workload: Workload) -> float:
+        runs = [(workload.prompts, workload.max_tokens)]
+        if workload.prefix:
+            runs.insert(0, ([workload.prefix], [1]))
+        for prompts, max_tokens in runs:
+            # Greedy decoding is not offered there: temperature 1 costs it the same.
+            job = {"prompts": prompts, "max_tokens": max_tokens, "temperature": workload.temperature or 1.0}
+            assert self._process.stdin is not None
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+            answer = self._read()
+        _check_counts(self.name, workload, answer["counts"])
+        return float(answer["seconds"])
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()  # the worker ends
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # whatever else the engine prints is not for us
+                return dict(json.loads(line))
+        raise RuntimeError(f"nano-vllm ended with status {self._process.wait()}; its own message is above")
+
+
+def model_size(config: ModelConfig) -> ModelSize:
+    """What a roofline has to know of a model, from the tensors that a checkpoint of it has."""
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel(), PLAIN)
+    sizes = {name: prod(slot.shape) for name, slot in model.slots() if len(slot.shape) > 1 and not slot.instead_of}
+    tables = [sizes.pop(name) for name in list(sizes) if "embed" in name or name == "lm_head.weight"]
+    return ModelSize(
+        num_weights=sum(sizes.values()),
+        num_head_weights=tables[-1],  # the embedding, where it is the head as well
+        bytes_per_weight=getattr(torch, config.dtype).itemsize,
+        kv_bytes_per_token=config.kv_bytes_per_token,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+    )
 
 
 def load_hugging_face(config: EngineConfig, dtype: str) -> Any:

@@ -7,13 +7,18 @@ runs.
 import json
 import os
 import platform
+import shlex
 import subprocess
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nanovllm import __version__
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> None:
@@ -28,19 +33,25 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> N
             print("  ".join("-" * width for width in widths))
 
 
-def print_json(benchmark: str, model: str, settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """The one line. settings: what was asked for; results: one entry an engine and workload, with every run."""
-    record = {
-        "benchmark": benchmark,
-        "model": model,
-        "settings": settings,
-        "results": list(results),
-        "hardware": _hardware(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    print(json.dumps(record, ensure_ascii=False))
+def print_record(args: Namespace, record: Mapping[str, Any]) -> None:
+    """One JSON line on standard output, and behind `--output`. record: settings, and results with every run."""
+    line = json.dumps(
+        {
+            "benchmark": args.kind,
+            "model": args.model,
+            "command": shlex.join(["nanovllm", *args.argv]),
+            **record,
+            "hardware": _hardware(),
+            "versions": _versions(),
+            "commit": _commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+        ensure_ascii=False,
+    )
+    print(line)
+    if args.output is not None:
+        with Path(args.output).open("a", encoding="utf-8") as file:
+            print(line, file=file)
 
 
 def _cell(value: Any) -> str:
@@ -49,6 +60,20 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def _versions() -> dict[str, str | None]:
+    installed: dict[str, str | None] = {
+        "nanovllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in ("triton", "transformers"):
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            installed[name] = None
+    return installed
 
 
 def _hardware() -> dict[str, Any]:

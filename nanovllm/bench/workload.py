@@ -1,24 +1,35 @@
 """Workloads: lists of random prompts with the number of output tokens each must get.
 
+    offline        256 prompts of 100 to 1024 tokens, 100 to 1024 output tokens each, temperature 0.6
+    offline_1024   the same with 1024 prompts
+    shared_prefix  512 prompts: 2048 tokens in common, which are in the prefix cache, and 64 own; 128 output tokens
+    prefill        32 prompts of 2048 tokens, 1 output token
+    decode_B       B prompts of 128 tokens, 512 output tokens: (time for all - time for the first) / 511 is a step
+    ttft           1 prompt of 128 tokens, 1 output token: the time to the first token of an idle engine
+
 Owns their definition, so that a figure can be repeated elsewhere. Invariant: a workload depends on its arguments only,
 and `variant(n)` has the same lengths with other tokens, so that no run finds another run's prompts in a prefix cache.
 """
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 _TOKEN_IDS = 10001  # the named workloads draw from 0..10000
 
 
 @dataclass(frozen=True)
 class Workload:
-    """prompts: token ids; max_tokens: per prompt, and every prompt gets exactly that many (EOS is ignored)."""
+    """prompts: token ids; max_tokens: per prompt, and every prompt gets exactly that many (EOS is ignored).
+
+    prefix: the beginning that all prompts share, which is to be in the prefix cache when the clock starts.
+    """
 
     name: str
     prompts: list[list[int]]
     max_tokens: list[int]
     temperature: float = 0.0
+    prefix: list[int] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -36,7 +47,11 @@ class Workload:
     def variant(self, number: int, vocab_size: int) -> "Workload":
         """The same lengths with every token id shifted; number 0 is the workload itself, folded into the vocabulary."""
         size = min(vocab_size, _TOKEN_IDS)
-        return replace(self, prompts=[[(token + 37 * number) % size for token in prompt] for prompt in self.prompts])
+
+        def shifted(tokens: list[int]) -> list[int]:
+            return [(token + 37 * number) % size for token in tokens]
+
+        return replace(self, prompts=[shifted(prompt) for prompt in self.prompts], prefix=shifted(self.prefix))
 
     def with_max_tokens(self, count: int) -> "Workload":
         return replace(self, max_tokens=[count] * len(self.prompts))
@@ -60,28 +75,41 @@ def uniform(num_prompts: int, input_len: int, output_len: int, *, mixed: bool = 
     return Workload(name, prompts, [length(output_len) for _ in range(num_prompts)])
 
 
+def shared_prefix(num_prompts: int, prefix_len: int, input_len: int, output_len: int) -> Workload:
+    """Prompts with a common beginning of `prefix_len` tokens and `input_len` tokens of their own."""
+    own = uniform(num_prompts, input_len, output_len)
+    if prefix_len < 1:
+        raise ValueError(f"prefix-len must be at least 1, got {prefix_len}")
+    prefix = _random_prompt(random.Random(1), prefix_len)
+    name = f"{num_prompts} x ({prefix_len} shared + {input_len})+{output_len}"
+    return replace(own, name=name, prompts=[prefix + prompt for prompt in own.prompts], prefix=prefix)
+
+
 def named(name: str) -> Workload:
-    """One of NAMED."""
-    return NAMED[name]()
+    """A workload by its name above. Raises ValueError for another name."""
+    if name in _NAMED:
+        return replace(_NAMED[name](), name=name)
+    kind, _, count = name.partition("_")
+    if kind == "decode" and count.isdecimal() and int(count):
+        return replace(uniform(int(count), 128, 512), name=name)
+    raise ValueError(f"there is no workload {name!r}; there are {', '.join(_NAMED)} and decode_N for N prompts")
 
 
-def _offline(name: str, num_prompts: int, seed: int) -> Workload:
+def _offline(num_prompts: int, seed: int) -> Workload:
     # The order of draws is part of the definition: first every prompt with its length, then every output length.
     rng = random.Random(seed)
     prompts = [_random_prompt(rng, rng.randint(100, 1024)) for _ in range(num_prompts)]
-    return Workload(name, prompts, [rng.randint(100, 1024) for _ in range(num_prompts)], temperature=0.6)
-
-
-def _prefill() -> Workload:
-    return replace(uniform(32, 2048, 1), name="prefill")
+    return Workload("", prompts, [rng.randint(100, 1024) for _ in range(num_prompts)], temperature=0.6)
 
 
 def _random_prompt(rng: random.Random, length: int) -> list[int]:
     return [rng.randint(0, _TOKEN_IDS - 1) for _ in range(length)]
 
 
-NAMED: Mapping[str, Callable[[], Workload]] = {
-    "offline": lambda: _offline("offline", 256, seed=0),
-    "offline_1024": lambda: _offline("offline_1024", 1024, seed=9),
-    "prefill": _prefill,
+_NAMED: Mapping[str, Callable[[], Workload]] = {
+    "offline": lambda: _offline(256, seed=0),
+    "offline_1024": lambda: _offline(1024, seed=9),
+    "shared_prefix": lambda: shared_prefix(512, 2048, 64, 128),
+    "prefill": lambda: uniform(32, 2048, 1),
+    "ttft": lambda: uniform(1, 128, 1),
 }

@@ -105,14 +105,21 @@ def _add_bench(commands: _Commands) -> None:
     parser = _command(
         commands,
         "bench",
-        "measure throughput or latency",
+        "measure speed, and what each part of it is worth",
         """\
 A table, then one JSON line with hardware, versions and every single run. Prompts are random token ids;
-no two runs share a prompt, so nothing comes from the prefix cache.
+every run starts with an empty prefix cache, unless its workload is about a shared prefix.
 """,
         " KIND",
     )
     kinds = parser.add_subparsers(prog="nanovllm bench", dest="kind", metavar="KIND", required=True, title="kinds")
+    for add in (_add_throughput, _add_latency, _add_prefill, _add_prefix):
+        kind = add(kinds)
+        _add_measuring_options(kind)
+        add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+
+
+def _add_throughput(kinds: _Commands) -> argparse.ArgumentParser:
     throughput = _command(
         kinds,
         "throughput",
@@ -131,42 +138,126 @@ examples:
     )
     size.add_argument(
         "--workload",
-        choices=("offline", "offline_1024", "prefill"),
-        help="a fixed workload: offline and offline_1024 are 256 and 1024 prompts of 100 to 1024 tokens with 100 to "
-        "1024 output tokens each at temperature 0.6; prefill is 32 prompts of 2048 tokens with 1 output token",
+        nargs="+",
+        metavar="NAME",
+        help="fixed workloads: offline and offline_1024 are 256 and 1024 prompts of 100 to 1024 tokens with 100 to "
+        "1024 output tokens each at temperature 0.6; also those of the other kinds",
     )
     throughput.add_argument(
         "--mixed", action="store_true", help="draw lengths between a quarter of the given ones and all of it"
     )
+    throughput.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
+    throughput.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
+    return throughput
+
+
+def _add_latency(kinds: _Commands) -> argparse.ArgumentParser:
     latency = _command(
         kinds,
         "latency",
-        "time to the first token, and from token to token",
+        "time to the first token, from token to token, and beside arriving prompts",
         """\
 examples:
   nanovllm bench latency --batch-sizes 1 8 64
-  nanovllm bench latency --model Qwen/Qwen3-0.6B --input-len 128 --output-len 512
+  nanovllm bench latency --model Qwen/Qwen3-0.6B --workload decode_1 decode_8 decode_64 ttft
+  nanovllm bench latency --model Qwen/Qwen3-0.6B --arrivals --num-streams 32 --arrival-len 2048
 """,
     )
-    latency.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="prompts at once (default: 1)"
+    size = latency.add_mutually_exclusive_group()
+    size.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="prompts at once (default: 1)")
+    size.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        help="fixed workloads: decode_N is N prompts of 128 tokens with 512 output tokens, ttft the first token of a "
+        "prompt of 128",
     )
-    for kind in (throughput, latency):
-        kind.add_argument("--model", "-m", default="demo", help=f"{_MODEL_HELP} (default: demo)")
-        kind.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
-        kind.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
-        kind.add_argument(
-            "--repeats", type=int, default=3, metavar="N", help="measured runs, after one to warm up (default: 3)"
-        )
-        kind.add_argument(
-            "--compare",
-            nargs="+",
-            choices=("hf", "vllm"),
-            default=[],
-            metavar="ENGINE",
-            help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm (if installed)",
-        )
-        add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+    size.add_argument(
+        "--arrivals",
+        action="store_true",
+        help="the gaps between the tokens of running streams while prompts that want one token arrive",
+    )
+    latency.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
+    latency.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
+    group = latency.add_argument_group("with --arrivals")
+    group.add_argument("--num-streams", type=int, default=32, metavar="N", help="running streams (default: 32)")
+    group.add_argument("--arrival-len", type=int, default=2048, metavar="N", help="tokens of a prompt (default: 2048)")
+    group.add_argument("--arrival-ms", type=float, default=100, metavar="X", help="time between two (default: 100)")
+    group.add_argument("--seconds", type=float, default=10, metavar="X", help="length of a run (default: 10)")
+    return latency
+
+
+def _add_prefill(kinds: _Commands) -> argparse.ArgumentParser:
+    prefill = _command(
+        kinds,
+        "prefill",
+        "prompt tokens a second",
+        """\
+examples:
+  nanovllm bench prefill --model Qwen/Qwen3-0.6B
+  nanovllm bench prefill --num-prompts 4 --input-len 512
+""",
+    )
+    _add_workload_sizes(prefill, num_prompts=32, input_len=2048)
+    return prefill
+
+
+def _add_prefix(kinds: _Commands) -> argparse.ArgumentParser:
+    prefix = _command(
+        kinds,
+        "prefix",
+        "output tokens a second of prompts with a common beginning that is in the prefix cache",
+        """\
+examples:
+  nanovllm bench prefix --model Qwen/Qwen3-0.6B
+  nanovllm bench prefix --num-prompts 16 --prefix-len 256 --output-len 32
+""",
+    )
+    _add_workload_sizes(prefix, num_prompts=512, prefix_len=2048, input_len=64, output_len=128)
+    return prefix
+
+
+def _add_workload_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Flags for the sizes of a kind's one workload, which has its name with the default ones."""
+    texts = {
+        "num_prompts": "prompts in the run",
+        "prefix_len": "tokens that all prompts begin with",
+        "input_len": "prompt tokens of each prompt's own",
+        "output_len": "output tokens",
+    }
+    for name, default in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{texts[name]} (default: {default})")
+    parser.set_defaults(workload_defaults=defaults)
+
+
+def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    _add_record_options(parser)
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        choices=("hf", "vllm", "nano-vllm"),
+        default=[],
+        metavar="ENGINE",
+        help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm, nano-vllm",
+    )
+    parser.add_argument(
+        "--nano-vllm-python", metavar="PATH", help="the Python of the environment that nano-vllm is installed in"
+    )
+
+
+def _add_record_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", "-m", default="demo", help=f"{_MODEL_HELP} (default: demo)")
+    parser.add_argument(
+        "--repeat",
+        "--repeats",
+        dest="repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="measured runs, after one to warm up (default: 3)",
+    )
+    parser.add_argument("--output", "-o", metavar="FILE", help="also append the JSON line to this file")
 
 
 def _add_check_model(commands: _Commands) -> None:

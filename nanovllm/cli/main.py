@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_time = perf_counter()
     args = build_parser().parse_args(argv)
     args.start_time = start_time
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(import_module(_COMMANDS[args.command]).run(args))
     except KeyboardInterrupt:

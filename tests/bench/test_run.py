@@ -1,6 +1,8 @@
 """The benchmark's output: a table, then one JSON line that holds every run."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ SMALL = [
     "10000000",
     "--device",
     "cpu",
-    "--repeats",
+    "--repeat",
     "2",
     "--input-len",
     "6",
@@ -36,6 +38,15 @@ def test_throughput_beside_hugging_face(model: str, load_format: str, capsys: py
     assert record["benchmark"] == "throughput"
     assert record["settings"]["dtype"] == "float32"
     assert {"hardware", "versions", "commit", "date"} <= set(record)
+    assert record["command"].startswith("nanovllm bench throughput --model")
+    ours = [row for row in record["results"] if row["engine"] == "nanovllm"]
+    for row in ours:
+        assert 0 < row["host_share"] < 1
+        assert row["work"]["num_tokens_sampled"] == 2 * row["num_output_tokens"]
+        assert row["work"]["num_tokens_computed"] > 2 * row["num_prompt_tokens"]
+        assert row["roofline"]["floor_seconds"] == pytest.approx(
+            row["roofline"]["share_of_floor"] * sum(row["seconds"])
+        )
     for row in record["results"]:
         assert len(row["seconds"]) == 2
         assert row["slowest"] <= row["output_tokens_per_second"] <= row["fastest"]
@@ -49,9 +60,73 @@ def test_latency(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(row["seconds"]) == len(row["first_token_seconds"]) == 2
 
 
+def test_first_token_alone(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "latency", "--model", model, "--workload", "ttft", *SMALL[:-4]]
+    assert main(argv) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert row["workload"] == "ttft" and row["num_prompt_tokens"] == 128 and row["num_output_tokens"] == 1
+    assert "step_ms" not in row and row["fastest"] <= row["first_token_ms"] <= row["slowest"]
+
+
+def test_prefill_counts_prompt_tokens(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "prefill", "--model", model, "--num-prompts", "3", "--input-len", "20", *SMALL[:-4]]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert row["slowest"] <= row["prompt_tokens_per_second"] <= row["fastest"]
+    assert row["work"]["num_tokens_computed"] == 2 * 60, "every run starts with an empty prefix cache"
+
+
+def test_prefix_finds_the_prefix_in_the_cache(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    argv = ["bench", "prefix", "--model", model, "--num-prompts", "3", "--prefix-len", "64", "--output", str(output)]
+    for _ in range(2):
+        assert main([*argv, *SMALL]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert row["num_prompt_tokens"] == 3 * 70
+    assert row["work"]["num_tokens_computed"] == 2 * 3 * (6 + 3), "the prefix is not computed while the clock runs"
+    assert [json.loads(line)["benchmark"] for line in output.read_text().splitlines()] == ["prefix", "prefix"]
+
+
+def test_gaps_of_streams_while_prompts_arrive(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Streams reach the longest length, 48 tokens here, and are replaced."""
+    argv = ["bench", "latency", "--model", model, "--arrivals", "--num-streams", "3", "--arrival-len", "40"]
+    assert (
+        main([*argv, "--max-model-len", "48", "--arrival-ms", "20", "--seconds", "0.3", "--repeat", "1", *SMALL[:4]])
+        == 0
+    )
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert 0 < row["num_answered"] <= row["num_arrivals"] <= 16
+    assert row["gap_p50_ms"] <= row["gap_p99_ms"] <= row["gap_max_ms"] < 1000
+    assert row["num_gaps"] > 20
+
+
+def test_nano_vllm_runs_in_a_python_of_its_own(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nanovllm.py").write_text(
+        "class SamplingParams:\n"
+        "    def __init__(self, temperature, max_tokens, ignore_eos):\n"
+        "        assert temperature > 0 and ignore_eos\n"
+        "        self.max_tokens = max_tokens\n"
+        "class LLM:\n"
+        "    def __init__(self, model, **options): print('loading', model, options)\n"
+        "    def generate(self, prompts, params, use_tqdm):\n"
+        "        return [{'token_ids': [0] * p.max_tokens} for p in params]\n"
+    )
+    (tmp_path / "nano_vllm-0.2.dist-info").mkdir()
+    (tmp_path / "nano_vllm-0.2.dist-info" / "METADATA").write_text("Name: nano-vllm\nVersion: 0.2\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    argv = ["bench", "throughput", "--model", model, "--num-prompts", "2", "--compare", "nano-vllm", *SMALL]
+    assert main([*argv, "--nano-vllm-python", sys.executable]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert (theirs["engine"], theirs["version"]) == ("nano-vllm", "0.2")
+    assert theirs["nanovllm_speedup"] == ours["output_tokens_per_second"] / theirs["output_tokens_per_second"]
+    assert main(argv) == 2
+    assert "--nano-vllm-python" in capsys.readouterr().err
+
+
 def test_an_engine_that_is_not_installed_is_refused_before_measuring(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.bench.run.find_spec", lambda name: None)
+    monkeypatch.setattr("nanovllm.bench.engines.find_spec", lambda name: None)
     assert main(["bench", "throughput", "--model", model, "--compare", "vllm", *SMALL]) == 2
     assert "pip install vllm" in capsys.readouterr().err

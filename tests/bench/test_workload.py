@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nanovllm.bench.workload import named, uniform
+from nanovllm.bench.workload import named, shared_prefix, uniform
 
 
 def test_offline_follows_its_published_definition() -> None:
@@ -37,3 +37,28 @@ def test_mixed_lengths_stay_within_their_bounds() -> None:
 def test_nothing_to_do_is_an_error(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         uniform(*arguments)
+
+
+def test_shared_prefix_is_shared_and_moves_with_its_variant() -> None:
+    for workload in (shared_prefix(3, 10, 4, 5), shared_prefix(3, 10, 4, 5).variant(2, 50)):
+        assert all(prompt[:10] == workload.prefix and len(prompt) == 14 for prompt in workload.prompts)
+        assert len({tuple(prompt) for prompt in workload.prompts}) == 3
+    with pytest.raises(ValueError, match="prefix-len must be at least 1, got 0"):
+        shared_prefix(3, 0, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prompts", "prompt_len", "output_len"),
+    [("shared_prefix", 512, 2112, 128), ("prefill", 32, 2048, 1), ("decode_64", 64, 128, 512), ("ttft", 1, 128, 1)],
+)
+def test_named_workloads_have_their_sizes(name: str, num_prompts: int, prompt_len: int, output_len: int) -> None:
+    workload = named(name)
+    assert workload.name == name
+    assert [len(prompt) for prompt in workload.prompts] == [prompt_len] * num_prompts
+    assert workload.max_tokens == [output_len] * num_prompts
+
+
+def test_an_unknown_workload_is_refused() -> None:
+    for name in ("offlin", "decode_", "decode_0", "decode_x"):
+        with pytest.raises(ValueError, match=f"no workload '{name}'; there are offline"):
+            named(name)

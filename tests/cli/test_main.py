@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.sampling_params import SamplingParams
 
 COMMANDS = [[name] for name in ("complete", "chat", "demo", "bench", "check-model", "memory")]
-COMMANDS += [["bench", "throughput"], ["bench", "latency"]]
+COMMANDS += [["bench", kind] for kind in ("throughput", "latency", "prefill", "prefix")]
 
 
 def test_help_comes_at_once_and_imports_no_torch() -> None:
@@ -110,7 +110,10 @@ def _help_of(command: str) -> str:
         (["memory", "demo", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
         (["check-model", "demo", "--tolerance", "0"], "--tolerance must be more than 0"),
         (["bench", "throughput", "--num-prompts", "0"], "number of prompts must be at least 1"),
-        (["bench", "throughput", "--repeats", "0"], "--repeats must be at least 1"),
+        (["bench", "throughput", "--repeats", "0"], "--repeat must be at least 1"),
+        (["bench", "throughput", "--workload", "onlin"], "there is no workload 'onlin'"),
+        (["bench", "prefix", "--prefix-len", "0"], "prefix-len must be at least 1"),
+        (["bench", "latency", "--arrivals", "--num-streams", "0"], "--num-streams, --arrival-len"),
         (["bench", "throughput", "--workload", "offline", "--mixed"], "has lengths of its own"),
         (["bench", "latency", "--output-len", "1"], "--output-len must be at least 2"),
     ],
