@@ -125,7 +125,8 @@ def from_hf(
         "logits_scale": 1.0 / (_read_number(hf, "logits_scaling") or 1.0),
         "extra": {name: hf[name] for name in fields},
     }
-    return ModelConfig(**{**read, **switches})
+    set_by_architecture = {name: value(hf) if callable(value) else value for name, value in switches.items()}
+    return ModelConfig(**{**read, **set_by_architecture})
 
 
 def _refuse_unknown_fields(architecture: str, hf: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

@@ -14,6 +14,17 @@ from nanovllm.models.hf_config import from_hf
 
 _DECODER = "nanovllm.models.llama:LlamaForCausalLM"
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_BIASES = {"attention_bias": False, "mlp_bias": False}
+_GEMMA = {
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "layer_types": None,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA_SWITCHES = {"norms": "both", "norm_offset": 1.0, "embedding_scale": lambda hf: hf["hidden_size"] ** 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +33,7 @@ class Architecture:
 
     fields: config.json fields beside those of all decoders, with the values they have when missing (transformers'
         defaults); ModelConfig.extra hands them to the model. It may also hold other defaults for common fields.
-    switches: ModelConfig fields that the architecture sets.
+    switches: ModelConfig fields that the architecture sets; a function gets the config.json dict, defaults filled in.
     model: "module:class", called with (config, max_len, dtype, tp, ops).
     mlp: "module:class" of another feed-forward block, called with (config, layer_idx, dtype, tp, ops).
     """
@@ -34,13 +45,64 @@ class Architecture:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(fields={"attention_bias": False, "mlp_bias": False}),
+    "LlamaForCausalLM": Architecture(fields=_BIASES),
     "MistralForCausalLM": Architecture(fields={"sliding_window": 4096}),
     "Qwen2ForCausalLM": Architecture(
         fields={**_QWEN_WINDOW, "attention_bias": True}, switches={"qkv_bias": True, "o_bias": False}
     ),
     "Qwen3ForCausalLM": Architecture(
         fields={**_QWEN_WINDOW, "attention_bias": False, "head_dim": 128}, switches={"qk_norm": "head"}
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        fields={
+            **_BIASES,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "rope_theta": 2000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+        }
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        fields={
+            **_GEMMA,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        switches=_GEMMA_SWITCHES,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        fields={
+            **_GEMMA,
+            "final_logit_softcapping": None,
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 1000000.0,
+            "sliding_window_pattern": 6,
+        },
+        switches={**_GEMMA_SWITCHES, "qk_norm": "head"},
+    ),
+    "Phi3ForCausalLM": Architecture(
+        fields={
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        }
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        fields={"attention_bias": False, "rms_norm_eps": 1e-5}, switches={"norms": "after", "qk_norm": "projection"}
+    ),
+    "GraniteForCausalLM": Architecture(
+        fields={
+            **_BIASES,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+        }
     ),
 }
 

@@ -16,14 +16,14 @@ from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_meta
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
-def check(case: PagedCase, window: int | None, tolerance: float) -> None:
+def check(case: PagedCase, window: int | None, tolerance: float, softcap: float | None = None) -> None:
     scale = case.q.shape[2] ** -0.5
-    expected = paged_attention_reference(case.q, case.kv_cache, case.meta, scale, window)
+    expected = paged_attention_reference(case.q, case.kv_cache, case.meta, scale, window, softcap)
     for native in (None, load_native()) if HAS_COMPILER else (None,):
         backend = CpuPagedBackend(native)
         prepared = backend.prepare(case.meta)
         for layer_idx in range(2):  # the second layer reuses the first one's indices
-            out = backend.forward(layer_idx, case.q, case.kv_cache, prepared, scale, window)
+            out = backend.forward(layer_idx, case.q, case.kv_cache, prepared, scale, window, softcap)
             assert out.shape == case.q.shape and out.dtype == case.q.dtype
             torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
@@ -42,14 +42,15 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 @given(
     lens=batches(),
     window=st.sampled_from([None, 1, 7, 40]),
+    softcap=st.sampled_from([None, 0.8]),
     layout=st.sampled_from(LAYOUTS),
     block_size=st.sampled_from([8, 16]),
     seed=st.integers(0, 9),
 )
 def test_ragged_batches(
-    lens: tuple[list[int], list[int]], window: int, layout: str, block_size: int, seed: int
+    lens: tuple[list[int], list[int]], window: int, softcap: float | None, layout: str, block_size: int, seed: int
 ) -> None:
-    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed), window, 1e-5)
+    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed), window, 1e-5, softcap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

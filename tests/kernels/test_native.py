@@ -17,7 +17,7 @@ from nanovllm.kernels.native import NativeKernels, build, load_native
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
-from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
+from nanovllm.kernels.silu_and_mul import gelu_and_mul_reference, silu_and_mul_reference
 from tests.attention.paged_cases import make_case
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -79,6 +79,8 @@ def test_silu_and_mul(kernels: NativeKernels, rows: int, dim: int, dtype: torch.
     torch.manual_seed(seed)
     gate_up = random(rows, 2 * dim, dtype=dtype, scale=scale)
     check(kernels.silu_and_mul(gate_up), silu_and_mul_reference(gate_up), 1e-4)
+    # PyTorch adds 1 to a tanh near -1, which cancels; the C++ does not.
+    check(kernels.gelu_and_mul(gate_up), gelu_and_mul_reference(gate_up), 10 * scale)
 
 
 @needs_compiler
@@ -210,6 +212,7 @@ def test_other_inputs_go_to_pytorch(kernels: NativeKernels) -> None:
     check(kernels.rms_norm(half, weight, 1e-5), rms_norm_reference(half, weight, 1e-5), 1e-3)
     check(kernels.add_rms_norm(half, half, weight, 1e-5)[0], add_rms_norm_reference(half, half, weight, 1e-5)[0], 1e-3)
     assert torch.equal(kernels.silu_and_mul(half), silu_and_mul_reference(half))
+    assert torch.equal(kernels.gelu_and_mul(half), gelu_and_mul_reference(half))
     strided = random(4, 3, 48, dtype=torch.bfloat16)[..., :32]
     check(
         kernels.rms_norm(strided, weight.bfloat16(), 1e-5), rms_norm_reference(strided, weight.bfloat16(), 1e-5), 1e-3

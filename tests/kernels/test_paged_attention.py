@@ -8,7 +8,7 @@ from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_metadata
 
 
-def unpaged(case: PagedCase, scale: float, window: int | None) -> torch.Tensor:
+def unpaged(case: PagedCase, scale: float, window: int | None, softcap: float | None = None) -> torch.Tensor:
     """Attention of each request over its own keys and values, with a mask written cell by cell."""
     outputs, start = [], 0
     for context, query_len, seq_len in zip(
@@ -22,6 +22,11 @@ def unpaged(case: PagedCase, scale: float, window: int | None) -> torch.Tensor:
             position = seq_len - query_len + j
             first = 0 if window is None else max(0, position - window + 1)
             mask[j, first : position + 1] = True
+        if softcap is not None:
+            scores = softcap * torch.tanh(q @ keys.transpose(1, 2) * scale / softcap)
+            weights = torch.softmax(scores.where(mask, float("-inf")), dim=-1)
+            outputs.append((weights @ values).transpose(0, 1))
+            continue
         outputs.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -32,6 +37,15 @@ def test_mixed_batch(layout: str, window: int | None) -> None:
     case = make_case([1, 1, 1, 4, 17, 2], [1, 9, 30, 4, 40, 8], layout=layout)
     out = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.3, window)
     torch.testing.assert_close(out, unpaged(case, 0.3, window), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_soft_cap(window: int | None) -> None:
+    case = make_case([1, 1, 4, 17], [1, 9, 4, 40])
+    out = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.7, window, 1.5)
+    torch.testing.assert_close(out, unpaged(case, 0.7, window, 1.5), atol=2e-6, rtol=1e-5)
+    loose = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.7, window, 1e4)
+    torch.testing.assert_close(loose, unpaged(case, 0.7, window), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 64), (7, 1, 80), (14, 2, 96), (4, 4, 128)])

@@ -32,12 +32,13 @@ def poison_unused(case: PagedCase) -> None:
     case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
 
 
-def check(case: PagedCase, window: int | None, dtype: torch.dtype) -> None:
+def check(case: PagedCase, window: int | None, dtype: torch.dtype, softcap: float | None = None) -> None:
     case = on_device(case)
     poison_unused(case)
     scale = case.q.shape[2] ** -0.5
-    got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, scale, window)
-    want = paged_attention_reference(case.q.float(), case.kv_cache.float(), case.meta, scale, window)
+    got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, scale, window, softcap=softcap)
+    q, kv_cache = case.q.float(), case.kv_cache.float()
+    want = paged_attention_reference(q, kv_cache, case.meta, scale, window, softcap)
     assert got.shape == case.q.shape and got.dtype == dtype
     assert relative_error(got, want) < TOLERANCE[dtype]
 
@@ -61,6 +62,15 @@ def test_mixed_batches(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype,
     )  # fmt: skip
     check(case, window, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("head_dim", "softcap"), [(256, 50.0), (80, 0.7), (64, 3.0)])
+def test_soft_caps(dtype: torch.dtype, window: int | None, head_dim: int, softcap: float) -> None:
+    """As Gemma 2 has them, on layers with and without a window."""
+    case = make_case([1, 1, 1, 30, 7], [1, 90, 200, 70, 7], num_heads=4, head_dim=head_dim, block_size=16, dtype=dtype)
+    check(case, window, dtype, softcap)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

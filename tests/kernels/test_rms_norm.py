@@ -55,3 +55,15 @@ def test_strided_input() -> None:
     heads = qkv[:, 2:5]
     weight = torch.randn(32)
     assert torch.equal(rms_norm(heads, weight, 1e-6), rms_norm(heads.contiguous(), weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_may_be_float32(dtype: torch.dtype) -> None:
+    """As where an offset was added to them: the result has the input's dtype."""
+    x, residual, weight = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype), 1 + 0.01 * torch.randn(64)
+    exact = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+    for norm, add_norm in ((rms_norm, add_rms_norm), (rms_norm_reference, add_rms_norm_reference)):
+        normed = norm(x, weight, 1e-6)
+        assert normed.dtype == dtype
+        torch.testing.assert_close(normed.float(), exact, atol=0, rtol=2 * torch.finfo(dtype).eps)
+        assert add_norm(x, residual, weight, 1e-6)[0].dtype == dtype

@@ -38,3 +38,11 @@ def test_add_norm_is_pure_and_equal(dtype: torch.dtype, shape: tuple[int, int]) 
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
     assert torch.equal(total, want_total)
     assert relative_error(normed, want_normed) < TOLERANCE[dtype]
+
+
+def test_weights_may_be_float32() -> None:
+    x, residual = randn(3, 64, dtype=torch.float16), randn(3, 64, dtype=torch.float16)
+    weight = 1 + 0.01 * randn(64, dtype=torch.float32)
+    assert relative_error(twin.rms_norm_triton(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5)) < 2e-3
+    got, want = (norm(x, residual, weight, 1e-5)[0] for norm in (twin.add_rms_norm_triton, add_rms_norm_reference))
+    assert got.dtype == x.dtype and relative_error(got, want) < 2e-3

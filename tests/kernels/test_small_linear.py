@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import small_linear as ops
 from nanovllm.kernels.rms_norm import rms_norm_reference
-from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
+from nanovllm.kernels.silu_and_mul import gelu_and_mul_reference, silu_and_mul_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -30,6 +30,7 @@ def test_references_are_the_plain_operations_in_sequence(
     for got, want in (
         (ops.rms_norm_linear_reference(*args), linear),
         (ops.rms_norm_gated_linear_reference(*args), silu_and_mul_reference(linear)),
+        (ops.rms_norm_gated_linear_reference(*args, "gelu_tanh"), gelu_and_mul_reference(linear)),
     ):
         assert torch.equal(got[0], want) and torch.equal(got[1], total)
 
@@ -44,8 +45,9 @@ def test_cpu_path_equals_the_references(dtype: torch.dtype, rows: int) -> None:
     for first in (residual, None):
         args = (x, first, norm_weight, 1e-5, weight, bias)
         torch.testing.assert_close(ops.rms_norm_linear(*args), ops.rms_norm_linear_reference(*args), **close)
-        gated = ops.rms_norm_gated_linear(*args), ops.rms_norm_gated_linear_reference(*args)
-        torch.testing.assert_close(*gated, **close)
+        for gate in ("silu", "gelu_tanh"):
+            gated = ops.rms_norm_gated_linear(*args, gate), ops.rms_norm_gated_linear_reference(*args, gate)
+            torch.testing.assert_close(*gated, **close)
 
 
 def test_inputs_are_unchanged() -> None:

@@ -60,6 +60,20 @@ def test_norm_equals_reference(
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [SIZES[0], SIZES[4]])
+def test_gelu_and_float32_norm_weights(dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
+    """As Gemma has them."""
+    x, residual = randn(rows, inputs, dtype=dtype), randn(rows, inputs, dtype=dtype)
+    norm_weight, weight = randn(inputs, dtype=torch.float32), scaled_weight(2 * outputs, inputs, dtype)
+    config = twin.choose(x, weight, gated=True, normed=True)
+    got, _ = twin.rms_norm_linear_triton(x, residual, norm_weight, 1e-5, weight, None, config, True, True)
+    want, _ = ops.rms_norm_gated_linear_reference(x, residual, norm_weight, 1e-5, weight, None, "gelu_tanh")
+    assert got.dtype == dtype and relative_error(got, want) < TOLERANCE[dtype]
+    got = twin.small_linear_triton(x, weight, None, config, True, True)
+    assert relative_error(got, ops.gated_linear_reference(x, weight, None, "gelu_tanh")) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("rows", [2, 4, 7])
 def test_rows_do_not_influence_one_another(rows: int) -> None:
     x, weight = randn(rows, 256, dtype=torch.float16), scaled_weight(32, 256, torch.float16)

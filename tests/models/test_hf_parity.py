@@ -60,6 +60,69 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3ForCausalLM",
         {"head_dim": 96, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
+    "smollm3": ("SmolLM3ForCausalLM", {"num_hidden_layers": 4}),
+    "smollm3-window-bias": (
+        "SmolLM3ForCausalLM",
+        {
+            **{"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6, "head_dim": 64},
+            **{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        },
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            **{"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 80},
+            **{"sliding_window": 9, "query_pre_attn_scalar": 3},
+            **{"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
+        },
+    ),
+    "gemma2-no-softcap-d256": (
+        "Gemma2ForCausalLM",
+        {
+            **{"head_dim": 256, "sliding_window": 5, "attention_bias": True, "tie_word_embeddings": False},
+            **{"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 100},
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {"num_hidden_layers": 3, "sliding_window_pattern": 3, "head_dim": 96, "sliding_window": 8},
+    ),
+    "gemma3-linear-softcap": (
+        "Gemma3ForCausalLM",
+        {
+            **{"head_dim": 64, "sliding_window": 5, "final_logit_softcapping": 3.0, "num_key_value_heads": 4},
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "phi3-d80": ("Phi3ForCausalLM", {"hidden_size": 320, "sliding_window": None}),
+    "phi3-window": ("Phi3ForCausalLM", {"sliding_window": 7, "hidden_size": 64}),
+    "phi4-partial": (
+        "Phi3ForCausalLM",
+        {
+            **{"hidden_size": 64, "tie_word_embeddings": True},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmo2-gqa7-d64-bias": (
+        "Olmo2ForCausalLM",
+        {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1, "attention_bias": True},
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 5.0},
+            **{"attention_multiplier": 0.6, "tie_word_embeddings": True},
+        },
+    ),
+    "granite-bias-d64": (
+        "GraniteForCausalLM",
+        {"head_dim": 64, "attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.1},
+    ),
 }
 NUM_OUTPUT = 12
 ONE = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
