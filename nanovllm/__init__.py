@@ -13,6 +13,7 @@ _PUBLIC = {
     "EngineConfig": "nanovllm.config",
     "SamplingParams": "nanovllm.sampling_params",
     "RequestOutputKind": "nanovllm.sampling_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",

@@ -4,8 +4,9 @@ Owns that order and the choice of parts for a device. Invariant: every user-faci
 before the weights are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -15,11 +16,13 @@ from nanovllm.config import DTYPES, EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.worker import build_runner
 from nanovllm.models.registry import read_model_config
+from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -67,6 +70,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
     runner, runner_times = build_runner(config, model_config, checkpoint, device, TensorParallel())
+    eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
     return EngineParts(
         config=config,
         model_config=model_config,
@@ -87,10 +91,11 @@ def build_engine(config: EngineConfig) -> EngineParts:
             vocab_size=model_config.vocab_size,
             max_model_len=_known(config.max_model_len),
             num_cache_tokens=runner.num_blocks * _known(config.block_size),
-            eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
+            eos_token_ids=eos_token_ids,
             seed=config.seed,
             length_dependent_from=model_config.length_dependent_from,
             has_logits_processors=bool(config.logits_processors),
+            compile_constraint=_constraint_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,
@@ -135,6 +140,22 @@ def _choose_dtype(name: str, hf: Mapping[str, Any], device: torch.device) -> str
 
 def _cpu_multiplies_bfloat16() -> bool:
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def _constraint_compiler(
+    tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: list[int]
+) -> Callable[[StructuredOutputsParams, bool], TokenConstraint] | None:
+    if tokenizer is None:
+        return None
+
+    @cache
+    def compiler() -> Any:
+        # A leaf: it needs a package of its own, and reads the whole vocabulary when it is made.
+        from nanovllm.structured.llguidance_backend import GrammarCompiler
+
+        return GrammarCompiler(tokenizer.to_json(), vocab_size, eos_token_ids)
+
+    return lambda params, ignore_eos: compiler().compile(params, ignore_eos)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:

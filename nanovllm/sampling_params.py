@@ -4,6 +4,7 @@ Owns the meaning and the bounds of every field (vLLM's names and meanings). Inva
 on its own; what depends on the model (vocabulary, lengths) is checked by `engine/input_processor.py`.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,72 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0  # all output so far
     DELTA = 1  # what is new since the request's last output
     FINAL_ONLY = 2  # nothing before the end, then everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """A form that the output must have: exactly one of these. Raises TypeError or ValueError that names the field.
+
+    json: a JSON schema as a dict or text, or a pydantic model class; kept as text.
+    regex: a regular expression that the whole output matches. choice: the output is one of these strings.
+    grammar: a context-free grammar, in Lark's notation or (with "::=") in GBNF.
+    """
+
+    json: str | Mapping[str, Any] | type | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    grammar: str | None = None
+
+    def __new__(cls, *args: object, **options: object) -> "StructuredOutputsParams":
+        reject_unknown_options("StructuredOutputsParams", options, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"structured_outputs needs one of json, regex, choice and grammar, got {given or 'none'}")
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, NoneType)):
+                raise TypeError(f"structured_outputs.{name} must be a string, got {value!r}")
+        if self.json is not None:
+            object.__setattr__(self, "json", _read_schema(self.json))
+        if self.choice is not None:
+            if not isinstance(self.choice, (list, tuple)):
+                raise TypeError(f"structured_outputs.choice must be a list of strings, got {self.choice!r}")
+            for text in self.choice:
+                if not isinstance(text, str):
+                    raise TypeError(f"structured_outputs.choice must hold strings, got {text!r}")
+            if not self.choice or not all(self.choice):
+                raise ValueError(
+                    f"structured_outputs.choice must hold one or more strings, none of them empty, got {self.choice!r}"
+                )
+            object.__setattr__(self, "choice", tuple(self.choice))
+
+    @property
+    def kind(self) -> tuple[str, Any]:
+        """The field that is set, and its value."""
+        return next((field.name, value) for field in fields(self) if (value := getattr(self, field.name)) is not None)
+
+
+def _read_schema(schema: Any) -> str:
+    """JSON text of a schema in any of its forms. A pydantic model is known by its method: nothing is imported."""
+    if hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    if isinstance(schema, str):
+        try:
+            json.loads(schema)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"structured_outputs.json is no JSON ({error}): {schema!r}") from error
+        return schema
+    if not isinstance(schema, Mapping):
+        raise TypeError(
+            f"structured_outputs.json must be a schema (dict or JSON text) or a pydantic model, got {schema!r}"
+        )
+    try:
+        return json.dumps(dict(schema))
+    except TypeError as error:
+        raise TypeError(f"structured_outputs.json holds what is no JSON: {error}") from error
 
 
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -56,6 +123,8 @@ class SamplingParams:
     logprobs: log-probabilities of each output token and of the most likely so many, over the whole vocabulary and
         before any of the above; -1 gives all tokens', 0 the drawn ones' alone. prompt_logprobs: the same for each
         prompt token; the request then computes its whole prompt, also where the prefix cache holds it.
+    structured_outputs: a form that the output must have; needs the extra `structured`. The request is planned every
+        other step where steps overlap, and ends as soon as nothing but EOS could follow.
     stop: strings that end the output; the text is cut before them. stop_token_ids: tokens that end it.
     ignore_eos: go on past the model's end-of-sequence tokens.
     include_stop_str_in_output: cut the text after the stop string instead; a stop token's text stays in, too.
@@ -81,6 +150,7 @@ class SamplingParams:
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     stop: str | tuple[str, ...] | list[str] | None = None
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     ignore_eos: bool = False
@@ -118,6 +188,8 @@ class SamplingParams:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, NoneType)):
+            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 1 <= self.n <= MAX_N:

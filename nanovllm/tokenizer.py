@@ -100,6 +100,12 @@ class Tokenizer:
             )
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """All of it as text in the format of the tokenizers package. Raises ValueError if it is not one of those."""
+        if self._backend is None:
+            raise ValueError("structured_outputs need a tokenizer of the tokenizers package; this one is Python code")
+        return self._backend.to_str()
+
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether a token's text is a fixed string of bytes, as in GPT-2's scheme."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import SamplingParams, StructuredOutputsParams
 
 WRONG_VALUES: list[tuple[str, Any]] = [
     *[("temperature", value) for value in (-0.1, float("nan"), float("inf"), -float("inf"))],
@@ -41,6 +41,7 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     *[("bad_words", value) for value in ("word", [1], [None])],
     *[("logits_processors", value) for value in (len, ["name"], [None])],
     *[("n", value) for value in (1.0, None, "2", True)],
+    *[("structured_outputs", value) for value in ({"regex": "a"}, "a", 5)],
     *[("ignore_eos", value) for value in (1, None, "yes")],
     *[("include_stop_str_in_output", value) for value in (1, None)],
     *[("spaces_between_special_tokens", value) for value in (0, None)],
@@ -183,3 +184,34 @@ def test_several_greedy_outputs_are_refused() -> None:
     """W13: they would all be equal; vLLM refuses them, too."""
     with pytest.raises(ValueError, match=r"n must be 1 .*temperature=0.*got 2"):
         SamplingParams(n=2, temperature=0)
+
+
+WRONG_FORMS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({}, ValueError, "one of json, regex, choice and grammar, got none"),
+    ({"regex": "a", "choice": ["a"]}, ValueError, r"\['regex', 'choice'\]"),
+    ({"regexp": "a"}, TypeError, "'regexp'.*'regex'"),
+    ({"regex": 5}, TypeError, r"regex.*5"),
+    ({"grammar": ["a"]}, TypeError, r"grammar.*'a'"),
+    ({"choice": "yes"}, TypeError, r"choice.*'yes'"),
+    ({"choice": ["yes", 1]}, TypeError, "choice.*1"),
+    ({"choice": []}, ValueError, "choice"),
+    ({"choice": ["a", ""]}, ValueError, "choice"),
+    ({"json": "{"}, ValueError, "json"),
+    ({"json": 5}, TypeError, "json.*5"),
+    ({"json": {"enum": [object()]}}, TypeError, "json"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG_FORMS, ids=str)
+def test_wrong_forms_name_field_and_value(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    """W13"""
+    with pytest.raises(error, match=f"(?s){message}"):
+        StructuredOutputsParams(**options)
+
+
+def test_forms_are_plain_data() -> None:
+    """They travel to other processes, and equal ones are equal: what is compiled once serves both."""
+    forms = [StructuredOutputsParams(json={"type": "object"}), StructuredOutputsParams(choice=["a", "b"])]
+    for form in forms:
+        assert pickle.loads(pickle.dumps(form)) == form and hash(form) == hash(pickle.loads(pickle.dumps(form)))
+    assert forms[0] == StructuredOutputsParams(json='{"type": "object"}')

@@ -28,6 +28,7 @@ _NOT_SAMPLING_FLAGS = {
     "prompt_logprobs",
     "logit_bias",
     "logits_processors",
+    "structured_outputs",
 }
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.request import Request
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -35,7 +36,9 @@ class InputProcessor:
         seed: int,
         length_dependent_from: int | None = None,
         has_logits_processors: bool = False,
+        compile_constraint: Callable[[StructuredOutputsParams, bool], TokenConstraint] | None = None,
     ) -> None:
+        """compile_constraint: makes a new one for (params, ignore_eos); None without a tokenizer."""
         self._encode = encode
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -44,6 +47,7 @@ class InputProcessor:
         self._seed = seed
         self._length_dependent_from = length_dependent_from
         self._has_logits_processors = has_logits_processors
+        self._compile_constraint = compile_constraint
 
     def process(
         self, prompt: Prompt, params: SamplingParams, name: str, number: int, request_id: str | None = None
@@ -60,6 +64,7 @@ class InputProcessor:
         if params.stop and self._encode is None:
             raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
         bad_words = self._read_bad_words(params, name)
+        constraints = [self._constraint(params, name) for _ in range(params.n)]
         uses_python = bool(params.logits_processors) or self._has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
@@ -78,14 +83,25 @@ class InputProcessor:
                 cache_salt=self._cache_salt(len(token_ids)),
                 bad_words=bad_words,
                 needs_history=needs_host_tokens or params.has_penalties,
-                needs_host_tokens=needs_host_tokens,
+                constraint=constraint,
+                needs_host_tokens=needs_host_tokens or constraint is not None,
             )
-            for index in range(params.n)
+            for index, constraint in enumerate(constraints)
         ]
         if params.n > 1:
             for request in requests:
                 request.siblings = requests
         return requests
+
+    def _constraint(self, params: SamplingParams, name: str) -> TokenConstraint | None:
+        if params.structured_outputs is None:
+            return None
+        if self._compile_constraint is None:
+            raise ValueError(f"{name}: structured_outputs need a tokenizer; use skip_tokenizer_init=False")
+        try:
+            return self._compile_constraint(params.structured_outputs, params.ignore_eos)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _check_vocabulary(self, params: SamplingParams, name: str) -> None:
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):

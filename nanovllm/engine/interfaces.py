@@ -1,7 +1,9 @@
-"""What the engine asks of whoever runs the model. Protocols only; `executor/` holds the implementations."""
+"""What the engine asks of others. Protocols only; `executor/` and `structured/` hold the implementations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 
@@ -24,3 +26,19 @@ class Executor(Protocol):
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]: ...
 
     def close(self) -> None: ...
+
+
+class TokenConstraint(Protocol):
+    """A form that one sequence must have. It sees each token before the next one can be planned."""
+
+    def advance(self, token_id: int) -> str | None:
+        """Take the sequence's next token. Returns the finish reason if nothing can follow it."""
+        ...
+
+    def restart(self, token_ids: Sequence[int]) -> None:
+        """Begin anew, with these output tokens taken."""
+        ...
+
+    def bitmask(self) -> np.ndarray:
+        """Which tokens may come next, as `SchedulerOutput.grammar_bitmask` has it; valid until the next call."""
+        ...

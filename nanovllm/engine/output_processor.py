@@ -123,7 +123,8 @@ class OutputProcessor:
             return self._without_possible_stop(partial.text, request)
         if partial is not None and (partial.is_final or isinstance(request.stop_reason, str)):
             return partial.text
-        if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+        is_ended_by_token = request.finish_reason == "stop" and token_ids[-1] in request.stop_token_ids
+        if is_ended_by_token and not request.params.include_stop_str_in_output:
             token_ids = token_ids[:-1]  # the EOS or stop token itself is not part of the text
         text = self._decode(request, token_ids)
         if partial is not None:

@@ -11,6 +11,7 @@ request's `num_tokens`, the first `num_computed_tokens` have their KV written or
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -37,6 +38,7 @@ class Request:
     needs_history: bool = False  # the worker must know all tokens that the host knows when the request enters a row
     index: int = 0  # among the sequences of its prompt
     siblings: list["Request"] = field(default_factory=list)  # these sequences, itself included; empty if it is alone
+    constraint: TokenConstraint | None = None  # needs_host_tokens is then set
     needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
 
     status: RequestStatus = RequestStatus.WAITING

@@ -96,6 +96,8 @@ class Scheduler:
             request.status = RequestStatus.WAITING
             request.num_computed_tokens = request.num_pending_tokens = request.num_published_blocks = 0
             request.row, request.block_ids = -1, []
+            if request.constraint is not None:
+                request.constraint.restart(request.output_token_ids)
             self.waiting.append(request)
 
     # -- planning a step --
@@ -252,6 +254,8 @@ class Scheduler:
             if is_sampled:
                 request.num_pending_tokens += 1
                 sampled.append(request)
+                if request.constraint is not None:
+                    plan.grammar_bitmask[request.row] = request.constraint.bitmask()
             self.stats.num_context_tokens_read += end
             self.stats.num_query_key_pairs += num_new * (start + 1 + end) // 2
         self.stats.num_tokens_computed += len(plan.token_ids)
@@ -284,6 +288,8 @@ class Scheduler:
             if token_id in request.stop_token_ids:
                 is_own = token_id in (request.params.stop_token_ids or ())
                 self.finish(request, "stop", token_id if is_own else None)
+            elif request.constraint is not None and (reason := request.constraint.advance(token_id)) is not None:
+                self.finish(request, reason)
             elif num_tokens >= request.max_total_tokens:
                 self.finish(request, "length")
             elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:

@@ -1,10 +1,12 @@
 """The two messages between planner and worker: SchedulerOutput goes down, ModelRunnerOutput comes up.
 
-Plain integers and lists, so that they can be pickled to another process. Invariant: the plan is complete, a worker
-never asks back; a row is rebuilt from the plan alone.
+Plain integers, lists and arrays, so that they can be pickled to another process. Invariant: the plan is complete, a
+worker never asks back; a row is rebuilt from the plan alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -30,7 +32,8 @@ class SchedulerOutput:
 
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
-    block).
+    block). grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
+    vocab_size bits, token i being bit i % 32 of word i // 32.
     """
 
     new_rows: list[NewRow]
@@ -41,6 +44,7 @@ class SchedulerOutput:
     samples: list[bool]
     token_ids: list[int]
     num_decodes: int
+    grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -46,6 +46,7 @@ class BatchState:
                 new.token_ids,
                 new.bad_words,
             )
+        self.sampling.bitmasks = plan.grammar_bitmask
         self.sampling.extend_histories(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.token_ids)
 
     @property

@@ -9,18 +9,19 @@ The order of the stages, as in vLLM:
      4. logit_bias          added to single logits                                     rows that ask
      5. logits_processors   Python functions, the engine's and then the request's      rows that ask
      6. penalties           repetition, then frequency, then presence                  rows that ask
-     7. greedy              argmax, the lowest id on a tie                             rows with temperature 0; done
+     7. structured_outputs  tokens that the grammar does not allow are ruled out       rows that ask
+     8. greedy              argmax, the lowest id on a tie                             rows with temperature 0; done
         temperature         logits / temperature                                       all other rows
-     8. min_p               drop tokens below min_p times the highest probability      rows that ask
-     9. top_k               keep the k highest, with ties                              rows that ask
-    10. top_p               keep the nucleus of what is left, at least one token       rows that ask
-    11. draw                lowest id where the CDF exceeds uniform(seed, position)    all sampled rows
+     9. min_p               drop tokens below min_p times the highest probability      rows that ask
+    10. top_k               keep the k highest, with ties                              rows that ask
+    11. top_p               keep the nucleus of what is left, at least one token       rows that ask
+    12. draw                lowest id where the CDF exceeds uniform(seed, position)    all sampled rows
 
-Owns the order and the choice of route; `logprobs.py` (0), `edits.py` (1 to 6) and `logits.py` (7 to 11) own the
-arithmetic, `state.py` the parameters. Rows that ask for an edit get a float32 copy of their logits; the others never
-see those stages. On a GPU, stages 7 to 11 are `kernels/sample_triton.py`, which reads the parameters there. On a CPU
-the host mirrors say which rows need what, so a stage that nobody asked for is not run. Invariant: a row's token depends
-on its logits, parameters, history, seed and position alone, and so does the route to it.
+Owns the order and the choice of route; `logprobs.py` (0), `edits.py` (1 to 6), `bitmask.py` (7) and `logits.py` (8 to
+12) own the arithmetic, `state.py` the parameters. Rows that ask for an edit get a float32 copy of their logits; the
+others never see those stages. On a GPU, stages 8 to 12 are `kernels/sample_triton.py`, which reads the parameters
+there. On a CPU the host mirrors say which rows need what, so a stage that nobody asked for is not run. Invariant: a
+row's token depends on its logits, parameters, history, seed and position alone, and so does the route to it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.sampling.bitmask import apply_bitmask
 from nanovllm.sampling.edits import add_bias, allow_only, apply_penalties, rule_out
 from nanovllm.sampling.logits import (
     MASKED,
@@ -77,10 +79,11 @@ class Sampler:
     def needs_edits(self, rows_host: np.ndarray, positions_host: np.ndarray) -> np.ndarray:
         """Which of these rows ask for stages that `sample_captured` does not do, bool [n]."""
         state = self._state
-        return state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
+        asks = state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
+        return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks
 
     def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Stages 7 to 11 on a GPU and without the host, so that it can be captured in a CUDA graph.
+        """Stages 8 to 12 on a GPU and without the host, so that it can be captured in a CUDA graph.
 
         Reads `SamplingState.columns` as last uploaded. rows, positions int32; a row of -1 is padding and gives token 0.
         """
@@ -88,7 +91,7 @@ class Sampler:
 
         return sample_triton(logits, rows, positions, self._state.columns)
 
-    # -- stages 1 to 6 --
+    # -- stages 1 to 7 --
 
     def _edit(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray) -> Tensor:
         """logits [n, V] float32, a copy of our own; each stage in turn, for those rows that ask."""
@@ -119,6 +122,13 @@ class Sampler:
                 params.presence_penalty,
             )
             logits = logits.index_copy(0, index, penalised)
+        members = np.flatnonzero(np.isin(rows_host, list(state.bitmasks)))
+        if len(members):
+            index, words = (
+                upload(array, logits.device)
+                for array in (members, np.stack([state.bitmasks[row] for row in rows_host[members]]))
+            )
+            logits = logits.index_copy(0, index, apply_bitmask(logits[index], words))
         return logits
 
     def _with_ids(
@@ -145,7 +155,7 @@ class Sampler:
                 found.append(last)
         return np.unique(np.array(found, dtype=np.int64))
 
-    # -- stages 7 to 11 --
+    # -- stages 8 to 12 --
 
     def _draw_others(
         self, logits: Tensor, edited: np.ndarray, rows_host: np.ndarray, rows: Tensor, positions: Tensor

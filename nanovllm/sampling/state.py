@@ -6,7 +6,7 @@ scheduler hands them out. Invariant: after `upload`, the device has what the las
 `columns` stays one tensor at one address, so a CUDA graph may read it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ class SamplingState:
     min_length [max_num_seqs]: no stop token at a position below this; 0: off.
     counts [max_num_seqs, V] int32, made when the first row asks for penalties: see `edits.apply_penalties`.
     num_logprobs [max_num_seqs]: how many log-probabilities a row wants beside its token's own; -1: none at all.
-    histories: all tokens of the rows that entered with theirs.
+    histories: all tokens of the rows that entered with theirs. bitmasks: of this step, by row; see `bitmask.py`.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class SamplingState:
         self.num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
         self.counts: Tensor | None = None
         self.histories: dict[int, list[int]] = {}
+        self.bitmasks: Mapping[int, np.ndarray] = {}
         self._processors = tuple(processors)
         self._is_stale = False
 
