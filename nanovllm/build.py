@@ -5,7 +5,7 @@ before the weights are read.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from time import perf_counter
 from typing import Any
@@ -16,12 +16,15 @@ from nanovllm.config import DTYPES, EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.input_processor import InputProcessor
-from nanovllm.engine.interfaces import TokenConstraint
+from nanovllm.engine.interfaces import Executor, TokenConstraint
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.executor.external import join_launched_ranks
 from nanovllm.executor.inline import InlineExecutor
-from nanovllm.executor.worker import build_runner
-from nanovllm.models.registry import read_model_config
+from nanovllm.executor.mp import MultiprocessExecutor
+from nanovllm.executor.worker import RunnerTimes, build_runner
+from nanovllm.kernels.ops import PLAIN
+from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -69,20 +72,20 @@ def build_engine(config: EngineConfig) -> EngineParts:
         else:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
-    runner, runner_times = build_runner(config, model_config, checkpoint, device, TensorParallel())
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
+    executor, runner_times = _start_executor(config, model_config, checkpoint, device)
     return EngineParts(
         config=config,
         model_config=model_config,
         engine=Engine(
             Scheduler(
-                num_blocks=runner.num_blocks,
+                num_blocks=executor.num_blocks,
                 block_size=_known(config.block_size),
                 max_num_seqs=_known(config.max_num_seqs),
                 max_num_batched_tokens=_known(config.max_num_batched_tokens),
                 enable_prefix_caching=config.enable_prefix_caching,
             ),
-            InlineExecutor(runner),
+            executor,
             OutputProcessor(tokenizer),
             _known(config.overlap_depth),
         ),
@@ -90,8 +93,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
             encode=tokenizer.encode if tokenizer else None,
             vocab_size=model_config.vocab_size,
             max_model_len=_known(config.max_model_len),
-            num_cache_tokens=runner.num_blocks * _known(config.block_size),
             eos_token_ids=eos_token_ids,
+            num_cache_tokens=executor.num_blocks * _known(config.block_size),
             seed=config.seed,
             length_dependent_from=model_config.length_dependent_from,
             has_logits_processors=bool(config.logits_processors),
@@ -106,6 +109,35 @@ def build_engine(config: EngineConfig) -> EngineParts:
 def _known(value: int | None) -> int:
     assert value is not None, "EngineConfig.resolve decides this"
     return value
+
+
+def _start_executor(
+    config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device
+) -> tuple[Executor, RunnerTimes]:
+    """Who computes, with model and KV cache: this process, workers of its own, or this one of a launcher's ranks."""
+    size, backend = config.tensor_parallel_size, config.distributed_executor_backend
+    if size > 1:
+        _check_ranks(model_config, device, size)
+    if backend == "external_launcher":
+        tp, device, leave = join_launched_ranks(config, device)
+        runner, times = build_runner(config, model_config, checkpoint, device, tp)
+        return InlineExecutor(runner, leave), times
+    if backend == "mp":
+        executor = MultiprocessExecutor(replace(config, model=str(checkpoint.path)), model_config, device)
+        return executor, executor.start_times
+    runner, times = build_runner(config, model_config, checkpoint, device, TensorParallel())
+    return InlineExecutor(runner), times
+
+
+def _check_ranks(model_config: ModelConfig, device: torch.device, size: int) -> None:
+    """Raises ValueError for a model that cannot be divided, or devices that are not there."""
+    if device.type == "cuda" and (device.index or 0) + size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size={size} from {device} on needs more than the {torch.cuda.device_count()} CUDA "
+            "devices that are visible"
+        )
+    with torch.device("meta"):  # builds rank 0's part without memory: the layers know what divides
+        model_class(model_config.architecture)(model_config, 1, torch.float32, TensorParallel(0, size), PLAIN)
 
 
 def _choose_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+EXECUTOR_BACKENDS = ("uni", "mp", "external_launcher")
 COMPILATIONS = ("kernels", "inductor", "none")
 _POSITIVE_INTEGERS = (
     "max_model_len",
@@ -49,7 +50,11 @@ class EngineConfig:
         a CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
     overlap_depth: steps in flight; 2 plans the next step while the device runs, 1 is synchronous. None chooses by
         device.
-    tensor_parallel_size: devices that share the model; 1 in this version.
+    tensor_parallel_size: devices of this host that share the model. With several, "cuda:N" is the first of them.
+    distributed_executor_backend: who runs the model: "uni" (this process, on one device), "mp" (worker processes that
+        the engine starts, one for each device) or "external_launcher" (torchrun, say: every rank runs the same script
+        with the same prompts). None chooses "uni" for one device and "mp" for several.
+    distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
     skip_tokenizer_init: work on token ids only.
@@ -74,6 +79,8 @@ class EngineConfig:
     compilation: str = "kernels"
     overlap_depth: int | None = None
     tensor_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    distributed_timeout_seconds: float = 300.0
     seed: int = 0
     load_format: str = "auto"
     skip_tokenizer_init: bool = False
@@ -93,6 +100,7 @@ class EngineConfig:
             ("load_format", LOAD_FORMATS),
             ("compilation", COMPILATIONS),
             ("block_size", (None, 8, 16, 32, 64)),
+            ("distributed_executor_backend", (None, *EXECUTOR_BACKENDS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
@@ -124,8 +132,16 @@ class EngineConfig:
         object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
-        if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size must be 1 in this version, got {self.tensor_parallel_size}")
+        timeout = self.distributed_timeout_seconds
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"distributed_timeout_seconds must be a number, got {timeout!r}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"distributed_timeout_seconds must be more than 0 and finite, got {timeout}")
+        if self.tensor_parallel_size > 1 and self.distributed_executor_backend == "uni":
+            raise ValueError(
+                f"distributed_executor_backend='uni' is one process on one device, but tensor_parallel_size is "
+                f"{self.tensor_parallel_size}; use 'mp'"
+            )
         if (self.max_num_batched_tokens or self.max_num_seqs or 0) < (self.max_num_seqs or 0):
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
@@ -154,6 +170,8 @@ class EngineConfig:
             max_num_seqs=self.max_num_seqs or min(batched, 512 if on_gpu else 64),
             gpu_memory_utilization=self.gpu_memory_utilization or (0.9 if on_gpu else 0.3),
             block_size=self.block_size or (64 if on_gpu else 16),
+            distributed_executor_backend=self.distributed_executor_backend
+            or ("uni" if self.tensor_parallel_size == 1 else "mp"),
             overlap_depth=self.overlap_depth or (2 if on_gpu else 1),
         )
 

@@ -93,7 +93,10 @@ def test_counts_are_positive_integers(name: str) -> None:
         ("gpu_memory_utilization", 1.01),
         ("gpu_memory_utilization", float("nan")),
         ("gpu_memory_utilization", -0.5),
-        ("tensor_parallel_size", 2),
+        ("tensor_parallel_size", 0),
+        ("distributed_executor_backend", "ray"),
+        ("distributed_timeout_seconds", 0),
+        ("distributed_timeout_seconds", "1"),
     ],
 )
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:

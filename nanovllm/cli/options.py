@@ -11,10 +11,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from nanovllm.config import COMPILATIONS, DTYPES, LOAD_FORMATS, EngineConfig
+from nanovllm.config import COMPILATIONS, DTYPES, EXECUTOR_BACKENDS, LOAD_FORMATS, EngineConfig
 from nanovllm.sampling_params import SamplingParams
 
-_CHOICES = {"dtype": ("auto", *DTYPES), "load_format": LOAD_FORMATS, "compilation": COMPILATIONS}
+_CHOICES = {
+    "dtype": ("auto", *DTYPES),
+    "load_format": LOAD_FORMATS,
+    "compilation": COMPILATIONS,
+    "distributed_executor_backend": EXECUTOR_BACKENDS,
+}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 # Not among the sampling flags: the engine's --seed makes a run reproducible, the commands print one text for each

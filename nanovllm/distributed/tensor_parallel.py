@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name; torch 2.13 warns of old
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -60,9 +62,10 @@ class TensorParallel:
         """The ranks' x [num_rows, n] side by side, cut to [num_rows, width], contiguous."""
         if self.size == 1:
             return x
-        parts = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
-        return torch.cat([part[:, : max(0, width - i * x.shape[1])] for i, part in enumerate(parts)], dim=1)
+        parts = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+        _all_gather(parts, x.contiguous(), group=self.group)
+        pieces = parts.view(self.size, *x.shape)
+        return torch.cat([piece[:, : max(0, width - i * x.shape[1])] for i, piece in enumerate(pieces)], dim=1)
 
     def smallest(self, number: int, device: torch.device) -> int:
         """The smallest of the ranks' numbers. device: where this rank computes."""

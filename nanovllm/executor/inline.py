@@ -1,6 +1,6 @@
 """InlineExecutor: this process is the only worker; a plan is a function call away.
 
-Owns the runner and lets go of it at the end. Invariant: opens no port, no process group and no shared memory.
+Owns the runner and lets go of it at the end. Invariant: it opens no port, no process group, no shared memory.
 """
 
 import gc
@@ -14,8 +14,10 @@ from nanovllm.runner.model_runner import ModelRunner, PendingTokens
 
 
 class InlineExecutor:
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, leave: Callable[[], None] | None = None) -> None:
+        """leave: called at the end, where this process is one rank of several that another program started."""
         self._runner: ModelRunner | None = runner
+        self._leave = leave
         self.num_blocks = runner.num_blocks
 
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
@@ -37,3 +39,5 @@ class InlineExecutor:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
+        if self._leave is not None:
+            self._leave()

@@ -1,0 +1,42 @@
+"""What passes between `executor/mp.py` and its workers beside plans and tokens.
+
+Owns nothing but fields. Invariant: everything here can be pickled.
+"""
+
+from dataclasses import dataclass
+
+from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.executor.worker import RunnerTimes
+
+NOT_IMPORTABLE = "apply_model runs in other processes here: give it a function of a module that can be imported ({})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """config: resolved; its model is a path. store_port: of the TCPStore on this host where several ranks meet.
+
+    first_device: the CUDA device of rank 0. num_threads: for a CPU.
+    """
+
+    config: EngineConfig
+    model_config: ModelConfig
+    device_type: str
+    first_device: int
+    num_threads: int
+    store_port: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker's answer to its set-up."""
+
+    num_blocks: int
+    times: RunnerTimes
+
+
+@dataclass(frozen=True)
+class CallFailed:
+    """What `apply_model`'s function raised; the worker lives on."""
+
+    error: Exception | None  # None where it cannot be pickled
+    traceback: str

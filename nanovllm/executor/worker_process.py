@@ -1,0 +1,149 @@
+"""A tensor-parallel worker: a process that runs one rank's part of each plan. Started by `executor/mp.py`.
+
+    argv   what `children.start_child` passes, then: rank, number of ranks, the ring's two descriptors
+    in     (name, number, value) through the ring: start, execute, apply_model, close; every rank gets each
+    out    (number, value) through the connection: start and apply_model from every rank, execute from rank 0 alone
+
+Owns the rank's place in the process group. Invariant: messages are carried out in the order they came, so every rank
+calls the same collectives in the same order.
+"""
+
+import os
+import pickle
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from nanovllm.distributed.process_group import join_group, leave_group
+from nanovllm.executor.children import Failure, connect_to_parent
+from nanovllm.executor.ring import RingReader
+from nanovllm.executor.worker import build_runner
+from nanovllm.executor.worker_messages import NOT_IMPORTABLE, CallFailed, Ready, WorkerSetup
+from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+from nanovllm.weights.checkpoint import open_checkpoint
+
+
+class Worker:
+    def __init__(self, rank: int, size: int, send: Callable[[Any], None]) -> None:
+        self._rank = rank
+        self._size = size
+        self._send = send
+        self._runner: ModelRunner | None = None
+        self._pending: queue.SimpleQueue[tuple[int, PendingTokens]] | None = None
+
+    def handle(self, name: str, number: int, value: Any) -> None:
+        if name == "execute":
+            self._execute(number, value)
+        elif name == "start":
+            self._send((number, self._start(value)))
+        else:
+            assert name == "apply_model"
+            self._send((number, self._apply(value)))
+
+    def _start(self, setup: WorkerSetup) -> Ready:
+        if setup.device_type == "cuda":
+            device = torch.device("cuda", setup.first_device + self._rank)
+            torch.cuda.set_device(device)
+            self._pending = queue.SimpleQueue()
+            threading.Thread(target=guarded, args=(self._send_results, self._send), daemon=True).start()
+        else:
+            device = torch.device("cpu")
+            torch.set_num_threads(setup.num_threads)
+        config = setup.config
+        tp = join_group(
+            self._rank,
+            self._size,
+            device,
+            timeout=config.distributed_timeout_seconds,
+            store_port=setup.store_port,
+        )
+        checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=None)
+        self._runner, times = build_runner(config, setup.model_config, checkpoint, device, tp)
+        return Ready(self._runner.num_blocks, times)
+
+    def _execute(self, number: int, plan: Any) -> None:
+        assert self._runner is not None
+        pending = self._runner.execute(plan)
+        if self._rank != 0:
+            return
+        if self._pending is None:
+            self._send((number, pending.result()))
+        else:
+            self._pending.put((number, pending))
+
+    def _send_results(self) -> None:
+        """On a GPU, in a thread of its own: the main one queues the next step meanwhile."""
+        assert self._pending is not None
+        while True:
+            number, pending = self._pending.get()
+            self._send((number, pending.result()))
+
+    def _apply(self, function: bytes) -> Any:
+        assert self._runner is not None
+        try:
+            call = pickle.loads(function)
+        except (AttributeError, ImportError) as error:
+            return CallFailed(TypeError(NOT_IMPORTABLE.format(error)), traceback.format_exc())
+        try:
+            return call(self._runner.model)
+        except Exception as error:
+            return CallFailed(_pickled_or_none(error), traceback.format_exc())
+
+
+def main(arguments: list[str]) -> None:
+    connection, (rank, size, memory_fd, doorbell) = connect_to_parent(arguments)
+    send = _locked_sender(connection)
+    ring = RingReader(memory_fd, doorbell, rank, size)
+    worker = Worker(rank, size, send)
+
+    def run() -> None:
+        while True:
+            name, number, value = pickle.loads(ring.read())
+            if name == "close":
+                leave_group()
+                return
+            worker.handle(name, number, value)
+
+    status = guarded(run, send)
+    os._exit(status)  # at once: taking the interpreter apart takes seconds, and all that matters has been sent
+
+
+def guarded(function: Callable[[], None], send: Callable[[Any], None]) -> int:
+    """Exit status. An exception is reported to the parent, which then ends every rank."""
+    try:
+        function()
+    except EOFError:  # the parent has gone
+        return 1
+    except Exception as error:
+        send(Failure(_pickled_or_none(error), traceback.format_exc()))
+        return 1
+    return 0
+
+
+def _locked_sender(connection: Connection) -> Callable[[Any], None]:
+    lock = threading.Lock()
+
+    def send(message: Any) -> None:
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        with lock:
+            connection.send_bytes(data)
+
+    return send
+
+
+def _pickled_or_none(error: Exception) -> Exception | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a stranger's exception does when it is copied
+        return None
+    return error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,225 @@
+"""Worker processes: what they compute, and what happens when something goes wrong with one of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from nanovllm import LLM, SamplingParams
+from tests.executor.rank_process import OPTIONS
+from tests.tiny_models import random_prompts, save_random
+
+PROMPTS = random_prompts([1, 9, 30, 16])
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("model"))
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    return LLM(str(folder), **{**OPTIONS, **options})
+
+
+def tokens(llm: LLM, params: Any = GREEDY) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    with make_llm(folder) as llm:
+        return tokens(llm)
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    """Two ranks that every test may use which leaves them whole."""
+    options = {"overlap_depth": 2, "num_gpu_blocks_override": 6, "max_num_batched_tokens": 11, "max_num_seqs": 4}
+    with make_llm(folder, tensor_parallel_size=2, **options) as llm:
+        yield llm
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.02)
+
+
+def pid_of(model: Any) -> int:
+    return os.getpid()
+
+
+def num_parameters_of(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fail_in_rank_1(model: Any) -> None:
+    if model.lm_head.tp.rank == 1:
+        raise KeyError("only here")
+
+
+def raise_in_later_steps(model: Any) -> None:
+    def forward(*_: Any) -> Any:
+        raise ArithmeticError("the model of rank 1 gave up")
+
+    if model.lm_head.tp.rank == 1:
+        model.layers[1].forward = forward
+
+
+def hang_in_later_steps(model: Any) -> None:
+    model.layers[1].forward = lambda *_: time.sleep(60)
+
+
+def test_workers_give_the_tokens_of_one_process(llm: LLM, expected: list[list[int]]) -> None:
+    """W8: with two steps in flight, chunks and preemption; again from the prefix cache."""
+    assert tokens(llm) == expected
+    assert tokens(llm) == expected
+    metrics = llm.get_metrics()
+    assert metrics["num_preemptions"] > 0 and metrics["num_prompt_tokens_cached"] > 0
+    assert metrics["num_free_blocks"] == metrics["num_blocks"]
+
+
+def test_a_function_runs_on_every_workers_model(llm: LLM) -> None:
+    pids = llm.apply_model(pid_of)
+    assert len({os.getpid(), *pids}) == 3
+    of_two = llm.apply_model(num_parameters_of)
+    assert of_two[0] == of_two[1]
+
+
+def test_a_function_that_raises_is_the_callers_mistake(llm: LLM, expected: list[list[int]]) -> None:
+    with pytest.raises(KeyError, match="only here") as caught:
+        llm.apply_model(fail_in_rank_1)
+    assert "rank 1" in caught.value.__notes__[0] and "fail_in_rank_1" in caught.value.__notes__[0]
+    with pytest.raises(TypeError, match="can be imported"):
+        llm.apply_model(lambda model: 0)
+    assert tokens(llm) == expected
+
+
+def test_an_interrupted_call_leaves_the_workers_in_step(llm: LLM, expected: list[list[int]]) -> None:
+    for delay in (0.0, 0.01, 0.03):
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            while True:
+                tokens(llm)
+        assert not llm.has_unfinished_requests()
+        assert tokens(llm) == expected
+
+
+def test_two_engines_at_once_and_their_end(folder: Path, llm: LLM, expected: list[list[int]]) -> None:
+    """C13, C16: close() ends the second engine's process, frees its descriptors, and may be repeated."""
+    num_fds = len(os.listdir("/proc/self/fd"))
+    other = make_llm(folder, distributed_executor_backend="mp")
+    assert tokens(other) == tokens(llm) == expected
+    pids = other.apply_model(pid_of)
+    other.close()
+    other.close()
+    assert not any(map(is_alive, pids))
+    assert len(os.listdir("/proc/self/fd")) == num_fds
+    with pytest.raises(RuntimeError, match="closed"):
+        tokens(other)
+
+
+def test_a_killed_rank_ends_the_engine(folder: Path) -> None:
+    """C11"""
+    llm = make_llm(folder, tensor_parallel_size=2)
+    tokens(llm)
+    pids = llm.apply_model(pid_of)
+    os.kill(pids[1], signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="worker 1 was killed by SIGKILL"):
+        tokens(llm)
+    assert time.monotonic() - start < 5
+    assert not any(map(is_alive, pids))
+    llm.close()
+
+
+def test_a_rank_that_raises_ends_the_engine_with_its_traceback(folder: Path) -> None:
+    """C11"""
+    llm = make_llm(folder, tensor_parallel_size=2)
+    pids = llm.apply_model(pid_of)
+    llm.apply_model(raise_in_later_steps)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?s)worker 1 failed.*raise ArithmeticError.*rank 1 gave up"):
+        tokens(llm)
+    assert time.monotonic() - start < 5
+    assert not any(map(is_alive, pids))
+
+
+def test_a_rank_that_hangs_is_not_waited_for_longer_than_asked(folder: Path) -> None:
+    """C11: the time limit is an option."""
+    llm = make_llm(folder, distributed_executor_backend="mp", distributed_timeout_seconds=1.5)
+    pids = llm.apply_model(pid_of)
+    llm.apply_model(hang_in_later_steps)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"no answer within 1\.5 s \(distributed_timeout_seconds\)"):
+        tokens(llm)
+    assert time.monotonic() - start < 5
+    assert not any(map(is_alive, pids))
+
+
+def test_a_bad_checkpoint_raises_what_it_raises_in_one_process(tmp_path: Path) -> None:
+    """W2"""
+    folder = save_random(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no tensor 'model\.norm\.weight'") as caught:
+        make_llm(folder, distributed_executor_backend="mp")
+    assert "worker 0 failed" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 3}, r"num_attention_heads = 4.*3 tensor-parallel ranks"),
+        ({"distributed_executor_backend": "external_launcher"}, "torchrun --nproc-per-node 1"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(folder: Path, options: Any, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        make_llm(folder, **options)
+    assert time.monotonic() - start < 2
+
+
+SCRIPT = """
+import os, sys, time
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], device="cpu", skip_tokenizer_init=True, tensor_parallel_size=2)
+llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2), use_tqdm=False)
+print(*[child.process.pid for child in llm._engine.executor._children.members], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_script_needs_no_main_guard_and_leaves_no_orphan_when_killed(folder: Path, tmp_path: Path) -> None:
+    """C11, C12: kill -9 of the parent; neither processes nor shared memory stay."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    shared = set(os.listdir("/dev/shm"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(is_alive, pids))
+        parent.kill()
+    wait_until_gone(pids, 5)
+    assert set(os.listdir("/dev/shm")) == shared
