@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, Logprob, SamplingParams
 from tests.sampling.reference import edited
 from tests.tiny_models import (
     VOCAB_WITH_TOKENIZER,
@@ -165,10 +165,10 @@ def test_bad_words_count_with_and_without_a_space_before(folder: Path) -> None:
         eos_token_ids=[],
         seed=0,
     )
-    request = processor.process([1], SamplingParams(bad_words=["ab", " cd", "e"]), "prompt", 0)
+    (request,) = processor.process([1], SamplingParams(bad_words=["ab", " cd", "e"]), "prompt", 0)
     assert request.bad_words == ((1, 2), (7, 2), (3, 4), (5,))
     assert request.needs_host_tokens and request.needs_history
-    request = processor.process([1], SamplingParams(bad_words=["e"]), "prompt", 0)
+    (request,) = processor.process([1], SamplingParams(bad_words=["e"]), "prompt", 0)
     assert request.bad_words == ((5,),) and not request.needs_host_tokens
 
 
@@ -225,3 +225,111 @@ def test_counts_are_made_only_for_penalties(folder: Path) -> None:
         tokens(llm, PROMPTS, greedy(frequency_penalty=0.1))
         assert state.counts.shape == (8, VOCAB_WITH_TOKENIZER)
         assert np.all(state.counts.numpy() >= 0)
+
+
+# -- log-probabilities --
+
+
+def hugging_face_logprobs(hf: Any, token_ids: list[int]) -> torch.Tensor:
+    return hugging_face_logits(hf, token_ids).log_softmax(-1)
+
+
+def check_entry(entry: dict[int, Logprob], expected: torch.Tensor, token: int, num_top: int) -> None:
+    """The token itself and the num_top most likely ones, with their ranks; ties and near ties may swap."""
+    values = expected.sort(descending=True).values
+    assert next(iter(entry)) == token
+    assert len(entry) in (max(num_top, 1), num_top + 1)
+    for token_id, logprob in entry.items():
+        assert logprob.logprob == pytest.approx(expected[token_id].item(), abs=2e-4)
+        assert values[logprob.rank - 1].item() == pytest.approx(logprob.logprob, abs=4e-4)
+    others = [logprob for token_id, logprob in entry.items() if token_id != token or len(entry) == num_top]
+    assert sorted(logprob.rank for logprob in others) == list(range(1, num_top + 1))
+
+
+LOGPROB_REQUESTS = [
+    greedy(logprobs=3),
+    SamplingParams(seed=1, max_tokens=NUM_OUTPUT, logprobs=0, temperature=1.5),
+    SamplingParams(seed=2, max_tokens=NUM_OUTPUT, logprobs=5, prompt_logprobs=2, top_k=7),
+    greedy(prompt_logprobs=0),
+    greedy(logprobs=4, repetition_penalty=1.5, logit_bias={3: 5.0}, allowed_token_ids=list(range(50))),
+    greedy(),
+    greedy(logprobs=-1, prompt_logprobs=-1, max_tokens=3),
+    greedy(logprobs=1, prompt_logprobs=6, logits_processors=[shift]),
+    greedy(logprobs=2, prompt_logprobs=3, min_tokens=5, stop_token_ids=list(range(0, 272, 2))),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_logprobs_are_hugging_faces_in_every_way_of_running(folder: Path, hf: Any, way: dict[str, Any]) -> None:
+    """W15: cold, then with a warm prefix cache; raw over the whole vocabulary, whatever else a request asks for."""
+    with make_llm(folder, **way) as llm:
+        cold = llm.generate(PROMPTS, LOGPROB_REQUESTS, use_tqdm=False)
+        warm = llm.generate(PROMPTS[::-1], LOGPROB_REQUESTS[::-1], use_tqdm=False)[::-1]
+        assert (llm.get_metrics()["num_preemptions"] > 0) == ("num_gpu_blocks_override" in way)
+    for outputs in (cold, warm):
+        for prompt, params, output in zip(PROMPTS, LOGPROB_REQUESTS, outputs, strict=True):
+            (completion,) = output.outputs
+            expected = hugging_face_logprobs(hf, prompt + completion.token_ids)
+            if params.logprobs is None:
+                assert completion.logprobs is None and completion.cumulative_logprob is None
+            else:
+                top = 272 if params.logprobs == -1 else params.logprobs
+                assert completion.logprobs is not None and len(completion.logprobs) == len(completion.token_ids)
+                for i, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
+                    check_entry(entry, expected[len(prompt) + i - 1], token, top)
+                total = sum(entry[completion.token_ids[i]].logprob for i, entry in enumerate(completion.logprobs))
+                assert completion.cumulative_logprob == pytest.approx(total)
+            if params.prompt_logprobs is None:
+                assert output.prompt_logprobs is None
+            else:
+                top = 272 if params.prompt_logprobs == -1 else params.prompt_logprobs
+                assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(prompt)
+                assert output.prompt_logprobs[0] is None
+                for i, found in enumerate(output.prompt_logprobs[1:]):
+                    assert found is not None
+                    check_entry(found, expected[i], prompt[i + 1], top)
+    for one, other in zip(cold, warm, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_prompt_logprobs_are_computed_once_and_share_what_they_may(folder: Path) -> None:
+    """W15: a request that asks for them takes no cached block, one beside it that does not ask does."""
+    with make_llm(folder) as llm:
+        params = [greedy(), greedy(prompt_logprobs=1)]
+        llm.generate(PROMPTS[8], params[0], use_tqdm=False)
+        outputs = llm.generate([PROMPTS[8]] * 2, params, use_tqdm=False)
+        assert [output.num_cached_tokens for output in outputs] == [32, 0]
+        assert outputs[1].prompt_logprobs is not None
+
+
+def test_logprobs_while_a_request_grows_and_after_an_abort(folder: Path) -> None:
+    """Each output so far has as many entries as tokens; what an aborted request asked for disturbs nobody."""
+    with make_llm(folder, overlap_depth=2, max_num_batched_tokens=10) as llm:
+        llm.add_request(PROMPTS[8], greedy(logprobs=2, prompt_logprobs=2), "long")
+        llm.add_request(PROMPTS[0], greedy(logprobs=2, prompt_logprobs=2), "kept")
+        finals, seen = {}, 0
+        for step in range(60):
+            for output in llm.step():
+                (completion,) = output.outputs
+                assert completion.logprobs is not None and len(completion.logprobs) == len(completion.token_ids)
+                assert output.prompt_logprobs is not None
+                seen += 1
+                finals[output.request_id] = output
+            if step == 2:
+                llm.abort_request("long")
+                llm.add_request(PROMPTS[8], greedy(logprobs=2, prompt_logprobs=2), "again")
+        assert not llm.has_unfinished_requests() and seen > 20
+        alone = [llm.generate(PROMPTS[i], greedy(logprobs=2, prompt_logprobs=2), use_tqdm=False)[0] for i in (0, 8)]
+    for name, expected in zip(("kept", "again"), alone, strict=True):
+        assert finals[name].outputs[0].token_ids == expected.outputs[0].token_ids
+        assert len(finals[name].prompt_logprobs) == len(expected.prompt_logprobs or ())
+
+
+def test_decoded_tokens_are_the_text_of_each_token(folder: Path) -> None:
+    with make_llm(folder) as llm:
+        (output,) = llm.generate([[66, 67]], greedy(logprobs=1, prompt_logprobs=0), use_tqdm=False)
+        assert output.prompt_logprobs == [None, {67: output.prompt_logprobs[1][67]}]
+        assert output.prompt_logprobs[1][67].decoded_token == "C"
+        assert all(isinstance(top.decoded_token, str) for entry in output.outputs[0].logprobs for top in entry.values())
+        (output,) = llm.generate([[66, 67]], greedy(logprobs=1, detokenize=False), use_tqdm=False)
+        assert all(top.decoded_token is None for entry in output.outputs[0].logprobs for top in entry.values())

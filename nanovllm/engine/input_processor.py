@@ -82,7 +82,7 @@ class InputProcessor:
                 max_total_tokens=max_total_tokens,
                 cache_salt=self._cache_salt(len(token_ids)),
                 bad_words=bad_words,
-                needs_history=needs_host_tokens or params.has_penalties,
+                needs_history=needs_host_tokens or params.has_penalties or params.prompt_logprobs is not None,
                 constraint=constraint,
                 needs_host_tokens=needs_host_tokens or constraint is not None,
             )

@@ -6,6 +6,7 @@ queues belong to the scheduler. Invariant: text only ever grows, and is cut at a
 
 from collections.abc import Sequence
 
+from nanovllm.engine.logprobs import LogprobsDecoder, cumulative_logprob
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind
@@ -38,6 +39,7 @@ class OutputProcessor:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+        self._logprobs = LogprobsDecoder(tokenizer)
         self._partial: dict[Request, _PartialText] = {}
 
     def find_stop_string(self, request: Request) -> str | None:
@@ -68,6 +70,8 @@ class OutputProcessor:
         With DELTA, sequences without anything new are left out. The decoding state of a finished group is dropped.
         """
         first = group[0]
+        is_prompt_sent = kind is RequestOutputKind.DELTA and self._partial_text(first).num_sent_tokens > 0
+        prompt_logprobs = None if is_prompt_sent else self._logprobs.of_prompt(first)
         if kind is RequestOutputKind.DELTA:
             outputs = [output for request in group if (output := self._delta(request)) is not None]
         else:
@@ -83,10 +87,12 @@ class OutputProcessor:
             outputs=outputs,
             finished=is_finished,
             num_cached_tokens=first.num_cached_tokens or 0,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def forget(self, request: Request) -> None:
         self._partial.pop(request, None)
+        self._logprobs.forget(request)
 
     def _completion(self, request: Request) -> CompletionOutput:
         token_ids = request.output_token_ids
@@ -94,6 +100,8 @@ class OutputProcessor:
             index=request.index,
             text=self._text(request, token_ids),
             token_ids=token_ids,
+            cumulative_logprob=cumulative_logprob(request),
+            logprobs=self._logprobs.of_output(request),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -107,6 +115,8 @@ class OutputProcessor:
         num_tokens, num_characters = len(output.token_ids), len(output.text)
         output.token_ids = output.token_ids[sent.num_sent_tokens :]
         output.text = output.text[sent.num_sent_characters :]
+        if output.logprobs is not None:
+            output.logprobs = output.logprobs[sent.num_sent_tokens :]
         if not (output.token_ids or output.text or output.finished):
             return None
         sent.num_sent_tokens, sent.num_sent_characters = num_tokens, num_characters

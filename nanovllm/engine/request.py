@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from nanovllm.engine.interfaces import TokenConstraint
+from nanovllm.engine.scheduler_output import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -49,6 +50,9 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
     num_published_blocks: int = 0  # of block_ids, how many are full, computed or in flight, and so fit to be shared
+    num_scored_tokens: int = 0  # leading tokens whose successor's log-probability is known or in flight
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -67,6 +71,13 @@ class Request:
         if num_tokens >= self.max_total_tokens or (self.needs_host_tokens and self.num_pending_tokens):
             return 0
         return num_tokens - self.num_computed_tokens
+
+    @property
+    def num_unscored_tokens(self) -> int:
+        """Prompt tokens whose log-probability is asked for and not on its way. The first sibling's serve for all."""
+        if self.params.prompt_logprobs is None or self.index > 0:
+            return 0
+        return self.num_prompt_tokens - 1 - self.num_scored_tokens
 
     @property
     def output_token_ids(self) -> list[int]:

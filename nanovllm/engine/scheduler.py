@@ -56,6 +56,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: deque[list[Request]] = deque()  # per step in flight, the requests it samples for
+        self._scored: deque[list[Request]] = deque()  # per step in flight that scores prompts, whose these are
         self._steady: SteadyDecode | None = None
 
     # -- what enters and leaves --
@@ -90,11 +91,13 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
         self._planned.clear()
+        self._scored.clear()
         self._steady = None
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in requests:
             request.status = RequestStatus.WAITING
             request.num_computed_tokens = request.num_pending_tokens = request.num_published_blocks = 0
+            request.num_scored_tokens = len(request.prompt_logprobs)
             request.row, request.block_ids = -1, []
             if request.constraint is not None:
                 request.constraint.restart(request.output_token_ids)
@@ -251,6 +254,8 @@ class Scheduler:
             if end > len(request.token_ids):
                 plan.token_ids.append(-1)
             request.num_computed_tokens = end
+            if request.num_unscored_tokens and end > request.num_scored_tokens:
+                self._score(plan, request, end)
             if is_sampled:
                 request.num_pending_tokens += 1
                 sampled.append(request)
@@ -261,15 +266,29 @@ class Scheduler:
         self.stats.num_tokens_computed += len(plan.token_ids)
         self.stats.num_tokens_sampled += len(sampled)
         self._planned.append(sampled)
+        if plan.prompt_logprobs:
+            self._scored.append([scheduled[index][0] for index, _, _ in plan.prompt_logprobs])
         if len(sampled) == len(self.running) == plan.num_decodes and not any(r.needs_host_tokens for r in sampled):
             self._steady = SteadyDecode(sampled, self.block_size)
         return plan
+
+    @staticmethod
+    def _score(plan: SchedulerOutput, request: Request, end: int) -> None:
+        """Ask for the log-probabilities of the prompt tokens up to the one at `end` that are not known yet.
+
+        The plan's last row is the request's. What is known or in flight is not asked again after a preemption.
+        """
+        first, end = request.num_scored_tokens, min(end, request.num_prompt_tokens - 1)
+        plan.prompt_logprobs.append((len(plan.rows) - 1, first, end - first))
+        request.num_scored_tokens = end
 
     # -- after a step --
 
     def update(self, output: ModelRunnerOutput) -> list[Request]:
         """Take in the oldest step in flight; returns the requests that got a token, some of them now finished."""
         sampled = self._planned.popleft()
+        if output.logprobs or output.prompt_logprobs:
+            self._take_logprobs(sampled, output)
         steady = self._steady
         if steady is not None and sampled is steady.requests:
             if steady.ends_nobody(output.token_ids):
@@ -295,6 +314,14 @@ class Scheduler:
             elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:
                 self._publish(request, request.num_computed_tokens)  # a block has just become full and computed
         return changed
+
+    def _take_logprobs(self, sampled: list[Request], output: ModelRunnerOutput) -> None:
+        scored = self._scored.popleft() if output.prompt_logprobs else []
+        for request, entries in zip(scored, output.prompt_logprobs, strict=True):
+            request.prompt_logprobs.extend(entries)
+        for request, entry in zip(sampled, output.logprobs or [None] * len(sampled), strict=True):
+            if entry is not None and not request.is_finished:
+                request.logprobs.append(entry)
 
     # -- blocks --
 
@@ -334,9 +361,11 @@ class Scheduler:
     def _find_cached_blocks(self, request: Request) -> list[int]:
         """Cached blocks of the request's prefix; at least one token is left over to compute, for its logits.
 
-        Without a prefix cache these are blocks of its prompt that a sibling holds.
+        And all tokens from which the log-probability of a prompt token is still to be computed. Without a prefix cache
+        these are blocks of its prompt that a sibling holds.
         """
-        last = (len(request.token_ids) - 1) // self.block_size
+        num_tokens = request.num_scored_tokens if request.num_unscored_tokens else len(request.token_ids) - 1
+        last = num_tokens // self.block_size
         if self.enable_prefix_caching:
             return self.pool.find_prefix(self._hashes(request, last)[:last])
         last = min(last, request.num_prompt_tokens // self.block_size)

@@ -10,6 +10,8 @@ import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
+TokenLogprobs = list[tuple[int, float, int]]  # (token id, log-probability, rank): the token itself, then the top ones
+
 
 @dataclass(slots=True, kw_only=True)
 class NewRow:
@@ -32,7 +34,8 @@ class SchedulerOutput:
 
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
-    block). grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
+    block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
+    grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
     vocab_size bits, token i being bit i % 32 of word i // 32.
     """
 
@@ -45,10 +48,17 @@ class SchedulerOutput:
     token_ids: list[int]
     num_decodes: int
     grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
+    prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelRunnerOutput:
-    """The sampled tokens, one for each True in the plan's `samples`, in its order."""
+    """The sampled tokens, one for each True in the plan's `samples`, in its order.
+
+    logprobs: for each of them its entry, or None for a request that did not ask; empty if nobody did. prompt_logprobs:
+    for each item of the plan's, an entry for each token scored.
+    """
 
     token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)

@@ -24,7 +24,9 @@ def largest_step(config: EngineConfig) -> SchedulerOutput:
     assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.block_size
     num_reqs = config.max_num_seqs
     length = max(1, min(config.max_num_batched_tokens // num_reqs, config.max_model_len))
-    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias={0: 1})
+    params = SamplingParams(
+        temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias={0: 1}, logprobs=20
+    )
     block_ids = [0] * -(-length // config.block_size)
     return SchedulerOutput(
         new_rows=[

@@ -4,6 +4,7 @@ Owns the model, its KV cache and the batch state. Invariant: a step is queued wi
 `PendingTokens.result` waits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend, ForwardContext
 from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.cuda_graphs import StepGraphs, can_capture
 from nanovllm.runner.input_batch import InputBatch, InputStager
+from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.sampler import Sampler
+from nanovllm.sampling.state import upload
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,26 @@ class PendingTokens:
 
     tokens: Tensor
     event: torch.cuda.Event | None
+    logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = ()  # (which of the tokens, theirs)
+    prompt_logprobs: Sequence[Sequence[TopLogprobs]] = ()  # per item of the plan's, in parts
 
     def result(self) -> ModelRunnerOutput:
         if self.event is not None:
             self.event.synchronize()
-        return ModelRunnerOutput(token_ids=self.tokens.tolist())
+        output = ModelRunnerOutput(token_ids=self.tokens.tolist())
+        if self.logprobs:
+            output.logprobs = [None] * len(output.token_ids)
+        for members, top in self.logprobs:
+            for member, entry in zip(members, _entries(top), strict=True):
+                output.logprobs[member] = entry
+        for parts in self.prompt_logprobs:
+            output.prompt_logprobs.append([entry for top in parts for entry in _entries(top)])
+        return output
+
+
+def _entries(top: TopLogprobs) -> list[TokenLogprobs]:
+    rows = zip(*(column.tolist() for column in top), strict=True)
+    return [list(zip(token_ids, logprobs, ranks, strict=True)) for token_ids, logprobs, ranks in rows]
 
 
 def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
@@ -85,7 +103,7 @@ class ModelRunner:
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step."""
         self.state.enter(plan)
-        if self._has_graphs and not self.sampler.needs_edits(np.array(plan.rows), _seq_lens(plan)).any():
+        if self._has_graphs and self._is_plain(plan):
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
                 return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
@@ -97,14 +115,39 @@ class ModelRunner:
         batch = self._stager.stage(plan)
         self.state.apply(batch.new_rows, batch.new_blocks)
         hidden, seq_lens = self._forward(plan, batch)
+        prompt_logprobs = [self._score_prompt(plan, hidden, *item) for item in plan.prompt_logprobs]
         if not len(batch.sampled_host):
-            return self._read_back(batch.sampled)
+            return self._read_back(batch.sampled, (), prompt_logprobs)
         logits = self.model.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1])
         rows = batch.rows[batch.sampled]
         rows_host, positions_host = batch.rows_host[batch.sampled_host], _seq_lens(plan)[batch.sampled_host]
         tokens = self.sampler.sample(logits, rows_host, rows, positions_host, seq_lens[batch.sampled])
         self.state.last_token[rows] = tokens
-        return self._read_back(tokens)
+        logprobs = [
+            (members, TopLogprobs(*map(self._to_host, top)))
+            for members, top in self.sampler.logprobs(logits, tokens, rows_host)
+        ]
+        return self._read_back(tokens, logprobs, prompt_logprobs)
+
+    def _is_plain(self, plan: SchedulerOutput) -> bool:
+        """Does everyone in this step want tokens only, and as the device can draw them by itself?"""
+        return not plan.prompt_logprobs and self.sampler.is_plain(np.array(plan.rows), _seq_lens(plan))
+
+    def _score_prompt(
+        self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int
+    ) -> list[TopLogprobs]:
+        """Log-probabilities of the tokens after `count` positions of a request, a chunk at a time."""
+        state, row = self.state.sampling, plan.rows[index]
+        begin = sum(plan.num_scheduled_tokens[:index]) + first - plan.num_computed_tokens[index]
+        size = max(1, CHUNK // state.vocab_size)
+        parts = []
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            following = np.array(state.histories[row][first + start + 1 : first + stop + 1], dtype=np.int64)
+            logits = self.model.compute_logits(hidden[begin + start : begin + stop])
+            top = top_logprobs(logits, upload(following, self.device), int(state.num_prompt_logprobs[row]))
+            parts.append(TopLogprobs(*map(self._to_host, top)))
+        return parts
 
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
         """Any mixture of requests: hidden states [num_tokens, hidden_size], seq_lens [num_reqs]."""
@@ -195,11 +238,23 @@ class ModelRunner:
         ]
         return torch.from_numpy(np.concatenate(lens)).to(self.device)
 
-    def _read_back(self, tokens: Tensor) -> PendingTokens:
+    def _read_back(
+        self,
+        tokens: Tensor,
+        logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = (),
+        prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
+    ) -> PendingTokens:
+        """tokens are on the device, everything else is on its way to the host already."""
+        host = self._to_host(tokens)
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return PendingTokens(host, event, logprobs, prompt_logprobs)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """A copy that the host does not wait for; the tensor itself on a CPU."""
         if self.device.type != "cuda":
-            return PendingTokens(tokens, None)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return PendingTokens(host, event)
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)

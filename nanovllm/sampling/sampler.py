@@ -44,6 +44,7 @@ from nanovllm.sampling.logits import (
     pick_by_weight,
     pick_highest,
 )
+from nanovllm.sampling.logprobs import TopLogprobs, top_logprobs
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.state import RowParams, SamplingState, upload
 
@@ -77,10 +78,28 @@ class Sampler:
         return tokens
 
     def needs_edits(self, rows_host: np.ndarray, positions_host: np.ndarray) -> np.ndarray:
-        """Which of these rows ask for stages that `sample_captured` does not do, bool [n]."""
+        """Which of these rows ask for any of the stages 1 to 6, bool [n]."""
         state = self._state
         asks = state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
         return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks
+
+    def is_plain(self, rows_host: np.ndarray, positions_host: np.ndarray) -> bool:
+        """Is `sample_captured` all that these rows need?"""
+        asks_logprobs = self._state.num_logprobs[rows_host] >= 0
+        return not (asks_logprobs | self.needs_edits(rows_host, positions_host)).any()
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, TopLogprobs]]:
+        """Stage 0, for the tokens [n] that were drawn: (members, what they asked for), one of each size asked for.
+
+        members: which of the n rows.
+        """
+        asked = self._state.num_logprobs[rows_host]
+        results = []
+        for k in np.unique(asked[asked >= 0]):
+            members = np.flatnonzero(asked == k)
+            index = upload(members, logits.device)
+            results.append((members, top_logprobs(logits[index], tokens[index], int(k))))
+        return results
 
     def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Stages 8 to 12 on a GPU and without the host, so that it can be captured in a CUDA graph.

@@ -73,7 +73,8 @@ class SamplingState:
         and for penalties.
     min_length [max_num_seqs]: no stop token at a position below this; 0: off.
     counts [max_num_seqs, V] int32, made when the first row asks for penalties: see `edits.apply_penalties`.
-    num_logprobs [max_num_seqs]: how many log-probabilities a row wants beside its token's own; -1: none at all.
+    num_logprobs, num_prompt_logprobs [max_num_seqs]: how many log-probabilities a row wants beside the token's own; -1:
+        none at all.
     histories: all tokens of the rows that entered with theirs. bitmasks: of this step, by row; see `bitmask.py`.
     """
 
@@ -93,7 +94,7 @@ class SamplingState:
         self.asks_edits = np.zeros(max_num_seqs, dtype=bool)
         self.has_penalties = np.zeros(max_num_seqs, dtype=bool)
         self.min_length = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
+        self.num_logprobs, self.num_prompt_logprobs = np.full((2, max_num_seqs), -1, dtype=np.int64)
         self.counts: Tensor | None = None
         self.histories: dict[int, list[int]] = {}
         self.bitmasks: Mapping[int, np.ndarray] = {}
@@ -147,8 +148,8 @@ class SamplingState:
                 processors=(*self._processors, *(params.logits_processors or ())),
                 num_prompt_tokens=prompt_len,
             )
-        whole = self.vocab_size if params.logprobs == -1 else params.logprobs
-        self.num_logprobs[row] = -1 if whole is None else min(whole, self.vocab_size)
+        self.num_logprobs[row] = self._num_logprobs(params.logprobs)
+        self.num_prompt_logprobs[row] = self._num_logprobs(params.prompt_logprobs)
         self.histories.pop(row, None)
         if token_ids is not None:
             self.histories[row] = list(token_ids)
@@ -156,6 +157,12 @@ class SamplingState:
             assert token_ids is not None, "penalties count the tokens so far"
             self._start_counts(row, token_ids, prompt_len)
         self._is_stale = True
+
+    def _num_logprobs(self, asked: int | None) -> int:
+        """-1 says "the whole vocabulary" in SamplingParams, and "none" here."""
+        if asked is None:
+            return -1
+        return self.vocab_size if asked == -1 else min(asked, self.vocab_size)
 
     def _start_counts(self, row: int, token_ids: Sequence[int], prompt_len: int) -> None:
         """Queued behind what steps in flight still count for whoever had the row before."""

@@ -1,0 +1,31 @@
+"""Log-probabilities and ranks against NumPy, at sizes that are one chunk and several."""
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.sampling import logprobs
+from nanovllm.sampling.logprobs import top_logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "vocab_size", "k"), [(1, 1, 1), (5, 40, 0), (7, 40, 40), (9, 1000, 3), (1, 1000, 1)])
+@pytest.mark.parametrize("chunk", [logprobs.CHUNK, 2000])
+def test_values_and_ranks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, vocab_size: int, k: int, chunk: int
+) -> None:
+    """Raw, in float32, over the whole vocabulary; tokens that tie share the better rank (bfloat16 ties a lot)."""
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(n)
+    logits = (torch.randn(n, vocab_size, generator=generator) * 4).to(dtype)
+    tokens = torch.randint(vocab_size, (n,), generator=generator).int()
+    top = top_logprobs(logits, tokens, k)
+    assert [column.shape for column in top] == [(n, 1 + k)] * 3
+    for row in range(n):
+        x = logits[row].double().numpy()
+        expected = x - x.max() - np.log(np.exp(x - x.max()).sum())
+        ids = top.token_ids[row].numpy()
+        assert ids[0] == tokens[row] and len(set(ids[1:])) == k
+        np.testing.assert_allclose(top.logprobs[row].numpy(), expected[ids], atol=1e-5)
+        assert top.ranks[row].tolist() == [1 + int((x > x[token]).sum()) for token in ids]
+        assert np.array_equal(np.sort(x[ids[1:]]), np.sort(x)[vocab_size - k :])
