@@ -1,13 +1,18 @@
 """Small GGUF files for tests, written with the `gguf` package as llama.cpp's converter writes them."""
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from safetensors.numpy import load_file
 
 Quantization = gguf.GGMLQuantizationType
+Quantized = tuple[np.ndarray, Quantization]
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY = 64, 4, 2, 16, 96, 2, 32
 
@@ -113,6 +118,123 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_ARCHITECTURE_OF_HF = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "Gemma3ForCausalLM": "gemma3",
+}
+
+
+def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quantized] | None = None) -> Path:
+    """Write the safetensors checkpoint of `folder` as llama.cpp's converter does; names come from the gguf package.
+
+    quantize: (GGUF name, matrix of the checkpoint) -> its blocks and their kind.
+    """
+    hf = json.loads((folder / "config.json").read_text())
+    architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], hf["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, architecture)
+    tensors = load_file(folder / "model.safetensors")
+    for hf_tensor_name, tensor in _with_stacked_experts(tensors).items():
+        name = names.get_name(hf_tensor_name, (".weight", ".bias"))
+        assert name is not None, hf_tensor_name
+        for module, num_heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
+            if architecture == "llama" and f".{module}." in name:
+                tensor = permute(tensor, hf[num_heads])
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        if quantize is not None and tensor.ndim > 1 and "ffn_gate_inp" not in name:
+            blocks, kind = quantize(name, tensor)
+            writer.add_tensor(name, blocks, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor)
+    _add_metadata(writer, hf)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _with_stacked_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name in tensors:
+        if match := re.fullmatch(r"(.+\.experts)\.0\.(.+)", name):
+            count = sum(other.startswith(match[1]) and other.endswith(match[2]) for other in tensors)
+            stacked[f"{match[1]}.{match[2]}"] = np.stack([tensors[f"{match[1]}.{i}.{match[2]}"] for i in range(count)])
+    return stacked
+
+
+def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
+    ropes = hf["rope_parameters"]
+    rope = ropes.get("full_attention", ropes)
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    writer.add_vocab_size(hf["vocab_size"])
+    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(rope["rope_theta"], head_dim, rope["factor"]))
+    elif rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if "original_max_position_embeddings" in rope:
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "moe_intermediate_size" in hf:
+        writer.add_expert_count(hf.get("num_experts") or hf["num_local_experts"])
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+    if "query_pre_attn_scalar" in hf:
+        writer.add_sliding_window(hf["sliding_window"])
+
+
+def random_blocks(kind: Quantization, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:
+    """Random blocks of a quantization, whatever can be written or not, whose numbers have about this deviation."""
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(seed).integers(
+        0, 256, (*shape[:-1], shape[-1] // block_size, block_bytes), dtype=np.uint8
+    )
+
+    def scaled(scale: float) -> np.ndarray:
+        for place in _SCALES[kind.name]:
+            rows[..., place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+        return rows.reshape(*shape[:-1], -1)
+
+    return scaled(std / gguf.quants.dequantize(scaled(1.0), kind).std())
+
+
+# Where a block has its scale, and its minimum if it has one: float16 each.
+_SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
+
+
+def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """As llama.cpp's converter computes them, one at a time."""
+    divisors = []
+    for index in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (index / head_dim)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
 
 
 def byte_level_keys(pre: str = "gpt-2", **extra: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """GGUFCheckpoint: a GGUF file seen as a Hugging Face checkpoint, with its config, names, row order and plain tensors.
 
-Owns the meaning of GGUF metadata and tensors for the Llama family. Does not own the container
+Owns the meaning of GGUF metadata and tensors for the architectures of its table. Does not own the container
 (`model_files/gguf_file.py`) nor the tokenizer (`model_files/gguf_tokenizer.py`). Invariant: what is not understood is
 refused by name, metadata and tensors alike; nothing that changes the mathematics is skipped.
 
@@ -9,12 +9,15 @@ llama.cpp rotates neighbouring pairs (0,1), (2,3) ...; Hugging Face rotates halv
 
     Hugging Face rows of a head   a0 a1 a2 b0 b1 b2     ->     GGUF rows   a0 b0 a1 b1 a2 b2
 
-For `qwen2` and `qwen3` llama.cpp rotates halves itself, and the rows are as Hugging Face has them.
+For all others llama.cpp rotates halves itself, and the rows are as Hugging Face has them. Files of `gemma3` hold norm
+weights with the 1 added that Hugging Face adds when it runs; reading subtracts it. Files of `qwen3moe` hold all experts
+of a layer in one tensor; reading yields them one by one.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,14 @@ from gguf.constants import GGMLQuantizationType
 
 from nanovllm.model_files.gguf_file import GGUFFile, TensorInfo
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+_MODEL_TYPES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}  # where Hugging Face's word is another
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -45,6 +55,19 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_OWN_LAYER_NAMES = {
+    "gemma3": {
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "qwen3moe": {
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+        "ffn_up_exps": "mlp.experts.{}.up_proj",
+        "ffn_down_exps": "mlp.experts.{}.down_proj",
+    },
+}
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROPE_FREQS = "rope_freqs.weight"  # Llama 3's frequency divisors: part of the config here, not a parameter
 
@@ -56,6 +79,13 @@ _READ_KEYS = (
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scale_linear"),
     *("rope.scaling.finetuned", "expert_count", "expert_used_count"),
 )
+_OWN_READ_KEYS = {
+    "gemma3": (
+        *("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
+        "final_logit_softcapping",
+    ),
+    "qwen3moe": ("expert_feed_forward_length",),
+}
 
 # llama.cpp writes only the divisors of Llama 3's scaling; these constants of its formula are the same in every release.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -89,7 +119,17 @@ class GGUFCheckpoint:
             layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
             if self._prefix == "llama" and layer_tensor and layer_tensor[2] in heads:
                 rows = _undo_row_permutation(rows.reshape(info.shape[0], -1), heads[layer_tensor[2]])
-            yield self._hf_name(info.name), dequantize(rows, info)
+            name = self._hf_name(info.name)
+            if "{}" in name:
+                if len(info.shape) != 3:
+                    raise ValueError(f"{self.path}: tensor {info.name} of shape {info.shape} does not hold experts")
+                expert_info = replace(info, shape=info.shape[1:])
+                for expert, expert_rows in enumerate(np.split(rows, info.shape[0])):
+                    yield name.format(expert), dequantize(expert_rows, expert_info)
+            elif self._prefix == "gemma3" and info.name.endswith("norm.weight"):
+                yield name, dequantize(rows, info) - 1
+            else:
+                yield name, dequantize(rows, info)
 
     def _check_architecture(self) -> str:
         metadata = self._file.metadata
@@ -107,8 +147,9 @@ class GGUFCheckpoint:
                 "with llama.cpp's `llama-gguf-split --merge`"
             )
         prefix = architecture + "."
+        known = {prefix + key for key in (*_READ_KEYS, *_OWN_READ_KEYS.get(architecture, ()))}
         for key, value in metadata.items():
-            if key.startswith(prefix) and key.removeprefix(prefix) not in _READ_KEYS:
+            if key.startswith(prefix) and key not in known:
                 raise NotImplementedError(f"{self.path}: metadata {key} = {value} is not understood, so not run")
         return architecture
 
@@ -116,10 +157,11 @@ class GGUFCheckpoint:
         if name in _NAMES:
             return _NAMES[name]
         layer_tensor = _LAYER_TENSOR.fullmatch(name)
-        if layer_tensor is None or layer_tensor[2] not in _LAYER_NAMES:
+        names = _LAYER_NAMES | _OWN_LAYER_NAMES.get(self._prefix, {})
+        if layer_tensor is None or layer_tensor[2] not in names:
             raise ValueError(f"{self.path}: tensor {name} has no place in a {_ARCHITECTURES[self._prefix]}")
         layer, module, kind = layer_tensor.groups()
-        return f"model.layers.{layer}.{_LAYER_NAMES[module]}.{kind}"
+        return f"model.layers.{layer}.{names[module]}.{kind}"
 
     def _get(self, key: str, default: Any = None) -> Any:
         """Metadata `<architecture>.<key>`; required if there is no default."""
@@ -142,7 +184,7 @@ class GGUFCheckpoint:
             ("attention.value_length", head_dim),
             ("rope.dimension_count", head_dim),
             ("attention.causal", True),
-            ("expert_count", 0),
+            *(() if self._prefix == "qwen3moe" else (("expert_count", 0),)),
         ):
             if self._get(key, supported) != supported:
                 raise NotImplementedError(
@@ -150,7 +192,7 @@ class GGUFCheckpoint:
                 )
         config = {
             "architectures": [_ARCHITECTURES[self._prefix]],
-            "model_type": self._prefix,
+            "model_type": _MODEL_TYPES.get(self._prefix, self._prefix),
             "vocab_size": tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden_size,
             "intermediate_size": self._get("feed_forward_length"),
@@ -166,9 +208,56 @@ class GGUFCheckpoint:
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-            "dtype": _dtype(info.quantization for info in tensors.values() if len(info.shape) > 1),
+            "dtype": _dtype(info.quantization for info in tensors.values() if _is_matrix(info)),
         }
+        if self._prefix == "qwen3moe":
+            config |= self._expert_config()
+        if self._prefix == "gemma3":
+            config |= self._gemma3_config(head_dim)
         return config | _generation_config(self._file.metadata)
+
+    def _expert_config(self) -> dict[str, Any]:
+        return {
+            "num_experts": self._get("expert_count"),
+            "num_experts_per_tok": self._get("expert_used_count"),
+            "moe_intermediate_size": self._get("expert_feed_forward_length"),
+            "norm_topk_prob": True,  # llama.cpp knows no other way for this architecture
+        }
+
+    def _gemma3_config(self, head_dim: int) -> dict[str, Any]:
+        """What Gemma 3 has beside the others. The defaults are llama.cpp's: files before mid 2025 hold no pattern."""
+        num_layers = self._get("block_count")
+        window = self._get("attention.sliding_window", 0) or None
+        pattern = self._file.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+        if isinstance(pattern, int):
+            has_window = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+        else:
+            has_window = [bool(flag) for flag in pattern]
+        is_27b = num_layers == 62  # the one size whose queries are not scaled by the head dimension; no metadata say so
+        scaling = self._rope_scaling(head_dim)
+        return {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_act": None,
+            "sliding_window": window,
+            "layer_types": [
+                "sliding_attention" if window is not None and flag else "full_attention" for flag in has_window
+            ],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "default",
+                    **(scaling or {}),
+                    "rope_theta": self._get("rope.freq_base", 10000.0),
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": self._get("rope.freq_base_swa", 10000.0)},
+            },
+            "rope_theta": None,
+            "rope_scaling": None,
+            "query_pre_attn_scalar": (
+                self._get("embedding_length") // self._get("attention.head_count") if is_27b else head_dim
+            ),
+            "final_logit_softcapping": self._get("final_logit_softcapping", 0.0) or None,
+            "attention_bias": "blk.0.attn_q.bias" in self._file.tensors,
+        }
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         kind = self._get("rope.scaling.type", "none")
@@ -269,6 +358,11 @@ _BLOCK_UNPACKERS: dict[GGMLQuantizationType, tuple[int, Callable[[torch.Tensor, 
     GGMLQuantizationType.Q4_1: (20, _unpack_q4_1),
     GGMLQuantizationType.Q8_0: (34, _unpack_q8_0),
 }
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    """False for the router, too, which converters leave in float32 whatever the file's type is."""
+    return len(info.shape) > 1 and ".ffn_gate_inp." not in info.name
 
 
 def _dtype(matrix_kinds: Iterable[GGMLQuantizationType]) -> str:

@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.gguf_files import (
     Quantization,
     byte_level_keys,
     hf_name,
+    llama3_divisors,
     metadata,
     tiny_tensors,
     write_gguf,
@@ -135,25 +135,10 @@ def test_rope_scaling(tmp_path: Path, changes: dict[str, Any], scaling: dict[str
     assert _checkpoint(tmp_path, changes=changes).config["rope_scaling"] == scaling
 
 
-def _llama3_divisors(theta: float, factor: float) -> np.ndarray:
-    """As llama.cpp's converter computes them, one at a time."""
-    divisors = []
-    for index in range(0, HEAD_DIM, 2):
-        wavelength = 2 * math.pi * theta ** (index / HEAD_DIM)
-        if wavelength < 8192 / 4:
-            divisors.append(1.0)
-        elif wavelength > 8192 / 1:
-            divisors.append(factor)
-        else:
-            smooth = (8192 / wavelength - 1) / (4 - 1)
-            divisors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(divisors, dtype=np.float32)
-
-
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recognized(tmp_path: Path, factor: float) -> None:
     """W4"""
-    divisors = {"rope_freqs.weight": _llama3_divisors(500000.0, factor)}
+    divisors = {"rope_freqs.weight": llama3_divisors(500000.0, HEAD_DIM, factor)}
     checkpoint = _checkpoint(tmp_path, changes={"rope__freq_base": 500000.0}, tensors=divisors)
     assert checkpoint.config["rope_scaling"] == {
         "rope_type": "llama3",
@@ -194,7 +179,7 @@ def test_what_would_change_the_result_is_refused_by_name(tmp_path: Path, changes
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     """W1"""
-    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3"):
+    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, qwen3moe, gemma3"):
         _checkpoint(tmp_path, "mamba")
     with pytest.raises(NotImplementedError, match=r"one of 3 GGUF shards.*llama-gguf-split --merge"):
         _checkpoint(tmp_path, keys={"split.count": 3})

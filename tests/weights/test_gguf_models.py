@@ -1,0 +1,155 @@
+"""GGUF files as whole models: each architecture beside Hugging Face, each quantization beside its plain numbers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from nanovllm import LLM, SamplingParams
+from tests.gguf_files import Quantization, Quantized, convert, random_blocks
+from tests.tiny_models import (
+    hugging_face_greedy,
+    hugging_face_logits,
+    load_hugging_face,
+    random_prompts,
+    record_logits,
+    save_random,
+)
+
+NUM_OUTPUT = 8
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"head_dim": 16}),
+    "llama-llama3-rope-tied": (
+        "LlamaForCausalLM",
+        {"rope_parameters": LLAMA3, "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "llama-linear-rope-bias": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}, "attention_bias": True},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3-tied": ("Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
+}
+QUANTIZATIONS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+
+
+def run(model: Path, prompt: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """(logits of every position, greedy tokens), in float32."""
+    with LLM(str(model), device="cpu", dtype="float32", skip_tokenizer_init=True) as llm:
+        logits = record_logits(llm)
+        (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=NUM_OUTPUT), use_tqdm=False)
+    return logits(), output.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
+    """W1, W3, W4: the same weights, once as safetensors and once as GGUF."""
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    prompt = random_prompts([30])[0]
+    logits, token_ids = run(convert(folder, tmp_path / "m.gguf"), prompt)
+    hf = load_hugging_face(folder)
+    assert token_ids == hugging_face_greedy(hf, prompt, NUM_OUTPUT)
+    torch.testing.assert_close(logits, hugging_face_logits(hf, prompt + token_ids[:-1]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", *QUANTIZATIONS])
+def test_quantized_models_equal_their_numbers(tmp_path: Path, kind: str) -> None:
+    """W1: every kind of block, in every matrix; the same numbers as plain float32 give the same logits."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 1}
+    folder = save_random(tmp_path, "Qwen3ForCausalLM", **sizes, head_dim=64)
+    numbers = load_file(folder / "model.safetensors")
+    hf_names = {convert_name(name): name for name in numbers}
+
+    def quantize(name: str, matrix: np.ndarray) -> Quantized:
+        quantization = Quantization[kind]
+        if kind in ("F16", "BF16"):
+            blocks = gguf.quants.quantize(matrix, quantization)
+        else:
+            blocks = random_blocks(quantization, matrix.shape, len(name), 0.06)
+        numbers[hf_names[name]] = gguf.quants.dequantize(blocks, quantization).astype(np.float32)
+        return blocks, quantization
+
+    path = convert(folder, tmp_path / "m.gguf", quantize)
+    save_file(numbers, folder / "model.safetensors", metadata={"format": "pt"})
+    prompt = random_prompts([20])[0]
+    logits, token_ids = run(path, prompt)
+    plain_logits, plain_token_ids = run(folder, prompt)
+    assert token_ids == plain_token_ids
+    assert torch.equal(logits, plain_logits)
+    assert logits.std() > 0.1
+
+
+def convert_name(name: str) -> str | None:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 1).get_name(name, (".weight", ".bias"))
+
+
+# -- files that were tampered with --
+
+
+def rewrite(source: Path, path: Path, **changes: np.ndarray | None) -> Path:
+    """A copy with tensors replaced, added, or (None) left out; "." is written "__"."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "qwen3")
+    for field in reader.fields.values():
+        if field.name.startswith("qwen3."):
+            value = field.contents()
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(field.name, value)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blk__1__attn_q_norm__weight": None}, "no tensor 'model.layers.1.self_attn.q_norm.weight'"),
+        ({"output_norm__weight": None}, "no tensor 'model.norm.weight'"),
+        ({"output__weight": None}, None),  # then the head is the embedding
+        ({"blk__2__attn_norm__weight": np.ones(32, np.float32)}, "'model.layers.2.input_layernorm.weight', which"),
+        ({"blk__0__ffn_gate_inp__weight": np.ones((4, 32), np.float32)}, "tensor blk.0.ffn_gate_inp.weight has no"),
+        ({"blk__0__ffn_up__weight": np.ones((47, 32), np.float32)}, "'model.layers.0.mlp.up_proj.weight' has shape"),
+        ({"blk__0__attn_norm__weight": np.ones((1, 32), np.float32)}, "'model.layers.0.input_layernorm.weight' has"),
+    ],
+)
+def test_missing_extra_and_misshapen_tensors_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    """W2, W3"""
+    source = convert(save_random(tmp_path, "Qwen3ForCausalLM", head_dim=16), tmp_path / "m.gguf")
+    path = rewrite(source, tmp_path / "tampered.gguf", **changes)
+    if message is None:
+        run(path, [1, 2, 3])
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(path, [1, 2, 3])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.999])
+def test_truncated_files_are_refused(tmp_path: Path, share: float) -> None:
+    """W2: cut in the header, in the middle, and just before the end."""
+    path = convert(save_random(tmp_path, "Qwen3ForCausalLM", head_dim=16), tmp_path / "m.gguf")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"m\.gguf is truncated"):
+        run(path, [1, 2, 3])
