@@ -42,8 +42,8 @@ def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: i
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+            if parameter.dim() >= 2:  # three: the matrices of all experts
+                parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
             else:
                 parameter.copy_(0.2 * noise + (0.0 if name.endswith("bias") else 1.0))
     model.save_pretrained(folder)

@@ -26,13 +26,14 @@ _WITHOUT_EFFECT = frozenset(
     "cache_implementation decoder_start_token_id dtype embd_pdrop eos_token_id exponential_decay_length_penalty "
     "finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout_prob id2label initializer_range "
     "is_llama_config keys_to_ignore_at_inference label2id max_window_layers model_type name_or_path num_labels "
-    "output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict "
-    "return_dict_in_generate sep_token_id sliding_window_pattern suppress_tokens task_specific_params tf_legacy_loss "
-    "tokenizer_class torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed "
-    "unsloth_version use_bfloat16 use_cache chunk_size_feed_forward do_sample temperature top_k top_p typical_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_beams num_beam_groups "
-    "num_return_sequences diversity_penalty early_stopping max_length min_length output_scores remove_invalid_values "
-    "pruned_heads tie_encoder_decoder".split()
+    "output_attentions output_hidden_states output_router_logits router_aux_loss_coef router_jitter_noise "
+    "pad_token_id prefix pretraining_tp problem_type resid_pdrop return_dict return_dict_in_generate sep_token_id "
+    "sliding_window_pattern suppress_tokens task_specific_params tf_legacy_loss tokenizer_class torch_dtype "
+    "torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache "
+    "chunk_size_feed_forward do_sample temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size num_beams num_beam_groups num_return_sequences "
+    "diversity_penalty early_stopping max_length min_length output_scores remove_invalid_values pruned_heads "
+    "tie_encoder_decoder".split()
 )
 
 # Fields that change the result, except at this value.

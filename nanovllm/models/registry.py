@@ -104,6 +104,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "residual_multiplier": 1.0,
         }
     ),
+    "Qwen3MoeForCausalLM": Architecture(
+        fields={
+            **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 0, "attention_bias": False},
+            **{"num_experts": 128, "num_local_experts": None, "num_experts_per_tok": 8, "norm_topk_prob": False},
+            **{"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": None},
+        },
+        switches={"qk_norm": "head"},
+        mlp="nanovllm.models.mixture:qwen3_moe",
+    ),
+    "MixtralForCausalLM": Architecture(
+        fields={
+            **{"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+            **{"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_key_value_heads": 8},
+        },
+        mlp="nanovllm.models.mixture:mixtral",
+    ),
+    "OlmoeForCausalLM": Architecture(
+        fields={
+            **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+            **{"rms_norm_eps": 1e-5, "attention_bias": False},
+        },
+        switches={"qk_norm": "projection"},
+        mlp="nanovllm.models.mixture:olmoe",
+    ),
 }
 
 

@@ -194,7 +194,7 @@ def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
         assert metrics["num_prompt_tokens_cached"] > 0
 
 
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MixtralForCausalLM", "NoSuchForCausalLM"])
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "Qwen2MoeForCausalLM", "NoSuchForCausalLM"])
 def test_unsupported_architectures_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
     """W1: and before any weight is looked at."""
     folder = save_random(tmp_path)

@@ -41,6 +41,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}, "attention_bias": True},
     ),
     "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+            **{"head_dim": 16},
+        },
+    ),
     "qwen3-tied": ("Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
 }
 QUANTIZATIONS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()

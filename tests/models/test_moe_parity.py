@@ -1,0 +1,261 @@
+"""Mixture-of-experts families beside Hugging Face, on tiny random checkpoints, and what is refused of them."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanovllm import LLM, SamplingParams
+from tests.tiny_models import (
+    edit_json,
+    hugging_face_greedy,
+    hugging_face_logits,
+    load_hugging_face,
+    random_prompts,
+    record_logits,
+    save_random,
+)
+
+QWEN: dict[str, Any] = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {**QWEN, "norm_topk_prob": True}),
+    "qwen3-moe-some-layers-dense": (
+        "Qwen3MoeForCausalLM",
+        {
+            **{**QWEN, "num_hidden_layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2},
+            **{"norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True},
+        },
+    ),
+    "qwen3-moe-window": ("Qwen3MoeForCausalLM", {**QWEN, "use_sliding_window": True, "sliding_window": 7}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "mixtral-window-one-expert": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, "head_dim": 24},
+    ),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe-renormalized-all-experts": (
+        "OlmoeForCausalLM",
+        {"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": True, "num_key_value_heads": 4},
+    ),
+}
+NUM_OUTPUT = 10
+ONE = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, config = CASES[request.param]
+    return save_random(tmp_path_factory.mktemp(request.param), architecture, **config)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(checkpoint: Path) -> Any:
+    return load_hugging_face(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    prompts = random_prompts([1, 40, 3, 17, 32, 8])
+    return [*prompts, prompts[1][:32] + prompts[2]]  # the last shares whole blocks with another one
+
+
+@pytest.fixture(scope="module")
+def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
+    return [hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT) for prompt in prompts]
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    return LLM(str(folder), **{"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, **options})
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [256, 5], ids=["whole", "chunked"])
+def test_logits_of_prompt_and_output_equal_hugging_face(
+    checkpoint: Path, hugging_face: Any, max_num_batched_tokens: int
+) -> None:
+    """W1, W3: every position, prompt and output, at most 1e-4 apart in float32."""
+    prompt = random_prompts([41])[0]
+    with make_llm(checkpoint, max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
+        logits = record_logits(llm)
+        (output,) = llm.generate([prompt], ONE, use_tqdm=False)
+    token_ids = prompt + output.outputs[0].token_ids
+    torch.testing.assert_close(logits(), hugging_face_logits(hugging_face, token_ids[:-1]), atol=1e-4, rtol=0)
+    assert output.outputs[0].token_ids == hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "chunks-overlap": {"max_num_seqs": 4, "max_num_batched_tokens": 7, "overlap_depth": 2},
+    "preempting": {"num_gpu_blocks_override": 8, "block_size": 8, "enable_prefix_caching": False},
+    "preempting-cached": {"num_gpu_blocks_override": 8, "block_size": 8},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
+    checkpoint: Path, prompts: list[list[int]], expected: list[list[int]], way: str
+) -> None:
+    """W1, C1: as a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
+    options = {"max_num_seqs": 6, "max_num_batched_tokens": 64, "block_size": 16, **WAYS[way]}
+    with make_llm(checkpoint, **options) as llm:
+        for _ in ("cold", "warm"):
+            outputs = llm.generate(prompts, ONE, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        metrics = llm.get_metrics()
+    assert (metrics["num_preemptions"] > 0) == way.startswith("preempting")
+    if options.get("enable_prefix_caching", True):
+        assert metrics["num_prompt_tokens_cached"] > 0
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe-some-layers-dense", "mixtral", "olmoe"])
+def test_experts_in_one_tensor_are_the_same_model(tmp_path: Path, case: str) -> None:
+    """W3: the layout that transformers 5 keeps in memory, beside that of the Hub."""
+    architecture, config = CASES[case]
+    apart = save_random(tmp_path / "apart", architecture, **config)
+    together = tmp_path / "together"
+    load_hugging_face(apart).save_pretrained(together, save_original_format=False)
+    names = load_file(together / "model.safetensors").keys()
+    assert any(name.endswith("experts.gate_up_proj") for name in names) and not any(".experts.0." in n for n in names)
+    prompt = random_prompts([30])[0]
+    outputs = []
+    for folder in (apart, together):
+        with make_llm(folder) as llm:
+            logits = record_logits(llm)
+            llm.generate([prompt], ONE, use_tqdm=False)
+        outputs.append(logits())
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral", "olmoe"])
+def test_random_weights_run(tmp_path: Path, case: str) -> None:
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    (folder / "model.safetensors").unlink()
+    with make_llm(folder, load_format="dummy") as llm:
+        logits = record_logits(llm)
+        llm.generate([[1, 2, 3]], ONE, use_tqdm=False)
+    assert logits().isfinite().all() and logits().std() > 0.1
+
+
+# -- checkpoints that were tampered with --
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def change(name: str, new: Callable[[Tensor], Tensor] | None, to: str | None = None) -> Edit:
+    """Replace a tensor by `new` of it, under another name if one is given; None removes it."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        tensor = tensors[name] if to else tensors.pop(name)
+        if new is not None:
+            tensors[to or name] = new(tensor).contiguous()
+
+    return edit
+
+
+QWEN_EXPERT, MIXTRAL_EXPERT = "model.layers.1.mlp.experts.5.", "model.layers.1.block_sparse_moe.experts.3."
+TAMPERED: dict[str, tuple[str, Edit, str]] = {
+    "an-expert-lacks-a-matrix": (
+        "qwen3-moe", change(f"{QWEN_EXPERT}up_proj.weight", None), f"no tensor '{QWEN_EXPERT}up_proj.weight'"
+    ),
+    "no-router": ("olmoe", change("model.layers.1.mlp.gate.weight", None), "'model.layers.1.mlp.gate.weight'"),
+    "an-expert-lacks-w2": (
+        "mixtral", change(f"{MIXTRAL_EXPERT}w2.weight", None), f"no tensor '{MIXTRAL_EXPERT}w2.weight'"
+    ),
+    "one-expert-too-many": (
+        "qwen3-moe",
+        change(f"{QWEN_EXPERT}up_proj.weight", torch.clone, "model.layers.1.mlp.experts.6.up_proj.weight"),
+        "'model.layers.1.mlp.experts.6.up_proj.weight', which this model does not have",
+    ),
+    "a-shared-expert": (
+        "qwen3-moe",
+        change(f"{QWEN_EXPERT}up_proj.weight", torch.clone, "model.layers.1.mlp.shared_expert.up_proj.weight"),
+        "'model.layers.1.mlp.shared_expert.up_proj.weight', which",
+    ),
+    "a-router-bias": (
+        "qwen3-moe",
+        change("model.layers.0.mlp.gate.weight", lambda t: t[:, 0], "model.layers.0.mlp.gate.e_score_correction_bias"),
+        "'model.layers.0.mlp.gate.e_score_correction_bias', which",
+    ),
+    "a-misshapen-expert": (
+        "mixtral", change(f"{MIXTRAL_EXPERT}w1.weight", lambda t: t[:-1]), f"'{MIXTRAL_EXPERT}w1.weight' has shape"
+    ),
+    "a-transposed-expert": (
+        "olmoe",
+        change("model.layers.0.mlp.experts.0.down_proj.weight", lambda t: t.T),
+        "'model.layers.0.mlp.experts.0.down_proj.weight' has shape",
+    ),
+    "a-router-for-fewer-experts": (
+        "qwen3-moe", change("model.layers.0.mlp.gate.weight", lambda t: t[:4]), "'model.layers.0.mlp.gate.weight' has"
+    ),
+    "both-layouts-at-once": (
+        "qwen3-moe",
+        change(
+            f"{QWEN_EXPERT}down_proj.weight", lambda t: t.expand(6, *t.shape), "model.layers.1.mlp.experts.down_proj"
+        ),
+        "down_proj.weight' twice",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_tampered_tensors_are_named(tmp_path: Path, case: str) -> None:
+    """W2, W3"""
+    architecture, edit, message = TAMPERED[case]
+    folder = save_random(tmp_path, CASES[architecture][0], **CASES[architecture][1])
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_llm(folder)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    """W2"""
+    folder = save_random(tmp_path, *CASES["mixtral"][:1], **CASES["mixtral"][1])
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) - 64])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged"):
+        make_llm(folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("qwen3-moe", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
+        ("qwen3-moe", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "'su'"),
+        ("qwen3-moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+        ("qwen3-moe", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        ("qwen3-moe", {"num_local_experts": 0}, "num_local_experts must be a positive integer, got 0"),
+        ("qwen3-moe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7 is more than num_local_experts=6"),
+        ("qwen3-moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer, got 0"),
+        ("qwen3-moe", {"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer, got None"),
+        ("qwen3-moe", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, "max_window_layers=1"),
+        ("qwen3-moe", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than num_local_experts=4"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+    ],
+)
+def test_configs_that_are_not_understood_are_refused_by_name(
+    tmp_path: Path, case: str, changes: dict[str, Any], message: str
+) -> None:
+    """W1, W4, W13"""
+    folder = save_random(tmp_path, CASES[case][0], **CASES[case][1])
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_llm(folder)
+
+
+def test_the_older_spelling_of_the_number_of_experts_is_read(tmp_path: Path) -> None:
+    """As in the config.json files on the Hub."""
+    folder = save_random(tmp_path, CASES["qwen3-moe"][0], **CASES["qwen3-moe"][1])
+    edit_json(folder / "config.json", num_local_experts=None, num_experts=6)
+    make_llm(folder).close()
+    edit_json(folder / "config.json", num_experts=5)
+    with pytest.raises(ValueError, match=r"experts\.5\.down_proj\.weight', which this model does not have"):
+        make_llm(folder)
