@@ -71,6 +71,11 @@ def build_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(path, metadata, tokens)
     elif kind == "llama":
+        # User-defined tokens, as Gemma has for runs of spaces, are looked for in the text as it is.
+        tokens = [
+            token.replace("▁", " ") if token_type == _USER_DEFINED else token
+            for token, token_type in zip(tokens, token_types.tolist(), strict=True)
+        ]
         tokenizer, adds_bos = _sentencepiece(path, metadata, tokens, token_types.tolist()), True
     else:
         raise NotImplementedError(

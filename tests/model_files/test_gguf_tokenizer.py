@@ -53,6 +53,21 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert tokenizer.encode("abc").tokens == ["<s>", "abc"]
 
 
+def test_runs_of_spaces_that_are_tokens_by_themselves(tmp_path: Path) -> None:
+    """Gemma's vocabulary has them as user-defined tokens, with U+2581 or (newer converters) with spaces."""
+    for run in ("▁▁▁", "   "):
+        keys = sentencepiece_keys(add_space_prefix=False)
+        keys["tokenizer.ggml.tokens"] += ["▁▁", run, "\n\n"]
+        keys["tokenizer.ggml.scores"] += [0.0] * 3
+        keys["tokenizer.ggml.token_type"] += [4] * 3
+        tokenizer, _ = _build(tmp_path, keys)
+        text = "a   ab  b\n\nc abc"
+        encoding = tokenizer.encode(text)
+        assert encoding.tokens == ["<s>", "a", "   ", "ab", "  ", "b", "\n\n", "c", "▁abc"]
+        assert max(encoding.ids) < len(keys["tokenizer.ggml.tokens"])
+        assert tokenizer.decode(encoding.ids) == text
+
+
 def test_unknown_kinds_are_refused_by_name(tmp_path: Path) -> None:
     """W1: nothing that is only similar is used."""
     for keys, name in (

@@ -1,0 +1,71 @@
+"""Mixtures of experts on a GPU: the grouped kernel in every way of running gives the tokens of the CPU's reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from tests.tiny_models import random_prompts, save_random
+
+pytestmark = pytest.mark.gpu
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    ),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "intermediate_size": 80, "sliding_window": 48}),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 10, "num_experts_per_tok": 3, "num_key_value_heads": 4}),
+}
+SIZES = {"hidden_size": 256, "max_position_embeddings": 512}
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+WAYS: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "chunks": {"max_num_batched_tokens": 48},
+    "preempting": {"num_gpu_blocks_override": 10},
+    "three rows": {"max_num_seqs": 3},
+    "plain layers": {"compilation": "none"},
+}
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 16}
+    return LLM(str(folder), **{**defaults, "num_gpu_blocks_override": 200, **options})
+
+
+def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return random_prompts([1, 3, 63, 64, 65, 130, 17, 200, 64, 5, 90, 128])
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, config = CASES[request.param]
+    return save_random(tmp_path_factory.mktemp(request.param), architecture, **SIZES, **config)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    with make_llm(folder, device="cpu", compilation="none") as llm:
+        return tokens(llm, prompts)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_equal_the_cpu(folder: Path, prompts: list[list[int]], on_cpu: list[list[int]], way: str) -> None:
+    """W1, C1: cold and with a warm prefix cache."""
+    with make_llm(folder, **WAYS[way]) as llm:
+        assert tokens(llm, prompts) == on_cpu
+        assert tokens(llm, prompts) == on_cpu
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_repeatable(folder: Path, prompts: list[list[int]], dtype: str) -> None:
+    """Nothing in the sums over experts depends on timing."""
+    with make_llm(folder, dtype=dtype, enable_prefix_caching=False) as llm:
+        assert tokens(llm, prompts) == tokens(llm, prompts)
