@@ -197,6 +197,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
     if "query_pre_attn_scalar" in hf:
         writer.add_sliding_window(hf["sliding_window"])
+        if hf["final_logit_softcapping"]:
+            writer.add_final_logit_softcapping(hf["final_logit_softcapping"])
 
 
 def random_blocks(kind: Quantization, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:

@@ -105,6 +105,27 @@ def test_config(tmp_path: Path) -> None:
     assert checkpoint.generation_config == {"eos_token_id": [263, 7], "bos_token_id": 262, "pad_token_id": 263}
 
 
+def test_gemma3_config(tmp_path: Path) -> None:
+    """What its files leave out is as llama.cpp has it: every sixth layer sees all, and the 27B's queries are scaled."""
+    changes = {"attention__key_length": HEAD_DIM, "block_count": 12, "attention__sliding_window": 9}
+    config = _checkpoint(tmp_path, "gemma3", changes=changes).config
+    assert config["layer_types"] == (["sliding_attention"] * 5 + ["full_attention"]) * 2
+    assert config["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert config["query_pre_attn_scalar"] == HEAD_DIM and config["final_logit_softcapping"] is None
+    local = {"rope__freq_base_swa": 500.0, "attention__sliding_window_pattern": 2, "final_logit_softcapping": 30.0}
+    config = _checkpoint(tmp_path, "gemma3", changes={**changes, **local}).config
+    assert config["layer_types"] == ["sliding_attention", "full_attention"] * 6
+    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 500.0
+    assert config["final_logit_softcapping"] == 30.0
+    listed = {"block_count": 3, "attention__sliding_window_pattern": [True, False, True]}
+    config = _checkpoint(tmp_path, "gemma3", changes={**changes, **listed}).config
+    assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+    large = {**changes, "block_count": 62, "attention__key_length": 8, "attention__sliding_window": None}
+    config = _checkpoint(tmp_path, "gemma3", changes=large).config
+    assert config["query_pre_attn_scalar"] == HIDDEN // 4
+    assert set(config["layer_types"]) == {"full_attention"}
+
+
 def test_untied_head_and_dtype(tmp_path: Path) -> None:
     head = tiny_tensors(1)["token_embd.weight"]
     checkpoint = _checkpoint(tmp_path, tensors={"output.weight": head}, quantization=Quantization.F16)

@@ -48,6 +48,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"head_dim": 16},
         },
     ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            **{"num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9},
+            **{"final_logit_softcapping": 20.0},
+        },
+    ),
+    "gemma3-linear-rope": (
+        "Gemma3ForCausalLM",
+        {
+            **{"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "qwen3-tied": ("Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
 }
 QUANTIZATIONS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
