@@ -92,6 +92,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         input_processor=InputProcessor(
             encode=tokenizer.encode if tokenizer else None,
             vocab_size=model_config.vocab_size,
+            num_layers=model_config.num_layers,
             max_model_len=_known(config.max_model_len),
             eos_token_ids=eos_token_ids,
             num_cache_tokens=executor.num_blocks * _known(config.block_size),

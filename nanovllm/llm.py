@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from nanovllm.build import build_engine
@@ -259,7 +260,12 @@ class LLM:
                     del self._groups[request.request_id]
 
     def _make_output(self, group: list[Request], kind: RequestOutputKind) -> RequestOutput:
-        return self._engine.output_processor.make_output(group, kind)
+        output = self._engine.output_processor.make_output(group, kind)
+        for completion in output.outputs:
+            if completion.hidden_states is not None:
+                parts = completion.hidden_states
+                completion.hidden_states = {layer: torch.cat(parts[layer]).float() for layer in parts}
+        return output
 
     # -- about the engine --
 

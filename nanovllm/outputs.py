@@ -4,6 +4,7 @@ Plain data without torch. Invariant: `finish_reason` is None exactly while the s
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class CompletionOutput:
     stop_reason: the stop string or stop token id that ended it; None for EOS and for every other reason.
     cumulative_logprob: sum of the log-probabilities of token_ids; logprobs: for each of token_ids, token id to Logprob
         of that token and of the most likely ones. Both are None unless SamplingParams.logprobs asks for them.
+    hidden_states: for each layer that SamplingParams.capture names, a float32 tensor [tokens of prompt and output but
+        the last, hidden_size] on the CPU, once the request has ended; else None.
     """
 
     index: int = 0
@@ -35,6 +38,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    hidden_states: dict[int, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

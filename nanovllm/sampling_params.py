@@ -95,6 +95,18 @@ def _read_schema(schema: Any) -> str:
         raise TypeError(f"structured_outputs.json holds what is no JSON: {error}") from error
 
 
+def _read_capture(capture: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(capture, Mapping):
+        raise TypeError(f"capture must be a dict like {{'layers': [0, 5]}}, got {capture!r}")
+    reject_unknown_options("capture", capture, ["layers"])
+    layers = capture.get("layers")
+    if not isinstance(layers, (list, tuple)) or not all(_is_integer(layer) for layer in layers):
+        raise TypeError(f"capture['layers'] must be a list of integers, got {layers!r}")
+    if not layers:
+        raise ValueError("capture['layers'] is empty; name a layer, or leave capture out")
+    return {"layers": tuple(dict.fromkeys(layers))}
+
+
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -130,6 +142,9 @@ class SamplingParams:
     include_stop_str_in_output: cut the text after the stop string instead; a stop token's text stays in, too.
     skip_special_tokens: leave special tokens out of the text. spaces_between_special_tokens: where they are not left
         out, False puts no space between two of them. detokenize: False leaves `text` empty.
+    capture: {"layers": [...]} returns the hidden states behind these decoder layers (0 is the first, -1 the last) for
+        each token of prompt and output but the last, when the request ends. Its whole prompt is computed, also where
+        the prefix cache holds it.
     output_kind: what `LLM.step` returns of this request; `LLM.generate` returns all, `LLM.stream` what is new.
     """
 
@@ -158,6 +173,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
+    capture: Mapping[str, Any] | None = field(default=None, hash=False)
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __new__(cls, *args: object, **options: object) -> "SamplingParams":
@@ -190,6 +206,8 @@ class SamplingParams:
             raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, NoneType)):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+        if self.capture is not None:
+            object.__setattr__(self, "capture", _read_capture(self.capture))
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 1 <= self.n <= MAX_N:

@@ -1,14 +1,15 @@
 """The engine on a GPU: kernels, CUDA graphs and overlap give the tokens of the CPU's references. Run: pytest -m gpu"""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
-from tests.tiny_models import random_prompts, save_random
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -194,3 +195,34 @@ def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
         assert llm.get_metrics()["execute_seconds"] > 0  # F9
     gc.collect()
     assert torch.cuda.memory_allocated() <= before * 1.01 + 2**20
+
+
+def test_hidden_states_beside_requests_that_keep_their_graphs(folder: Path, prompts: list[list[int]]) -> None:
+    """A step with captures is split; tokens are as without, and states as the CPU computes them."""
+    capturing = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, capture={"layers": [0, 1]})
+    params = [capturing if i % 3 == 0 else GREEDY for i in range(len(prompts))]
+    with make_llm(folder, device="cpu", compilation="none") as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    with make_llm(folder) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for output, wanted in zip(outputs, expected, strict=True):
+        got, want = output.outputs[0], wanted.outputs[0]
+        assert got.token_ids == want.token_ids
+        for layer, states in (want.hidden_states or {}).items():
+            torch.testing.assert_close(got.hidden_states[layer], states, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2])
+def test_structured_outputs_follow_their_form_beside_others(tmp_path: Path, overlap_depth: int) -> None:
+    pytest.importorskip("llguidance")
+    save_random(tmp_path, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, head_dim=64)
+    save_tokenizer(tmp_path)
+    form = SamplingParams(
+        n=4, seed=2, max_tokens=40, structured_outputs=StructuredOutputsParams(regex="([a-f]{2,6} ){2}[g-k]{2,4}")
+    )
+    with make_llm(tmp_path, skip_tokenizer_init=False, overlap_depth=overlap_depth) as llm:
+        outputs = llm.generate(["one", "two", "free"], [form, form, GREEDY], use_tqdm=False)
+    for output in outputs[:2]:
+        for completion in output.outputs:
+            assert re.fullmatch("([a-f]{2,6} ){2}[g-k]{2,4}", completion.text), completion.text
+    assert len(outputs[2].outputs[0].token_ids) == 24

@@ -34,6 +34,7 @@ _NOT_SAMPLING_FLAGS = {
     "logit_bias",
     "logits_processors",
     "structured_outputs",
+    "capture",
 }
 
 

@@ -30,6 +30,7 @@ class InputProcessor:
         *,
         encode: Callable[..., list[int]] | None,
         vocab_size: int,
+        num_layers: int,
         max_model_len: int,
         num_cache_tokens: int,
         eos_token_ids: Sequence[int],
@@ -41,6 +42,7 @@ class InputProcessor:
         """compile_constraint: makes a new one for (params, ignore_eos); None without a tokenizer."""
         self._encode = encode
         self._vocab_size = vocab_size
+        self._num_layers = num_layers
         self._max_model_len = max_model_len
         self._num_cache_tokens = num_cache_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -61,6 +63,11 @@ class InputProcessor:
         text, token_ids = self._read_prompt(prompt, name)
         max_total_tokens = self._fit(token_ids, params, name)
         self._check_vocabulary(params, name)
+        for layer in (params.capture or {}).get("layers", ()):
+            if not -self._num_layers <= layer < self._num_layers:
+                raise ValueError(
+                    f"{name}: capture names layer {layer}; the model's are in [-{self._num_layers}, {self._num_layers})"
+                )
         if params.stop and self._encode is None:
             raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
         bad_words = self._read_bad_words(params, name)

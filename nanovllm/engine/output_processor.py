@@ -5,6 +5,7 @@ queues belong to the scheduler. Invariant: text only ever grows, and is cut at a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from nanovllm.engine.logprobs import LogprobsDecoder, cumulative_logprob
 from nanovllm.engine.request import Request
@@ -102,9 +103,17 @@ class OutputProcessor:
             token_ids=token_ids,
             cumulative_logprob=cumulative_logprob(request),
             logprobs=self._logprobs.of_output(request),
+            hidden_states=self._hidden_states(request),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
+
+    @staticmethod
+    def _hidden_states(request: Request) -> dict[int, list[Any]] | None:
+        """Layer -> parts in order, to be joined by whoever may know of tensors."""
+        if request.params.capture is None or not request.is_finished:
+            return None
+        return {layer: [part[layer] for part in request.hidden_states] for layer in request.params.capture["layers"]}
 
     def _delta(self, request: Request) -> CompletionOutput | None:
         """The part of `_completion` that was not sent yet; None if there is none."""

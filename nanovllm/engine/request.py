@@ -10,6 +10,7 @@ request's `num_tokens`, the first `num_computed_tokens` have their KV written or
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.scheduler_output import TokenLogprobs
@@ -53,6 +54,8 @@ class Request:
     num_scored_tokens: int = 0  # leading tokens whose successor's log-probability is known or in flight
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens
+    hidden_states: list[dict[int, Any]] = field(default_factory=list)  # of its tokens in order, as steps brought them
+    num_captured_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -12,6 +12,7 @@ host has read every token of it.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
 from nanovllm.engine.request import Request, RequestStatus
@@ -57,6 +58,7 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._planned: deque[list[Request]] = deque()  # per step in flight, the requests it samples for
         self._scored: deque[list[Request]] = deque()  # per step in flight that scores prompts, whose these are
+        self._captured: deque[list[tuple[Request, int]]] = deque()  # per step with some, whose, from which token
         self._steady: SteadyDecode | None = None
 
     # -- what enters and leaves --
@@ -92,6 +94,7 @@ class Scheduler:
         self.waiting.clear()
         self._planned.clear()
         self._scored.clear()
+        self._captured.clear()
         self._steady = None
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in requests:
@@ -242,8 +245,12 @@ class Scheduler:
             num_decodes=sum(num_new == 1 for _, num_new in scheduled),
         )
         sampled: list[Request] = []
+        captured: list[tuple[Request, int]] = []
         for request, num_new in scheduled:
             start = request.num_computed_tokens
+            if request.params.capture is not None:
+                captured.append((request, start))
+                plan.capture_layers[request.row] = request.params.capture["layers"]
             end = start + num_new
             is_sampled = end == request.num_tokens
             plan.rows.append(request.row)
@@ -268,7 +275,10 @@ class Scheduler:
         self._planned.append(sampled)
         if plan.prompt_logprobs:
             self._scored.append([scheduled[index][0] for index, _, _ in plan.prompt_logprobs])
-        if len(sampled) == len(self.running) == plan.num_decodes and not any(r.needs_host_tokens for r in sampled):
+        if captured:
+            self._captured.append(captured)
+        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not captured
+        if is_steady and not any(request.needs_host_tokens for request in sampled):
             self._steady = SteadyDecode(sampled, self.block_size)
         return plan
 
@@ -289,6 +299,9 @@ class Scheduler:
         sampled = self._planned.popleft()
         if output.logprobs or output.prompt_logprobs:
             self._take_logprobs(sampled, output)
+        if output.hidden_states:
+            for (request, start), states in zip(self._captured.popleft(), output.hidden_states, strict=True):
+                self._take_hidden_states(request, start, states)
         steady = self._steady
         if steady is not None and sampled is steady.requests:
             if steady.ends_nobody(output.token_ids):
@@ -322,6 +335,16 @@ class Scheduler:
         for request, entry in zip(sampled, output.logprobs or [None] * len(sampled), strict=True):
             if entry is not None and not request.is_finished:
                 request.logprobs.append(entry)
+
+    @staticmethod
+    def _take_hidden_states(request: Request, start: int, states: dict[int, Any]) -> None:
+        """states: layer -> tokens from `start` on. What a preempted request computes again is known already."""
+        num_known = request.num_captured_tokens - start
+        new = {layer: tokens[num_known:] for layer, tokens in states.items()}
+        num_new = len(next(iter(new.values())))
+        if num_new and not request.is_finished:
+            request.hidden_states.append(new)
+            request.num_captured_tokens += num_new
 
     # -- blocks --
 
@@ -364,6 +387,8 @@ class Scheduler:
         And all tokens from which the log-probability of a prompt token is still to be computed. Without a prefix cache
         these are blocks of its prompt that a sibling holds.
         """
+        if request.params.capture is not None:
+            return []  # the cache holds keys and values, no hidden states
         num_tokens = request.num_scored_tokens if request.num_unscored_tokens else len(request.token_ids) - 1
         last = num_tokens // self.block_size
         if self.enable_prefix_caching:

@@ -4,7 +4,10 @@ Plain integers, lists and arrays, so that they can be pickled to another process
 worker never asks back; a row is rebuilt from the plan alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +39,8 @@ class SchedulerOutput:
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
     block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
     grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
-    vocab_size bits, token i being bit i % 32 of word i // 32.
+    vocab_size bits, token i being bit i % 32 of word i // 32. capture_layers: for each row that captures hidden states,
+    behind which layers.
     """
 
     new_rows: list[NewRow]
@@ -49,6 +53,25 @@ class SchedulerOutput:
     num_decodes: int
     grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
+    capture_layers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def select(self, indices: Sequence[int]) -> "SchedulerOutput":
+        """The part of the step that concerns these of the rows, in their order here."""
+        rows = [self.rows[i] for i in indices]
+        starts = list(accumulate(self.num_scheduled_tokens, initial=0))
+        return SchedulerOutput(
+            new_rows=[new for new in self.new_rows if new.row in rows],
+            new_blocks=[block for block in self.new_blocks if block[0] in rows],
+            rows=rows,
+            num_scheduled_tokens=[self.num_scheduled_tokens[i] for i in indices],
+            num_computed_tokens=[self.num_computed_tokens[i] for i in indices],
+            samples=[self.samples[i] for i in indices],
+            token_ids=[token_id for i in indices for token_id in self.token_ids[starts[i] : starts[i + 1]]],
+            num_decodes=sum(i < self.num_decodes for i in indices),
+            prompt_logprobs=[(indices.index(i), at, count) for i, at, count in self.prompt_logprobs if i in indices],
+            grammar_bitmask={row: mask for row, mask in self.grammar_bitmask.items() if row in rows},
+            capture_layers={row: layers for row, layers in self.capture_layers.items() if row in rows},
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,9 +79,11 @@ class ModelRunnerOutput:
     """The sampled tokens, one for each True in the plan's `samples`, in its order.
 
     logprobs: for each of them its entry, or None for a request that did not ask; empty if nobody did. prompt_logprobs:
-    for each item of the plan's, an entry for each token scored.
+    for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's requests that
+    captures, layer -> its tokens' [num_tokens, hidden_size].
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
+    hidden_states: list[dict[int, Any]] = field(default_factory=list)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import SchedulerOutput
-from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+from nanovllm.runner.model_runner import ModelRunner
 
 
 class InlineExecutor:
@@ -20,7 +21,7 @@ class InlineExecutor:
         self._leave = leave
         self.num_blocks = runner.num_blocks
 
-    def execute(self, plan: SchedulerOutput) -> PendingTokens:
+    def execute(self, plan: SchedulerOutput) -> PendingStep:
         assert self._runner is not None, "the executor is closed"
         return self._runner.execute(plan)
 

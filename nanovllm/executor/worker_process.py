@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from nanovllm.distributed.process_group import join_group, leave_group
+from nanovllm.engine.interfaces import PendingStep
 from nanovllm.executor.children import Failure, connect_to_parent
 from nanovllm.executor.ring import RingReader
 from nanovllm.executor.worker import build_runner
 from nanovllm.executor.worker_messages import NOT_IMPORTABLE, CallFailed, Ready, WorkerSetup
-from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import open_checkpoint
 
 
@@ -35,7 +36,7 @@ class Worker:
         self._size = size
         self._send = send
         self._runner: ModelRunner | None = None
-        self._pending: queue.SimpleQueue[tuple[int, PendingTokens]] | None = None
+        self._pending: queue.SimpleQueue[tuple[int, PendingStep]] | None = None
 
     def handle(self, name: str, number: int, value: Any) -> None:
         if name == "execute":

@@ -20,6 +20,7 @@ from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.cuda_graphs import StepGraphs, can_capture
+from nanovllm.runner.hidden_states import Captured, recorded_layers, split_by_request
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.sampler import Sampler
@@ -34,11 +35,12 @@ class PendingTokens:
     event: torch.cuda.Event | None
     logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = ()  # (which of the tokens, theirs)
     prompt_logprobs: Sequence[Sequence[TopLogprobs]] = ()  # per item of the plan's, in parts
+    hidden_states: Captured = ()
 
     def result(self) -> ModelRunnerOutput:
         if self.event is not None:
             self.event.synchronize()
-        output = ModelRunnerOutput(token_ids=self.tokens.tolist())
+        output = ModelRunnerOutput(token_ids=self.tokens.tolist(), hidden_states=list(self.hidden_states))
         if self.logprobs:
             output.logprobs = [None] * len(output.token_ids)
         for members, top in self.logprobs:
@@ -52,6 +54,27 @@ class PendingTokens:
 def _entries(top: TopLogprobs) -> list[TokenLogprobs]:
     rows = zip(*(column.tolist() for column in top), strict=True)
     return [list(zip(token_ids, logprobs, ranks, strict=True)) for token_ids, logprobs, ranks in rows]
+
+
+@dataclass(frozen=True)
+class PendingParts:
+    """A step that ran in two parts: `own` holds those who capture hidden states, `rest` wants tokens only.
+
+    is_own: for each sampled token.
+    """
+
+    own: PendingTokens
+    rest: PendingTokens
+    is_own: list[bool]
+
+    def result(self) -> ModelRunnerOutput:
+        output, rest = self.own.result(), self.rest.result()
+        tokens = {True: iter(output.token_ids), False: iter(rest.token_ids)}
+        output.token_ids = [next(tokens[is_own]) for is_own in self.is_own]
+        if output.logprobs:
+            logprobs = iter(output.logprobs)
+            output.logprobs = [next(logprobs) if is_own else None for is_own in self.is_own]
+        return output
 
 
 def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
@@ -88,6 +111,7 @@ class ModelRunner:
         self._decodes = DecodeLayout(config.max_num_seqs, max_blocks, self.state.nowhere)
         self._prompts = PromptLayout()
         self._has_graphs = can_capture(device) and not config.enforce_eager and not self._has_dynamic_rope
+        self.splits_captures = self._has_graphs
         if self._has_graphs:
             pool = torch.cuda.graph_pool_handle()
             self._starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -100,10 +124,25 @@ class ModelRunner:
             self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
 
     @torch.inference_mode()
-    def execute(self, plan: SchedulerOutput) -> PendingTokens:
-        """Queue one step."""
+    def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
+        """Queue one step. Requests that capture hidden states run by themselves where the others have a CUDA graph."""
         self.state.enter(plan)
-        if self._has_graphs and self._is_plain(plan):
+        if plan.capture_layers and self.splits_captures:
+            own = [i for i, row in enumerate(plan.rows) if row in plan.capture_layers]
+            others = [i for i, row in enumerate(plan.rows) if row not in plan.capture_layers]
+            rest = plan.select(others)
+            # A decode step reads nothing that this step computes for others, so it may go first.
+            if others and self._decodes.size(rest) is not None and self._is_plain(rest):
+                pending = self._execute(rest)
+                sampled = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
+                is_own = [row in plan.capture_layers for row in sampled]
+                return PendingParts(self._execute(plan.select(own)), pending, is_own)
+        return self._execute(plan)
+
+    def _execute(self, plan: SchedulerOutput) -> PendingTokens:
+        asked = [plan.capture_layers.get(row, ()) for row in plan.rows] if plan.capture_layers else []
+        layers = sorted({layer for of_request in asked for layer in of_request})
+        if self._has_graphs and not layers and self._is_plain(plan):
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
                 return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
@@ -114,10 +153,12 @@ class ModelRunner:
                 return self._read_back(tokens[: sum(plan.samples)])
         batch = self._stager.stage(plan)
         self.state.apply(batch.new_rows, batch.new_blocks)
-        hidden, seq_lens = self._forward(plan, batch)
+        with recorded_layers(self.model, layers) as recorded:
+            hidden, seq_lens = self._forward(plan, batch)
+        captured = split_by_request(recorded, asked, plan.num_scheduled_tokens) if layers else []
         prompt_logprobs = [self._score_prompt(plan, hidden, *item) for item in plan.prompt_logprobs]
         if not len(batch.sampled_host):
-            return self._read_back(batch.sampled, (), prompt_logprobs)
+            return self._read_back(batch.sampled, (), prompt_logprobs, captured)
         logits = self.model.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1])
         rows = batch.rows[batch.sampled]
         rows_host, positions_host = batch.rows_host[batch.sampled_host], _seq_lens(plan)[batch.sampled_host]
@@ -127,7 +168,7 @@ class ModelRunner:
             (members, TopLogprobs(*map(self._to_host, top)))
             for members, top in self.sampler.logprobs(logits, tokens, rows_host)
         ]
-        return self._read_back(tokens, logprobs, prompt_logprobs)
+        return self._read_back(tokens, logprobs, prompt_logprobs, captured)
 
     def _is_plain(self, plan: SchedulerOutput) -> bool:
         """Does everyone in this step want tokens only, and as the device can draw them by itself?"""
@@ -243,14 +284,16 @@ class ModelRunner:
         tokens: Tensor,
         logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = (),
         prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
+        captured: Captured = (),
     ) -> PendingTokens:
-        """tokens are on the device, everything else is on its way to the host already."""
+        """tokens and captured are on the device, everything else is on its way to the host already."""
+        hidden_states = [{layer: self._to_host(part) for layer, part in item.items()} for item in captured]
         host = self._to_host(tokens)
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        return PendingTokens(host, event, logprobs, prompt_logprobs)
+        return PendingTokens(host, event, logprobs, prompt_logprobs, hidden_states)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         """A copy that the host does not wait for; the tensor itself on a CPU."""
