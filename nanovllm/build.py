@@ -84,6 +84,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
                 max_num_seqs=_known(config.max_num_seqs),
                 max_num_batched_tokens=_known(config.max_num_batched_tokens),
                 enable_prefix_caching=config.enable_prefix_caching,
+                enable_chunked_prefill=config.enable_chunked_prefill,
             ),
             executor,
             OutputProcessor(tokenizer),

@@ -45,6 +45,8 @@ class EngineConfig:
     num_gpu_blocks_override: number of KV blocks, on any device, instead of what the memory would hold.
     block_size: tokens in one KV block: 8, 16, 32 or 64; None chooses by device.
     enable_prefix_caching: let requests share the KV blocks of equal prompt beginnings.
+    enable_chunked_prefill: compute a prompt in parts where the budget of a step cuts it; off, a prompt waits until it
+        fits whole, and max_num_batched_tokens must be at least max_model_len.
     enforce_eager: run without CUDA graphs.
     compilation: how the layers between the matrix products run: "kernels" (this project's own: Triton on a GPU, C++ on
         a CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
@@ -75,6 +77,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     block_size: int | None = None
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
     enforce_eager: bool = False
     compilation: str = "kernels"
     overlap_depth: int | None = None
@@ -112,7 +115,7 @@ class EngineConfig:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init"):
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "skip_tokenizer_init"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("device", "tokenizer", "revision"):
@@ -160,7 +163,13 @@ class EngineConfig:
                 f"max_model_len {self.max_model_len} is more than the {model_len} positions of the model; lower it, or "
                 "set rope scaling in the model's config.json if it supports longer inputs"
             )
-        batched = self.max_num_batched_tokens or max(16384 if on_gpu else 2048, self.max_num_seqs or 1)
+        whole = 1 if self.enable_chunked_prefill else self.max_model_len or model_len  # what a step must have room for
+        if (self.max_num_batched_tokens or whole) < whole:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_model_len ({whole}) with "
+                "enable_chunked_prefill=False; raise it, lower max_model_len, or leave chunked prefill on"
+            )
+        batched = self.max_num_batched_tokens or max(16384 if on_gpu else 2048, self.max_num_seqs or 1, whole)
         return replace(
             self,
             dtype=model_config.dtype,

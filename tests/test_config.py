@@ -308,3 +308,13 @@ for name in config["POSITIVE_INTEGERS"]:
         [sys.executable, "-O", "-c", script, *paths], capture_output=True, text=True, cwd=here.parent, timeout=120
     )
     assert result.returncode == 0, result.stderr + result.stdout
+
+
+def test_without_chunked_prefill_a_step_holds_the_longest_prompt() -> None:
+    config = EngineConfig(model="m", enable_chunked_prefill=False).resolve(model_config(), "cpu")
+    assert config.max_num_batched_tokens >= config.max_model_len  # type: ignore[operator]
+    config = EngineConfig(model="m", enable_chunked_prefill=False, max_num_batched_tokens=64, max_model_len=64)
+    assert config.resolve(model_config(), "cpu").max_num_batched_tokens == 64
+    config = EngineConfig(model="m", enable_chunked_prefill=False, max_num_batched_tokens=63, max_model_len=64)
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens \(63\) must be at least max_model_len \(64\)"):
+        config.resolve(model_config(), "cpu")

@@ -11,6 +11,9 @@ _KINDS = {
     "prefill": "nanovllm.bench.measure",
     "prefix": "nanovllm.bench.measure",
     "latency": "nanovllm.bench.measure",
+    "start": "nanovllm.bench.start",
+    "ablation": "nanovllm.bench.ablation",
+    "chart": "nanovllm.bench.chart",
 }
 
 

@@ -117,6 +117,11 @@ every run starts with an empty prefix cache, unless its workload is about a shar
         kind = add(kinds)
         _add_measuring_options(kind)
         add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+    for add in (_add_start, _add_ablation):
+        kind = add(kinds)
+        _add_record_options(kind)
+        add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+    _add_chart(kinds)
 
 
 def _add_throughput(kinds: _Commands) -> argparse.ArgumentParser:
@@ -215,6 +220,54 @@ examples:
     )
     _add_workload_sizes(prefix, num_prompts=512, prefix_len=2048, input_len=64, output_len=128)
     return prefix
+
+
+def _add_start(kinds: _Commands) -> argparse.ArgumentParser:
+    return _command(
+        kinds,
+        "start",
+        "where the time goes from the start of a process to its first token",
+        """\
+Cold is a start with empty caches of compiled kernels, warm one with what the cold start left there.
+
+examples:
+  nanovllm bench start
+  nanovllm bench start --model Qwen/Qwen3-0.6B --repeat 3
+""",
+    )
+
+
+def _add_ablation(kinds: _Commands) -> argparse.ArgumentParser:
+    return _command(
+        kinds,
+        "ablation",
+        "what each optimization is worth: each is switched off alone",
+        """\
+Every measurement is a process of its own. What a device does not have is left out.
+
+examples:
+  nanovllm bench ablation
+  nanovllm bench ablation --model Qwen/Qwen3-0.6B --repeat 3
+""",
+    )
+
+
+def _add_chart(kinds: _Commands) -> None:
+    chart = _command(
+        kinds,
+        "chart",
+        "draw engines beside each other, from the JSON lines of other kinds",
+        """\
+Needs matplotlib: pip install "nanovllm[bench]"
+
+examples:
+  nanovllm bench chart benchmarks/h200*.jsonl --compared-only -o benchmarks/h200.svg
+""",
+        " FILE [FILE ...]",
+    )
+    chart.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, as the other kinds print them")
+    chart.add_argument("--output", "-o", required=True, metavar="FILE", help="the picture: .svg or .png")
+    chart.add_argument("--compared-only", action="store_true", help="leave out what only one engine has a figure of")
 
 
 def _add_workload_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:

@@ -35,7 +35,8 @@ class SchedulerStats:
 class Scheduler:
     """First come, first served, under a token budget per step (`max_num_batched_tokens`) and a row limit.
 
-    max_num_batched_tokens must be at least max_num_seqs: every running request then gets a token in every step.
+    max_num_batched_tokens must be at least max_num_seqs: every running request then gets a token in every step; and
+    without chunked prefill as much as any request can have: it then gets its turn once few enough others run.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool,
+        enable_chunked_prefill: bool = True,
     ) -> None:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
+        self.enable_chunked_prefill = enable_chunked_prefill
         self.pool = BlockPool(num_blocks)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission; the last one is the newest
@@ -193,6 +196,8 @@ class Scheduler:
             cached = self._find_cached_blocks(request)
             num_needed = self._num_blocks(request.num_tokens) - len(cached)
             if num_needed > self.pool.num_free_blocks - self.pool.num_free_among(cached):
+                return
+            if not self.enable_chunked_prefill and request.num_tokens - len(cached) * self.block_size > budget:
                 return
             self.waiting.popleft()
             self.pool.acquire(cached)

@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.sampling_params import SamplingParams
 
 COMMANDS = [[name] for name in ("complete", "chat", "demo", "bench", "check-model", "memory")]
-COMMANDS += [["bench", kind] for kind in ("throughput", "latency", "prefill", "prefix")]
+COMMANDS += [["bench", kind] for kind in ("throughput", "latency", "prefill", "prefix", "start", "ablation", "chart")]
 
 
 def test_help_comes_at_once_and_imports_no_torch() -> None:
@@ -34,6 +34,21 @@ def test_help_comes_at_once_and_imports_no_torch() -> None:
         assert imported == "[]"
         times.append(float(seconds))
     assert min(times) < 0.5
+
+
+def test_importing_the_package_is_light() -> None:
+    """C14: no torch, and no time. The best of three, because the machine may be busy."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import nanovllm\n"
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    )
+    times = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds, has_torch = result.stdout.split()
+        assert has_torch == "False"
+        times.append(float(seconds))
+    assert min(times) < 0.3
 
 
 @pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)

@@ -120,6 +120,7 @@ def make_engine(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
     enable_prefix_caching: bool = True,
+    enable_chunked_prefill: bool = True,
     overlap_depth: int = 1,
 ) -> tuple[Engine, FakeDevice]:
     scheduler = Scheduler(
@@ -128,6 +129,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
+        enable_chunked_prefill=enable_chunked_prefill,
     )
     device = FakeDevice(num_blocks, block_size, max_num_seqs)
     return Engine(scheduler, device, OutputProcessor(None), overlap_depth), device

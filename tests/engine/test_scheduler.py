@@ -277,3 +277,21 @@ def test_a_sibling_goes_on_when_the_one_that_computed_the_prompt_is_aborted(enab
     run(engine)
     check_output(group[2])
     check_nothing_leaked(engine)
+
+
+def test_without_chunked_prefill_a_prompt_is_computed_whole() -> None:
+    """A prompt waits until the budget holds all of it, and those behind it wait with it; nobody starves."""
+    scheduler_options = {"num_blocks": 100, "max_num_batched_tokens": 20, "enable_chunked_prefill": False}
+    engine, device = make_engine(**scheduler_options)
+    requests = [make_request(range(i, i + length), 6, name=f"r{i}") for i, length in enumerate((8, 8, 20, 3))]
+    for request in requests:
+        engine.add_request(request)
+    run(engine)
+    for plan in device.plans:
+        for new in plan.new_rows:
+            count = plan.num_scheduled_tokens[plan.rows.index(new.row)]
+            assert new.num_computed_tokens + count == new.num_prompt_tokens, "the rest of the prompt in one step"
+    assert [len(plan.new_rows) for plan in device.plans if plan.new_rows] == [2, 1, 1]
+    for request in requests:
+        check_output(request)
+    check_nothing_leaked(engine)

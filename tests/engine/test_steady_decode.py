@@ -17,6 +17,7 @@ def run_workload(seed: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
         num_blocks=rng.randint(12, 60),
         block_size=rng.choice([2, 4, 8]),
         max_num_seqs=rng.randint(1, 6),
+        enable_chunked_prefill=rng.random() < 0.8,
         overlap_depth=rng.randint(1, 3),
     )
     requests = [
