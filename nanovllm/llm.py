@@ -27,10 +27,11 @@ Inbox = dict[str, list[Request]]  # by request id, the sequences of those that c
 
 @dataclass(frozen=True)
 class _Group:
-    """The sequences of one request, and where its caller looks for news of it."""
+    """The sequences of one request, and where its caller looks for news of it: of every token, or of ends alone."""
 
     requests: list[Request]
     inbox: Inbox
+    only_ends: bool
 
     @property
     def is_finished(self) -> bool:
@@ -79,7 +80,7 @@ class LLM:
         requests = self._process(prompts, sampling_params)
         outputs: dict[str, RequestOutput] = {}
         with _Progress(len(requests), use_tqdm) as progress:
-            for group in self._run(requests):
+            for group in self._run(requests, only_ends=True):
                 if all(request.is_finished for request in group):
                     output = self._make_output(group, RequestOutputKind.FINAL_ONLY)
                     outputs[output.request_id] = output
@@ -101,7 +102,7 @@ class LLM:
         return self._stream(self._process(prompts, sampling_params))
 
     def _stream(self, requests: list[list[Request]]) -> Iterator[RequestOutput]:
-        for group in self._run(requests):
+        for group in self._run(requests, only_ends=False):
             output = self._make_output(group, RequestOutputKind.DELTA)
             if output.outputs:
                 yield output
@@ -152,7 +153,7 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _run(self, groups: list[list[Request]]) -> Iterator[list[Request]]:
+    def _run(self, groups: list[list[Request]], only_ends: bool) -> Iterator[list[Request]]:
         """Queue these, yield each of them that has news until all have ended; whatever ends the loop cancels the rest.
 
         Generators end in `finally` when they are closed or forgotten, so nothing has to be called.
@@ -161,7 +162,7 @@ class LLM:
         unfinished = deque(group[0].request_id for group in groups)
         try:
             for group in groups:
-                self._add(group, inbox)
+                self._add(group, inbox, only_ends)
             while True:
                 while inbox:
                     yield inbox.pop(next(iter(inbox)))
@@ -184,7 +185,7 @@ class LLM:
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         numbers = self._free_numbers()
         group = self._input_processor.process(prompt, params, "prompt", next(numbers), request_id)
-        self._add(group, self._inbox)
+        self._add(group, self._inbox, only_ends=False)
         self._next_number = next(numbers)
         return group[0].request_id
 
@@ -229,11 +230,11 @@ class LLM:
         """Numbers for new requests; as ids, none of them is in use. A call that is refused uses none of them up."""
         return (number for number in count(self._next_number) if str(number) not in self._groups)
 
-    def _add(self, requests: list[Request], inbox: Inbox) -> None:
+    def _add(self, requests: list[Request], inbox: Inbox, only_ends: bool) -> None:
         request_id = requests[0].request_id
         if request_id in self._groups:  # perhaps since the request was checked: a stream adds it at its first step
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
-        self._groups[request_id] = _Group(requests, inbox)
+        self._groups[request_id] = _Group(requests, inbox, only_ends)
         for request in requests:
             self._engine.add_request(request)
 
@@ -254,9 +255,9 @@ class LLM:
             raise
         for request in changed:
             group = self._groups.get(request.request_id)
-            if group is not None:
+            if group is not None and (request.is_finished or not group.only_ends):
                 group.inbox[request.request_id] = group.requests
-                if group.is_finished:
+                if request.is_finished and group.is_finished:
                     del self._groups[request.request_id]
 
     def _make_output(self, group: list[Request], kind: RequestOutputKind) -> RequestOutput:
