@@ -99,6 +99,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             num_cache_tokens=executor.num_blocks * _known(config.block_size),
             seed=config.seed,
             length_dependent_from=model_config.length_dependent_from,
+            long_from=model_config.long_from,
             has_logits_processors=bool(config.logits_processors),
             compile_constraint=_constraint_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),

@@ -255,6 +255,12 @@ class ModelConfig:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * element_size
 
     @property
+    def long_from(self) -> int | None:
+        """Contexts longer than this are computed with other frequencies, from their first token; None if none are."""
+        longrope = (rope for rope in self.ropes if rope is not None and rope.rope_type == "longrope")
+        return next((rope.parameters["original_max_position_embeddings"] for rope in longrope), None)
+
+    @property
     def length_dependent_from(self) -> int | None:
         """Keys of prompts longer than this depend on the prompt's length; None if they never do."""
         dynamic = (rope for rope in self.ropes if rope is not None and rope.rope_type == "dynamic")

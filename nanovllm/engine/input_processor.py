@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 from nanovllm.engine.interfaces import TokenConstraint
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import LONG_SALT, Request
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -22,7 +22,8 @@ class InputProcessor:
     max_model_len: prompt and output together; num_cache_tokens: what the whole KV cache holds.
     eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the
     prompt's length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never
-    do. has_logits_processors: the engine has some of its own, which run for every request.
+    do. long_from: contexts longer than this have keys of another kind (longrope); None if none have.
+    has_logits_processors: the engine has some of its own, which run for every request.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class InputProcessor:
         eos_token_ids: Sequence[int],
         seed: int,
         length_dependent_from: int | None = None,
+        long_from: int | None = None,
         has_logits_processors: bool = False,
         compile_constraint: Callable[[StructuredOutputsParams, bool], TokenConstraint] | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class InputProcessor:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._length_dependent_from = length_dependent_from
+        self._long_from = long_from
         self._has_logits_processors = has_logits_processors
         self._compile_constraint = compile_constraint
 
@@ -74,6 +77,7 @@ class InputProcessor:
         constraints = [self._constraint(params, name) for _ in range(params.n)]
         uses_python = bool(params.logits_processors) or self._has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
+        grows_long = self._long_from is not None and len(token_ids) <= self._long_from < max_total_tokens
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         seed = self._request_seed(number) if params.seed is None else params.seed
         requests = [
@@ -88,6 +92,8 @@ class InputProcessor:
                 stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
                 max_total_tokens=max_total_tokens,
                 cache_salt=self._cache_salt(len(token_ids)),
+                rope_len=len(token_ids),
+                recompute_from=self._long_from if grows_long else None,
                 bad_words=bad_words,
                 needs_history=needs_host_tokens or params.has_penalties or params.prompt_logprobs is not None,
                 constraint=constraint,
@@ -194,6 +200,8 @@ class InputProcessor:
         return int.from_bytes(blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest(), "little")
 
     def _cache_salt(self, num_prompt_tokens: int) -> bytes:
+        if self._long_from is not None and num_prompt_tokens > self._long_from:
+            return LONG_SALT
         threshold = self._length_dependent_from
         is_dependent = threshold is not None and num_prompt_tokens > threshold
         return num_prompt_tokens.to_bytes(8, "little") if is_dependent else b""

@@ -16,6 +16,8 @@ from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.scheduler_output import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
+LONG_SALT = b"long"  # cache_salt of contexts that are long for a model whose keys change there
+
 
 class RequestStatus(Enum):
     WAITING = auto()  # holds no KV blocks: new, or preempted
@@ -36,6 +38,8 @@ class Request:
     stop_token_ids: frozenset[int]  # EOS (unless ignored) and the request's own
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
+    rope_len: int = 0  # the length that its prompt's positions count as part of, where their rotation depends on it
+    recompute_from: int | None = None  # with more tokens than this, the KV of all of them is computed anew
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not hold
     needs_history: bool = False  # the worker must know all tokens that the host knows when the request enters a row
     index: int = 0  # among the sequences of its prompt
@@ -68,10 +72,12 @@ class Request:
         """Tokens a next step may compute; 0 once the last token that the request may have is sampled or in flight.
 
         Also 0 while a token that the host has to see first is on its way: such a request skips a step for each step
-        that is in flight, and everyone else goes on.
+        that is in flight, and everyone else goes on. And 0 from the token on with which all are computed anew.
         """
         num_tokens = len(self.token_ids) + self.num_pending_tokens
         if num_tokens >= self.max_total_tokens or (self.needs_host_tokens and self.num_pending_tokens):
+            return 0
+        if self.recompute_from is not None and num_tokens > self.recompute_from:
             return 0
         return num_tokens - self.num_computed_tokens
 

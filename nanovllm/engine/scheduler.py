@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
-from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.request import LONG_SALT, Request, RequestStatus
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
 from nanovllm.engine.steady_decode import SteadyDecode
 
@@ -225,6 +225,7 @@ class Scheduler:
                     stop_token_ids=tuple(request.stop_token_ids),
                     token_ids=list(request.token_ids) if request.needs_history else None,
                     bad_words=request.bad_words,
+                    rope_len=request.rope_len,
                 )
             )
             scheduled.append((request, num_new))
@@ -283,7 +284,7 @@ class Scheduler:
         if captured:
             self._captured.append(captured)
         is_steady = len(sampled) == len(self.running) == plan.num_decodes and not captured
-        if is_steady and not any(request.needs_host_tokens for request in sampled):
+        if is_steady and not any(r.needs_host_tokens or r.recompute_from is not None for r in sampled):
             self._steady = SteadyDecode(sampled, self.block_size)
         return plan
 
@@ -329,6 +330,8 @@ class Scheduler:
                 self.finish(request, reason)
             elif num_tokens >= request.max_total_tokens:
                 self.finish(request, "length")
+            elif request.recompute_from is not None and num_tokens > request.recompute_from:
+                self._recompute(request)
             elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:
                 self._publish(request, request.num_computed_tokens)  # a block has just become full and computed
         return changed
@@ -368,13 +371,20 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue without blocks; its tokens stay, and their KV is computed again later."""
-        assert self.running[-1] is request
-        self.running.pop()
+        self.running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
         self.waiting.appendleft(request)
         self.stats.num_preemptions += 1
+
+    def _recompute(self, request: Request) -> None:
+        """Its context has become a long one, in which the keys of all positions are others (see `layers/rotary.py`)."""
+        if request.status is RequestStatus.RUNNING:
+            self._preempt(request)
+        request.recompute_from = None
+        request.rope_len = len(request.token_ids)
+        request.cache_salt, request.block_hashes = LONG_SALT, []
 
     def _release(self, request: Request) -> None:
         self._publish(request, request.num_computed_tokens)
@@ -399,7 +409,8 @@ class Scheduler:
         if self.enable_prefix_caching:
             return self.pool.find_prefix(self._hashes(request, last)[:last])
         last = min(last, request.num_prompt_tokens // self.block_size)
-        held = [sibling.block_ids[: min(last, sibling.num_published_blocks)] for sibling in request.siblings]
+        alike = (sibling for sibling in request.siblings if sibling.cache_salt == request.cache_salt)
+        held = [sibling.block_ids[: min(last, sibling.num_published_blocks)] for sibling in alike]
         return max(held, key=lambda block_ids: len(block_ids), default=[])
 
     def _publish(self, request: Request, num_computed_tokens: int) -> None:
@@ -423,7 +434,8 @@ class Scheduler:
         hashes = request.block_hashes
         if not hashes and request.siblings:
             num_prompt = request.num_prompt_tokens // self.block_size
-            longest = max(request.siblings, key=lambda sibling: len(sibling.block_hashes))
+            alike = (sibling for sibling in request.siblings if sibling.cache_salt == request.cache_salt)
+            longest = max(alike, key=lambda sibling: len(sibling.block_hashes))
             hashes.extend(longest.block_hashes[:num_prompt])
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size

@@ -29,6 +29,7 @@ class NewRow:
     stop_token_ids: tuple[int, ...]
     token_ids: list[int] | None = None  # all that the host knows, where the sampler needs them
     bad_words: tuple[tuple[int, ...], ...] = ()
+    rope_len: int = 0  # as in Request
 
 
 @dataclass(slots=True, kw_only=True)

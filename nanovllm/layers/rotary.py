@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al., 2021): the table of cosines and sines, and its stretchings for long inputs.
 
 Owns the frequencies; the rotation itself is `kernels/rope.py`. Invariant: `cos_sin` of a position is the same in every
-step, but for the "dynamic" type, where it depends on the length that `rope_lens` gives.
+step, but for two types, where it depends on the length that `rope_lens` gives: "dynamic", and "longrope", which has one
+set of frequencies for contexts up to the original length and another one for all positions of longer contexts.
 """
 
 import math
@@ -24,21 +25,38 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = head_dim
         self.rope = rope
         inv_freq, scale = _frequencies(self.rotary_dim, rope)
-        positions = torch.arange(max_len, dtype=torch.float32)
+        positions = torch.arange(max_len, dtype=torch.float32)[:, None]
+        angles = positions * inv_freq
         self.table: Tensor
-        self.register_buffer("table", self._cos_sin(positions[:, None] * inv_freq) * scale, persistent=False)
+        self.long_table: Tensor
+        if rope.rope_type == "longrope":
+            original = rope.parameters["original_max_position_embeddings"]
+            long_angles = positions * (inv_freq / torch.tensor(rope.parameters["long_factor"]))
+            angles = positions * (inv_freq / torch.tensor(rope.parameters["short_factor"]))
+            angles[original:] = long_angles[original:]  # a token there is always part of a long context
+            self.register_buffer("long_table", self._cos_sin(long_angles[:original], scale), persistent=False)
+        self.register_buffer("table", self._cos_sin(angles, scale), persistent=False)
 
     def forward(self, positions: Tensor, rope_lens: Tensor | None = None) -> Tensor:
-        """rope_lens [num_tokens], for the dynamic type: the length of the context that the token was computed in."""
-        if rope_lens is None:
+        """rope_lens [num_tokens]: the length of the context that the token counts as part of.
+
+        Without them, longrope takes each token to be the last one of its context.
+        """
+        if rope_lens is None or self.rope.rope_type not in ("dynamic", "longrope"):
             return self.table[positions]
+        if self.rope.rope_type == "longrope":
+            original = self.rope.parameters["original_max_position_embeddings"]
+            is_changed = (rope_lens > original) & (positions < original)
+            changed = self.long_table[positions.clamp(max=len(self.long_table) - 1)]
+            return torch.where(is_changed[:, None], changed, self.table[positions])
         inv_freq = _dynamic_frequencies(self.rotary_dim, self.rope, rope_lens)  # [num_tokens, rotary_dim / 2]
         return self._cos_sin(positions[:, None].float() * inv_freq)
 
-    def _cos_sin(self, angles: Tensor) -> Tensor:
-        """Pairs beyond the rotated ones are turned by an angle of 0."""
-        angles = F.pad(angles, (0, (self.head_dim - self.rotary_dim) // 2))
-        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    def _cos_sin(self, angles: Tensor, scale: float = 1.0) -> Tensor:
+        """Pairs beyond the rotated ones are turned by an angle of 0, and not scaled."""
+        padding = (0, (self.head_dim - self.rotary_dim) // 2)
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        return torch.cat((F.pad(cos, padding, value=1.0), F.pad(sin, padding)), dim=-1)
 
 
 def halves_order(head_dim: int, rope: RopeConfig) -> Tensor:
@@ -67,6 +85,8 @@ def _frequencies(head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
         return inv_freq / rope.parameters["factor"], 1.0
     if rope.rope_type == "llama3":
         return _llama3_frequencies(inv_freq, rope.parameters), 1.0
+    if rope.rope_type == "longrope":  # Ding et al., 2024; the factors differ for short and for long contexts
+        return inv_freq, rope.parameters["attention_factor"]
     if rope.rope_type == "yarn":
         return _yarn_frequencies(head_dim, inv_freq, rope)
     return inv_freq, 1.0

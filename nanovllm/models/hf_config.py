@@ -6,6 +6,7 @@ result is skipped.
 """
 
 from collections.abc import Mapping, Sequence
+from math import log, sqrt
 from typing import Any
 
 from nanovllm.config import ModelConfig, RopeConfig
@@ -64,10 +65,11 @@ _ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
+    "longrope": (),
 }
 _ROPE_PARAMETERS = {
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -94,7 +96,7 @@ def from_hf(
     head_dim = hf.get("head_dim") or hf["hidden_size"] // num_heads
     max_position_embeddings = hf.get("max_position_embeddings") or 2048
     layer_types = _read_layer_types(hf)
-    ropes = _read_ropes(hf, layer_types, max_position_embeddings)
+    ropes = _read_ropes(hf, layer_types, max_position_embeddings, head_dim)
     attention_bias = bool(hf.get("attention_bias", False))
     read = {
         "architecture": architecture,
@@ -201,7 +203,7 @@ def _read_has_rope(hf: Mapping[str, Any]) -> Sequence[bool]:
 
 
 def _read_ropes(
-    hf: Mapping[str, Any], layer_types: Sequence[str], max_position_embeddings: int
+    hf: Mapping[str, Any], layer_types: Sequence[str], max_position_embeddings: int, head_dim: int
 ) -> tuple[RopeConfig | None, ...]:
     """RoPE from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
     given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
@@ -215,18 +217,23 @@ def _read_ropes(
             "sliding_attention": {**local, **(given.get("sliding_attention") or {})},
         }
     ropes = {
-        layer_type: _read_rope(hf, by_type[layer_type], max_position_embeddings) for layer_type in set(layer_types)
+        layer_type: _read_rope(hf, by_type[layer_type], max_position_embeddings, head_dim)
+        for layer_type in set(layer_types)
     }
     has_rope = _read_has_rope(hf)
     return tuple(ropes[layer_type] if has else None for layer_type, has in zip(layer_types, has_rope, strict=True))
 
 
-def _read_rope(hf: Mapping[str, Any], given: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
+def _read_rope(
+    hf: Mapping[str, Any], given: Mapping[str, Any], max_position_embeddings: int, head_dim: int
+) -> RopeConfig:
     parameters = {name: value for name, value in given.items() if value is not None}
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     theta = parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     share = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    if rope_type in ("su", "yarn") and "short_factor" in parameters:
+        rope_type = "longrope"  # what Phi-3's first configs called it
     if rope_type not in _ROPE_NUMBERS:
         raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(_ROPE_NUMBERS)}")
     if share != 1.0 and "partial_rotary_factor" not in hf:
@@ -242,4 +249,25 @@ def _read_rope(hf: Mapping[str, Any], given: Mapping[str, Any], max_position_emb
     original = parameters.get("original_max_position_embeddings")
     if rope_type == "dynamic" or (rope_type == "yarn" and original is None):  # dynamic never looks at it, as in HF
         parameters["original_max_position_embeddings"] = max_position_embeddings
+    if rope_type == "longrope":
+        parameters = _read_longrope(hf, parameters, max_position_embeddings, int(head_dim * share))
     return RopeConfig(rope_type=rope_type, theta=float(theta), share=float(share), parameters=parameters)
+
+
+def _read_longrope(
+    hf: Mapping[str, Any], parameters: Mapping[str, Any], max_position_embeddings: int, rotary_dim: int
+) -> dict[str, Any]:
+    for name in ("short_factor", "long_factor"):
+        factors = parameters.get(name)
+        if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
+            raise ValueError(f"rope type 'longrope' needs {name!r}, a list of {rotary_dim // 2} numbers, got {factors}")
+    original = hf.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    original = original or max_position_embeddings
+    factor = parameters.get("factor") or max_position_embeddings / original
+    sharper = sqrt(1 + log(factor) / log(original)) if factor > 1 else 1.0
+    return {
+        "short_factor": parameters["short_factor"],
+        "long_factor": parameters["long_factor"],
+        "original_max_position_embeddings": original,
+        "attention_factor": parameters.get("attention_factor", sharper),
+    }

@@ -31,12 +31,12 @@ class BatchState:
         self.num_computed = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.sampling = SamplingState(max_num_seqs, vocab_size, device, processors)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # host only
+        self.rope_len = np.zeros(max_num_seqs, dtype=np.int64)  # host only
 
     def enter(self, plan: SchedulerOutput) -> None:
         """Host side of new rows and new tokens; what they compute with travels with the step's upload."""
         for new in plan.new_rows:
-            self.num_prompt_tokens[new.row] = new.num_prompt_tokens
+            self.rope_len[new.row] = new.rope_len
             self.sampling.set_row(
                 new.row,
                 new.params,

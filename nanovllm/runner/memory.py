@@ -34,6 +34,7 @@ def largest_step(config: EngineConfig) -> SchedulerOutput:
                 row=row,
                 num_computed_tokens=0,
                 num_prompt_tokens=length,
+                rope_len=length,
                 block_ids=block_ids,
                 params=params,
                 seed=row,

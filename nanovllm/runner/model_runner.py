@@ -100,7 +100,8 @@ class ModelRunner:
         self.device = device
         self.block_size = config.block_size
         self.num_blocks = kv_caches[0].shape[1]
-        self._has_dynamic_rope = model_config.length_dependent_from is not None
+        is_dynamic = model_config.length_dependent_from is not None
+        self._needs_rope_lens = is_dynamic or model_config.long_from is not None
         max_blocks = -(-config.max_model_len // config.block_size)
         self.state = BatchState(
             config.max_num_seqs, max_blocks, model_config.vocab_size, device, config.logits_processors
@@ -110,7 +111,7 @@ class ModelRunner:
         self._stager = InputStager(max_blocks, num_buffers, device)
         self._decodes = DecodeLayout(config.max_num_seqs, max_blocks, self.state.nowhere)
         self._prompts = PromptLayout()
-        self._has_graphs = can_capture(device) and not config.enforce_eager and not self._has_dynamic_rope
+        self._has_graphs = can_capture(device) and not config.enforce_eager and not is_dynamic
         self.splits_captures = self._has_graphs
         if self._has_graphs:
             pool = torch.cuda.graph_pool_handle()
@@ -146,7 +147,7 @@ class ModelRunner:
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
                 return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
-            if (prompt_size := self._prompts.size(plan)) is not None:
+            if not self._needs_rope_lens and (prompt_size := self._prompts.size(plan)) is not None:
                 batch = self._stager.stage(plan)
                 self.state.apply(batch.new_rows, batch.new_blocks)
                 tokens = self._prompt_graphs.run(prompt_size, plan)
@@ -207,7 +208,7 @@ class ModelRunner:
             query_lens_host=plan.num_scheduled_tokens,
             seq_lens_host=seq_lens,
         )
-        rope_lens = self._rope_lens(plan, batch) if self._has_dynamic_rope else None
+        rope_lens = self._rope_lens(plan, batch) if self._needs_rope_lens else None
         return self._run_model(inputs, meta, rope_lens), inputs.seq_lens
 
     def _decode(self, inputs: DecodeInputs) -> Tensor:
@@ -272,7 +273,7 @@ class ModelRunner:
 
     def _rope_lens(self, plan: SchedulerOutput, batch: InputBatch) -> Tensor:
         """Per token, the context it counts as part of: its whole prompt, or all up to an output token itself."""
-        prompts = self.state.num_prompt_tokens[batch.rows_host]
+        prompts = self.state.rope_len[batch.rows_host]
         lens = [
             np.maximum(prompt, np.arange(start + 1, start + count + 1))
             for prompt, start, count in zip(prompts, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True)

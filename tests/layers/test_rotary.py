@@ -180,7 +180,7 @@ def test_dynamic_through_the_engine(tmp_path: Path, options: dict[str, Any], pre
     assert (metrics["num_preemptions"] > 0) == preempts
 
 
-@pytest.mark.parametrize("rope_type", ["longrope", "proportional", "mrope", "su", "ntk"])
+@pytest.mark.parametrize("rope_type", ["proportional", "mrope", "su", "ntk"])
 def test_any_other_type_is_refused_by_name(rope_type: str) -> None:
     """W4"""
     config = {**hugging_face_config(*TYPES["default"]).to_dict(), "architectures": ["LlamaForCausalLM"]}
@@ -195,8 +195,8 @@ def test_any_other_type_is_refused_by_name(rope_type: str) -> None:
 def test_an_unsupported_type_is_refused_by_llm(tmp_path: Path) -> None:
     """W4"""
     folder = save_random(tmp_path)
-    edit_json(folder / "config.json", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(ValueError, match="longrope"):
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ValueError, match="proportional"):
         LLM(str(folder), device="cpu", skip_tokenizer_init=True)
 
 
@@ -236,3 +236,114 @@ def test_the_older_spelling_means_the_same() -> None:
         old["rope_theta"] = new["rope_parameters"]["rope_theta"]
         old["rope_scaling"] = {"type": new["rope_parameters"]["rope_type"], **scaling} if scaling else None
         assert read_model_config({**old, "architectures": ["LlamaForCausalLM"]}, "float32") == ours(hf_config)
+
+
+# -- longrope, and partial rotation --
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [2.0, 3.0, 5.0, 8.0],
+    "original_max_position_embeddings": ORIGINAL,
+}
+PHI = {
+    "hidden_size": 64,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": ORIGINAL,
+    "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5},  # of a head of 16
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.3}, {"factor": 7.0}])
+@pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1, 200])
+def test_longrope_cosines_and_sines_equal_hugging_face(changes: dict[str, Any], length: int) -> None:
+    """W4: one set of frequencies up to the original length, another for all positions of longer contexts."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    hf_config = hugging_face_config({**LONGROPE, **changes}, 256, head_dim=8)
+    cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(1), torch.arange(length)[None])
+    layer = RotaryEmbedding(8, 256, ours(hf_config).ropes[0])
+    expected = torch.cat((cos[0, :, :4], sin[0, :, :4]), -1)
+    positions = torch.arange(length)
+    torch.testing.assert_close(layer(positions, torch.full((length,), length)), expected, atol=3e-5, rtol=0)
+    torch.testing.assert_close(layer(positions[-1:]), expected[-1:], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 13, "max_num_seqs": 4}, {"overlap_depth": 2}])
+@pytest.mark.parametrize("preempts", [False, True])
+def test_longrope_through_the_engine(tmp_path: Path, options: dict[str, Any], preempts: bool) -> None:
+    """W4, W16: prompts on both sides of the original length, and outputs that cross it, for which all keys change.
+
+    Cold and with a warm prefix cache, in which keys of both kinds lie, and as one of two outputs of a prompt.
+    """
+    folder = save_random(tmp_path, "Phi3ForCausalLM", **PHI)
+    shared = random_prompts([120])[0]
+    prompts = [shared[:length] for length in (120, 80, 66, 65, 64, 63, 50, 30)]
+    hugging_face = load_hugging_face(folder)
+    expected = [hugging_face_greedy(hugging_face, prompt, 24) for prompt in prompts]
+    if preempts:
+        options = {**options, "num_gpu_blocks_override": 22}
+    params = SamplingParams(temperature=0, max_tokens=24)
+    with LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True, block_size=8, **options) as llm:
+        for _ in ("cold", "warm"):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        twice = SamplingParams(temperature=1, top_k=1, max_tokens=24, n=2)
+        (pair,) = llm.generate([prompts[6]], twice, use_tqdm=False)
+        assert [output.token_ids for output in pair.outputs] == [expected[6]] * 2
+        logits = record_logits(llm)
+        llm.generate([prompts[0]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        assert llm.get_metrics()["num_prompt_tokens_cached"] > 0
+    last = hugging_face_logits(hugging_face, prompts[0])[-len(logits()) :]
+    torch.testing.assert_close(logits(), last, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("value", [None, 2.0, [1.0, 2.0]])
+def test_longrope_needs_a_factor_for_each_frequency(name: str, value: Any) -> None:
+    """W4"""
+    config = {**hugging_face_config(LONGROPE, 256, 8).to_dict(), "architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(ValueError, match=f"'{name}', a list of 4 numbers"):
+        read_model_config({**config, "rope_parameters": {**LONGROPE, name: value}}, "float32")
+
+
+def test_the_first_names_of_longrope_and_its_place_in_older_configs() -> None:
+    """As Phi-3's config.json files had it."""
+    from transformers import Phi3Config
+
+    hf = Phi3Config(**PHI, num_attention_heads=4).to_dict()
+    hf["architectures"] = ["Phi3ForCausalLM"]
+    parameters = hf.pop("rope_parameters")
+    expected = read_model_config({**hf, "rope_parameters": parameters}, "float32").ropes
+    scaling = {name: parameters[name] for name in ("short_factor", "long_factor")}
+    for name in ("su", "yarn", "longrope"):
+        old = {**hf, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_scaling": {"type": name, **scaling}}
+        assert read_model_config(old, "float32").ropes == expected
+
+
+def test_a_rope_parameter_that_nobody_knows_is_refused() -> None:
+    """W4"""
+    config = {**hugging_face_config(*TYPES["linear"]).to_dict(), "architectures": ["LlamaForCausalLM"]}
+    parameters = {**config["rope_parameters"], "mrope_section": [1, 2, 3]}
+    with pytest.raises(ValueError, match="mrope_section"):
+        read_model_config({**config, "rope_parameters": parameters}, "float32")
+
+
+def test_gemma_3_has_two_ropes_in_both_spellings() -> None:
+    """The layers with a window have a base of their own and are never stretched."""
+    from transformers import Gemma3TextConfig
+
+    hf_config = Gemma3TextConfig(num_hidden_layers=7, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    new = {**hf_config.to_dict(), "architectures": ["Gemma3ForCausalLM"]}
+    old = {name: value for name, value in new.items() if name not in ("rope_parameters", "layer_types")}
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    old["rope_scaling"] = {"type": "linear", "factor": 8.0}
+    ropes = read_model_config(new, "float32").ropes
+    assert [(rope.rope_type, rope.theta) for rope in ropes if rope] == [
+        *[("default", 1e4)] * 5, ("linear", 1e6), ("default", 1e4)
+    ]  # fmt: skip
+    assert read_model_config(old, "float32").ropes == ropes
+    del old["rope_local_base_freq"], old["rope_theta"]  # both are defaults
+    config = read_model_config(old, "float32")
+    assert (config.ropes, config.windows) == (ropes, read_model_config(new, "float32").windows)
