@@ -33,6 +33,7 @@ _SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_EXPERT_SIZES = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: int = 0, **config: Any) -> Path:
@@ -83,7 +84,9 @@ def _new_model(architecture: str, **config: Any) -> Any:
     import transformers
 
     model_class = getattr(transformers, architecture)
-    model = model_class(model_class.config_class(**{**_SIZES, **config}, attn_implementation="eager"))
+    config_class = model_class.config_class
+    expert_sizes = {name: size for name, size in _EXPERT_SIZES.items() if hasattr(config_class, name)}
+    model = model_class(config_class(**{**_SIZES, **expert_sizes, **config}, attn_implementation="eager"))
     return model.float().eval()
 
 

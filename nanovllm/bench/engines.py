@@ -24,6 +24,7 @@ from nanovllm.bench.workload import Workload
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.ops import PLAIN
+from nanovllm.layers.experts import Experts
 from nanovllm.llm import LLM
 from nanovllm.models.registry import model_class
 from nanovllm.sampling_params import SamplingParams
@@ -217,9 +218,14 @@ def model_size(config: ModelConfig) -> ModelSize:
     with torch.device("meta"):
         model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel(), PLAIN)
     sizes = {name: prod(slot.shape) for name, slot in model.slots() if len(slot.shape) > 1 and not slot.instead_of}
+    idle = sum(
+        (module.gate_up.numel() + module.down.numel()) * (1 - module.top_k / module.down.shape[0])
+        for module in model.modules()
+        if isinstance(module, Experts)
+    )
     tables = [sizes.pop(name) for name in list(sizes) if "embed" in name or name == "lm_head.weight"]
     return ModelSize(
-        num_weights=sum(sizes.values()),
+        num_weights=sum(sizes.values()) - round(idle),
         num_head_weights=tables[-1],  # the embedding, where it is the head as well
         bytes_per_weight=getattr(torch, config.dtype).itemsize,
         kv_bytes_per_token=config.kv_bytes_per_token,

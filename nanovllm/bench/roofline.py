@@ -8,7 +8,8 @@
 from `ceilings.py`. Invariant: pure functions, so a floor can be worked out again from the counters in a JSON line.
 
 Each request counts for what it reads by itself: where requests read a shared prefix together, or a sliding window cuts
-the context short, less is needed, and the share of the floor can pass 1.
+the context short, less is needed, and the share of the floor can pass 1. Of a mixture of experts the weights of one
+token's experts count; how many more the tokens of a batch need depends on their routing.
 """
 
 from collections.abc import Mapping

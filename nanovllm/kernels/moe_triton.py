@@ -80,9 +80,8 @@ def _topk_kernel(
     weights = tl.zeros([TOP_K_PADDED], tl.float32)
     ids = tl.zeros([TOP_K_PADDED], tl.int32)
     for i in tl.static_range(TOP_K):
-        best = tl.max(left, axis=0)
-        # NaN compares with nothing: the bound keeps the id an expert's whatever the logits are.
-        index = tl.minimum(tl.argmax(left, axis=0), EXPERTS - 1)
+        best, index = tl.max(left, axis=0, return_indices=True)
+        index = tl.minimum(index, EXPERTS - 1)  # NaN compares with nothing: still an expert's, whatever the logits are
         weights = tl.where(place == i, best, weights)
         ids = tl.where(place == i, index, ids)
         left = tl.where(expert == index, -1.0, left)
@@ -158,8 +157,9 @@ def align_triton(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple
     pdl = has_dependent_launch(device)
     _align_kernel[(num_experts,)](
         expert_ids, rows, block_experts, num_rows, blocks,
-        EXPERTS=num_experts, EXPERTS_PADDED=triton.next_power_of_2(num_experts + 1),
-        ROWS_PADDED=max(32, triton.next_power_of_2(num_rows)), BLOCKS_PADDED=triton.next_power_of_2(blocks),
+        # At least one for each thread, of which each then counts its own.
+        EXPERTS=num_experts, EXPERTS_PADDED=max(128, triton.next_power_of_2(num_experts + 1)),
+        ROWS_PADDED=max(128, triton.next_power_of_2(num_rows)), BLOCKS_PADDED=triton.next_power_of_2(blocks),
         BLOCK=block_size, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return rows, block_experts

@@ -68,3 +68,12 @@ def test_ceilings_are_of_a_computers_size() -> None:
     ceilings = measure_ceilings("cpu", "float32")
     assert 1e8 < ceilings.bytes_per_second < 1e13
     assert 1e8 < ceilings.flops_per_second < 1e15
+
+
+def test_of_experts_those_of_one_token_count(tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 5, "num_experts_per_tok": 2, "num_hidden_layers": 3}
+    folder = save_random(tmp_path, "MixtralForCausalLM", **sizes)
+    with LLM(str(folder), device="cpu", skip_tokenizer_init=True) as llm:
+        size = model_size(llm.model_config)
+    attention, router, expert = 32 * (32 + 16 + 16 + 32), 5 * 32, 3 * 48 * 32
+    assert size.num_weights == 3 * (attention + router + 2 * expert)
