@@ -87,7 +87,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
                 enable_chunked_prefill=config.enable_chunked_prefill,
             ),
             executor,
-            OutputProcessor(tokenizer),
+            OutputProcessor(tokenizer, config.deterministic),
             _known(config.overlap_depth),
         ),
         input_processor=InputProcessor(

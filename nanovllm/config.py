@@ -60,6 +60,9 @@ class EngineConfig:
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
     skip_tokenizer_init: work on token ids only.
+    deterministic: make tokens and log-probabilities of a seeded (or greedy) request equal to the bit whatever else
+        runs: alone or in any batch, in chunks, after a preemption, on a prefix-cache hit. Slower; see
+        docs/determinism.md.
     logits_processors: functions (token ids of prompt and output so far, logits [vocab_size] float32) -> logits, run for
         every request before its own `SamplingParams.logits_processors`.
     """
@@ -87,6 +90,7 @@ class EngineConfig:
     seed: int = 0
     load_format: str = "auto"
     skip_tokenizer_init: bool = False
+    deterministic: bool = False
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = ()
 
     def __new__(cls, *args: object, **options: object) -> "EngineConfig":
@@ -115,7 +119,13 @@ class EngineConfig:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "skip_tokenizer_init"):
+        for name in (
+            "enable_prefix_caching",
+            "enable_chunked_prefill",
+            "enforce_eager",
+            "skip_tokenizer_init",
+            "deterministic",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("device", "tokenizer", "revision"):
@@ -145,6 +155,16 @@ class EngineConfig:
                 f"distributed_executor_backend='uni' is one process on one device, but tensor_parallel_size is "
                 f"{self.tensor_parallel_size}; use 'mp'"
             )
+        if self.deterministic and self.compilation != "kernels":
+            raise ValueError(
+                f"deterministic=True needs compilation='kernels', got {self.compilation!r}: only those kernels compute "
+                "each row on its own"
+            )
+        if self.deterministic and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"deterministic=True needs tensor_parallel_size=1, got {self.tensor_parallel_size}: the order in which "
+                "ranks are added depends on the batch"
+            )
         if (self.max_num_batched_tokens or self.max_num_seqs or 0) < (self.max_num_seqs or 0):
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
@@ -154,8 +174,11 @@ class EngineConfig:
     def resolve(self, model_config: "ModelConfig", device_type: str) -> "EngineConfig":
         """A new config with every None decided for this model and device ("cpu" or "cuda").
 
-        Raises ValueError if max_model_len is more than the model was made for.
+        Raises ValueError if max_model_len is more than the model was made for, or if the model has a part that cannot
+        be computed as `deterministic` asks.
         """
+        if self.deterministic and model_config.logits_softcap is not None:
+            raise ValueError("deterministic=True does not cover models with a soft-cap on their logits; leave it off")
         on_gpu = device_type == "cuda"
         model_len = model_config.max_model_len
         if self.max_model_len is not None and self.max_model_len > model_len:

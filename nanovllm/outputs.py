@@ -55,6 +55,8 @@ class RequestOutput:
     num_cached_tokens: prompt tokens that came from the prefix cache instead of being computed.
     prompt_logprobs: for each prompt token, token id to Logprob of that token and of the most likely ones, given the
         tokens before it; the first entry is None. None unless SamplingParams.prompt_logprobs asks for them.
+    deterministic: whether the engine's option of that name was on. If not, the last bits of log-probabilities, and
+        where two tokens nearly tie the tokens too, may depend on what else was running.
     """
 
     request_id: str
@@ -64,3 +66,4 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    deterministic: bool = False

@@ -294,7 +294,7 @@ for name, value in sampling["WRONG_VALUES"]:
     refuses(SamplingParams, ValueError, {name: value})
 for name, value in sampling["WRONG_TYPES"]:
     refuses(SamplingParams, TypeError, {name: value})
-for name in [*sampling["MISSPELT"], "n", "logprobs"]:
+for name in [*sampling["MISSPELT"], "best_of", "guided_decoding"]:
     refuses(SamplingParams, TypeError, {name: 1})
 for name in config["MISSPELT"]:
     refuses(EngineConfig, TypeError, {"model": "m", name: 1})

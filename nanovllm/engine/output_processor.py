@@ -38,8 +38,9 @@ class _PartialText:
 class OutputProcessor:
     """tokenizer=None leaves every text empty."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, is_deterministic: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._is_deterministic = is_deterministic
         self._logprobs = LogprobsDecoder(tokenizer)
         self._partial: dict[Request, _PartialText] = {}
 
@@ -89,6 +90,7 @@ class OutputProcessor:
             finished=is_finished,
             num_cached_tokens=first.num_cached_tokens or 0,
             prompt_logprobs=prompt_logprobs,
+            deterministic=self._is_deterministic,
         )
 
     def forget(self, request: Request) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.cpu_paged import CpuPagedBackend
+from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.native import load_native
@@ -56,7 +57,7 @@ def build_runner(
         block_size=config.block_size,
         dtype=getattr(torch, model_config.dtype),
     )
-    backend = _choose_backend(device, config.compilation)
+    backend = _choose_backend(device, config.compilation, config.deterministic)
 
     def make_runner(config: EngineConfig, num_blocks: int) -> ModelRunner:
         return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
@@ -78,7 +79,7 @@ def _load_model(
 ) -> Any:
     dtype = getattr(torch, model_config.dtype)
     with device:
-        ops = choose_ops(device, config.compilation)
+        ops = choose_ops(device, config.compilation, config.deterministic)
         model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
     if config.load_format == "dummy":
         fill_random(model, config.seed)
@@ -94,7 +95,13 @@ def _load_model(
     return model
 
 
-def _choose_backend(device: torch.device, compilation: str) -> AttentionBackend:
+def _choose_backend(device: torch.device, compilation: str, is_deterministic: bool) -> AttentionBackend:
+    if is_deterministic and device.type == "cuda":
+        from nanovllm.kernels.tokenwise_attention_triton import tokenwise_attention_triton
+
+        return TokenwiseBackend(tokenwise_attention_triton)
+    if is_deterministic:
+        return TokenwiseBackend(native_or_reference(load_native()))
     if device.type == "cuda":
         from nanovllm.attention.triton_paged import TritonBackend
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels.fixed_linear import fixed_linear
 from nanovllm.kernels.native import load_native
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -42,6 +43,7 @@ class Ops(NamedTuple):
     rms_norm_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
     # (..., activation)
     rms_norm_gated_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
+    is_deterministic: bool = False  # `linear` is `fixed_linear`, and products by other means go `in_tiles`
 
 
 PLAIN = Ops(
@@ -57,8 +59,19 @@ ON_GPU = BY_DEVICE._replace(
 )
 
 
-def choose_ops(device: torch.device, compilation: str) -> Ops:
-    """compilation: as in `EngineConfig`."""
+def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = False) -> Ops:
+    """compilation, is_deterministic: as in `EngineConfig`, which allows it for "kernels" only.
+
+    Raises ImportError if it needs the C++ kernels, which compute row by row, and they cannot be built: PyTorch's own
+    operations treat the ends of a thread's share differently.
+    """
+    if is_deterministic:
+        if device.type == "cpu" and load_native() is None:
+            raise ImportError("deterministic=True needs a C++ compiler (c++, g++ or clang++) for the CPU kernels")
+        ops = choose_ops(device, compilation)
+        return ops._replace(
+            linear=fixed_linear, rms_norm_linear=None, rms_norm_gated_linear=None, is_deterministic=True
+        )
     kernels = ON_GPU if device.type == "cuda" else BY_DEVICE
     if device.type == "cpu" and compilation != "none":
         native = load_native()

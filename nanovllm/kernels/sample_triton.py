@@ -388,12 +388,14 @@ def _pick_kernel(
     tl.store(tokens_ptr + index, tl.minimum(picked, vocab_size - 1))
 
 
-def sample_triton(logits: Tensor, rows: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+def sample_triton(
+    logits: Tensor, rows: Tensor, positions: Tensor, columns: Tensor, is_deterministic: bool = False
+) -> Tensor:
     """The next token of each request, int32 [n].
 
     logits [n, V] float32, float16 or bfloat16, its last dimension contiguous; rows, positions [n] int32: whose logits
     these are and where the new token will stand. columns: `SamplingState.columns`. A row of -1 is padding: token 0, and
-    its logits are not read.
+    its logits are not read. is_deterministic: add weights in the same order for any number of rows.
     """
     num_rows, vocab_size = logits.shape
     num_groups = triton.cdiv(vocab_size, GROUP.value)
@@ -403,7 +405,7 @@ def sample_triton(logits: Tensor, rows: Tensor, positions: Tensor, columns: Tens
     tops, weights = torch.empty(2, num_rows, num_groups, dtype=torch.float32, device=logits.device)
     listed, ties = torch.empty(2, num_rows, num_groups, dtype=torch.int32, device=logits.device)
     pdl = logits.is_cuda and torch.cuda.get_device_capability(logits.device)[0] >= 9
-    per_program = 8 if num_rows <= FEW_ROWS else 32
+    per_program = 8 if num_rows <= FEW_ROWS and not is_deterministic else 32
     _stats_kernel[(triton.cdiv(num_groups, per_program), num_rows)](
         logits, logits.stride(0), rows, columns, columns.stride(0), tops, weights, vocab_size, num_groups,
         NUM_GROUPS=per_program, PDL=pdl, num_warps=4, launch_pdl=pdl,

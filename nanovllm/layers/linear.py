@@ -6,11 +6,13 @@ after loading, `forward` reads the weights through `multiply` only, so a layer c
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.fixed_linear import in_tiles
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.packed_linear import pack_linear
@@ -44,7 +46,7 @@ class Linear(nn.Module):
         """Called once when the weights are in place: on a CPU, lay them out as its matrix kernels want them."""
         packed = pack_linear(self.weight, self.bias)
         if packed is not None:
-            self.multiply = packed
+            self.multiply = partial(in_tiles, packed) if self.ops.is_deterministic else packed
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # frees the plain copy
 
 

@@ -106,7 +106,7 @@ class ModelRunner:
         self.state = BatchState(
             config.max_num_seqs, max_blocks, model_config.vocab_size, device, config.logits_processors
         )
-        self.sampler = Sampler(self.state.sampling)
+        self.sampler = Sampler(self.state.sampling, config.deterministic)
         num_buffers = config.overlap_depth + 1
         self._stager = InputStager(max_blocks, num_buffers, device)
         self._decodes = DecodeLayout(config.max_num_seqs, max_blocks, self.state.nowhere)

@@ -13,7 +13,7 @@ CHUNK = 2**24  # logits handled at a time; callers that compute logits for it al
 
 
 class TopLogprobs(NamedTuple):
-    """Per row the token itself, then the k most likely tokens in falling order; each [n, 1 + k]."""
+    """Per row the token itself, then the k most likely tokens in falling order, ties by id; each [n, 1 + k]."""
 
     token_ids: Tensor  # int64
     logprobs: Tensor  # float32
@@ -33,7 +33,20 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:
 def _of_chunk(logprobs: Tensor, own_ids: Tensor, k: int) -> TopLogprobs:
     own = logprobs.gather(1, own_ids)
     own_rank = 1 + (logprobs > own).sum(-1, keepdim=True)
-    values, ids = logprobs.topk(k, dim=-1)
+    values, ids = _highest(logprobs, k)
     falling = -values  # rising, as searchsorted wants it; the first of equals says how many are before all of them
     ranks = 1 + torch.searchsorted(falling, falling)
     return TopLogprobs(*(torch.cat(pair, dim=1) for pair in ((own_ids, ids), (own, values), (own_rank, ranks))))
+
+
+def _highest(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the k highest of each row. Lower ids win ties, which topk alone leaves to chance.
+
+    It looks at 64-bit keys: the float's bits, as an integer that grows with it, above the complement of the id.
+    """
+    bits = logprobs.view(torch.int32)
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    last = logprobs.shape[1] - 1
+    keys = (rising << 32) + (last - torch.arange(last + 1, device=logprobs.device))
+    ids = last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+    return logprobs.gather(1, ids), ids

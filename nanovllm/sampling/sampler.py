@@ -55,8 +55,9 @@ _CHUNK = 2**21  # logits handled at a time: float32 temporaries then stay in the
 
 
 class Sampler:
-    def __init__(self, state: SamplingState) -> None:
+    def __init__(self, state: SamplingState, is_deterministic: bool = False) -> None:
         self._state = state
+        self._is_deterministic = is_deterministic
 
     def sample(
         self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray, positions: Tensor
@@ -108,7 +109,7 @@ class Sampler:
         """
         from nanovllm.kernels.sample_triton import sample_triton
 
-        return sample_triton(logits, rows, positions, self._state.columns)
+        return sample_triton(logits, rows, positions, self._state.columns, self._is_deterministic)
 
     # -- stages 1 to 7 --
 

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
+from nanovllm.kernels.native import load_native
+from nanovllm.kernels.paged_attention import paged_attention_reference
+from tests.attention.paged_cases import make_case
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("query_lens", "seq_lens"), [([1, 1, 1], [3, 40, 1]), ([9], [9]), ([1, 6, 20], [12, 30, 20])])
+def test_it_equals_the_reference_and_a_chunk_equals_its_tokens(
+    query_lens: list[int], seq_lens: list[int], window: int | None, is_native: bool
+) -> None:
+    """Close to attention over whole prompts; to the bit, the same for a chunk and for its last token as a decode."""
+    case = make_case(query_lens, seq_lens, layout="heads outside")
+    backend = TokenwiseBackend(native_or_reference(load_native() if is_native else None))
+    out = backend.forward(0, case.q, case.kv_cache, backend.prepare(case.meta), 0.3, window)
+    expected = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.3, window)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    decode = native_or_reference(load_native() if is_native else None)
+    ends = torch.tensor(query_lens).cumsum(0) - 1
+    last = decode(
+        case.q[ends], case.kv_cache, case.meta.block_table.contiguous(), case.meta.seq_lens, 0.3, window, None
+    )
+    assert torch.equal(out[ends], last)
