@@ -125,6 +125,7 @@ _ARCHITECTURE_OF_HF = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3moe",
+    "MixtralForCausalLM": "llama",
     "Gemma3ForCausalLM": "gemma3",
 }
 
@@ -191,9 +192,10 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         if "original_max_position_embeddings" in rope:
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if "moe_intermediate_size" in hf:
+    if "num_experts_per_tok" in hf:
         writer.add_expert_count(hf.get("num_experts") or hf["num_local_experts"])
         writer.add_expert_used_count(hf["num_experts_per_tok"])
+    if "moe_intermediate_size" in hf:
         writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
     if "query_pre_attn_scalar" in hf:
         writer.add_sliding_window(hf["sliding_window"])

@@ -10,8 +10,8 @@ llama.cpp rotates neighbouring pairs (0,1), (2,3) ...; Hugging Face rotates halv
     Hugging Face rows of a head   a0 a1 a2 b0 b1 b2     ->     GGUF rows   a0 b0 a1 b1 a2 b2
 
 For all others llama.cpp rotates halves itself, and the rows are as Hugging Face has them. Files of `gemma3` hold norm
-weights with the 1 added that Hugging Face adds when it runs; reading subtracts it. Files of `qwen3moe` hold all experts
-of a layer in one tensor; reading yields them one by one.
+weights with the 1 added that Hugging Face adds when it runs; reading subtracts it. Files of `qwen3moe`, and of Mixtral,
+which call themselves `llama`, hold all experts of a layer in one tensor; reading yields them one by one.
 """
 
 import math
@@ -35,7 +35,11 @@ _ARCHITECTURES = {
     "qwen3moe": "Qwen3MoeForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
-_MODEL_TYPES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}  # where Hugging Face's word is another
+_MODEL_TYPES = {  # where Hugging Face's word is another
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -56,16 +60,22 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _OWN_LAYER_NAMES = {
-    "gemma3": {
+    "Gemma3ForCausalLM": {
         "ffn_norm": "pre_feedforward_layernorm",
         "post_attention_norm": "post_attention_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     },
-    "qwen3moe": {
+    "Qwen3MoeForCausalLM": {
         "ffn_gate_inp": "mlp.gate",
         "ffn_gate_exps": "mlp.experts.{}.gate_proj",
         "ffn_up_exps": "mlp.experts.{}.up_proj",
         "ffn_down_exps": "mlp.experts.{}.down_proj",
+    },
+    "MixtralForCausalLM": {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
     },
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -106,6 +116,9 @@ class GGUFCheckpoint:
         self.path = path
         self._file = GGUFFile(path)
         self._prefix = self._check_architecture()
+        self._hf_class = _ARCHITECTURES[self._prefix]
+        if self._prefix == "llama" and self._get("expert_count", 0):
+            self._hf_class = "MixtralForCausalLM"
         self.config = self._hf_config()
         self.generation_config = _generation_config(self._file.metadata)
 
@@ -157,9 +170,9 @@ class GGUFCheckpoint:
         if name in _NAMES:
             return _NAMES[name]
         layer_tensor = _LAYER_TENSOR.fullmatch(name)
-        names = _LAYER_NAMES | _OWN_LAYER_NAMES.get(self._prefix, {})
+        names = _LAYER_NAMES | _OWN_LAYER_NAMES.get(self._hf_class, {})
         if layer_tensor is None or layer_tensor[2] not in names:
-            raise ValueError(f"{self.path}: tensor {name} has no place in a {_ARCHITECTURES[self._prefix]}")
+            raise ValueError(f"{self.path}: tensor {name} has no place in a {self._hf_class}")
         layer, module, kind = layer_tensor.groups()
         return f"model.layers.{layer}.{names[module]}.{kind}"
 
@@ -184,15 +197,15 @@ class GGUFCheckpoint:
             ("attention.value_length", head_dim),
             ("rope.dimension_count", head_dim),
             ("attention.causal", True),
-            *(() if self._prefix == "qwen3moe" else (("expert_count", 0),)),
+            *(() if self._has_experts else (("expert_count", 0),)),
         ):
             if self._get(key, supported) != supported:
                 raise NotImplementedError(
                     f"{self.path}: {self._prefix}.{key} = {self._get(key)} is not supported, only {supported} is here"
                 )
         config = {
-            "architectures": [_ARCHITECTURES[self._prefix]],
-            "model_type": _MODEL_TYPES.get(self._prefix, self._prefix),
+            "architectures": [self._hf_class],
+            "model_type": _MODEL_TYPES.get(self._hf_class, self._prefix),
             "vocab_size": tensors["token_embd.weight"].shape[0],
             "hidden_size": hidden_size,
             "intermediate_size": self._get("feed_forward_length"),
@@ -210,19 +223,25 @@ class GGUFCheckpoint:
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
             "dtype": _dtype(info.quantization for info in tensors.values() if _is_matrix(info)),
         }
-        if self._prefix == "qwen3moe":
+        if self._has_experts:
             config |= self._expert_config()
         if self._prefix == "gemma3":
             config |= self._gemma3_config(head_dim)
         return config | _generation_config(self._file.metadata)
 
+    @property
+    def _has_experts(self) -> bool:
+        return self._hf_class in ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+
     def _expert_config(self) -> dict[str, Any]:
-        return {
-            "num_experts": self._get("expert_count"),
+        """For both families llama.cpp lets the weights of a token's experts sum to one."""
+        fields = {
+            "num_local_experts": self._get("expert_count"),
             "num_experts_per_tok": self._get("expert_used_count"),
-            "moe_intermediate_size": self._get("expert_feed_forward_length"),
-            "norm_topk_prob": True,  # llama.cpp knows no other way for this architecture
         }
+        if self._prefix == "qwen3moe":
+            fields |= {"moe_intermediate_size": self._get("expert_feed_forward_length"), "norm_topk_prob": True}
+        return fields
 
     def _gemma3_config(self, head_dim: int) -> dict[str, Any]:
         """What Gemma 3 has beside the others. The defaults are llama.cpp's: files before mid 2025 hold no pattern."""

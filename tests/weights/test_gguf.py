@@ -185,7 +185,6 @@ def test_other_frequency_divisors_are_refused(tmp_path: Path) -> None:
         ({"rope__scaling__attn_factor": 2.0}, "attn_factor = 2.0"),
         ({"rope__dimension_count": HEAD_DIM // 2}, "dimension_count = 8"),
         ({"attention__value_length": 8}, "value_length = 8"),
-        ({"expert_count": 8}, "expert_count = 8"),
         ({"attention__causal": False}, "causal = False"),
         ({"logit_scale": 2.0}, "logit_scale = 2.0 is not understood"),
         ({"attention__sliding_window": 64}, "sliding_window = 64 is not understood"),
@@ -196,6 +195,22 @@ def test_what_would_change_the_result_is_refused_by_name(tmp_path: Path, changes
     """W1, W13"""
     with pytest.raises(NotImplementedError, match=name):
         _checkpoint(tmp_path, changes=changes)
+
+
+def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
+    """W1"""
+    with pytest.raises(NotImplementedError, match=r"qwen2\.expert_count = 8 is not supported"):
+        _checkpoint(tmp_path, "qwen2", changes={"expert_count": 8})
+    with pytest.raises(ValueError, match=r"llama\.expert_used_count is missing"):
+        _checkpoint(tmp_path, changes={"expert_count": 8})
+    one_tensor_each = {"blk.0.ffn_gate.0.weight": np.zeros((4, 4), np.float32)}  # llama.cpp before spring 2024
+    checkpoint = _checkpoint(tmp_path, changes={"expert_count": 1, "expert_used_count": 1}, tensors=one_tensor_each)
+    with pytest.raises(ValueError, match=r"tensor blk\.0\.ffn_gate\.0\.weight has no place in a Mixtral"):
+        list(checkpoint.tensors())
+    flat = {"blk.0.ffn_gate_exps.weight": np.zeros((4, 4), np.float32)}
+    checkpoint = _checkpoint(tmp_path, changes={"expert_count": 1, "expert_used_count": 1}, tensors=flat)
+    with pytest.raises(ValueError, match=r"ffn_gate_exps\.weight of shape \(4, 4\) does not hold experts"):
+        list(checkpoint.tensors())
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:

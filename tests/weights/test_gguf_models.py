@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"head_dim": 16},
         },
     ),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 3, "head_dim": 16}),
     "gemma3": (
         "Gemma3ForCausalLM",
         {
