@@ -142,6 +142,10 @@ class VLLM:
             "max_num_seqs",
             "max_num_batched_tokens",
             "gpu_memory_utilization",
+            "enable_prefix_caching",
+            "enable_chunked_prefill",
+            "enforce_eager",
+            "tensor_parallel_size",
             "seed",
             "revision",
         }

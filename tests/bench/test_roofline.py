@@ -77,3 +77,10 @@ def test_of_experts_those_of_one_token_count(tmp_path: Path) -> None:
         size = model_size(llm.model_config)
     attention, router, expert = 32 * (32 + 16 + 16 + 32), 5 * 32, 3 * 48 * 32
     assert size.num_weights == 3 * (attention + router + 2 * expert)
+
+
+@pytest.mark.gpu
+def test_ceilings_of_a_gpu() -> None:
+    ceilings = measure_ceilings("cuda", "bfloat16")
+    assert 1e11 < ceilings.bytes_per_second < 2e13
+    assert 1e13 < ceilings.flops_per_second < 1e16
