@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from nanovllm.beam_search import beam_search
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Request
-from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.outputs import BeamSearchOutput, RequestOutput
+from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, skip_prefix
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 Inbox = dict[str, list[Request]]  # by request id, the sequences of those that changed and were not looked at since
@@ -174,6 +176,58 @@ class LLM:
         finally:
             for group in groups:
                 self._abort(group)
+
+    # -- other questions than "what comes next" --
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """For each prompt the `beam_width` most likely continuations that a beam search finds, best first."""
+        self._check_open()
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"params must be BeamSearchParams, got {params!r}")
+        max_model_len = self.config.max_model_len
+        assert max_model_len is not None, "EngineConfig.resolve decides this"
+        longest = max_model_len - params.max_tokens
+        token_ids = [self._input_processor.read_prompt(p, f"prompts[{i}]") for i, p in enumerate(_as_list(prompts))]
+        for i, ids in enumerate(token_ids):
+            if len(ids) > longest:
+                raise ValueError(
+                    f"prompts[{i}] has {len(ids)} tokens; with max_tokens={params.max_tokens} and max_model_len="
+                    f"{max_model_len} there is room for {max(longest, 0)}"
+                )
+        with tqdm(total=params.max_tokens, desc="Beam search", unit=" tokens", disable=not use_tqdm) as progress:
+
+            def generate(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
+                progress.update()
+                return self.generate(beams, step, use_tqdm=False)
+
+            outputs = beam_search(generate, token_ids, params, self._input_processor.eos_token_ids)
+        for sequence in (sequence for output in outputs for sequence in output.sequences):
+            if self._tokenizer is not None:
+                sequence.text = self._tokenizer.decode(sequence.tokens[sequence.num_prompt_tokens :])
+        return outputs
+
+    def score(self, prefix: Prompt, options: Sequence[str | Sequence[int]]) -> list[float]:
+        """Log-likelihood of each option given the prefix: the sum of its tokens' log-probabilities (natural log).
+
+        An option is a string or token ids. Strings are tokenized by themselves, so begin them with the space that a
+        prefix without one calls for. With prefix caching, which is on by default, the prefix is computed once.
+        """
+        self._check_open()
+        check_options(options)
+        prefix_ids = self._input_processor.read_prompt(prefix, "prefix")
+        groups = []
+        numbers = self._free_numbers()
+        for index, option in enumerate(options):
+            name = f"options[{index}]"
+            token_ids = prefix_ids + self._input_processor.read_continuation(option, name)
+            groups.append(self._input_processor.process(token_ids, SCORE_PARAMS, name, next(numbers)))
+            skip_prefix(groups[-1][0], len(prefix_ids))
+        self._next_number = next(numbers)
+        for _ in self._run(groups, only_ends=True):
+            pass
+        return [log_likelihood(request) for (request,) in groups]
 
     # -- one step at a time --
 

@@ -67,3 +67,24 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     deterministic: bool = False
+
+
+@dataclass(kw_only=True)
+class BeamSearchSequence:
+    """One sequence of a beam search. tokens: prompt and output; cum_logprob: of the output; text: of the output.
+
+    finish_reason: "stop" (EOS, which is then the last of tokens) or "length" (max_tokens).
+    """
+
+    tokens: list[int]
+    num_prompt_tokens: int
+    cum_logprob: float = 0.0
+    text: str = ""
+    finish_reason: str | None = None
+
+
+@dataclass(kw_only=True)
+class BeamSearchOutput:
+    """sequences: the best ones of a prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -300,3 +300,43 @@ class SamplingParams:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """Parameters of `LLM.beam_search`. Raises TypeError for a wrong type or name and ValueError out of range.
+
+    beam_width: sequences that are kept at a time, and returned. max_tokens: at most this many output tokens.
+    ignore_eos: go on past the model's end-of-sequence tokens.
+    temperature: logits are divided by it; 0 and 1 leave them as they are.
+    length_penalty: sequences are compared by their log-probability divided by this power of their length, prompt
+        included; above 0 it favours long ones.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+
+    def __new__(cls, *args: object, **options: object) -> "BeamSearchParams":
+        reject_unknown_options("BeamSearchParams", options, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens"):
+            value = getattr(self, name)
+            if not _is_integer(value):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+        for name in ("temperature", "length_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")

@@ -106,6 +106,22 @@ class InputProcessor:
                 request.siblings = requests
         return requests
 
+    def read_prompt(self, prompt: Prompt, name: str) -> list[int]:
+        """Token ids of a prompt. Raises ValueError or TypeError that names it."""
+        return self._read_prompt(prompt, name)[1]
+
+    def read_continuation(self, text: str | Sequence[int], name: str) -> list[int]:
+        """Token ids of what follows a prompt: without the special tokens that stand at a beginning."""
+        if not isinstance(text, str):
+            return self._check_token_ids(text, name)
+        if self._encode is None:
+            raise ValueError(f"{name}: text needs a tokenizer; pass token ids, or skip_tokenizer_init=False")
+        return self._check_token_ids(self._encode(text, add_special_tokens=False), name)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self._eos_token_ids
+
     def _constraint(self, params: SamplingParams, name: str) -> TokenConstraint | None:
         if params.structured_outputs is None:
             return None

@@ -1,0 +1,80 @@
+"""Beam search on top of the engine's public interface: keep the most likely beginnings, extend each by one token.
+
+Owns the bookkeeping of beams; every step is one `generate` of one token for each beam of all prompts, and the prefix
+cache keeps what was computed. Invariant: of a prompt's beams and their likeliest continuations, none that was dropped
+is more likely than one that was kept.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+
+Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
+
+
+def beam_search(
+    generate: Generate, prompts: Sequence[list[int]], params: BeamSearchParams, eos_token_ids: frozenset[int]
+) -> list[BeamSearchOutput]:
+    """For each prompt (token ids) the best `beam_width` sequences, best first.
+
+    As vLLM's: a sequence ends with EOS or after max_tokens; beams are compared by `score`, and of the beams that have
+    ended and those that are cut at max_tokens the best are returned.
+    """
+    # Twice as many continuations as beams: even if one of each beam's is EOS, beam_width others are left.
+    has_temperature = params.temperature not in (0, 1)
+    step = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        logprobs=-1 if has_temperature else 2 * params.beam_width,
+        detokenize=False,
+        ignore_eos=True,
+    )
+    beams = [[BeamSearchSequence(tokens=list(prompt), num_prompt_tokens=len(prompt))] for prompt in prompts]
+    ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+
+    def score(sequence: BeamSearchSequence) -> float:
+        """Per token of prompt and output where length_penalty is 1; an EOS that ends it does not count."""
+        length = len(sequence.tokens) - (sequence.finish_reason == "stop")
+        return sequence.cum_logprob / length**params.length_penalty
+
+    for _ in range(params.max_tokens):
+        running = [(which, beam) for which, kept in enumerate(beams) for beam in kept]
+        if not running:
+            break
+        results = generate([beam.tokens for _, beam in running], step)
+        candidates: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+        for (which, beam), result in zip(running, results, strict=True):
+            entries = result.outputs[0].logprobs
+            assert entries is not None, "logprobs were asked for"
+            logprobs = {token_id: entry.logprob for token_id, entry in entries[0].items()}
+            for token_id, logprob in _likeliest(logprobs, 2 * params.beam_width, params.temperature):
+                extended = BeamSearchSequence(
+                    tokens=[*beam.tokens, token_id],
+                    num_prompt_tokens=beam.num_prompt_tokens,
+                    cum_logprob=beam.cum_logprob + logprob,
+                )
+                if token_id in eos_token_ids and not params.ignore_eos:
+                    extended.finish_reason = "stop"
+                    ended[which].append(extended)
+                else:
+                    candidates[which].append(extended)
+        beams = [sorted(found, key=score, reverse=True)[: params.beam_width] for found in candidates]
+    for kept in beams:
+        for beam in kept:
+            beam.finish_reason = "length"
+    return [
+        BeamSearchOutput(sequences=sorted(done + kept, key=score, reverse=True)[: params.beam_width])
+        for done, kept in zip(ended, beams, strict=True)
+    ]
+
+
+def _likeliest(logprobs: dict[int, float], count: int, temperature: float) -> list[tuple[int, float]]:
+    """The likeliest tokens, lowest id first among equals; a temperature needs the whole vocabulary's."""
+    if temperature not in (0, 1):
+        scaled = {token_id: value / temperature for token_id, value in logprobs.items()}
+        highest = max(scaled.values())
+        total = highest + math.log(math.fsum(math.exp(value - highest) for value in scaled.values()))
+        logprobs = {token_id: value - total for token_id, value in scaled.items()}
+    return sorted(logprobs.items(), key=lambda item: (-item[1], item[0]))[:count]

@@ -1,0 +1,35 @@
+"""How likely is each of some options after a prefix? The requests behind `LLM.score`.
+
+Owns which tokens are scored: an option's, and none of the prefix, which then comes from the prefix cache for every
+option but the first. Invariant: what an option scores does not depend on the other options.
+"""
+
+import math
+from collections.abc import Sequence
+
+from nanovllm.engine.request import Request
+from nanovllm.sampling_params import SamplingParams
+
+# The one token that each request also draws is looked at by nobody.
+SCORE_PARAMS = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+
+def skip_prefix(request: Request, num_prefix_tokens: int) -> None:
+    """Score nothing of the first tokens. For a request that is not queued yet."""
+    request.num_scored_tokens = num_prefix_tokens - 1
+
+
+def log_likelihood(request: Request) -> float:
+    """Sum of the log-probabilities of the tokens that were scored."""
+    return math.fsum(entry[0][1] for entry in request.prompt_logprobs)
+
+
+def check_options(options: Sequence[str | Sequence[int]]) -> None:
+    """Raise TypeError or ValueError for what is no list of texts or token ids, none of them empty."""
+    if isinstance(options, (str, bytes)) or not isinstance(options, Sequence):
+        raise TypeError(f"options must be a list of strings or of token ids, got {options!r}")
+    for index, option in enumerate(options):
+        if not isinstance(option, str) and not hasattr(option, "__iter__"):
+            raise TypeError(f"options[{index}] must be a string or a list of token ids, got {option!r}")
+        if not len(option):
+            raise ValueError(f"options[{index}] is empty; give at least one token")
