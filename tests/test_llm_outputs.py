@@ -104,6 +104,14 @@ def test_the_prompt_of_n_outputs_is_computed_once(folder: Path, enable_prefix_ca
         assert llm.get_metrics()["num_tokens_computed"] == 41 + 5 * 1
 
 
+def test_one_of_n_outputs_scores_the_prompt(folder: Path) -> None:
+    """F3, W15"""
+    with LLM(str(folder), device="cpu", dtype="float32", block_size=8) as llm:
+        (output,) = llm.generate([list(range(1, 42))], sampled(n=4, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 41
+        assert llm.get_metrics()["num_tokens_computed"] == 41 + 3 * 1
+
+
 def test_a_request_with_n_outputs_is_aborted_whole(llm: LLM) -> None:
     name = llm.add_request("abc", sampled(n=3, max_tokens=40))
     for _ in range(5):

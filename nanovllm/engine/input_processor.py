@@ -5,6 +5,7 @@ be run to its end, so nothing user-facing fails after it; nothing is queued here
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -80,6 +81,8 @@ class InputProcessor:
         grows_long = self._long_from is not None and len(token_ids) <= self._long_from < max_total_tokens
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         seed = self._request_seed(number) if params.seed is None else params.seed
+        # Of n sequences one scores the prompt, and the others may take its blocks.
+        others = params if params.prompt_logprobs is None or params.n == 1 else replace(params, prompt_logprobs=None)
         requests = [
             Request(
                 request_id=str(number) if request_id is None else request_id,
@@ -87,7 +90,7 @@ class InputProcessor:
                 prompt=text,
                 token_ids=list(token_ids),
                 num_prompt_tokens=len(token_ids),
-                params=params,
+                params=others if index else params,
                 seed=(seed + index) % 2**64,
                 stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
                 max_total_tokens=max_total_tokens,

@@ -1,0 +1,200 @@
+"""Every pair of features on a tiny model: together, in a batch, they give what they give alone.
+
+Each pair runs two requests that use both features, beside two plain ones, and must return what the same requests
+return one at a time in a plain engine (synchronous, no chunks, room for everyone, nothing cached). Each feature also
+checks that it was really in use. The table in docs/features.md is written from these runs:
+
+    python -m tests.test_features_pairwise          write it anew
+"""
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from tests.test_llm_outputs import check_nothing_is_left
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
+
+DOCS = Path(__file__).parent.parent / "docs" / "features.md"
+STOPS = set("acegikmoqsuwy02468ACEGIKMOQSUWY!#%')+-/;=?")
+WORDS = "[a-f]{3,9} [a-f]{9}"
+PROMPTS = ["the same long beginning of all, one", "the same long beginning of all, two"]
+PLAIN = ["the same long beginning of all, three", "something else"]
+
+
+Outputs = list[RequestOutput]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """params and engine: options that switch it on. shows: can it be seen in the outputs?
+
+    changes: a request without it gives other tokens.
+    """
+
+    params: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    shows: Callable[[Outputs], bool] = lambda outputs: True
+    counts: str = ""  # a metric that must have grown
+    changes: bool = False
+
+
+def each(outputs: Outputs, holds: Callable[[Any], bool]) -> bool:
+    return all(holds(completion) for output in outputs for completion in output.outputs)
+
+
+FEATURES = {
+    "n": Feature({"n": 3}, shows=lambda outputs: all(len(output.outputs) == 3 for output in outputs)),
+    "stop": Feature(
+        {"stop": sorted(STOPS)}, shows=lambda outputs: each(outputs, lambda c: STOPS.isdisjoint(c.text)), changes=True
+    ),
+    "logprobs": Feature({"logprobs": 2}, shows=lambda outputs: each(outputs, lambda c: len(c.logprobs[0]) in (2, 3))),
+    "prompt_logprobs": Feature(
+        {"prompt_logprobs": 2},
+        shows=lambda outputs: all(len(o.prompt_logprobs) == len(o.prompt_token_ids) for o in outputs),
+    ),
+    "penalties": Feature({"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.5}, changes=True),
+    "grammar": Feature(
+        {"structured_outputs": StructuredOutputsParams(regex=WORDS)},
+        shows=lambda outputs: each(outputs, lambda c: c.stop_reason or re.fullmatch(WORDS, c.text)),
+        changes=True,
+    ),
+    "seed": Feature({"seed": 7}, changes=True),
+    "prefix hit": Feature(engine={"enable_prefix_caching": True}, counts="num_prompt_tokens_cached"),
+    "preemption": Feature(engine={"num_gpu_blocks_override": 9, "max_model_len": 72}, counts="num_preemptions"),
+    "chunked prefill": Feature(engine={"max_num_batched_tokens": 5, "max_num_seqs": 5}),  # prompts have 37 tokens
+    "overlap depth 2": Feature(engine={"overlap_depth": 2}),
+    # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
+    "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
+}
+PAIRS = list(combinations(FEATURES, 2))
+
+
+class Engines:
+    """One engine for each set of options, and the reference."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        save_random(folder, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS)
+        save_tokenizer(folder)
+        self._folder = folder
+        self._engines: dict[str, LLM] = {}
+
+    def get(self, **options: Any) -> LLM:
+        key = repr(sorted(options.items()))
+        if key not in self._engines:
+            defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 12, "overlap_depth": 1}
+            defaults["enable_prefix_caching"] = False
+            self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
+        return self._engines[key]
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    engines = Engines()
+    yield engines
+    engines.close()
+
+
+def tokens(output: RequestOutput) -> list[list[int]]:
+    return [completion.token_ids for completion in output.outputs]
+
+
+def make_params(names: Iterable[str], index: int) -> SamplingParams:
+    """Requests always draw, and always with a seed: else nothing could be compared. "seed" gives both the same one."""
+    options: dict[str, Any] = {"temperature": 1.2, "max_tokens": 24, "seed": 100 + 10 * index, "ignore_eos": True}
+    for name in names:
+        options.update(FEATURES[name].params)
+    return SamplingParams(**options)
+
+
+def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
+    params = [make_params(names, index) for index in range(2)]
+    plain = [make_params((), index) for index in (2, 3)]
+    reference = engines.get()
+    expected = [
+        reference.generate(prompt, p, use_tqdm=False)[0]
+        for prompt, p in zip(PROMPTS + PLAIN, params + plain, strict=True)
+    ]
+    llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()})
+    llm.reset_prefix_cache()
+    before = llm.get_metrics()
+    outputs = llm.generate(PROMPTS + PLAIN, params + plain, use_tqdm=False)
+    after = llm.get_metrics()
+    check_nothing_is_left(llm)
+    for name in names:
+        feature = FEATURES[name]
+        assert feature.shows(outputs[:2]), f"{name} was not in use"
+        assert not feature.counts or after[feature.counts] > before[feature.counts], f"{name} did not happen"
+        if feature.changes:
+            (other,) = reference.generate(PROMPTS[0], make_params(set(names) - {name}, 0), use_tqdm=False)
+            assert tokens(other) != tokens(outputs[0]), f"{name} changed nothing"
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert output.prompt_token_ids == wanted.prompt_token_ids
+        for got, want in zip(output.outputs, wanted.outputs, strict=True):
+            assert (got.index, got.token_ids, got.text) == (want.index, want.token_ids, want.text)
+            assert (got.finish_reason, got.stop_reason) == (want.finish_reason, want.stop_reason)
+            check_logprobs(got.logprobs, want.logprobs)
+        check_logprobs(output.prompt_logprobs, wanted.prompt_logprobs)
+
+
+def check_logprobs(got: Any, want: Any) -> None:
+    """W15. The number of rows in a matrix product changes its rounding, so values are compared, not bits."""
+    assert (got is None) == (want is None)
+    for entry, wanted in zip(got or (), want or (), strict=True):
+        assert (entry is None) == (wanted is None)
+        for token_id, logprob in (entry or {}).items():
+            assert token_id in wanted and abs(logprob.logprob - wanted[token_id].logprob) < 1e-4
+
+
+MARKED = [pytest.param(p, marks=pytest.mark.slow) if "tensor parallel 2" in p else pytest.param(p) for p in PAIRS]
+
+
+@pytest.mark.parametrize("names", MARKED, ids=[" and ".join(names) for names in PAIRS])
+def test_a_pair_together_gives_what_it_gives_alone(engines: Engines, names: tuple[str, str]) -> None:
+    """W12, W15, C1"""
+    check_pair(engines, names)
+
+
+def make_table() -> str:
+    """The lower triangle of all pairs; a mark stands for a pair that has just passed."""
+    engines = Engines()
+    passed = set()
+    for names in PAIRS:
+        check_pair(engines, names)
+        passed.add(frozenset(names))
+    engines.close()
+    return format_table(passed)
+
+
+def format_table(passed: set[frozenset[str]]) -> str:
+    names = list(FEATURES)
+    lines = ["| | " + " | ".join(names[:-1]) + " |", "| --- " * len(names) + "|"]
+    for row, name in enumerate(names[1:], 1):
+        marks = ["✓" if frozenset((name, other)) in passed else "" for other in names[:row]]
+        lines.append(f"| {name} | " + " | ".join(marks + [""] * (len(names) - 1 - row)) + " |")
+    return "\n".join(lines)
+
+
+def test_the_documentation_shows_the_pairs_that_are_tested() -> None:
+    assert format_table({frozenset(names) for names in PAIRS}) in DOCS.read_text(), (
+        "docs/features.md is out of date: python -m tests.test_features_pairwise"
+    )
+
+
+if __name__ == "__main__":
+    head = DOCS.read_text().partition("| | n ")[0] if DOCS.exists() else ""
+    DOCS.write_text(head + make_table() + "\n")
+    print(DOCS, "written", file=sys.stderr)
