@@ -1,8 +1,8 @@
-"""HiddenStates: what leaves the decoder layers that a request asked for, on its way to the host.
+"""HiddenStates: what leaves the decoder layers that requests asked for, on its way to the host.
 
 Owns the hooks on the layers while a step runs, and which of the step's tokens are whose. Does not own who asks: that
-stands in the plan. Invariant: hooks exist only during a forward pass that somebody captures, so everyone
-else's steps, CUDA graphs included, are as if this file did not exist.
+stands in the plan. Invariant: hooks exist only during a forward pass that somebody captures, so everyone else's steps,
+CUDA graphs included, are as if this file did not exist.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,39 +11,44 @@ from typing import Any
 
 from torch import Tensor
 
-Captured = Sequence[dict[int, Tensor]]  # for each request that captures, layer -> [its tokens in the step, hidden_size]
+# For each request that captures, layer -> [its tokens in the step, hidden_size], in the model's dtype.
+Captured = Sequence[dict[int, Tensor]]
 
 
 @contextmanager
-def recorded_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, the result fills with the residual stream behind each of these decoder layers: [num_tokens, hidden_size].
+def captured_layers(
+    model: Any,
+    rows: Sequence[int],
+    query_lens: Sequence[int],
+    layers_of_row: Mapping[int, Sequence[int]],
+    to_host: Callable[[Tensor], Tensor],
+) -> Iterator[Captured]:
+    """Inside, the result fills with the residual stream behind the layers, for those rows that name some.
 
-    model.layers: modules that return (what the layer adds to the residual stream, the stream before that).
+    rows, query_lens: the step's requests, and the tokens of each. model.layers: modules that return (what the layer
+    adds to the residual stream, the stream before that). Each part goes to the host at once, so that the device holds
+    what is behind one layer at a time.
     """
-    recorded: dict[int, Tensor] = {}
+    captured: list[dict[int, Tensor]] = []
+    parts: dict[int, list[tuple[dict[int, Tensor], slice]]] = {}  # per layer, whose
+    first = 0
+    for row, count in zip(rows, query_lens, strict=True):
+        if row in layers_of_row:
+            captured.append({})
+            for layer in layers_of_row[row]:
+                parts.setdefault(layer, []).append((captured[-1], slice(first, first + count)))
+        first += count
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
-            recorded[layer] = output[0] + output[1]
+            for request, tokens in parts[layer]:
+                request[layer] = to_host(output[0][tokens] + output[1][tokens])
 
         return hook
 
-    handles = [model.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
+    handles = [model.layers[layer].register_forward_hook(keep(layer)) for layer in parts]
     try:
-        yield recorded
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
-
-
-def split_by_request(
-    recorded: Mapping[int, Tensor], asked: Sequence[Sequence[int]], query_lens: Sequence[int]
-) -> Captured:
-    """asked: each request's layers, () for one that captures nothing; query_lens: its tokens in the step."""
-    captured: list[dict[int, Tensor]] = []
-    first = 0
-    for layers, count in zip(asked, query_lens, strict=True):
-        if layers:
-            captured.append({layer: recorded[layer][first : first + count] for layer in layers})
-        first += count
-    return captured

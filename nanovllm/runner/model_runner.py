@@ -20,7 +20,7 @@ from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.cuda_graphs import StepGraphs, can_capture
-from nanovllm.runner.hidden_states import Captured, recorded_layers, split_by_request
+from nanovllm.runner.hidden_states import Captured, captured_layers
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.sampler import Sampler
@@ -141,9 +141,7 @@ class ModelRunner:
         return self._execute(plan)
 
     def _execute(self, plan: SchedulerOutput) -> PendingTokens:
-        asked = [plan.capture_layers.get(row, ()) for row in plan.rows] if plan.capture_layers else []
-        layers = sorted({layer for of_request in asked for layer in of_request})
-        if self._has_graphs and not layers and self._is_plain(plan):
+        if self._has_graphs and self._is_plain(plan):
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
                 return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
@@ -154,9 +152,9 @@ class ModelRunner:
                 return self._read_back(tokens[: sum(plan.samples)])
         batch = self._stager.stage(plan)
         self.state.apply(batch.new_rows, batch.new_blocks)
-        with recorded_layers(self.model, layers) as recorded:
+        step = plan.rows, plan.num_scheduled_tokens, plan.capture_layers
+        with captured_layers(self.model, *step, self._to_host) as captured:
             hidden, seq_lens = self._forward(plan, batch)
-        captured = split_by_request(recorded, asked, plan.num_scheduled_tokens) if layers else []
         prompt_logprobs = [self._score_prompt(plan, hidden, *item) for item in plan.prompt_logprobs]
         if not len(batch.sampled_host):
             return self._read_back(batch.sampled, (), prompt_logprobs, captured)
@@ -173,7 +171,8 @@ class ModelRunner:
 
     def _is_plain(self, plan: SchedulerOutput) -> bool:
         """Does everyone in this step want tokens only, and as the device can draw them by itself?"""
-        return not plan.prompt_logprobs and self.sampler.is_plain(np.array(plan.rows), _seq_lens(plan))
+        asks_more = plan.prompt_logprobs or plan.capture_layers
+        return not asks_more and self.sampler.is_plain(np.array(plan.rows), _seq_lens(plan))
 
     def _score_prompt(
         self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int
@@ -287,14 +286,13 @@ class ModelRunner:
         prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
         captured: Captured = (),
     ) -> PendingTokens:
-        """tokens and captured are on the device, everything else is on its way to the host already."""
-        hidden_states = [{layer: self._to_host(part) for layer, part in item.items()} for item in captured]
+        """tokens are on the device, everything else is on its way to the host already."""
         host = self._to_host(tokens)
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        return PendingTokens(host, event, logprobs, prompt_logprobs, hidden_states)
+        return PendingTokens(host, event, logprobs, prompt_logprobs, captured)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         """A copy that the host does not wait for; the tensor itself on a CPU."""

@@ -7,10 +7,32 @@ the output differs.
 """
 
 import random
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
+from nanovllm.engine.request import Request
 from tests.engine.fake_device import VOCAB_SIZE, check_nothing_leaked, check_output, make_engine, make_request
+
+
+class Witness:
+    """A constraint that allows everything, and insists on seeing each token before the next one is planned."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+
+    def advance(self, token_id: int) -> str | None:
+        self.token_ids.append(token_id)
+        return None
+
+    def restart(self, token_ids: Sequence[int]) -> None:
+        raise AssertionError("nothing was interrupted")
+
+    def bitmask(self) -> np.ndarray:
+        assert self.token_ids == self.request.output_token_ids
+        return np.full(4, -1, dtype=np.int32)
 
 
 def run_random_workload(seed: int) -> tuple[int, int]:
@@ -43,6 +65,7 @@ def run_random_workload(seed: int) -> tuple[int, int]:
             ]
             for request in group:
                 request.siblings = group if len(group) > 1 else []
+                request.constraint = Witness(request) if needs_host_tokens else None
                 requests.append(request)
                 engine.add_request(request)
         if step > 40 and not engine.has_work():
@@ -64,6 +87,9 @@ def run_random_workload(seed: int) -> tuple[int, int]:
         assert request.is_finished
         if request not in aborted:
             check_output(request)
+            if isinstance(request.constraint, Witness):
+                ends = request.output_token_ids[-1] in request.stop_token_ids
+                assert request.constraint.token_ids == request.output_token_ids[: -1 if ends else None]
     check_nothing_leaked(engine)
     return engine.scheduler.stats.num_preemptions, engine.scheduler.stats.num_prompt_tokens_cached
 
