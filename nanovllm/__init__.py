@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LLM": "nanovllm.llm",
+    "Architecture": "nanovllm.models.registry",
+    "register_model": "nanovllm.models.registry",
     "EngineConfig": "nanovllm.config",
     "SamplingParams": "nanovllm.sampling_params",
     "RequestOutputKind": "nanovllm.sampling_params",

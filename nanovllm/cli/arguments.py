@@ -39,6 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_bench(commands)
     _add_check_model(commands)
+    _command(
+        commands,
+        "models",
+        "which architectures run, and what proves it",
+        """\
+The architecture is what stands in `architectures` of a model's config.json. Models that other packages
+add are listed too. `nanovllm check-model` proves one checkpoint.
+""",
+    )
     _add_memory(commands)
     return parser
 

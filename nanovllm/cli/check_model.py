@@ -4,7 +4,7 @@ Owns the comparison. Both models run in float32 on the CPU; Hugging Face's is lo
 mistake of our loader shows too. Invariant: ours runs through the whole engine, in chunks and through the KV cache, and
 every position of every prompt is compared.
 
-        ours    embedding -> layer 0 -> layer 1 -> ... -> norm -> logits
+        ours    embedding -> layer 0 -> layer 1 -> ... -> norm -> logits          (embedding: what enters layer 0)
                     =           =          =               =        =       largest difference, stage by stage
         theirs  embedding -> layer 0 -> layer 1 -> ... -> norm -> logits
 """
@@ -25,6 +25,7 @@ from nanovllm.model_files.locate import locate_model
 from nanovllm.sampling_params import SamplingParams
 
 _RANDOM_PROMPT_LENGTHS = (1, 9, 150)
+_LONGEST_WINDOW = 1024  # that the random prompts go beyond
 _CHUNK_TOKENS = 64  # below the longest prompt, so that attention reads earlier chunks from the KV cache
 
 Stages = dict[str, Tensor]  # "embedding", "layer 0", ..., "norm", "logits" -> [num_tokens, size]
@@ -92,13 +93,13 @@ def _report(number: int, num_tokens: int, differences: list[Difference], toleran
 
 
 def _random_prompts(llm: LLM) -> list[list[int]]:
+    """Some short ones, and one that leaves the smallest sliding window if that is not too long for a CPU."""
     rng = random.Random(0)
     assert llm.config.max_model_len is not None
     longest = llm.config.max_model_len - 1
-    return [
-        [rng.randrange(llm.model_config.vocab_size) for _ in range(min(length, longest))]
-        for length in _RANDOM_PROMPT_LENGTHS
-    ]
+    windows = [window for window in llm.model_config.windows if window is not None and window <= _LONGEST_WINDOW]
+    lengths = [*_RANDOM_PROMPT_LENGTHS, *(window + _RANDOM_PROMPT_LENGTHS[-1] for window in set(windows))]
+    return [[rng.randrange(llm.model_config.vocab_size) for _ in range(min(length, longest))] for length in lengths]
 
 
 def _load_hugging_face(name: str, revision: str | None) -> Any:
@@ -110,7 +111,12 @@ def _load_hugging_face(name: str, revision: str | None) -> Any:
     else:
         source = {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **source
+        path,
+        dtype=torch.float32,
+        attn_implementation="eager",  # the one that has every family's soft-caps
+        local_files_only=True,
+        trust_remote_code=False,
+        **source,
     )
     return model.eval()
 
@@ -118,7 +124,7 @@ def _load_hugging_face(name: str, revision: str | None) -> Any:
 def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
     """Stages of every prompt token, and the prompt's token ids."""
     model = _model_of(llm)
-    with _record(model.embed_tokens, model.layers, model) as recorded:
+    with _record(model.layers, model) as recorded:
         (output,) = llm.generate(
             [prompt], SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), use_tqdm=False
         )
@@ -131,7 +137,7 @@ def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
 @torch.inference_mode()
 def _run_theirs(model: Any, token_ids: list[int]) -> Stages:
     decoder = model.model
-    with _record(decoder.embed_tokens, decoder.layers, decoder.norm) as recorded:
+    with _record(decoder.layers, decoder.norm) as recorded:
         logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     return {stage: parts[0][0] for stage, parts in recorded.items()} | {"logits": logits}
 
@@ -141,10 +147,13 @@ def _model_of(llm: LLM) -> Any:
 
 
 @contextmanager
-def _record(embedding: nn.Module, layers: nn.ModuleList, last: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what these modules return while they run: one tensor a call, (x, residual) added up."""
-    modules = {"embedding": embedding, **{f"layer {i}": layer for i, layer in enumerate(layers)}, "norm": last}
-    recorded: dict[str, list[Tensor]] = {stage: [] for stage in modules}
+def _record(layers: nn.ModuleList, last: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what enters the first layer, and what all return: one tensor a call, (x, residual) added up."""
+    modules = {**{f"layer {i}": layer for i, layer in enumerate(layers)}, "norm": last}
+    recorded: dict[str, list[Tensor]] = {stage: [] for stage in ("embedding", *modules)}
+
+    def record_input(module: nn.Module, inputs: Any, options: Any) -> None:
+        recorded["embedding"].append((inputs[0] if inputs else options["hidden_states"]).detach().clone())
 
     def recorder(stage: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -153,7 +162,8 @@ def _record(embedding: nn.Module, layers: nn.ModuleList, last: nn.Module) -> Ite
 
         return record
 
-    handles = [module.register_forward_hook(recorder(stage)) for stage, module in modules.items()]
+    handles = [layers[0].register_forward_pre_hook(record_input, with_kwargs=True)]
+    handles += [module.register_forward_hook(recorder(stage)) for stage, module in modules.items()]
     try:
         yield recorded
     finally:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "demo": "nanovllm.cli.demo",
     "bench": "nanovllm.bench.run",
     "check-model": "nanovllm.cli.check_model",
+    "models": "nanovllm.cli.models",
     "memory": "nanovllm.cli.memory",
 }
 

@@ -120,7 +120,7 @@ def from_hf(
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
         "mlp_bias": bool(hf.get("mlp_bias", False)),
-        "activation": _read_activation(hf),
+        "activation": switches["activation"] if "activation" in switches else _read_activation(hf),
         "attention_softcap": _read_number(hf, "attn_logit_softcapping"),
         "logits_softcap": _read_number(hf, "final_logit_softcapping"),
         "embedding_scale": _read_number(hf, "embedding_multiplier") or 1.0,

@@ -1,12 +1,14 @@
 """Which architectures run, and with which switches: one row each, read top to bottom.
 
-Owns the table. Invariant: an architecture that is not in it is refused by name before any weight is read.
+Owns the table, and what other packages add to it (`docs/adding-a-model.md`). Invariant: an architecture that is not in
+it is refused by name before any weight is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 from nanovllm.config import ModelConfig
@@ -14,6 +16,8 @@ from nanovllm.models.hf_config import from_hf
 
 _DECODER = "nanovllm.models.llama:LlamaForCausalLM"
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_PROOF = "tests/models/test_hf_parity.py"
+_MOE_PROOF = "tests/models/test_moe_parity.py"
 _BIASES = {"attention_bias": False, "mlp_bias": False}
 _GEMMA = {
     "attention_bias": False,
@@ -34,26 +38,41 @@ class Architecture:
     fields: config.json fields beside those of all decoders, with the values they have when missing (transformers'
         defaults); ModelConfig.extra hands them to the model. It may also hold other defaults for common fields.
     switches: ModelConfig fields that the architecture sets; a function gets the config.json dict, defaults filled in.
-    model: "module:class", called with (config, max_len, dtype, tp, ops).
-    mlp: "module:class" of another feed-forward block, called with (config, layer_idx, dtype, tp, ops).
+    model: a class, or its "module:name", called with (config, max_len, dtype, tp, ops).
+    mlp: another feed-forward block for the decoder, likewise, called with (config, layer_idx, dtype, tp, ops).
+    serves: the models it is for, in words. proof: the test that holds it beside transformers.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     switches: Mapping[str, Any] = field(default_factory=dict)
-    model: str = _DECODER
-    mlp: str | None = None
+    model: str | Callable[..., Any] = _DECODER
+    mlp: str | Callable[..., Any] | None = None
+    serves: str = ""
+    proof: str = ""
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(fields=_BIASES),
-    "MistralForCausalLM": Architecture(fields={"sliding_window": 4096}),
+    "LlamaForCausalLM": Architecture(
+        serves="Llama 2 and 3, SmolLM2, and models of their shape", proof=_PROOF, fields=_BIASES
+    ),
+    "MistralForCausalLM": Architecture(
+        serves="Mistral, with or without a sliding window", proof=_PROOF, fields={"sliding_window": 4096}
+    ),
     "Qwen2ForCausalLM": Architecture(
-        fields={**_QWEN_WINDOW, "attention_bias": True}, switches={"qkv_bias": True, "o_bias": False}
+        serves="Qwen2, Qwen2.5",
+        proof=_PROOF,
+        fields={**_QWEN_WINDOW, "attention_bias": True},
+        switches={"qkv_bias": True, "o_bias": False},
     ),
     "Qwen3ForCausalLM": Architecture(
-        fields={**_QWEN_WINDOW, "attention_bias": False, "head_dim": 128}, switches={"qk_norm": "head"}
+        serves="Qwen3",
+        proof=_PROOF,
+        fields={**_QWEN_WINDOW, "attention_bias": False, "head_dim": 128},
+        switches={"qk_norm": "head"},
     ),
     "SmolLM3ForCausalLM": Architecture(
+        serves="SmolLM3: layers without rotation",
+        proof=_PROOF,
         fields={
             **_BIASES,
             "layer_types": None,
@@ -63,9 +82,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "sliding_window": None,
             "tie_word_embeddings": True,
             "use_sliding_window": False,
-        }
+        },
     ),
     "Gemma2ForCausalLM": Architecture(
+        serves="Gemma 2",
+        proof=_PROOF,
         fields={
             **_GEMMA,
             "attn_logit_softcapping": 50.0,
@@ -75,6 +96,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         switches=_GEMMA_SWITCHES,
     ),
     "Gemma3ForCausalLM": Architecture(
+        serves="Gemma 3, text models",
+        proof=_PROOF,
         fields={
             **_GEMMA,
             "final_logit_softcapping": None,
@@ -85,26 +108,35 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         switches={**_GEMMA_SWITCHES, "qk_norm": "head"},
     ),
     "Phi3ForCausalLM": Architecture(
+        serves="Phi-3, Phi-3.5, Phi-4",
+        proof=_PROOF,
         fields={
             "original_max_position_embeddings": 4096,
             "partial_rotary_factor": 1.0,
             "rms_norm_eps": 1e-5,
             "sliding_window": None,
-        }
+        },
     ),
     "Olmo2ForCausalLM": Architecture(
-        fields={"attention_bias": False, "rms_norm_eps": 1e-5}, switches={"norms": "after", "qk_norm": "projection"}
+        serves="OLMo 2",
+        proof=_PROOF,
+        fields={"attention_bias": False, "rms_norm_eps": 1e-5},
+        switches={"norms": "after", "qk_norm": "projection"},
     ),
     "GraniteForCausalLM": Architecture(
+        serves="Granite 3",
+        proof=_PROOF,
         fields={
             **_BIASES,
             "attention_multiplier": 1.0,
             "embedding_multiplier": 1.0,
             "logits_scaling": 1.0,
             "residual_multiplier": 1.0,
-        }
+        },
     ),
     "Qwen3MoeForCausalLM": Architecture(
+        serves="Qwen3, mixture of experts",
+        proof=_MOE_PROOF,
         fields={
             **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 0, "attention_bias": False},
             **{"num_experts": 128, "num_local_experts": None, "num_experts_per_tok": 8, "norm_topk_prob": False},
@@ -114,6 +146,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         mlp="nanovllm.models.mixture:qwen3_moe",
     ),
     "MixtralForCausalLM": Architecture(
+        serves="Mixtral",
+        proof=_MOE_PROOF,
         fields={
             **{"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
             **{"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_key_value_heads": 8},
@@ -121,6 +155,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         mlp="nanovllm.models.mixture:mixtral",
     ),
     "OlmoeForCausalLM": Architecture(
+        serves="OLMoE",
+        proof=_MOE_PROOF,
         fields={
             **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
             **{"rms_norm_eps": 1e-5, "attention_bias": False},
@@ -131,26 +167,62 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
+# The one table of this package that a running program may add to; entry points need none.
+_registered: dict[str, Architecture] = {}
+ENTRY_POINTS = "nanovllm.models"
+
+
+def register_model(name: str, architecture: Architecture) -> None:
+    """Let `LLM` run checkpoints whose config.json has `name` in `architectures`, in this process.
+
+    A package does better to name its Architecture in an entry point of the group "nanovllm.models": then every process
+    finds it, also the workers of tensor parallelism. ValueError if another one of that name is there already.
+    """
+    if not isinstance(architecture, Architecture):
+        raise TypeError(f"architecture of {name!r} must be a nanovllm.Architecture, got {architecture!r}")
+    if name in ARCHITECTURES or _registered.get(name, architecture) != architecture:
+        raise ValueError(f"a model {name!r} is registered already; choose another name")
+    _registered[name] = architecture
+
+
+def all_architectures() -> dict[str, Architecture]:
+    """Every architecture by name: those of this package, registered ones, and those of installed packages."""
+    found = {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+    for name, architecture in found.items():
+        if not isinstance(architecture, Architecture):
+            raise TypeError(
+                f"entry point {name!r} of {ENTRY_POINTS} must be a nanovllm.Architecture, got {architecture!r}"
+            )
+    return {**found, **_registered, **ARCHITECTURES}
+
+
 def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
     """ModelConfig of a config.json dict; ValueError names an architecture or field that is not supported."""
-    row = _architecture(hf)
+    row = _architecture((hf.get("architectures") or [None])[0])
     return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches)
 
 
 def model_class(architecture: str) -> Any:
-    """What makes the model of an architecture of the table: `cls(config, max_len, dtype, tp, ops)`."""
-    row = ARCHITECTURES[architecture]
+    """What makes the model of an architecture: `cls(config, max_len, dtype, tp, ops)`."""
+    row = _architecture(architecture)
     model = _load(row.model)
     return model if row.mlp is None else partial(model, mlp=_load(row.mlp))
 
 
-def _load(name: str) -> Any:
-    module, _, attribute = name.partition(":")
+def _architecture(name: str | None) -> Architecture:
+    if name is not None and name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    known = all_architectures()
+    if name is None or name not in known:
+        raise ValueError(
+            f"architecture {name!r} is not supported; supported are {', '.join(known)}. How to add one: "
+            "docs/adding-a-model.md"
+        )
+    return known[name]
+
+
+def _load(made_by: str | Callable[..., Any]) -> Any:
+    if not isinstance(made_by, str):
+        return made_by
+    module, _, attribute = made_by.partition(":")
     return getattr(import_module(module), attribute)
-
-
-def _architecture(hf: Mapping[str, Any]) -> Architecture:
-    names = hf.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
-        raise ValueError(f"architecture {names[0]!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[names[0]]

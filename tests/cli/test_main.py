@@ -14,7 +14,7 @@ from nanovllm.cli.options import engine_options, field_docs, sampling_options
 from nanovllm.config import EngineConfig
 from nanovllm.sampling_params import SamplingParams
 
-COMMANDS = [[name] for name in ("complete", "chat", "demo", "bench", "check-model", "memory")]
+COMMANDS = [[name] for name in ("complete", "chat", "demo", "bench", "check-model", "models", "memory")]
 COMMANDS += [["bench", kind] for kind in ("throughput", "latency", "prefill", "prefix", "start", "ablation", "chart")]
 
 

@@ -1,6 +1,7 @@
 """`memory` and `check-model` on tiny checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,18 +48,29 @@ def test_memory_refuses_what_the_model_cannot(tmp_path: Path, capsys: pytest.Cap
     assert "'MambaForCausalLM' is not supported" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_check_model_agrees(tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """W1: a supported checkpoint matches Hugging Face's logits at every position of every prompt."""
-    folder = save_random(tmp_path, architecture)
-    assert main(["check-model", str(folder), "--tolerance", "1e-4"]) == 0
-    assert "3 of 3 prompts agree" in capsys.readouterr().out
+FAMILIES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 20},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {},
+    "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1]},
+    "Gemma2ForCausalLM": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0, "sliding_window": 20},
+    "Gemma3ForCausalLM": {"sliding_window": 20, "sliding_window_pattern": 2, "head_dim": 16},
+    "Phi3ForCausalLM": {},
+    "Olmo2ForCausalLM": {},
+    "GraniteForCausalLM": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0},
+}
 
 
-def test_check_model_names_the_first_layer_that_differs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_check_model_agrees_or_names_the_first_layer_that_differs(
+    tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save_random(tmp_path, num_hidden_layers=3)
+    """W1: every position of every prompt matches Hugging Face; and where one layer does not, that one is named."""
+    folder = save_random(tmp_path, architecture, num_hidden_layers=3, **FAMILIES[architecture])
+    assert main(["check-model", str(folder), "--tolerance", "1e-4"]) == 0
+    num_prompts = 4 if "sliding_window" in FAMILIES[architecture] else 3
+    assert f"{num_prompts} of {num_prompts} prompts agree" in capsys.readouterr().out
     theirs = load_hugging_face(folder)
     with torch.no_grad():
         theirs.model.layers[1].mlp.down_proj.weight[0] += 0.5
@@ -67,7 +79,7 @@ def test_check_model_names_the_first_layer_that_differs(
     shown = capsys.readouterr().out
     assert "logits DIFFER" in shown
     assert "first stage that differs: layer 1," in shown
-    assert "0 of 3 prompts agree" in shown
+    assert f"0 of {num_prompts} prompts agree" in shown
 
 
 def test_not_a_number_never_agrees() -> None:
