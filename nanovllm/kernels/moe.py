@@ -10,6 +10,8 @@ not depend on timing. On a GPU nothing here waits for the device, so a step can 
     rows --gate, up, SiLU--> --down, times weight--> one row per choice --sum--> one row per token
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,28 +40,43 @@ def fused_topk_reference(logits: Tensor, top_k: int, renormalize: bool) -> tuple
     return weights, expert_ids.int()
 
 
-def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+def fused_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, block_size: int | None = None
+) -> Tensor:
     """The weighted sum of each token's experts: weights * down(silu(gate x) * up x).
 
     x [num_tokens, hidden], contiguous. gate_up [num_experts, 2 * intermediate, hidden], gate first; down [num_experts,
     hidden, intermediate]; both contiguous and of x's dtype. weights, expert_ids [num_tokens, top_k] from `fused_topk`.
     Returns [num_tokens, hidden]. Rounds to x's dtype behind the gate and behind the weighting; sums in float32.
+    block_size: rows that a program of the GPU multiplies, 16 to 128; None chooses by the number of tokens. With one
+    that is given, a token's result is the same to the bit in any batch.
     """
     if use_triton(x):
         from nanovllm.kernels.moe_triton import fused_experts_triton
 
-        return fused_experts_triton(x, gate_up, down, weights, expert_ids)
+        return fused_experts_triton(x, gate_up, down, weights, expert_ids, block_size)
     return fused_experts_reference(x, gate_up, down, weights, expert_ids)
 
 
-def fused_experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
-    """One expert after another, only those that are in use."""
+def fused_experts_reference(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    gate: Callable[[Tensor], Tensor] = silu_and_mul_reference,
+) -> Tensor:
+    """One expert after another, only those that are in use. linear, gate: the operations, in another form."""
     chosen = torch.empty((*expert_ids.shape, x.shape[1]), dtype=x.dtype, device=x.device)
     for expert in expert_ids.unique().tolist():
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)
-        hidden = F.linear(silu_and_mul_reference(F.linear(x[token], gate_up[expert])), down[expert])
+        hidden = linear(gate(linear(x[token], gate_up[expert])), down[expert])
         chosen[token, choice] = (hidden.float() * weights[token, choice, None]).to(x.dtype)
-    return chosen.sum(dim=1, dtype=torch.float32).to(x.dtype)
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for rows in chosen.unbind(1):
+        total += rows
+    return total.to(x.dtype)
 
 
 def num_blocks(num_rows: int, num_experts: int, block_size: int) -> int:

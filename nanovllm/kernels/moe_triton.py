@@ -255,16 +255,19 @@ def _sum_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK:
     tl.store(out_ptr + token * WIDTH + col, total.to(out_ptr.dtype.element_ty), mask=col < WIDTH)
 
 
-def fused_experts_triton(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+def fused_experts_triton(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, block_size: int | None = None
+) -> Tensor:
     """See `moe.fused_experts`."""
     num_tokens, top_k = expert_ids.shape
     num_experts, hidden_size, intermediate_size = down.shape
     out = torch.empty_like(x)
     if not num_tokens:
         return out
-    rows, block_experts, block_size = None, expert_ids, 16
-    if num_tokens > 1:  # the experts of a single token differ: each is a block of one row already
-        block_size = choose_block_size(expert_ids.numel(), num_experts)
+    if num_tokens == 1 and block_size is None:  # the experts of a token differ: each is a block of one row already
+        rows, block_experts, block_size = None, expert_ids, 16
+    else:
+        block_size = block_size or choose_block_size(expert_ids.numel(), num_experts)
         rows, block_experts = align(expert_ids, num_experts, block_size)
     gated = torch.empty((expert_ids.numel(), intermediate_size), dtype=x.dtype, device=x.device)
     chosen = torch.empty((expert_ids.numel(), hidden_size), dtype=x.dtype, device=x.device)

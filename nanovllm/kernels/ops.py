@@ -11,6 +11,7 @@ references beside it define, up to rounding, so a model is written once and runs
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.fixed_linear import fixed_linear
+from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.native import load_native
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -43,6 +45,7 @@ class Ops(NamedTuple):
     rms_norm_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
     # (..., activation)
     rms_norm_gated_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
+    fused_experts: Callable[..., Tensor] = fused_experts
     is_deterministic: bool = False  # `linear` is `fixed_linear`, and products by other means go `in_tiles`
 
 
@@ -69,8 +72,16 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
         if device.type == "cpu" and load_native() is None:
             raise ImportError("deterministic=True needs a C++ compiler (c++, g++ or clang++) for the CPU kernels")
         ops = choose_ops(device, compilation)
+        if device.type == "cuda":
+            experts = partial(fused_experts, block_size=64)
+        else:
+            experts = partial(fused_experts_reference, linear=fixed_linear, gate=ops.silu_and_mul)
         return ops._replace(
-            linear=fixed_linear, rms_norm_linear=None, rms_norm_gated_linear=None, is_deterministic=True
+            linear=fixed_linear,
+            rms_norm_linear=None,
+            rms_norm_gated_linear=None,
+            fused_experts=experts,
+            is_deterministic=True,
         )
     kernels = ON_GPU if device.type == "cuda" else BY_DEVICE
     if device.type == "cpu" and compilation != "none":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.moe import fused_experts, fused_topk
+from nanovllm.kernels.moe import fused_topk
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
@@ -50,6 +50,7 @@ class Experts(nn.Module):
         self.renormalize = renormalize
         self.names = names
         self.tp = tp
+        self.ops = ops
         part = tp.shard(intermediate_size, "intermediate size of an expert")
         self.router = Linear(hidden_size, num_experts, bias=False, dtype=dtype, ops=ops)
         shapes = (num_experts, 2 * part, hidden_size), (num_experts, hidden_size, part)
@@ -61,7 +62,7 @@ class Experts(nn.Module):
         """(experts of the norm of x + residual, x + residual), both [num_tokens, hidden_size]."""
         normed, total = norm(x, residual)
         weights, expert_ids = fused_topk(self.router(normed), self.top_k, self.renormalize)
-        return self.tp.all_reduce(fused_experts(normed, self.gate_up, self.down, weights, expert_ids)), total
+        return self.tp.all_reduce(self.ops.fused_experts(normed, self.gate_up, self.down, weights, expert_ids)), total
 
     def slots(self, name: str) -> Slots:
         """One tensor per expert and projection, as on the Hub, or all experts in one, as transformers 5 keeps them."""

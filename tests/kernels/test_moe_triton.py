@@ -96,6 +96,22 @@ def test_a_token_does_not_depend_on_its_neighbours_values(num_tokens: int) -> No
     assert torch.equal(before[0], after[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_a_given_block_size_a_token_is_the_same_in_any_batch(dtype: torch.dtype) -> None:
+    """W12: to the bit, alone and among any number of others."""
+    torch.manual_seed(0)
+    gate_up, down = make_experts(4, 80, 48, dtype)
+    x, logits = randn(90, 80, dtype=dtype), randn(90, 4, dtype=dtype)
+    weights, expert_ids = moe.fused_topk_reference(logits, 2, True)
+
+    def run(tokens: slice) -> Tensor:
+        return twin.fused_experts_triton(x[tokens], gate_up, down, weights[tokens], expert_ids[tokens], 64)
+
+    together = run(slice(None))
+    for tokens in (slice(0, 1), slice(5, 6), slice(5, 22), slice(60, 90)):
+        assert torch.equal(run(tokens), together[tokens])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.parametrize("num_tokens", [1, 8, 64, 512, 600])
