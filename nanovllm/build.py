@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nanovllm.config import DTYPES, EngineConfig, ModelConfig
+from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.input_processor import InputProcessor
@@ -50,7 +51,8 @@ class EngineParts:
 
     config: EngineConfig
     model_config: ModelConfig
-    engine: Engine
+    engine: Engine | DataParallelEngine
+    num_blocks: int  # of the smallest KV cache
     input_processor: InputProcessor
     tokenizer: Tokenizer | None
     generation_config: Mapping[str, Any]
@@ -73,30 +75,19 @@ def build_engine(config: EngineConfig) -> EngineParts:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
-    executor, runner_times = _start_executor(config, model_config, checkpoint, device)
+    engine, num_blocks, runner_times = _start_engine(config, model_config, checkpoint, device, tokenizer)
     return EngineParts(
         config=config,
         model_config=model_config,
-        engine=Engine(
-            Scheduler(
-                num_blocks=executor.num_blocks,
-                block_size=_known(config.block_size),
-                max_num_seqs=_known(config.max_num_seqs),
-                max_num_batched_tokens=_known(config.max_num_batched_tokens),
-                enable_prefix_caching=config.enable_prefix_caching,
-                enable_chunked_prefill=config.enable_chunked_prefill,
-            ),
-            executor,
-            OutputProcessor(tokenizer, config.deterministic),
-            _known(config.overlap_depth),
-        ),
+        engine=engine,
+        num_blocks=num_blocks,
         input_processor=InputProcessor(
             encode=tokenizer.encode if tokenizer else None,
             vocab_size=model_config.vocab_size,
             num_layers=model_config.num_layers,
             max_model_len=_known(config.max_model_len),
             eos_token_ids=eos_token_ids,
-            num_cache_tokens=executor.num_blocks * _known(config.block_size),
+            num_cache_tokens=num_blocks * _known(config.block_size),
             seed=config.seed,
             length_dependent_from=model_config.length_dependent_from,
             long_from=model_config.long_from,
@@ -114,13 +105,59 @@ def _known(value: int | None) -> int:
     return value
 
 
+def _start_engine(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    tokenizer: Tokenizer | None,
+) -> tuple[Engine | DataParallelEngine, int, RunnerTimes]:
+    """The engine, or as many as config asks for; the blocks of the smallest KV cache; the times of the first."""
+    size = config.tensor_parallel_size * config.data_parallel_size
+    if device.type == "cuda" and size > 1 and (device.index or 0) + size > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size {config.tensor_parallel_size} times data_parallel_size {config.data_parallel_size}, "
+            f"from {device} on, needs more than the {torch.cuda.device_count()} CUDA devices that are visible"
+        )
+    if config.tensor_parallel_size > 1:
+        with torch.device("meta"):  # rank 0's part without memory: raises ValueError for sizes that do not divide
+            make_model = model_class(model_config.architecture)
+            make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), PLAIN)
+    if config.data_parallel_size > 1:
+        setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)
+        replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
+        return replicas, replicas.num_blocks, replicas.runner_times
+    executor, times = _start_executor(config, model_config, checkpoint, device)
+    scheduler = Scheduler(
+        num_blocks=executor.num_blocks,
+        block_size=_known(config.block_size),
+        max_num_seqs=_known(config.max_num_seqs),
+        max_num_batched_tokens=_known(config.max_num_batched_tokens),
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+    )
+    engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), _known(config.overlap_depth))
+    return engine, executor.num_blocks, times
+
+
+def _replica_setups(config: EngineConfig, device: torch.device) -> list[ReplicaSetup]:
+    """One engine on each device, or on each group of tensor-parallel devices; on a CPU they share its memory."""
+    size, tp_size = config.data_parallel_size, config.tensor_parallel_size
+    num_threads = max(1, torch.get_num_threads() // size)
+    config = replace(config, data_parallel_size=1, revision=None)
+    if device.type == "cpu":
+        assert config.gpu_memory_utilization is not None
+        config = replace(config, gpu_memory_utilization=config.gpu_memory_utilization / size)
+        return [ReplicaSetup(config, num_threads)] * size
+    first = device.index or 0
+    return [ReplicaSetup(replace(config, device=f"cuda:{first + i * tp_size}"), num_threads) for i in range(size)]
+
+
 def _start_executor(
     config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[Executor, RunnerTimes]:
     """Who computes, with model and KV cache: this process, workers of its own, or this one of a launcher's ranks."""
-    size, backend = config.tensor_parallel_size, config.distributed_executor_backend
-    if size > 1:
-        _check_ranks(model_config, device, size)
+    backend = config.distributed_executor_backend
     if backend == "external_launcher":
         tp, device, leave = join_launched_ranks(config, device)
         runner, times = build_runner(config, model_config, checkpoint, device, tp)
@@ -130,17 +167,6 @@ def _start_executor(
         return executor, executor.start_times
     runner, times = build_runner(config, model_config, checkpoint, device, TensorParallel())
     return InlineExecutor(runner), times
-
-
-def _check_ranks(model_config: ModelConfig, device: torch.device, size: int) -> None:
-    """Raises ValueError for a model that cannot be divided, or devices that are not there."""
-    if device.type == "cuda" and (device.index or 0) + size > torch.cuda.device_count():
-        raise ValueError(
-            f"tensor_parallel_size={size} from {device} on needs more than the {torch.cuda.device_count()} CUDA "
-            "devices that are visible"
-        )
-    with torch.device("meta"):  # builds rank 0's part without memory: the layers know what divides
-        model_class(model_config.architecture)(model_config, 1, torch.float32, TensorParallel(0, size), PLAIN)
 
 
 def _choose_device(name: str) -> torch.device:

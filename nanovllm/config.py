@@ -24,6 +24,7 @@ _POSITIVE_INTEGERS = (
     "num_gpu_blocks_override",
     "overlap_depth",
     "tensor_parallel_size",
+    "data_parallel_size",
 )
 
 
@@ -53,6 +54,7 @@ class EngineConfig:
     overlap_depth: steps in flight; 2 plans the next step while the device runs, 1 is synchronous. None chooses by
         device.
     tensor_parallel_size: devices of this host that share the model. With several, "cuda:N" is the first of them.
+    data_parallel_size: engines that share the requests, each with the whole model on devices of its own.
     distributed_executor_backend: who runs the model: "uni" (this process, on one device), "mp" (worker processes that
         the engine starts, one for each device) or "external_launcher" (torchrun, say: every rank runs the same script
         with the same prompts). None chooses "uni" for one device and "mp" for several.
@@ -85,6 +87,7 @@ class EngineConfig:
     compilation: str = "kernels"
     overlap_depth: int | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     distributed_executor_backend: str | None = None
     distributed_timeout_seconds: float = 300.0
     seed: int = 0
@@ -150,6 +153,11 @@ class EngineConfig:
             raise TypeError(f"distributed_timeout_seconds must be a number, got {timeout!r}")
         if not 0 < timeout < float("inf"):
             raise ValueError(f"distributed_timeout_seconds must be more than 0 and finite, got {timeout}")
+        if self.data_parallel_size > 1 and self.distributed_executor_backend == "external_launcher":
+            raise ValueError(
+                f"data_parallel_size must be 1 with distributed_executor_backend='external_launcher', got "
+                f"{self.data_parallel_size}; use 'mp'"
+            )
         if self.tensor_parallel_size > 1 and self.distributed_executor_backend == "uni":
             raise ValueError(
                 f"distributed_executor_backend='uni' is one process on one device, but tensor_parallel_size is "

@@ -331,7 +331,7 @@ class LLM:
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         """Call function(model) on each worker's model, to look inside; returns the results."""
         self._check_open()
-        return self._engine.executor.apply_model(function)
+        return self._engine.apply_model(function)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams with what the model's generation_config.json sets."""
@@ -351,21 +351,12 @@ class LLM:
         num_tokens_computed, num_tokens_sampled (the head), num_context_tokens_read (KV) and num_query_key_pairs
         (attention). start_*_seconds: the parts of the start (`build.StartTimes`).
         """
-        engine, stats = self._engine, self._engine.scheduler.stats
-        return {
-            "num_steps": engine.num_steps,
-            **asdict(stats),
-            "num_free_blocks": engine.scheduler.pool.num_free_blocks,
-            "num_blocks": engine.scheduler.pool.num_blocks,
-            "host_seconds": engine.host_seconds,
-            "execute_seconds": engine.execute_seconds,
-            "wait_seconds": engine.wait_seconds,
-            **{f"start_{name}": seconds for name, seconds in asdict(self._start_times).items()},
-        }
+        start = {f"start_{name}": seconds for name, seconds in asdict(self._start_times).items()}
+        return {**self._engine.get_metrics(), **start}
 
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left in the KV cache."""
-        self._engine.scheduler.pool.forget_cached()
+        self._engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""

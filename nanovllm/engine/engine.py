@@ -8,8 +8,10 @@ Owns the order of things and nothing else. Invariant: results are taken in the o
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from time import perf_counter
+from typing import Any
 
 from nanovllm.engine.interfaces import Executor, PendingStep
 from nanovllm.engine.output_processor import OutputProcessor
@@ -72,6 +74,25 @@ class Engine:
                 # also where max_tokens ended it with this very token
                 request.finish_reason, request.stop_reason = "stop", stop
         return changed
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(model) returns, for each worker."""
+        return self.executor.apply_model(function)
+
+    def get_metrics(self) -> dict[str, float]:
+        """See `LLM.get_metrics`."""
+        return {
+            "num_steps": self.num_steps,
+            **asdict(self.scheduler.stats),
+            "num_free_blocks": self.scheduler.pool.num_free_blocks,
+            "num_blocks": self.scheduler.pool.num_blocks,
+            "host_seconds": self.host_seconds,
+            "execute_seconds": self.execute_seconds,
+            "wait_seconds": self.wait_seconds,
+        }
+
+    def reset_prefix_cache(self) -> None:
+        self.scheduler.pool.forget_cached()
 
     def restart(self, requests: Iterable[Request]) -> None:
         """After an interrupted step: drop what is in flight and let `requests`, the unfinished ones, begin again."""

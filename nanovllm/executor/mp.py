@@ -19,9 +19,10 @@ import torch
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.distributed.process_group import open_store
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.executor.calls import CallFailed, pickle_function
 from nanovllm.executor.children import Children, start_child, uninterrupted
 from nanovllm.executor.ring import RingWriter
-from nanovllm.executor.worker_messages import NOT_IMPORTABLE, CallFailed, Ready, WorkerSetup
+from nanovllm.executor.worker_messages import Ready, WorkerSetup
 
 _POLL_SECONDS = 0.0005  # between looks at a full ring
 
@@ -80,16 +81,10 @@ class MultiprocessExecutor:
         The function travels by its name, so it must be one that can be imported, or TypeError is raised; its result is
         copied.
         """
-        try:
-            data = pickle.dumps(function)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(NOT_IMPORTABLE.format(error)) from error
-        results = self._call("apply_model", data)
+        results = self._call("apply_model", pickle_function(function))
         for rank, result in enumerate(results):
             if isinstance(result, CallFailed):
-                cause = result.error or RuntimeError("a function given to apply_model failed")
-                cause.add_note(f"on tensor-parallel rank {rank}:\n{result.traceback}")
-                raise cause
+                raise result.as_error(f"tensor-parallel rank {rank}")
         return results
 
     def _call(self, name: str, value: Any) -> list[Any]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.executor.worker import RunnerTimes
 
-NOT_IMPORTABLE = "apply_model runs in other processes here: give it a function of a module that can be imported ({})"
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
@@ -32,11 +30,3 @@ class Ready:
 
     num_blocks: int
     times: RunnerTimes
-
-
-@dataclass(frozen=True)
-class CallFailed:
-    """What `apply_model`'s function raised; the worker lives on."""
-
-    error: Exception | None  # None where it cannot be pickled
-    traceback: str

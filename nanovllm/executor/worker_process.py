@@ -13,19 +13,18 @@ import pickle
 import queue
 import sys
 import threading
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from nanovllm.distributed.process_group import join_group, leave_group
 from nanovllm.engine.interfaces import PendingStep
-from nanovllm.executor.children import Failure, connect_to_parent
+from nanovllm.executor.calls import call_function, locked_sender, report_failure
+from nanovllm.executor.children import connect_to_parent
 from nanovllm.executor.ring import RingReader
 from nanovllm.executor.worker import build_runner
-from nanovllm.executor.worker_messages import NOT_IMPORTABLE, CallFailed, Ready, WorkerSetup
+from nanovllm.executor.worker_messages import Ready, WorkerSetup
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import open_checkpoint
 
@@ -45,14 +44,16 @@ class Worker:
             self._send((number, self._start(value)))
         else:
             assert name == "apply_model"
-            self._send((number, self._apply(value)))
+            assert self._runner is not None
+            model = self._runner.model
+            self._send((number, call_function(value, lambda function: function(model))))
 
     def _start(self, setup: WorkerSetup) -> Ready:
         if setup.device_type == "cuda":
             device = torch.device("cuda", setup.first_device + self._rank)
             torch.cuda.set_device(device)
             self._pending = queue.SimpleQueue()
-            threading.Thread(target=guarded, args=(self._send_results, self._send), daemon=True).start()
+            threading.Thread(target=report_failure, args=(self._send_results, self._send), daemon=True).start()
         else:
             device = torch.device("cpu")
             torch.set_num_threads(setup.num_threads)
@@ -85,21 +86,10 @@ class Worker:
             number, pending = self._pending.get()
             self._send((number, pending.result()))
 
-    def _apply(self, function: bytes) -> Any:
-        assert self._runner is not None
-        try:
-            call = pickle.loads(function)
-        except (AttributeError, ImportError) as error:
-            return CallFailed(TypeError(NOT_IMPORTABLE.format(error)), traceback.format_exc())
-        try:
-            return call(self._runner.model)
-        except Exception as error:
-            return CallFailed(_pickled_or_none(error), traceback.format_exc())
-
 
 def main(arguments: list[str]) -> None:
     connection, (rank, size, memory_fd, doorbell) = connect_to_parent(arguments)
-    send = _locked_sender(connection)
+    send = locked_sender(connection)
     ring = RingReader(memory_fd, doorbell, rank, size)
     worker = Worker(rank, size, send)
 
@@ -111,39 +101,8 @@ def main(arguments: list[str]) -> None:
                 return
             worker.handle(name, number, value)
 
-    status = guarded(run, send)
+    status = report_failure(run, send)
     os._exit(status)  # at once: taking the interpreter apart takes seconds, and all that matters has been sent
-
-
-def guarded(function: Callable[[], None], send: Callable[[Any], None]) -> int:
-    """Exit status. An exception is reported to the parent, which then ends every rank."""
-    try:
-        function()
-    except EOFError:  # the parent has gone
-        return 1
-    except Exception as error:
-        send(Failure(_pickled_or_none(error), traceback.format_exc()))
-        return 1
-    return 0
-
-
-def _locked_sender(connection: Connection) -> Callable[[Any], None]:
-    lock = threading.Lock()
-
-    def send(message: Any) -> None:
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        with lock:
-            connection.send_bytes(data)
-
-    return send
-
-
-def _pickled_or_none(error: Exception) -> Exception | None:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a stranger's exception does when it is copied
-        return None
-    return error
 
 
 if __name__ == "__main__":

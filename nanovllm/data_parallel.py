@@ -1,0 +1,243 @@
+"""DataParallelEngine: several engines, each in a process of its own, behind the calls of one.
+
+        LLM -> DataParallelEngine --prompt, parameters, seeds--> replica 0: Engine on its own device (or devices)
+                                  --...------------------------> replica 1
+                                  <--new tokens, ends-----------
+
+Owns the replicas, and which of them computes a request: the one that would be done with it first, counting the tokens
+that it has left and sparing those of the prompt that its prefix cache should hold. This process keeps a copy of each
+request and adds what its replica reports, so text is made here. Invariant: a request belongs to one replica for life.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.block_pool import hash_block
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.executor.calls import CallFailed, pickle_function
+from nanovllm.executor.children import Child, Children, start_child, uninterrupted
+from nanovllm.executor.worker import RunnerTimes
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class ReplicaSetup:
+    """config: of one replica, resolved, its model a path. num_threads: for a CPU."""
+
+    config: EngineConfig
+    num_threads: int
+
+
+class Admission(NamedTuple):
+    """A prompt for a replica. key: the first of as many numbers as the prompt has sequences, one for each."""
+
+    key: int
+    token_ids: list[int]
+    params: SamplingParams
+    seeds: list[int]
+
+
+GROWING = ("token_ids", "logprobs", "prompt_logprobs", "hidden_states")  # fields of a Request that a replica appends to
+
+
+class News(NamedTuple):
+    """What has become of a sequence since its last news. grown: what is new in each of GROWING."""
+
+    key: int
+    grown: tuple[list[Any], ...]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    num_cached_tokens: int | None
+
+
+class Ready(NamedTuple):
+    num_blocks: int
+    runner_times: RunnerTimes
+
+
+@dataclass
+class _Replica:
+    child: Child
+    num_blocks: int
+    num_tokens_left: int = 0  # of its unfinished requests, prompt and longest output
+    cached: dict[bytes, None] = field(default_factory=dict)  # hashes of blocks it has computed, oldest first
+
+    def num_cached_blocks(self, hashes: list[bytes]) -> int:
+        return next((i for i, block_hash in enumerate(hashes) if block_hash not in self.cached), len(hashes))
+
+    def remember(self, hashes: list[bytes]) -> None:
+        for block_hash in hashes:
+            self.cached.pop(block_hash, None)
+            self.cached[block_hash] = None
+        while len(self.cached) > self.num_blocks:
+            del self.cached[next(iter(self.cached))]
+
+
+class _Placed(NamedTuple):
+    request: Request
+    replica: _Replica
+    num_tokens: int  # that it adds to the replica's load
+
+
+class DataParallelEngine:
+    def __init__(self, config: EngineConfig, setups: list[ReplicaSetup], output_processor: OutputProcessor) -> None:
+        """config: of the whole, resolved. Raises what the replicas raise while they start."""
+        assert config.block_size is not None
+        self.output_processor = output_processor
+        self._block_size = config.block_size
+        self._timeout = config.distributed_timeout_seconds
+        self._children = Children()
+        self._finalize = weakref.finalize(self, Children.kill, self._children)
+        for number in range(len(setups)):
+            self._children.add(start_child(f"data-parallel replica {number}", "nanovllm.replica"))
+        self._next_key = 0
+        self._keys: dict[Request, int] = {}
+        self._placed: dict[int, _Placed] = {}  # unfinished sequences, by key
+        self._news: deque[list[News]] = deque()  # that came while something else was waited for
+        self._number = 0
+        ready: list[Ready] = self._call("start", setups)
+        self.num_blocks = min(one.num_blocks for one in ready)
+        self.runner_times = ready[0].runner_times
+        self._replicas = [
+            _Replica(child, one.num_blocks) for child, one in zip(self._children.members, ready, strict=True)
+        ]
+
+    # -- what LLM calls of an engine --
+
+    def add_request(self, request: Request) -> None:
+        """The sequences of one prompt travel together, with the first."""
+        if request.index:
+            return
+        group = request.siblings or [request]
+        hashes = self._hashes(request)
+        replica = min(self._replicas, key=lambda one: self._cost(one, hashes))
+        num_cached = min(replica.num_cached_blocks(hashes) * self._block_size, request.num_prompt_tokens - 1)
+        key = self._next_key
+        self._next_key += len(group)
+        for i, sequence in enumerate(group):
+            num_tokens = sequence.max_total_tokens - (num_cached if i == 0 else request.num_prompt_tokens)
+            self._placed[key + i] = _Placed(sequence, replica, num_tokens)
+            self._keys[sequence] = key + i
+            replica.num_tokens_left += num_tokens
+        replica.remember(hashes)
+        seeds = [sequence.seed for sequence in group]
+        self._send(replica.child, "add", Admission(key, request.token_ids, request.params, seeds))
+
+    def abort(self, request: Request) -> None:
+        placed = self._forget(request)
+        if placed is not None:
+            _finish(request, "abort", None)
+            self._send(placed[1].replica.child, "abort", placed[0])
+
+    def step(self) -> list[Request]:
+        """Wait for news from any replica; returns the requests that got tokens or ended."""
+        if not self._news and self._placed:
+            self._take_in(self._children.receive(self._timeout))
+        changed: dict[Request, None] = {}
+        while self._news:
+            with uninterrupted():
+                for news in self._news.popleft():
+                    if news.key in self._placed:
+                        changed[self._apply(news)] = None
+        return list(changed)
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """After an interrupted step: the replicas know nothing of it; what they say of others than these is dropped."""
+        kept = set(requests)
+        for request in [request for request in self._keys if request not in kept]:
+            self.abort(request)
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(model) returns, for each rank of each replica; as `MultiprocessExecutor.apply_model`."""
+        results: list[Any] = []
+        for number, answer in enumerate(self._call("apply_model", [pickle_function(function)] * len(self._replicas))):
+            if isinstance(answer, CallFailed):
+                raise answer.as_error(f"data-parallel replica {number}")
+            results += answer
+        return results
+
+    def get_metrics(self) -> dict[str, float]:
+        """The replicas' metrics, each added up."""
+        answers = self._call("get_metrics", [None] * len(self._replicas))
+        return {name: sum(answer[name] for answer in answers) for name in answers[0]}
+
+    def reset_prefix_cache(self) -> None:
+        self._call("reset_prefix_cache", [None] * len(self._replicas))
+        for replica in self._replicas:
+            replica.cached.clear()
+
+    def close(self) -> None:
+        """End the replicas and wait for them. May be called twice."""
+        if self._finalize.detach() is None:
+            return
+        for child in self._children.members:
+            self._send(child, "close", None)
+        self._children.join()
+
+    # -- which replica --
+
+    def _cost(self, replica: _Replica, hashes: list[bytes]) -> int:
+        return replica.num_tokens_left - replica.num_cached_blocks(hashes) * self._block_size
+
+    def _hashes(self, request: Request) -> list[bytes]:
+        hashes: list[bytes] = []
+        parent, size = request.cache_salt, self._block_size
+        for start in range(0, request.num_prompt_tokens - size + 1, size):
+            parent = hash_block(parent, request.token_ids[start : start + size])
+            hashes.append(parent)
+        return hashes
+
+    # -- messages --
+
+    def _send(self, child: Child, name: str, value: Any) -> int:
+        self._number += 1
+        with uninterrupted():
+            child.send((name, self._number, value))
+        return self._number
+
+    def _call(self, name: str, values: list[Any]) -> list[Any]:
+        """Send values[i] to replica i; the answers, in order."""
+        numbers = {
+            self._send(child, name, value): i
+            for i, (child, value) in enumerate(zip(self._children.members, values, strict=True))
+        }
+        answers: dict[int, Any] = {}
+        while len(answers) < len(values):
+            for number, answer in self._take_in(self._children.receive()):
+                if number in numbers:
+                    answers[numbers[number]] = answer
+        return [answers[i] for i in range(len(values))]
+
+    def _take_in(self, messages: list[tuple[Child, Any]]) -> list[tuple[int, Any]]:
+        """Keep the news among the messages for `step`; returns the answers."""
+        self._news.extend(value for _, (number, value) in messages if number == 0)
+        return [(number, value) for _, (number, value) in messages if number != 0]
+
+    def _apply(self, news: News) -> Request:
+        request = self._placed[news.key].request
+        for name, items in zip(GROWING, news.grown, strict=True):
+            getattr(request, name).extend(items)
+        request.num_cached_tokens = news.num_cached_tokens
+        self.output_processor.find_stop_string(request)  # cuts the text where the replica has found one
+        if news.finish_reason is not None:
+            self._forget(request)
+            _finish(request, news.finish_reason, news.stop_reason)
+        return request
+
+    def _forget(self, request: Request) -> tuple[int, _Placed] | None:
+        key = self._keys.pop(request, None)
+        if key is None:
+            return None
+        placed = self._placed.pop(key)
+        placed.replica.num_tokens_left -= placed.num_tokens
+        return key, placed
+
+
+def _finish(request: Request, finish_reason: str, stop_reason: int | str | None) -> None:
+    request.status = RequestStatus.FINISHED
+    request.finish_reason, request.stop_reason = finish_reason, stop_reason
