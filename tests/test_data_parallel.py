@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
 from tests.executor.test_mp import is_alive, pid_of
@@ -18,7 +19,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 VARIED = [
     SamplingParams(max_tokens=8),  # its seed comes from the engine's and its place among the prompts
     SamplingParams(max_tokens=8, n=3, seed=4),
-    SamplingParams(temperature=0, max_tokens=12, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=0, max_tokens=12, logprobs=2, prompt_logprobs=1, capture={"layers": [1]}),
     SamplingParams(max_tokens=30, stop=["a", "b", "c", "d", "e", "\x01", "\x02"], seed=1),
     SamplingParams(max_tokens=8, repetition_penalty=1.5, top_k=9, seed=2),
     SamplingParams(max_tokens=30, stop_token_ids=list(range(20)), seed=3),
@@ -71,6 +72,8 @@ def test_results_are_those_of_one_engine_in_the_prompts_order(folder: Path, two:
         outputs = two.generate(PROMPTS, VARIED, use_tqdm=False)  # both are new, so the same seeds are drawn
         assert list(map(facts, outputs)) == list(map(facts, expected))
         assert logprobs(outputs[2]) == pytest.approx(logprobs(expected[2]), abs=1e-4)
+        for output, alone in zip(outputs[2].outputs, expected[2].outputs, strict=True):
+            torch.testing.assert_close(output.hidden_states, alone.hidden_states)
         assert isinstance(outputs[3].outputs[0].stop_reason, str)
         assert generate(two, GREEDY) == generate(one, GREEDY)
     metrics = two.get_metrics()
