@@ -61,7 +61,10 @@ class NanoVLLM:
         self.dtype = self._llm.model_config.dtype
         self.device = self._llm.config.device
         self.vocab_size = self._llm.model_config.vocab_size
-        self.num_devices = self._llm.config.tensor_parallel_size
+        config = self._llm.config
+        # Processes on one CPU share what it can do.
+        on_gpu = self.device.startswith("cuda")
+        self.num_devices = config.tensor_parallel_size * config.data_parallel_size if on_gpu else 1
         self._counters: Counter[str] = Counter()
 
     @property
@@ -83,6 +86,11 @@ class NanoVLLM:
         self._counters.update({name: value - before[name] for name, value in self._llm.get_metrics().items()})
         _check_counts(self.name, workload, [len(output.outputs[0].token_ids) for output in outputs])
         return seconds
+
+    def generate(self, workload: Workload) -> list[list[int]]:
+        """The tokens of a workload, greedily."""
+        params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in workload.max_tokens]
+        return [one.outputs[0].token_ids for one in self._llm.generate(workload.prompts, params, use_tqdm=False)]
 
     def counters(self) -> dict[str, float]:
         """The counters of `LLM.get_metrics()`, of what ran while a clock ran."""

@@ -54,7 +54,7 @@ def run(args: Namespace) -> int:
     rows: list[_Row] = []
     for engine in _engines(args, ours):
         with closing(engine):
-            measure = _latency if args.kind == "latency" else _throughput
+            measure = measure_latency if args.kind == "latency" else measure_throughput
             rows += [measure(engine, workload, args, vocab_size) for workload in workloads]
     one = measure_ceilings(ours.device, ours.dtype)  # now that the engines have given their memory back
     ceilings = Ceilings(
@@ -108,7 +108,7 @@ def _is_custom(args: Namespace) -> bool:
     return any(getattr(args, name) != default for name, default in args.workload_defaults.items())
 
 
-def _throughput(engine: BenchEngine, workload: Workload, args: Namespace, vocab_size: int) -> _Row:
+def measure_throughput(engine: BenchEngine, workload: Workload, args: Namespace, vocab_size: int) -> _Row:
     runs = _time_runs(engine, workload, args.repeats, vocab_size)
     seconds = runs["seconds"]
     num_tokens = workload.num_prompt_tokens if args.kind in _SCORES else workload.num_output_tokens
@@ -124,7 +124,7 @@ def _throughput(engine: BenchEngine, workload: Workload, args: Namespace, vocab_
     }
 
 
-def _latency(engine: BenchEngine, workload: Workload, args: Namespace, vocab_size: int) -> _Row:
+def measure_latency(engine: BenchEngine, workload: Workload, args: Namespace, vocab_size: int) -> _Row:
     """A step's time is (all output tokens - one output token) / (their number - 1), from runs of both kinds in turn."""
     repeats, num_prompts = args.repeats, len(workload.prompts)
     firsts = _time_runs(engine, workload.with_max_tokens(1), repeats, vocab_size)

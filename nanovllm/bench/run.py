@@ -13,6 +13,7 @@ _KINDS = {
     "latency": "nanovllm.bench.measure",
     "start": "nanovllm.bench.start",
     "ablation": "nanovllm.bench.ablation",
+    "parallel": "nanovllm.bench.parallel",
     "chart": "nanovllm.bench.chart",
 }
 

@@ -130,6 +130,11 @@ every run starts with an empty prefix cache, unless its workload is about a shar
         kind = add(kinds)
         _add_record_options(kind)
         add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+    parallel = _add_parallel(kinds)
+    _add_record_options(parallel)
+    add_engine_options(
+        parallel, exclude=["skip_tokenizer_init", "tokenizer", "tensor_parallel_size", "data_parallel_size"]
+    )
     _add_chart(kinds)
 
 
@@ -259,6 +264,42 @@ examples:
   nanovllm bench ablation --model Qwen/Qwen3-0.6B --repeat 3
 """,
     )
+
+
+def _add_parallel(kinds: _Commands) -> argparse.ArgumentParser:
+    parallel = _command(
+        kinds,
+        "parallel",
+        "several devices beside one, by tensor and by data parallelism",
+        """\
+Each layout runs the same workloads as one device, and its greedy tokens in float32 must be the same.
+
+examples:
+  nanovllm bench parallel --model Qwen/Qwen3-8B --tensor-parallel-sizes 1 2 4 --data-parallel-sizes 2 4
+  nanovllm bench parallel --device cpu --tensor-parallel-sizes 1 3 --batch-sizes 1 8
+""",
+    )
+    for name, default, text in (
+        ("tensor", [1, 2], "devices that share the model"),
+        ("data", [], "engines that share the requests"),
+    ):
+        parallel.add_argument(
+            f"--{name}-parallel-sizes",
+            type=int,
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"numbers of {text} (default: {' '.join(map(str, default)) or 'none'})",
+        )
+    parallel.add_argument(
+        "--workload", nargs="+", metavar="NAME", help="fixed workloads (default: offline prefill decode_1 decode_64)"
+    )
+    parallel.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N", help="instead, so many prompts of the lengths below"
+    )
+    parallel.add_argument("--input-len", type=int, default=64, metavar="N", help="prompt tokens (default: 64)")
+    parallel.add_argument("--output-len", type=int, default=32, metavar="N", help="output tokens (default: 32)")
+    return parallel
 
 
 def _add_chart(kinds: _Commands) -> None:

@@ -74,7 +74,8 @@ class StepGraphs(Generic[Size, Inputs]):
         self._step(inputs)  # compiles what this size needs
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may go on: one that waits for a step in flight, and NCCL's watchdog.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             tokens = self._step(inputs)
         self._graphs[size] = graph, tokens
 
