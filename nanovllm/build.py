@@ -16,7 +16,7 @@ from nanovllm.config import DTYPES, EngineConfig, ModelConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.engine import Engine
-from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.input_processor import InputProcessor, check_importable
 from nanovllm.engine.interfaces import Executor, TokenConstraint
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
@@ -75,6 +75,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
+    is_remote = config.data_parallel_size > 1 or config.distributed_executor_backend == "mp"
+    if is_remote:
+        check_importable(config.logits_processors, "logits_processors")
     engine, num_blocks, runner_times = _start_engine(config, model_config, checkpoint, device, tokenizer)
     return EngineParts(
         config=config,
@@ -92,6 +95,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             length_dependent_from=model_config.length_dependent_from,
             long_from=model_config.long_from,
             has_logits_processors=bool(config.logits_processors),
+            is_remote=is_remote,
             compile_constraint=_constraint_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),
         tokenizer=tokenizer,

@@ -168,8 +168,8 @@ def plan_message_cost(num_ranks: int, num_requests: int) -> _Row:
         trips.append(1e6 * (perf_counter() - start))
         sends.append(1e6 * (sent - start))
         num_bytes = len(message)
-    ring.close()
     children.kill()
+    ring.close()
     return {
         "num_ranks": num_ranks,
         "num_requests": num_requests,

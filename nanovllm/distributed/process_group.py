@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 
-_LOCALHOST = "127.0.0.1"
+_LOCALHOST, _LOOPBACK = "127.0.0.1", "lo"
 
 
 def open_store(size: int) -> TCPStore:
@@ -34,8 +34,9 @@ def join_group(
     """
     if size == 1:
         return TensorParallel()
-    if device.type == "cpu":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if store_port is not None and _LOOPBACK in (name for _, name in socket.if_nameindex()):
+        # gloo would look the host's own name up, which not every machine can.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
     store = None if store_port is None else TCPStore(_LOCALHOST, store_port, is_master=False)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

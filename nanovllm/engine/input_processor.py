@@ -4,7 +4,8 @@ Owns every check that depends on the model: token ids, lengths, stop tokens. Inv
 be run to its end, so nothing user-facing fails after it; nothing is queued here, so a bad item leaves nothing behind.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -16,6 +17,21 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
+def check_importable(functions: Iterable[Any], name: str) -> None:
+    """Raises ValueError for a function that another process could not find by its name."""
+    for function in functions:
+        try:
+            pickle.dumps(function)
+            is_importable = getattr(function, "__module__", None) != "__main__"
+        except (pickle.PicklingError, AttributeError, TypeError):
+            is_importable = False
+        if not is_importable:
+            raise ValueError(
+                f"{name} holds {function!r}, but the model runs in other processes: define it in a module that can be "
+                "imported there"
+            )
+
+
 class InputProcessor:
     """encode: text to token ids, with the special tokens of a prompt or (add_special_tokens=False) without them; None
     without a tokenizer.
@@ -24,7 +40,8 @@ class InputProcessor:
     eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the
     prompt's length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never
     do. long_from: contexts longer than this have keys of another kind (longrope); None if none have.
-    has_logits_processors: the engine has some of its own, which run for every request.
+    has_logits_processors: the engine has some of its own, which run for every request. is_remote: requests are
+    computed in other processes, where Python functions are found by name.
     """
 
     def __init__(
@@ -40,6 +57,7 @@ class InputProcessor:
         length_dependent_from: int | None = None,
         long_from: int | None = None,
         has_logits_processors: bool = False,
+        is_remote: bool = False,
         compile_constraint: Callable[[StructuredOutputsParams, bool], TokenConstraint] | None = None,
     ) -> None:
         """compile_constraint: makes a new one for (params, ignore_eos); None without a tokenizer."""
@@ -53,6 +71,7 @@ class InputProcessor:
         self._length_dependent_from = length_dependent_from
         self._long_from = long_from
         self._has_logits_processors = has_logits_processors
+        self._is_remote = is_remote
         self._compile_constraint = compile_constraint
 
     def process(
@@ -67,6 +86,8 @@ class InputProcessor:
         text, token_ids = self._read_prompt(prompt, name)
         max_total_tokens = self._fit(token_ids, params, name)
         self._check_vocabulary(params, name)
+        if self._is_remote:
+            check_importable(params.logits_processors or (), f"{name}: logits_processors")
         for layer in (params.capture or {}).get("layers", ()):
             if not -self._num_layers <= layer < self._num_layers:
                 raise ValueError(

@@ -112,6 +112,23 @@ def test_a_function_that_raises_is_the_callers_mistake(llm: LLM, expected: list[
     assert tokens(llm) == expected
 
 
+def allow_only_7(token_ids: list[int], logits: Any) -> Any:
+    logits = logits.clone()
+    logits[:7] = logits[8:] = -float("inf")
+    return logits
+
+
+def test_logits_processors_run_in_the_workers(llm: LLM, folder: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, logits_processors=[allow_only_7])
+    assert tokens(llm, params) == [[7, 7, 7]] * len(PROMPTS)
+    nameless = SamplingParams(logits_processors=[lambda token_ids, logits: logits])
+    with pytest.raises(ValueError, match=r"prompts\[0\]: logits_processors.*can be imported"):
+        tokens(llm, nameless)
+    with pytest.raises(ValueError, match=r"logits_processors.*can be imported"):
+        make_llm(folder, distributed_executor_backend="mp", logits_processors=[lambda token_ids, logits: logits])
+    assert not llm.has_unfinished_requests()
+
+
 def test_an_interrupted_call_leaves_the_workers_in_step(llm: LLM, expected: list[list[int]]) -> None:
     for delay in (0.0, 0.01, 0.03):
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
