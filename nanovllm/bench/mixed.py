@@ -7,8 +7,9 @@ in its gaps and in the first tokens of the arrivals.
 
 import random
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +17,7 @@ from nanovllm.bench.engines import NanoVLLM
 from nanovllm.bench.report import print_record, print_table
 from nanovllm.cli.options import engine_options
 from nanovllm.llm import LLM
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _COLUMNS = {
     "streams": "num_streams",
@@ -54,24 +55,31 @@ def _drive(llm: LLM, num_streams: int, arrival_len: int, interval: float, second
     vocab_size, longest = llm.model_config.vocab_size, llm.config.max_model_len
     assert longest is not None
     first_len = min(128, longest // 2)
-    one_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    endless = SamplingParams(temperature=0, max_tokens=longest - first_len, ignore_eos=True, detokenize=False)
+    one_token = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,  # a step that lists all tokens so far would be measured too
+    )
+    endless = replace(one_token, max_tokens=longest - first_len)
 
-    def add(length: int, params: SamplingParams) -> str:
-        return llm.add_request([rng.randrange(vocab_size) for _ in range(length)], params)
+    def prompts(count: int, length: int) -> Iterator[list[int]]:
+        return iter([rng.choices(range(vocab_size), k=length) for _ in range(count)])
 
+    arriving = prompts(int(seconds / interval) + 2, arrival_len)  # drawn before the clock runs
     llm.reset_prefix_cache()
-    last_token_at = dict.fromkeys((add(first_len, endless) for _ in range(num_streams)), 0.0)
+    last_token_at = dict.fromkeys((llm.add_request(p, endless) for p in prompts(num_streams, first_len)), 0.0)
     while not all(last_token_at.values()):
         last_token_at.update({output.request_id: perf_counter() for output in llm.step()})
     arrived_at: dict[str, float] = {}
     gaps: list[float] = []
     first_tokens: list[float] = []
     start = perf_counter()
-    next_arrival, num_arrivals = start, 0
-    while perf_counter() < start + seconds:
-        while perf_counter() >= next_arrival:
-            arrived_at[add(arrival_len, one_token)] = next_arrival
+    end, next_arrival, num_arrivals = start + seconds, start, 0
+    while perf_counter() < end:
+        while next_arrival <= min(perf_counter(), end):
+            arrived_at[llm.add_request(next(arriving), one_token)] = next_arrival
             num_arrivals += 1
             next_arrival += interval
         outputs = llm.step()
@@ -85,7 +93,7 @@ def _drive(llm: LLM, num_streams: int, arrival_len: int, interval: float, second
             last_token_at[name] = now
             if output.finished:  # its length is reached: another one takes its place
                 del last_token_at[name]
-                last_token_at[add(first_len, endless)] = now
+                last_token_at[llm.add_request(next(prompts(1, first_len)), endless)] = now
     llm.abort_request([*last_token_at, *arrived_at])
     while llm.has_unfinished_requests():
         llm.step()
