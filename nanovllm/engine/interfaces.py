@@ -39,6 +39,6 @@ class TokenConstraint(Protocol):
         """Begin anew, with these output tokens taken."""
         ...
 
-    def bitmask(self) -> np.ndarray:
-        """Which tokens may come next, as `SchedulerOutput.grammar_bitmask` has it; valid until the next call."""
+    def bitmasks(self, constraints: Sequence[Any]) -> np.ndarray:
+        """Which tokens may come next in each of these (itself among them), [n, words] as `grammar_bitmask` has them."""
         ...

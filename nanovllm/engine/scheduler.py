@@ -272,10 +272,12 @@ class Scheduler:
             if is_sampled:
                 request.num_pending_tokens += 1
                 sampled.append(request)
-                if request.constraint is not None:
-                    plan.grammar_bitmask[request.row] = request.constraint.bitmask()
             self.stats.num_context_tokens_read += end
             self.stats.num_query_key_pairs += num_new * (start + 1 + end) // 2
+        constrained = {request.row: request.constraint for request in sampled if request.constraint is not None}
+        if constrained:
+            constraints = list(constrained.values())
+            plan.grammar_bitmask = dict(zip(constrained, constraints[0].bitmasks(constraints), strict=True))
         self.stats.num_tokens_computed += len(plan.token_ids)
         self.stats.num_tokens_sampled += len(sampled)
         self._planned.append(sampled)

@@ -48,12 +48,14 @@ class GrammarCompiler:
             )
         except Exception as error:  # a plain Exception is what llguidance raises
             raise ValueError(f"structured_outputs cannot be used with this tokenizer: {error}") from error
+        self._executor = llguidance.LLExecutor()
         self._compile_once = lru_cache(_NUM_KEPT)(self._compile)
 
     def compile(self, params: StructuredOutputsParams, ignore_eos: bool) -> "GrammarConstraint":
         """A constraint at its beginning. Raises ValueError for what is no valid schema, expression or grammar."""
         eos_token_ids = self._eos_token_ids if ignore_eos else []
-        return GrammarConstraint(self._compile_once(params).deep_copy(), self._tokenizer.vocab_size, eos_token_ids)
+        matcher = self._compile_once(params).deep_copy()
+        return GrammarConstraint(matcher, self._executor, self._tokenizer.vocab_size, eos_token_ids)
 
     def _compile(self, params: StructuredOutputsParams) -> Any:
         field, value = params.kind
@@ -67,12 +69,18 @@ class GrammarCompiler:
 
 
 class GrammarConstraint:
-    """What one sequence may still say; a `TokenConstraint`. ruled_out: EOS tokens of a request that ignores them."""
+    """What one sequence may still say; a `TokenConstraint`.
 
-    def __init__(self, matcher: Any, num_tokens: int, ruled_out: Sequence[int]) -> None:
+    executor: fills masks on all cores. ruled_out: EOS tokens of a request that ignores them.
+    """
+
+    def __init__(self, matcher: Any, executor: Any, num_tokens: int, ruled_out: Sequence[int]) -> None:
         self._matcher = matcher
-        self._words = np.zeros(-(-num_tokens // 32), dtype=np.int32)
-        self._ruled_out = list(ruled_out)
+        self._executor = executor
+        self._num_words = -(-num_tokens // 32)
+        self._ruled_out = np.zeros(self._num_words, dtype=np.uint32)
+        for token_id in ruled_out:
+            self._ruled_out[token_id // 32] |= np.uint32(1 << token_id % 32)
 
     def advance(self, token_id: int) -> str | None:
         """Take the sequence's next token. Returns why the sequence ends with it; None if it goes on."""
@@ -86,16 +94,16 @@ class GrammarConstraint:
         self._matcher.reset()
         self._matcher.consume_tokens(list(token_ids))
 
-    def bitmask(self) -> np.ndarray:
-        """Which tokens may come next, as `sampling/bitmask.py` wants it; valid until the next call."""
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        if self._ruled_out:
-            others = self._words.copy()
-            for token_id in self._ruled_out:
-                others[token_id // 32] &= ~np.int32(np.uint32(1 << token_id % 32).astype(np.int32))
+    def bitmasks(self, constraints: Sequence["GrammarConstraint"]) -> np.ndarray:
+        """Which tokens may come next in each of these, int32 [n, words] as `sampling/bitmask.py` wants them."""
+        words = np.zeros((len(constraints), self._num_words), dtype=np.int32)
+        matchers = [(constraint._matcher, row) for row, constraint in enumerate(constraints)]
+        self._executor.unsafe_compute_mask_ptr(matchers, words.ctypes.data, words.strides[0], len(words))
+        for row, constraint in zip(words.view(np.uint32), constraints, strict=True):
+            others = row & ~constraint._ruled_out
             if others.any():  # else only the end is left
-                return others
-        return self._words
+                row[:] = others
+        return words
 
 
 def _to_grammar(field: str, value: Any) -> str:

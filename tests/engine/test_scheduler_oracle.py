@@ -30,9 +30,9 @@ class Witness:
     def restart(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("nothing was interrupted")
 
-    def bitmask(self) -> np.ndarray:
-        assert self.token_ids == self.request.output_token_ids
-        return np.full(4, -1, dtype=np.int32)
+    def bitmasks(self, constraints: Sequence["Witness"]) -> np.ndarray:
+        assert all(witness.token_ids == witness.request.output_token_ids for witness in constraints)
+        return np.full((len(constraints), 4), -1, dtype=np.int32)
 
 
 def run_random_workload(seed: int) -> tuple[int, int]:

@@ -26,7 +26,8 @@ def compiler(tokenizer_json: str) -> GrammarCompiler:
 
 
 def allowed(constraint: GrammarConstraint) -> set[int]:
-    return set(np.flatnonzero(np.unpackbits(constraint.bitmask().view(np.uint8), bitorder="little")).tolist())
+    (words,) = constraint.bitmasks([constraint])
+    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
 
 
 def test_each_token_narrows_what_may_follow(compiler: GrammarCompiler) -> None:
@@ -51,6 +52,17 @@ def test_requests_with_the_same_form_do_not_share_their_state(compiler: GrammarC
     first, second = compiler.compile(params, False), compiler.compile(params, False)
     first.advance(ord("a"))
     assert allowed(second) == {ord("a"), ord("c")}
+
+
+def test_masks_of_a_step_are_filled_together(compiler: GrammarCompiler) -> None:
+    """Each is what it is alone."""
+    params = [StructuredOutputsParams(regex="ab*"), StructuredOutputsParams(choice=["yes", "no"])]
+    constraints = [compiler.compile(params[i % 2], i % 3 == 0) for i in range(12)]
+    for constraint in constraints[::4]:
+        constraint.advance(ord("a"))
+    together = constraints[3].bitmasks(constraints)
+    for constraint, words in zip(constraints, together, strict=True):
+        np.testing.assert_array_equal(words, constraint.bitmasks([constraint])[0])
 
 
 def test_a_constraint_can_begin_anew(compiler: GrammarCompiler) -> None:
