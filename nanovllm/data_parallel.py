@@ -12,7 +12,7 @@ request and adds what its replica reports, so text is made here. Invariant: a re
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nanovllm.config import EngineConfig
@@ -22,7 +22,6 @@ from nanovllm.engine.request import Request, RequestStatus
 from nanovllm.executor.calls import CallFailed, pickle_function
 from nanovllm.executor.children import Child, Children, start_child, uninterrupted
 from nanovllm.executor.worker import RunnerTimes
-from nanovllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,13 @@ class ReplicaSetup:
 
 
 class Admission(NamedTuple):
-    """A prompt for a replica. key: the first of as many numbers as the prompt has sequences, one for each."""
+    """The sequences of one prompt, for a replica. key: the first one's number; the others' follow.
+
+    Siblings and constraint are left out: the first would travel once for each, the second cannot.
+    """
 
     key: int
-    token_ids: list[int]
-    params: SamplingParams
-    seeds: list[int]
+    requests: list[Request]
 
 
 GROWING = ("token_ids", "logprobs", "prompt_logprobs", "hidden_states")  # fields of a Request that a replica appends to
@@ -125,8 +125,8 @@ class DataParallelEngine:
             self._keys[sequence] = key + i
             replica.num_tokens_left += num_tokens
         replica.remember(hashes)
-        seeds = [sequence.seed for sequence in group]
-        self._send(replica.child, "add", Admission(key, request.token_ids, request.params, seeds))
+        sent = [replace(sequence, siblings=[], constraint=None) for sequence in group]
+        self._send(replica.child, "add", Admission(key, sent))
 
     def abort(self, request: Request) -> None:
         placed = self._forget(request)

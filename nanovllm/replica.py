@@ -63,14 +63,15 @@ class Replica:
         return [self._news(request) for request in self._engine.step() if request in self._keys]
 
     def _add(self, admission: Admission) -> None:
-        # The other side has checked the same prompt with the same options, so this raises nothing.
-        prompt = {"prompt_token_ids": admission.token_ids}
-        group = self._input_processor.process(prompt, admission.params, "prompt", 0, str(admission.key))
-        for i, (request, seed) in enumerate(zip(group, admission.seeds, strict=True)):
-            request.seed = seed
-            self._requests[admission.key + i] = request
-            self._keys[request] = admission.key + i
-            self._reported[admission.key + i] = [len(getattr(request, name)) for name in GROWING]
+        group = admission.requests
+        for key, request in enumerate(group, admission.key):
+            if len(group) > 1:
+                request.siblings = group
+            # The other side has made one for the same parameters, so this raises nothing.
+            request.constraint = self._input_processor.make_constraint(request.params, request.request_id)
+            self._requests[key] = request
+            self._keys[request] = key
+            self._reported[key] = [len(getattr(request, name)) for name in GROWING]
         for request in group:
             self._engine.add_request(request)
 

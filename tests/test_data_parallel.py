@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from tests.executor.test_mp import is_alive, pid_of
 from tests.tiny_models import VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
@@ -120,6 +120,19 @@ def test_steps_streams_and_aborts(one: LLM, two: LLM) -> None:
     assert two.step() == []
     metrics = two.get_metrics()
     assert metrics["num_free_blocks"] == metrics["num_blocks"]
+
+
+def test_scores_beams_and_forms(one: LLM, two: LLM) -> None:
+    options = [" a", " an", " the"]
+    assert two.score("This is", options) == pytest.approx(one.score("This is", options), abs=1e-4)
+    beams = BeamSearchParams(beam_width=2, max_tokens=4)
+    found, expected = (llm.beam_search([PROMPTS[3], PROMPTS[5]], beams) for llm in (two, one))
+    assert [[s.tokens for s in output.sequences] for output in found] == [
+        [s.tokens for s in output.sequences] for output in expected
+    ]
+    pytest.importorskip("llguidance")
+    form = SamplingParams(max_tokens=12, n=2, seed=1, structured_outputs=StructuredOutputsParams(regex="[a-f]{3,9}"))
+    assert generate(two, form) == generate(one, form)
 
 
 def test_an_interrupted_call_is_forgotten(one: LLM, two: LLM) -> None:

@@ -96,7 +96,7 @@ class InputProcessor:
         if params.stop and self._encode is None:
             raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
         bad_words = self._read_bad_words(params, name)
-        constraints = [self._constraint(params, name) for _ in range(params.n)]
+        constraints = [self.make_constraint(params, name) for _ in range(params.n)]
         uses_python = bool(params.logits_processors) or self._has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
         grows_long = self._long_from is not None and len(token_ids) <= self._long_from < max_total_tokens
@@ -146,7 +146,8 @@ class InputProcessor:
     def eos_token_ids(self) -> frozenset[int]:
         return self._eos_token_ids
 
-    def _constraint(self, params: SamplingParams, name: str) -> TokenConstraint | None:
+    def make_constraint(self, params: SamplingParams, name: str) -> TokenConstraint | None:
+        """A new constraint for one sequence, if its parameters ask for one. ValueError for `name` if it cannot be."""
         if params.structured_outputs is None:
             return None
         if self._compile_constraint is None:
