@@ -1,0 +1,105 @@
+"""config.json files with the fields that released models have, as old and new versions of transformers wrote them."""
+
+from typing import Any
+
+import pytest
+
+from nanovllm.config import RopeConfig
+from nanovllm.models.registry import read_model_config
+
+SIZES = {
+    **{"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192},
+    **{"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "initializer_range": 0.02, "use_cache": True},
+    **{"torch_dtype": "bfloat16", "transformers_version": "4.50.0", "attention_dropout": 0.0, "rms_norm_eps": 1e-5},
+}
+
+
+def read(architecture: str, **fields: Any) -> Any:
+    return read_model_config({"architectures": [architecture], **SIZES, **fields}, "bfloat16")
+
+
+def test_llama_3() -> None:
+    scaling = {
+        **{"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
+        "original_max_position_embeddings": 8192,
+    }
+    config = read(
+        "LlamaForCausalLM", attention_bias=False, mlp_bias=False, head_dim=64, hidden_act="silu", model_type="llama",
+        pretraining_tp=1, rope_scaling=scaling, rope_theta=500000.0, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert config.ropes[0].theta == 500000.0 and config.ropes[0].parameters["factor"] == 32.0
+    assert config.attention_scale == 64**-0.5 and config.norms == "before"
+
+
+def test_smollm_2_and_3() -> None:
+    two = read("LlamaForCausalLM", is_llama_config=True, rope_interleaved=False, **{"transformers.js_config": {}})
+    assert two.ropes == (RopeConfig(),) * 8
+    three = read(
+        "SmolLM3ForCausalLM", no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 2, max_window_layers=28,
+        use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 8, rope_theta=5000000.0,
+        pretraining_tp=2, rope_scaling=None, mlp_bias=False, attention_bias=False,
+    )  # fmt: skip
+    assert [rope is None for rope in three.ropes] == [False, False, False, True] * 2
+    assert three.windows == (None,) * 8 and three.tie_word_embeddings
+
+
+@pytest.mark.parametrize("layer_types", [None, ["sliding_attention", "full_attention"] * 4])
+def test_gemma_2(layer_types: list[str] | None) -> None:
+    config = read(
+        "Gemma2ForCausalLM", attn_logit_softcapping=50.0, final_logit_softcapping=30.0, cache_implementation="hybrid",
+        head_dim=256, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", sliding_window=4096,
+        query_pre_attn_scalar=224, rope_theta=10000.0, layer_types=layer_types,
+    )  # fmt: skip
+    assert config.windows == (4096, None) * 4
+    assert (config.attention_softcap, config.logits_softcap, config.attention_scale) == (50.0, 30.0, 224**-0.5)
+    assert (config.embedding_scale, config.norms, config.activation) == (16.0, "both", "gelu_tanh")
+
+
+def test_gemma_3() -> None:
+    config = read(
+        "Gemma3ForCausalLM", attn_logit_softcapping=None, final_logit_softcapping=None, _sliding_window_pattern=6,
+        hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, rope_local_base_freq=10000, head_dim=256,
+        rope_scaling=None, rope_theta=1000000, sliding_window=512, use_bidirectional_attention=False,
+    )  # fmt: skip
+    assert config.windows == (512,) * 5 + (None,) + (512,) * 2
+    assert [rope.theta for rope in config.ropes] == [1e4] * 5 + [1e6] + [1e4] * 2
+
+
+def test_phi_4_mini() -> None:
+    factors = {"short_factor": [1.0] * 24, "long_factor": [2.0] * 24}
+    config = read(
+        "Phi3ForCausalLM", partial_rotary_factor=0.75, rope_scaling={"type": "longrope", **factors}, rope_theta=1e4,
+        original_max_position_embeddings=4096, full_attn_mod=1, interpolate_factor=1, lm_head_bias=False,
+        mlp_bias=False, attention_bias=False, embd_pdrop=0.0, resid_pdrop=0.0, sliding_window=262144, auto_map={},
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    assert (config.ropes[0].share, config.long_from, config.max_model_len) == (0.75, 4096, 8192)
+
+
+def test_granite() -> None:
+    config = read(
+        "GraniteForCausalLM", attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0,
+        residual_multiplier=0.22, rope_scaling=None, rope_theta=5000000.0, mlp_bias=False, attention_bias=False,
+    )  # fmt: skip
+    scales = config.attention_scale, config.embedding_scale, config.logits_scale, config.residual_scale
+    assert scales == (0.0078125, 12.0, 1 / 16, 0.22)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "value"),
+    [
+        ("Gemma2ForCausalLM", "use_bidirectional_attention", True),
+        ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
+        ("GraniteForCausalLM", "residual_multiplier", 0),
+        ("GraniteForCausalLM", "logits_scaling", "8"),
+        ("Gemma2ForCausalLM", "hidden_activation", "gelu"),
+        ("SmolLM3ForCausalLM", "no_rope_layers", [1, 0]),
+        ("MistralForCausalLM", "layer_types", ["full_attention"] * 8),
+        ("Phi3ForCausalLM", "full_attn_mod", 2),
+    ],
+)
+def test_values_that_would_be_run_wrongly_are_refused_by_name(architecture: str, name: str, value: Any) -> None:
+    """W1"""
+    with pytest.raises(ValueError, match=name):
+        read(architecture, **{name: value})

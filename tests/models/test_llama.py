@@ -1,0 +1,57 @@
+"""The decoder's layers as a rank of several holds them, from checkpoints of either layout."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanovllm.config import ModelConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.ops import PLAIN
+from nanovllm.models.llama import MLP, SelfAttention
+from nanovllm.models.registry import read_model_config
+
+HIDDEN, HEADS, KV_HEADS, DIM = 32, 4, 2, 8
+
+
+def config(share: float) -> ModelConfig:
+    hf = {
+        "architectures": ["Phi3ForCausalLM"],
+        **{"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 16, "num_hidden_layers": 1},
+        **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "partial_rotary_factor": share},
+    }
+    return read_model_config(hf, "float32")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(share: float, size: int) -> None:
+    """W8, C18: q, k and v, with a partial rotation in the order that kernels rotate in."""
+    q, k, v = (torch.randn(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    order = [0, 1, 2, 3, 4, 5, 6, 7] if share == 1 else [0, 1, 4, 5, 2, 3, 6, 7]
+    for rank in range(size):
+        tp = TensorParallel(rank, size)
+        weights = []
+        for names in ({"a.q_proj": q, "a.k_proj": k, "a.v_proj": v}, {"a.qkv_proj": torch.cat((q, k, v))}):
+            attention = SelfAttention(config(share), 0, torch.float32, tp, PLAIN)
+            slots = dict(attention.slots("a"))
+            for name, tensor in names.items():
+                assert slots[f"{name}.weight"].shape == tensor.shape
+                slots[f"{name}.weight"].fill(tensor)
+            weights.append(attention.qkv_proj.weight)
+        assert torch.equal(*weights)
+        held = tp.part(HEADS, "heads"), tp.kv_heads(KV_HEADS), tp.kv_heads(KV_HEADS)
+        orders = (order, order, list(range(DIM)))
+        parts = zip((q, k, v), held, orders, strict=True)
+        expected = [t.view(-1, DIM, HIDDEN)[h.start : h.stop, o].flatten(0, 1) for t, h, o in parts]
+        assert torch.equal(weights[0], torch.cat(expected))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gate_and_up_in_one_tensor(size: int) -> None:
+    gate, up = torch.randn(2, 16, HIDDEN)
+    for rank in range(size):
+        mlp = MLP(replace(config(1.0), activation="gelu_tanh"), 0, torch.float32, TensorParallel(rank, size), PLAIN)
+        dict(mlp.slots("m"))["m.gate_up_proj.weight"].fill(torch.cat((gate, up)))
+        rows = slice(rank * 16 // size, (rank + 1) * 16 // size)
+        assert torch.equal(mlp.gate_up_proj.weight, torch.cat((gate[rows], up[rows])))
