@@ -137,7 +137,7 @@ class DataParallelEngine:
     def step(self) -> list[Request]:
         """Wait for news from any replica; returns the requests that got tokens or ended."""
         if not self._news and self._placed:
-            self._take_in(self._children.receive(self._timeout))
+            self._take_in(self._timeout)
         changed: dict[Request, None] = {}
         while self._news:
             with uninterrupted():
@@ -208,14 +208,17 @@ class DataParallelEngine:
         }
         answers: dict[int, Any] = {}
         while len(answers) < len(values):
-            for number, answer in self._take_in(self._children.receive()):
+            for number, answer in self._take_in():
                 if number in numbers:
                     answers[numbers[number]] = answer
         return [answers[i] for i in range(len(values))]
 
-    def _take_in(self, messages: list[tuple[Child, Any]]) -> list[tuple[int, Any]]:
-        """Keep the news among the messages for `step`; returns the answers."""
-        self._news.extend(value for _, (number, value) in messages if number == 0)
+    def _take_in(self, limit: float | None = None) -> list[tuple[int, Any]]:
+        """Wait for messages, for so many seconds; keep the news among them for `step`, and return the answers."""
+        self._children.wait(limit)
+        with uninterrupted():
+            messages = self._children.receive()
+            self._news.extend(value for _, (number, value) in messages if number == 0)
         return [(number, value) for _, (number, value) in messages if number != 0]
 
     def _apply(self, news: News) -> Request:

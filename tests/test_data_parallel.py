@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,21 @@ def test_an_interrupted_call_is_forgotten(one: LLM, two: LLM) -> None:
     stream.close()
     assert not two.has_unfinished_requests()
     assert generate(two, GREEDY) == expected
+
+
+def test_ctrl_c_loses_nothing_of_other_requests(one: LLM, two: LLM) -> None:
+    params = SamplingParams(max_tokens=220, seed=8, ignore_eos=True)  # it outlives the calls that are stopped
+    (expected,) = one.generate([PROMPTS[2]], params, use_tqdm=False)
+    stream = two.stream([PROMPTS[2]], params)
+    found = list(next(stream).outputs[0].token_ids)
+    for delay in (0.0, 0.003, 0.01):
+        with pytest.raises(KeyboardInterrupt):
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+            while True:
+                two.generate(PROMPTS, SamplingParams(max_tokens=2), use_tqdm=False)
+    for output in stream:
+        found += output.outputs[0].token_ids
+    assert found == expected.outputs[0].token_ids
 
 
 def test_bad_input_raises_here_before_anything_is_queued(two: LLM) -> None:

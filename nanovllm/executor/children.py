@@ -102,23 +102,19 @@ class Children:
         self.members.append(child)
         self._selector.register(child.connection, EVENT_READ, child)
 
-    def receive(self, limit: float | None = None) -> list[tuple[Child, Any]]:
-        """Wait until some child has spoken; one message of each that has.
-
-        Raises RuntimeError, and ends all children, if one has failed, or if none speaks within `limit` seconds.
-        """
-        messages = self._receive(limit)
-        if not messages:
+    def wait(self, limit: float | None = None) -> None:
+        """Until some child has spoken. Raises RuntimeError, and ends all, if none does within `limit` seconds."""
+        if not self._selector.select(limit):
             raise self.fail(f"no answer within {limit:g} s (distributed_timeout_seconds)")
-        return messages
 
-    def poll(self) -> list[tuple[Child, Any]]:
-        """As `receive`, without waiting: the list may be empty."""
-        return self._receive(0)
+    def receive(self, limit: float | None = None) -> list[tuple[Child, Any]]:
+        """As `wait`; then one message of each child that has spoken. Raises RuntimeError too if one has failed.
 
-    def _receive(self, limit: float | None) -> list[tuple[Child, Any]]:
+        Who cannot lose a message to Ctrl-C waits first and then receives `uninterrupted`.
+        """
+        self.wait(limit)
         messages = []
-        for key, _ in self._selector.select(limit):
+        for key, _ in self._selector.select(0):
             with uninterrupted():
                 message = _receive(key.data)
             if message is None or isinstance(message, Failure):
