@@ -187,6 +187,8 @@ class EngineConfig:
         """
         if self.deterministic and model_config.logits_softcap is not None:
             raise ValueError("deterministic=True does not cover models with a soft-cap on their logits; leave it off")
+        if self.deterministic and model_config.length_dependent_from is not None:
+            raise ValueError("deterministic=True does not cover dynamic RoPE scaling; leave it off")
         on_gpu = device_type == "cuda"
         model_len = model_config.max_model_len
         if self.max_model_len is not None and self.max_model_len > model_len:

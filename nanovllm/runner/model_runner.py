@@ -180,7 +180,7 @@ class ModelRunner:
         """Log-probabilities of the tokens after `count` positions of a request, a chunk at a time."""
         state, row = self.state.sampling, plan.rows[index]
         begin = sum(plan.num_scheduled_tokens[:index]) + first - plan.num_computed_tokens[index]
-        size = max(1, CHUNK // state.vocab_size)
+        size = max(1, CHUNK[self.device.type] // state.vocab_size)
         parts = []
         for start in range(0, count, size):
             stop = min(start + size, count)

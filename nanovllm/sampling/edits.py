@@ -34,7 +34,15 @@ def apply_penalties(logits: Tensor, counts: Tensor, repetition: Tensor, frequenc
     output: positive logits are divided by `repetition`, others multiplied (Keskar et al., 2019). Output: minus
     `frequency` for each time, minus `presence` once.
     """
-    factor = torch.where(logits > 0, 1 / repetition[:, None], repetition[:, None])
-    logits = torch.where(counts > 0, logits * factor, logits)
+    if not logits.is_cpu:
+        return _penalise(logits, counts, repetition[:, None], frequency[:, None], presence[:, None])
+    # Few tokens were used. On a GPU the host would have to wait to learn how many, and whole rows are cheap.
+    index, ids = counts.nonzero(as_tuple=True)
+    used = logits[index, ids], counts[index, ids]
+    return logits.index_put((index, ids), _penalise(*used, repetition[index], frequency[index], presence[index]))
+
+
+def _penalise(logits: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
+    factor = torch.where(logits > 0, 1 / repetition, repetition)
     in_output = counts >> 1
-    return logits - frequency[:, None] * in_output - presence[:, None] * (in_output > 0)
+    return torch.where(counts > 0, logits * factor, logits) - frequency * in_output - presence * (in_output > 0)

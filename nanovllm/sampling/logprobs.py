@@ -9,7 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 2**24  # logits handled at a time; callers that compute logits for it alone keep to as many
+# Logits handled at a time, by device type; callers that compute logits for this alone keep to as many. On a CPU,
+# float32 temporaries then stay in the cache.
+CHUNK = {"cpu": 2**21, "cuda": 2**24}
+_BLOCK = 32
 
 
 class TopLogprobs(NamedTuple):
@@ -22,31 +25,46 @@ class TopLogprobs(NamedTuple):
 
 def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:
     """logits [n, V] of any float dtype, token_ids [n] in [0, V), 0 <= k <= V."""
-    size = max(1, CHUNK // logits.shape[1])
+    size = max(1, CHUNK[logits.device.type] // logits.shape[1])
     parts = [
-        _of_chunk(logits[i : i + size].float().log_softmax(-1), token_ids[i : i + size, None].long(), k)
+        _of_chunk(logits[i : i + size].float(), token_ids[i : i + size, None].long(), k)
         for i in range(0, len(logits), size)
     ]
     return parts[0] if len(parts) == 1 else TopLogprobs(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _of_chunk(logprobs: Tensor, own_ids: Tensor, k: int) -> TopLogprobs:
-    own = logprobs.gather(1, own_ids)
-    own_rank = 1 + (logprobs > own).sum(-1, keepdim=True)
-    values, ids = _highest(logprobs, k)
-    falling = -values  # rising, as searchsorted wants it; the first of equals says how many are before all of them
-    ranks = 1 + torch.searchsorted(falling, falling)
-    return TopLogprobs(*(torch.cat(pair, dim=1) for pair in ((own_ids, ids), (own, values), (own_rank, ranks))))
+def _of_chunk(logits: Tensor, own_ids: Tensor, k: int) -> TopLogprobs:
+    own_ranks = 1 + (logits > logits.gather(1, own_ids)).sum(-1, keepdim=True)
+    ids = _highest(logits, k)
+    falling = -logits.gather(1, ids)  # rising, as searchsorted wants it; the first of equals says how many come before
+    ids, ranks = (
+        torch.cat((own_ids, ids), dim=1),
+        torch.cat((own_ranks, 1 + torch.searchsorted(falling, falling)), dim=1),
+    )
+    return TopLogprobs(ids, logits.log_softmax(-1).gather(1, ids), ranks)
 
 
-def _highest(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids of the k highest of each row. Lower ids win ties, which topk alone leaves to chance.
+def _highest(logits: Tensor, k: int) -> Tensor:
+    """Ids of the k highest of each row, in falling order; lower ids win ties, which topk alone leaves to chance.
 
-    It looks at 64-bit keys: the float's bits, as an integer that grows with it, above the complement of the id.
+    The k blocks with the highest maxima, lower ones winning ties, hold them all: each has a token that is better than
+    any in another block.
     """
-    bits = logprobs.view(torch.int32)
+    num_rows, vocab_size = logits.shape
+    if vocab_size % _BLOCK or vocab_size <= _BLOCK * k:
+        return _first_by_key(logits, torch.arange(vocab_size, device=logits.device).expand(num_rows, -1), k)
+    blocks = logits.unflatten(1, (-1, _BLOCK))
+    tops = blocks.amax(-1)
+    chosen = _first_by_key(tops, torch.arange(tops.shape[1], device=logits.device).expand(num_rows, -1), k)
+    ids = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
+    return _first_by_key(logits.gather(1, ids), ids, k)
+
+
+def _first_by_key(values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """Of ids [n, width] those of the k highest values, lower ids first among equals; values float32.
+
+    By 64-bit keys: the float's bits, as an integer that grows with it, above the complement of the id.
+    """
+    bits = (values + 0.0).view(torch.int32)  # -0 becomes 0, which it equals
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    last = logprobs.shape[1] - 1
-    keys = (rising << 32) + (last - torch.arange(last + 1, device=logprobs.device))
-    ids = last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
-    return logprobs.gather(1, ids), ids
+    return 0xFFFFFFFF - ((rising << 32) + (0xFFFFFFFF - ids)).topk(k, dim=-1).values.bitwise_and(0xFFFFFFFF)

@@ -44,14 +44,12 @@ from nanovllm.sampling.logits import (
     pick_by_weight,
     pick_highest,
 )
-from nanovllm.sampling.logprobs import TopLogprobs, top_logprobs
+from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.state import RowParams, SamplingState, upload
 
 _NUM_CANDIDATES = 128  # what the filters look at first; rows that keep more are filtered whole
-_EDIT_CHUNK = 2**23  # logits edited at a time: bounds the memory of float32 copies
 _NO_IDS = np.zeros(0, dtype=np.int64)
-_CHUNK = 2**21  # logits handled at a time: float32 temporaries then stay in the cache
 
 
 class Sampler:
@@ -70,7 +68,7 @@ class Sampler:
             tokens = self._draw(logits, rows_host, rows, positions)
         else:
             tokens = self._draw_others(logits, edited, rows_host, rows, positions)
-            size = max(1, _EDIT_CHUNK // logits.shape[1])
+            size = max(1, CHUNK[logits.device.type] // logits.shape[1])
             for part in np.split(edited, range(size, len(edited), size)):
                 index = upload(part, logits.device)
                 values = self._edit(logits[index].float(), rows_host[part], rows[index], positions_host[part])
@@ -213,7 +211,7 @@ class Sampler:
             return pick_highest(logits)
         params = self._state.select(rows)
         noise = uniform(params.seed, positions)
-        size = max(1, _CHUNK // logits.shape[1])
+        size = max(1, CHUNK["cpu"] // logits.shape[1])
         picked = []
         for start in range(0, len(logits), size):
             part = slice(start, start + size)

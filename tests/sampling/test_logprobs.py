@@ -9,13 +9,15 @@ from nanovllm.sampling.logprobs import top_logprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "vocab_size", "k"), [(1, 1, 1), (5, 40, 0), (7, 40, 40), (9, 1000, 3), (1, 1000, 1)])
-@pytest.mark.parametrize("chunk", [logprobs.CHUNK, 2000])
+@pytest.mark.parametrize(
+    ("n", "vocab_size", "k"), [(1, 1, 1), (5, 40, 0), (7, 40, 40), (9, 1000, 3), (4, 1024, 3), (1, 1024, 32)]
+)
+@pytest.mark.parametrize("chunk", [2**21, 2000])
 def test_values_and_ranks(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, vocab_size: int, k: int, chunk: int
 ) -> None:
     """Raw, in float32, over the whole vocabulary; tokens that tie share the better rank (bfloat16 ties a lot)."""
-    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
     generator = torch.Generator().manual_seed(n)
     logits = (torch.randn(n, vocab_size, generator=generator) * 4).to(dtype)
     tokens = torch.randint(vocab_size, (n,), generator=generator).int()

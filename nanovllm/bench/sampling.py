@@ -1,0 +1,83 @@
+"""`python -m nanovllm.bench.sampling`: one step of the sampler, with the stages that requests may ask for.
+
+Owns that measurement: what plain temperature costs, and what each stage adds when all rows of the batch ask for it.
+Invariant: all variants see the same logits, in turn, and the median of their runs is reported. A stage that nobody asks
+for costs nothing: `plain` is what it is whatever else the sampler can do.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanovllm.sampling.sampler import Sampler
+from nanovllm.sampling.state import SamplingState
+from nanovllm.sampling_params import SamplingParams
+
+_FILTERS = {"min_p": 0.02, "top_k": 50, "top_p": 0.9}
+_PENALTIES = {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.1}
+_LISTS = {"logit_bias": {7: 1.0, 9: -1.0}, "min_tokens": 10}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "plain": {},
+    "filters": _FILTERS,
+    "penalties": _PENALTIES,
+    "bias, min_tokens": _LISTS,
+    "5 logprobs": {"logprobs": 5},
+    "everything": {**_FILTERS, **_PENALTIES, **_LISTS, "logprobs": 5},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m nanovllm.bench.sampling", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=151_936)
+    parser.add_argument("--runs", type=int, default=10, help="the median of so many is reported")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    times = measure(args.batch_size, args.vocab_size, args.runs, torch.device(args.device))
+    print(f"{'stages':18} {'ms':>9} {'of plain':>9}")
+    for name, seconds in times.items():
+        print(f"{name:18} {seconds * 1e3:9.3f} {seconds / times['plain']:9.2f}")
+    return 0
+
+
+@torch.inference_mode()
+def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.device) -> dict[str, float]:
+    """Seconds a step, by variant; on a GPU the host's part is in it. Variants take turns, after one run to warm up."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(batch_size, vocab_size, generator=generator, device=device) * 3
+    logits = logits.bfloat16()
+    rows_host = np.arange(batch_size, dtype=np.int32)
+    rows, positions_host = torch.from_numpy(rows_host).to(device), np.full(batch_size, 20)
+    positions = torch.from_numpy(positions_host).int().to(device)
+    samplers = {}
+    for name, options in VARIANTS.items():
+        state = SamplingState(batch_size, vocab_size, device)
+        for row in range(batch_size):
+            state.set_row(row, SamplingParams(**options), row, 15, (0, 1), list(range(20)))
+        samplers[name] = Sampler(state)
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for run in range(num_runs + 1):
+        for name, sampler in samplers.items():
+            _wait(device)
+            start = perf_counter()
+            tokens = sampler.sample(logits, rows_host, rows, positions_host, positions)
+            sampler.logprobs(logits, tokens, rows_host)
+            _wait(device)
+            if run:
+                times[name].append(perf_counter() - start)
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
