@@ -97,3 +97,19 @@ def test_what_it_cannot_promise_is_refused(tmp_path: Path, options: dict[str, An
     """W13"""
     with pytest.raises((ValueError, TypeError), match=f"deterministic.*{named}"):
         make_llm(tmp_path, "float32", **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "named"),
+    [
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("Gemma2ForCausalLM", {}, "soft-cap"),
+    ],
+)
+def test_models_that_it_does_not_cover_are_refused(
+    tmp_path: Path, architecture: str, config: dict[str, Any], named: str
+) -> None:
+    """W13"""
+    folder = save_random(tmp_path, architecture, **config)
+    with pytest.raises(ValueError, match=f"deterministic.*{named}"):
+        make_llm(folder, "float32")

@@ -19,7 +19,7 @@ def allow_only(logits: Tensor, index: Tensor, token_ids: Tensor) -> Tensor:
 
 def rule_out(logits: Tensor, index: Tensor, token_ids: Tensor) -> Tensor:
     """These tokens cannot be drawn."""
-    return logits.index_put((index, token_ids), logits.new_tensor(MASKED))
+    return logits.index_put((index, token_ids), logits.new_full((), MASKED))
 
 
 def add_bias(logits: Tensor, index: Tensor, token_ids: Tensor, bias: Tensor) -> Tensor:

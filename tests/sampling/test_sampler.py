@@ -182,6 +182,7 @@ def chi_squared_p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> fl
         {"top_p": 0.9},
         {"min_p": 0.05, "temperature": 1.3},
         {"temperature": 1.2, "min_p": 0.01, "top_k": 100, "top_p": 0.95},
+        {"temperature": 1.1, "logit_bias": {3: 1.5, 7: -2.0}, "allowed_token_ids": list(range(25)), "min_tokens": 5},
     ],
 )
 @pytest.mark.parametrize("vocab_size", [40, 200])
@@ -202,7 +203,9 @@ def test_drawn_frequencies(options: dict[str, float], vocab_size: int) -> None:
         logits.expand(num_draws, -1), rows, torch.from_numpy(rows), positions.numpy(), positions
     )
     probabilities = torch.from_numpy(
-        filtered_probabilities(logits[0].numpy(), param.temperature, param.top_k, param.top_p, param.min_p)
+        filtered_probabilities(
+            edited(logits[0].numpy(), [0], [], param), param.temperature, param.top_k, param.top_p, param.min_p
+        )
     )
     counts = torch.bincount(drawn, minlength=vocab_size)
     assert counts[probabilities == 0].sum() == 0
