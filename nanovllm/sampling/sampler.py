@@ -1,6 +1,6 @@
 """Sampler: the last logits of each request become its next token.
 
-The order of the stages, as in vLLM:
+The order of the stages, as in vLLM but for the grammar, which has the last word here:
 
      0. logprobs            of the raw logits: log-softmax, top k and ranks            rows that ask
      1. allowed_token_ids   all other tokens are ruled out                             rows that ask
@@ -77,7 +77,7 @@ class Sampler:
         return tokens
 
     def needs_edits(self, rows_host: np.ndarray, positions_host: np.ndarray) -> np.ndarray:
-        """Which of these rows ask for any of the stages 1 to 6, bool [n]."""
+        """Which of these rows ask for any of the stages 1 to 7, bool [n]."""
         state = self._state
         asks = state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
         return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks

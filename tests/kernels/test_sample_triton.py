@@ -52,7 +52,11 @@ def draw(logits: torch.Tensor, state: SamplingState, rows: list[int], positions:
 
 def draw_by_torch(logits: torch.Tensor, state: SamplingState, rows: list[int], positions: list[int]) -> list[int]:
     rows_host = np.array(rows, dtype=np.int32)
-    return Sampler(state).sample(logits, rows_host, torch.from_numpy(rows_host), torch.tensor(positions)).tolist()
+    return (
+        Sampler(state)
+        .sample(logits, rows_host, torch.from_numpy(rows_host), np.array(positions), torch.tensor(positions))
+        .tolist()
+    )
 
 
 def make_logits(seed: int, num_rows: int, vocab_size: int, kind: str, dtype: torch.dtype) -> torch.Tensor:

@@ -131,7 +131,7 @@ def test_captured_steps_give_the_tokens_of_the_eager_path(
             return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
     expected = run()
-    monkeypatch.setattr("nanovllm.build._choose_backend", lambda *_: TritonBackend())
+    monkeypatch.setattr("nanovllm.executor.worker._choose_backend", lambda *_: TritonBackend())
     monkeypatch.setattr("nanovllm.runner.model_runner.can_capture", lambda _: True)
     monkeypatch.setattr("nanovllm.runner.model_runner.StepGraphs", RunEagerly)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
