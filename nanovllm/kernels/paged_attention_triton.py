@@ -214,7 +214,7 @@ def _offsets_of_tile(
 def _scores(q, k, scale, SOFTCAP: tl.constexpr):
     """q k^T as exponents of 2. With a soft-cap, scale and SOFTCAP are those of `_exponents`."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if SOFTCAP:
+    if SOFTCAP > 0.0:
         scores = SOFTCAP - 2.0 * SOFTCAP / (1.0 + tl.exp2(scores))  # tanh(x) = 1 - 2 / (1 + e^(2 x))
     return scores
 
