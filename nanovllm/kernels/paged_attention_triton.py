@@ -219,6 +219,17 @@ def _scores(q, k, scale, SOFTCAP: tl.constexpr):
     return scores
 
 
+@triton.jit
+def _take_in(top, norm, acc, scores, v):
+    """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    decay = tl.exp2(top - new_top)
+    weights = tl.exp2(scores - new_top[:, None])
+    norm = norm * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_top, norm, acc
+
+
 def _exponents(scale: float, softcap: float | None) -> tuple[float, float]:
     """(scale, SOFTCAP) for `_scores`, so that 2 to its results is e to the scores."""
     if softcap is None:
@@ -310,12 +321,7 @@ def _decode_kernel(
             blocks = _blocks_of_tile(row_table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
             scores = _scores(q, k, scale, SOFTCAP)
             scores = tl.where(visible[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            decay = tl.exp2(top - new_top)
-            weights = tl.exp2(scores - new_top[:, None])
-            norm = norm * decay + tl.sum(weights, axis=1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-            top = new_top
+            top, norm, acc = _take_in(top, norm, acc, scores, v)
 
         out_row_ptr = out_ptr + (req.to(tl.int64) * NUM_KV_HEADS + head) * GROUP * HEAD_DIM
         if stop - tile == tiles:
@@ -449,7 +455,7 @@ def _attend(
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The online softmax (Milakov and Gimelshein, 2018) over tiles begin .. end of keys."""
+    """The online softmax over tiles begin .. end of keys."""
     dim = tl.arange(0, BLOCK_DIM)
     dim_mask = (dim < HEAD_DIM)[None, :]
     blocks = _blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
@@ -477,12 +483,7 @@ def _attend(
             if WINDOW:
                 visible = visible & (distance < WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        decay = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        norm = norm * decay + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        top = new_top
+        top, norm, acc = _take_in(top, norm, acc, scores, v)
     return top, norm, acc
 
 

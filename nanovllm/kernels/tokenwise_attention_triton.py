@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.paged_attention_triton import LOWEST, _exponents, _scores
+from nanovllm.kernels.paged_attention_triton import LOWEST, _exponents, _scores, _take_in
 
 TILE = 32  # keys at a time
 
@@ -59,12 +59,7 @@ def _tokenwise_kernel(
         k = tl.load(cache_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
         v = tl.load(cache_ptr + cache_stride_kv + offset[:, None] + dim[None, :], mask=mask, other=0.0)
         scores = tl.where(visible[None, :], _scores(q, k, scale, SOFTCAP), float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        decay = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        norm = norm * decay + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        top = new_top
+        top, norm, acc = _take_in(top, norm, acc, scores, v)
     result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (token * NUM_KV_HEADS + head) * GROUP * HEAD_DIM + row[:, None] * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), mask=row_mask)
