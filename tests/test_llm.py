@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import (
     BOS,
     EOS,
@@ -43,13 +44,6 @@ def greedy(**options: Any) -> SamplingParams:
 def complete(llm: LLM, prompt: Any, params: SamplingParams) -> CompletionOutput:
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     return output.outputs[0]
-
-
-def check_nothing_is_left(llm: LLM) -> None:
-    assert not llm.has_unfinished_requests()
-    metrics = llm.get_metrics()
-    assert metrics["num_free_blocks"] == metrics["num_blocks"]
-    assert llm.step() == [] and not llm._engine.output_processor._partial
 
 
 @pytest.fixture(scope="module")

@@ -8,28 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm import SamplingParams, StructuredOutputsParams
+from tests.gpu_engine import GREEDY, make_llm, tokens
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [1, 3, 63, 64, 65, 130, 17, 200, 64, 5, 90, 128]
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-
-
-def make_llm(folder: Path, **options: Any) -> LLM:
-    defaults = {
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-        "max_model_len": 256,
-        "max_num_seqs": 16,
-        "num_gpu_blocks_override": 200,
-    }
-    return LLM(str(folder), **{**defaults, **options})
-
-
-def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.tokenizer import DetokenizerStream, load_tokenizer
+from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import EOS, IM_END, VOCAB_WITH_TOKENIZER, edit_json, save_random, save_scripted, save_tokenizer
 
 SCRIPT = "abcdé-ghij😀klmnop.QRS"
@@ -18,13 +19,6 @@ SAMPLED = SamplingParams(temperature=1.5, seed=5, max_tokens=12, ignore_eos=True
 
 def sampled(**options: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 1.5, "seed": 5, "max_tokens": 12, "ignore_eos": True, **options})
-
-
-def check_nothing_is_left(llm: LLM) -> None:
-    assert not llm.has_unfinished_requests()
-    metrics = llm.get_metrics()
-    assert metrics["num_free_blocks"] == metrics["num_blocks"]
-    assert llm.step() == [] and not llm._engine.output_processor._partial
 
 
 @pytest.fixture(scope="module")

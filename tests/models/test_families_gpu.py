@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
+from tests.gpu_engine import make_llm, tokens
 from tests.tiny_models import random_prompts, save_random
 
 pytestmark = pytest.mark.gpu
@@ -57,7 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}  # heads of 64 where the family has no head_dim
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 WAYS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},
@@ -65,15 +64,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "preempting": {"num_gpu_blocks_override": 10},
     "plain layers": {"compilation": "none"},
 }
-
-
-def make_llm(folder: Path, **options: Any) -> LLM:
-    defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 16}
-    return LLM(str(folder), **{**defaults, "num_gpu_blocks_override": 200, **options})
-
-
-def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
+from tests.gpu_engine import make_llm, tokens
 from tests.tiny_models import random_prompts, save_random
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeForCausalLM", {"num_experts": 10, "num_experts_per_tok": 3, "num_key_value_heads": 4}),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 WAYS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},
@@ -28,15 +27,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "three rows": {"max_num_seqs": 3},
     "plain layers": {"compilation": "none"},
 }
-
-
-def make_llm(folder: Path, **options: Any) -> LLM:
-    defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 16}
-    return LLM(str(folder), **{**defaults, "num_gpu_blocks_override": 200, **options})
-
-
-def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanovllm import LLM, SamplingParams
+from tests.models.parity import NUM_OUTPUT, ONE, check_greedy_tokens, check_logits, make_llm
 from tests.tiny_models import (
     edit_json,
     hugging_face_greedy,
-    hugging_face_logits,
     load_hugging_face,
     random_prompts,
     record_logits,
@@ -43,8 +42,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": True, "num_key_value_heads": 4},
     ),
 }
-NUM_OUTPUT = 10
-ONE = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -69,22 +66,12 @@ def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT) for prompt in prompts]
 
 
-def make_llm(folder: Path, **options: Any) -> LLM:
-    return LLM(str(folder), **{"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, **options})
-
-
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 5], ids=["whole", "chunked"])
 def test_logits_of_prompt_and_output_equal_hugging_face(
     checkpoint: Path, hugging_face: Any, max_num_batched_tokens: int
 ) -> None:
-    """W1, W3: every position, prompt and output, at most 1e-4 apart in float32."""
-    prompt = random_prompts([41])[0]
-    with make_llm(checkpoint, max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
-        logits = record_logits(llm)
-        (output,) = llm.generate([prompt], ONE, use_tqdm=False)
-    token_ids = prompt + output.outputs[0].token_ids
-    torch.testing.assert_close(logits(), hugging_face_logits(hugging_face, token_ids[:-1]), atol=1e-4, rtol=0)
-    assert output.outputs[0].token_ids == hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT)
+    """W1, W3"""
+    check_logits(checkpoint, hugging_face, max_num_batched_tokens)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -100,15 +87,7 @@ def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
     checkpoint: Path, prompts: list[list[int]], expected: list[list[int]], way: str
 ) -> None:
     """W1, C1: as a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
-    options = {"max_num_seqs": 6, "max_num_batched_tokens": 64, "block_size": 16, **WAYS[way]}
-    with make_llm(checkpoint, **options) as llm:
-        for _ in ("cold", "warm"):
-            outputs = llm.generate(prompts, ONE, use_tqdm=False)
-            assert [output.outputs[0].token_ids for output in outputs] == expected
-        metrics = llm.get_metrics()
-    assert (metrics["num_preemptions"] > 0) == way.startswith("preempting")
-    if options.get("enable_prefix_caching", True):
-        assert metrics["num_prompt_tokens_cached"] > 0
+    check_greedy_tokens(checkpoint, prompts, expected, preempts=way.startswith("preempting"), **WAYS[way])
 
 
 @pytest.mark.parametrize("case", ["qwen3-moe-some-layers-dense", "mixtral", "olmoe"])

@@ -1,0 +1,42 @@
+"""An engine beside Hugging Face: the two checks that every family's checkpoints go through."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.tiny_models import hugging_face_greedy, hugging_face_logits, random_prompts, record_logits
+
+NUM_OUTPUT = 12
+ONE = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
+
+
+def make_llm(folder: Path, **options: Any) -> LLM:
+    return LLM(str(folder), **{"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, **options})
+
+
+def check_logits(folder: Path, hugging_face: Any, max_num_batched_tokens: int) -> None:
+    """Every position, prompt and output, at most 1e-4 apart in float32; and the same greedy tokens."""
+    prompt = random_prompts([41])[0]
+    with make_llm(folder, max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
+        logits = record_logits(llm)
+        (output,) = llm.generate([prompt], ONE, use_tqdm=False)
+    token_ids = prompt + output.outputs[0].token_ids
+    torch.testing.assert_close(logits(), hugging_face_logits(hugging_face, token_ids[:-1]), atol=1e-4, rtol=0)
+    assert output.outputs[0].token_ids == hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT)
+
+
+def check_greedy_tokens(
+    folder: Path, prompts: list[list[int]], expected: list[list[int]], *, preempts: bool, **options: Any
+) -> None:
+    """Cold and from a warm prefix cache. preempts: requests must be preempted with these options; else none may be."""
+    options = {"max_num_seqs": 6, "max_num_batched_tokens": 64, "block_size": 16, **options}
+    with make_llm(folder, **options) as llm:
+        for _ in ("cold", "warm"):
+            outputs = llm.generate(prompts, ONE, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        metrics = llm.get_metrics()
+    assert (metrics["num_preemptions"] > 0) == preempts
+    if options.get("enable_prefix_caching", True):
+        assert metrics["num_prompt_tokens_cached"] > 0
