@@ -98,7 +98,7 @@ def test_seeded_requests_do_not_depend_on_their_batch(folder: Path, prompts: lis
         assert tokens(llm, prompts, params) == together
 
 
-def test_min_tokens_leaves_the_graph_and_comes_back(folder: Path) -> None:
+def test_min_tokens_holds_stop_ids_back_behind_the_graph(folder: Path) -> None:
     prompt = random_prompts([12])[0]
     with make_llm(folder) as llm:
         free = tokens(llm, [prompt])[0]
@@ -185,7 +185,8 @@ def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
 def test_hidden_states_beside_requests_that_keep_their_graphs(folder: Path, prompts: list[list[int]]) -> None:
     """A step with captures is split; tokens are as without, and states as the CPU computes them."""
     capturing = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, capture={"layers": [0, 1]})
-    params = [capturing if i % 3 == 0 else GREEDY for i in range(len(prompts))]
+    scoring = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
+    params = [(capturing, GREEDY, scoring)[i % 3] for i in range(len(prompts))]
     with make_llm(folder, device="cpu", compilation="none") as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
     with make_llm(folder) as llm:
@@ -193,6 +194,11 @@ def test_hidden_states_beside_requests_that_keep_their_graphs(folder: Path, prom
     for output, wanted in zip(outputs, expected, strict=True):
         got, want = output.outputs[0], wanted.outputs[0]
         assert got.token_ids == want.token_ids
+        assert (got.logprobs is None) == (want.logprobs is None)
+        for entry, reference in zip(got.logprobs or [], want.logprobs or [], strict=True):
+            assert {token: logprob.rank for token, logprob in entry.items()} == {
+                token: logprob.rank for token, logprob in reference.items()
+            }
         for layer, states in (want.hidden_states or {}).items():
             torch.testing.assert_close(got.hidden_states[layer], states, atol=2e-3, rtol=2e-3)
 

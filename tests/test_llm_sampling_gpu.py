@@ -2,13 +2,17 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.runner.model_runner import ModelRunner
+from tests.runner import test_model_runner as mixed
 from tests.test_llm_deterministic import PARAMS, PROMPTS
 from tests.test_llm_sampling import REQUESTS
-from tests.tiny_models import VOCAB_WITH_TOKENIZER, random_prompts, save_random
+from tests.tiny_models import VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +32,9 @@ def make_llm(folder: Path, **options: Any) -> LLM:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    return save_random(path, "Qwen3ForCausalLM", vocab_size=VOCAB_WITH_TOKENIZER, head_dim=64)
+    save_random(path, "Qwen3ForCausalLM", vocab_size=VOCAB_WITH_TOKENIZER, head_dim=64)
+    save_tokenizer(path)
+    return path
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -60,6 +66,31 @@ def test_logprobs_are_those_of_the_cpu(folder: Path, way: dict[str, Any]) -> Non
                 ):
                     assert one is not None and other is not None
                     assert one[token].logprob == pytest.approx(other[token].logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "way", [{}, {"overlap_depth": 1}, {"max_num_batched_tokens": 13}, {"max_num_seqs": 3}], ids=str
+)
+def test_rows_that_ask_keep_their_graphs(folder: Path, way: dict[str, Any]) -> None:
+    """C8, W12, W15: in batches of several sizes, edits and log-probabilities are those of steps without graphs."""
+    options = {"skip_tokenizer_init": False, **way}
+    groups = [slice(0, 18), slice(0, 1), slice(8, 11), slice(10, 16), slice(1, 9)]
+
+    def run(**more: Any) -> list[list[RequestOutput]]:
+        with make_llm(folder, **options, **more) as llm:
+            return [llm.generate(mixed.PROMPTS[g], mixed.REQUESTS[g], use_tqdm=False) for g in groups]
+
+    expected = run(enforce_eager=True)
+    with (
+        mock.patch.object(StepGraphs, "run", autospec=True, side_effect=StepGraphs.run) as replay,
+        mock.patch.object(ModelRunner, "_forward", autospec=True, side_effect=ModelRunner._forward) as uncaptured,
+    ):
+        got = run()
+    for outputs, wanted in zip(got, expected, strict=True):
+        mixed.check_equal(outputs, wanted, tolerance=1e-3)
+    assert replay.call_count > 40
+    if "max_num_batched_tokens" not in way:  # there, a step may hold a part of a prompt and sample nothing
+        assert uncaptured.call_count == 0
 
 
 def numbers(outputs: list[RequestOutput]) -> list[Any]:

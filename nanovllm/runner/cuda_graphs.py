@@ -2,7 +2,9 @@
 
 Owns capturing, replaying and the way in; which steps there are, and how a plan is laid out for them, is
 `runner/captured_steps.py`'s. Invariant: a graph reads only device memory that outlives it (weights, KV cache, batch
-state, its static inputs), so one capture serves every later step of its size.
+state, its static inputs), so one capture serves every later step of its size. What a graph leaves, its tokens and
+logits, holds until the next graph of the same pool is queued: eager work queued in between may read and change it, for
+the allocator gives nothing of a pool to tensors outside of captures as long as a graph uses that pool.
 """
 
 from collections.abc import Callable
@@ -36,15 +38,36 @@ class Layout(Protocol[Size, Inputs]):
         ...
 
 
+class Memory:
+    """Where a tensor on a GPU lies, as `torch.as_tensor` understands it; does not keep the tensor alive.
+
+    The CUDA array interface, version 3 (numba.readthedocs.io), with integers of the right size for any type: NumPy has
+    no name for bfloat16.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(size * stride for stride in tensor.stride()),
+            "typestr": f"<i{size}",
+        }
+
+
 class StepGraphs(Generic[Size, Inputs]):
-    """One kind of step: `step(inputs)` runs it eagerly and returns its tokens.
+    """One kind of step: `step(inputs)` runs it eagerly and returns its tokens and logits.
+
+    A graph that owned its logits would keep them from the other sizes' graphs, so the pool would grow by one
+    [size, vocab_size] for each. Only a view of where they lie is kept, and all sizes have the same memory for them.
 
     largest: the size that takes the most memory, captured at once if `pool` is new, so that all others fit into it.
     """
 
     def __init__(
         self,
-        step: Callable[[Inputs], Tensor],
+        step: Callable[[Inputs], tuple[Tensor, Tensor]],
         layout: Layout[Size, Inputs],
         largest: Size,
         num_buffers: int,
@@ -58,16 +81,16 @@ class StepGraphs(Generic[Size, Inputs]):
         self._staging = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(num_buffers)]
         self._next = 0
         self._pool = pool
-        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
-    def run(self, size: Size, plan: SchedulerOutput) -> Tensor:
-        """Queue one step. Returns its tokens, padding's behind the others, valid until the next run of any size."""
+    def run(self, size: Size, plan: SchedulerOutput) -> tuple[Tensor, Tensor]:
+        """Queue one step. Returns its tokens and logits, padding's behind the others; see above for how long."""
         if size not in self._graphs:
             self.capture(size)
         self._upload(size, plan)
-        graph, tokens = self._graphs[size]
+        graph, tokens, logits = self._graphs[size]
         graph.replay()
-        return tokens
+        return tokens, logits
 
     def capture(self, size: Size) -> None:
         inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
@@ -76,8 +99,9 @@ class StepGraphs(Generic[Size, Inputs]):
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on: one that waits for a step in flight, and NCCL's watchdog.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            tokens = self._step(inputs)
-        self._graphs[size] = graph, tokens
+            tokens, logits = self._step(inputs)  # held to the end, so that nothing else in the graph overwrites them
+        view = torch.as_tensor(Memory(logits), device=logits.device).view(logits.dtype)
+        self._graphs[size] = graph, tokens, view
 
     def _upload(self, size: Size, plan: SchedulerOutput | None) -> Tensor:
         words = self._layout.words(size)

@@ -58,23 +58,22 @@ def _entries(top: TopLogprobs) -> list[TokenLogprobs]:
 
 @dataclass(frozen=True)
 class PendingParts:
-    """A step that ran in two parts: `own` holds those who capture hidden states, `rest` wants tokens only.
-
-    is_own: for each sampled token.
-    """
+    """A step that ran in two parts: `own` are those who capture hidden states. is_own: for each sampled token."""
 
     own: PendingTokens
     rest: PendingTokens
     is_own: list[bool]
 
     def result(self) -> ModelRunnerOutput:
-        output, rest = self.own.result(), self.rest.result()
-        tokens = {True: iter(output.token_ids), False: iter(rest.token_ids)}
-        output.token_ids = [next(tokens[is_own]) for is_own in self.is_own]
-        if output.logprobs:
-            logprobs = iter(output.logprobs)
-            output.logprobs = [next(logprobs) if is_own else None for is_own in self.is_own]
-        return output
+        own, rest = self.own.result(), self.rest.result()
+        if own.logprobs or rest.logprobs:
+            own.logprobs = self._in_order(*(part.logprobs or [None] * len(part.token_ids) for part in (own, rest)))
+        own.token_ids = self._in_order(own.token_ids, rest.token_ids)
+        return own
+
+    def _in_order(self, own: list[Any], rest: list[Any]) -> list[Any]:
+        parts = {True: iter(own), False: iter(rest)}
+        return [next(parts[is_own]) for is_own in self.is_own]
 
 
 def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
@@ -133,7 +132,7 @@ class ModelRunner:
             others = [i for i, row in enumerate(plan.rows) if row not in plan.capture_layers]
             rest = plan.select(others)
             # A decode step reads nothing that this step computes for others, so it may go first.
-            if others and self._decodes.size(rest) is not None and self._is_plain(rest):
+            if others and self._decodes.size(rest) is not None and not rest.prompt_logprobs:
                 pending = self._execute(rest)
                 sampled = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
                 is_own = [row in plan.capture_layers for row in sampled]
@@ -141,15 +140,15 @@ class ModelRunner:
         return self._execute(plan)
 
     def _execute(self, plan: SchedulerOutput) -> PendingTokens:
-        if self._has_graphs and self._is_plain(plan):
+        needs_hidden_states = plan.prompt_logprobs or plan.capture_layers  # a graph leaves none
+        if self._has_graphs and not needs_hidden_states:
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
-                return self._read_back(self._decode_graphs.run(size, plan)[: len(plan.rows)])
+                return self._finish(plan, *self._decode_graphs.run(size, plan))
             if not self._needs_rope_lens and (prompt_size := self._prompts.size(plan)) is not None:
                 batch = self._stager.stage(plan)
                 self.state.apply(batch.new_rows, batch.new_blocks)
-                tokens = self._prompt_graphs.run(prompt_size, plan)
-                return self._read_back(tokens[: sum(plan.samples)])
+                return self._finish(plan, *self._prompt_graphs.run(prompt_size, plan))
         batch = self._stager.stage(plan)
         self.state.apply(batch.new_rows, batch.new_blocks)
         step = plan.rows, plan.num_scheduled_tokens, plan.capture_layers
@@ -163,16 +162,22 @@ class ModelRunner:
         rows_host, positions_host = batch.rows_host[batch.sampled_host], _seq_lens(plan)[batch.sampled_host]
         tokens = self.sampler.sample(logits, rows_host, rows, positions_host, seq_lens[batch.sampled])
         self.state.last_token[rows] = tokens
-        logprobs = [
-            (members, TopLogprobs(*map(self._to_host, top)))
-            for members, top in self.sampler.logprobs(logits, tokens, rows_host)
-        ]
-        return self._read_back(tokens, logprobs, prompt_logprobs, captured)
+        return self._read_back(tokens, self.sampler.logprobs(logits, tokens, rows_host), prompt_logprobs, captured)
 
-    def _is_plain(self, plan: SchedulerOutput) -> bool:
-        """Does everyone in this step want tokens only, and as the device can draw them by itself?"""
-        asks_more = plan.prompt_logprobs or plan.capture_layers
-        return not asks_more and self.sampler.is_plain(np.array(plan.rows), _seq_lens(plan))
+    def _finish(self, plan: SchedulerOutput, tokens: Tensor, logits: Tensor) -> PendingTokens:
+        """Queue what a graph cannot do for some rows, edits of logits and log-probabilities, behind its replay.
+
+        tokens, logits: as the graph left them, padding's behind the others.
+        """
+        sampled = np.flatnonzero(plan.samples)
+        rows_host, positions_host = np.array(plan.rows)[sampled], _seq_lens(plan)[sampled]
+        tokens, logits = tokens[: len(sampled)], logits[: len(sampled)]
+        if self.sampler.is_plain(rows_host, positions_host):
+            return self._read_back(tokens)
+        rows, positions = upload(np.stack((rows_host, positions_host)).astype(np.int32), self.device).unbind(0)
+        self.sampler.redraw(logits, tokens, rows_host, rows, positions_host, positions)
+        self.state.last_token[rows] = tokens
+        return self._read_back(tokens, self.sampler.logprobs(logits, tokens, rows_host))
 
     def _score_prompt(
         self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int
@@ -210,21 +215,24 @@ class ModelRunner:
         rope_lens = self._rope_lens(plan, batch) if self._needs_rope_lens else None
         return self._run_model(inputs, meta, rope_lens), inputs.seq_lens
 
-    def _decode(self, inputs: DecodeInputs) -> Tensor:
+    def _decode(self, inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         """A whole decode step on the device, to be captured."""
         size = inputs.rows.shape[0]
         self.state.set_blocks(inputs.new_places, inputs.new_blocks)
         return self._run_captured(inputs.rows, self._starts[: size + 1], inputs.token_ids, [1] * size, None)
 
-    def _run_prompts(self, inputs: PromptInputs) -> Tensor:
+    def _run_prompts(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
         """A whole step with prompts, to be captured; new rows and blocks are in place."""
         lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
         return self._run_captured(inputs.rows, inputs.query_start_loc, inputs.token_ids, lens, inputs.sampled)
 
     def _run_captured(
         self, rows: Tensor, query_start_loc: Tensor, token_ids: Tensor, query_lens: list[int], sampled: Tensor | None
-    ) -> Tensor:
-        """From rows to tokens without the host; every size comes from shapes. sampled: indices into rows; None: all."""
+    ) -> tuple[Tensor, Tensor]:
+        """From rows to tokens and logits without the host. sampled: indices into rows; None: all.
+
+        Every size comes from shapes.
+        """
         max_len = self.state.max_blocks * self.block_size
         step = self._prepare(rows, query_start_loc, token_ids)
         safe_rows = torch.where(rows < 0, self.state.spare_row, rows)
@@ -244,9 +252,10 @@ class ModelRunner:
         if sampled is not None:
             hidden = hidden[query_start_loc[1:][sampled] - 1]
             rows, safe_rows, seq_lens = rows[sampled], safe_rows[sampled], seq_lens[sampled]
-        tokens = self.sampler.sample_captured(self.model.compute_logits(hidden), rows, seq_lens)
+        logits = self.model.compute_logits(hidden)
+        tokens = self.sampler.sample_captured(logits, rows, seq_lens)
         self.state.last_token[safe_rows] = tokens
-        return tokens
+        return tokens, logits
 
     def _prepare(self, rows: Tensor, query_start_loc: Tensor, token_ids: Tensor) -> StepInputs:
         state = self.state
@@ -286,8 +295,9 @@ class ModelRunner:
         prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
         captured: Captured = (),
     ) -> PendingTokens:
-        """tokens are on the device, everything else is on its way to the host already."""
+        """tokens and logprobs are on the device, everything else is on its way to the host already."""
         host = self._to_host(tokens)
+        logprobs = [(members, TopLogprobs(*map(self._to_host, top))) for members, top in logprobs]
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()

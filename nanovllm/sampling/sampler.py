@@ -65,16 +65,32 @@ class Sampler:
         """
         edited = np.flatnonzero(self.needs_edits(rows_host, positions_host))
         if len(edited) == 0:
-            tokens = self._draw(logits, rows_host, rows, positions)
-        else:
-            tokens = self._draw_others(logits, edited, rows_host, rows, positions)
-            size = max(1, CHUNK[logits.device.type] // logits.shape[1])
-            for part in np.split(edited, range(size, len(edited), size)):
-                index = upload(part, logits.device)
-                values = self._edit(logits[index].float(), rows_host[part], rows[index], positions_host[part])
-                tokens[index] = self._draw(values, rows_host[part], rows[index], positions[index])
-        self._state.count(rows_host, rows, tokens)
+            return self._draw(logits, rows_host, rows, positions)
+        tokens = self._draw_others(logits, edited, rows_host, rows, positions)
+        self.redraw(logits, tokens, rows_host, rows, positions_host, positions)
         return tokens
+
+    def redraw(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        rows_host: np.ndarray,
+        rows: Tensor,
+        positions_host: np.ndarray,
+        positions: Tensor,
+    ) -> None:
+        """Replace the tokens [n], drawn without stages 1 to 7, of those rows that ask for any of these.
+
+        Else as `sample`. Counts what is drawn for penalties, so it comes once for each token.
+        """
+        edited = np.flatnonzero(self.needs_edits(rows_host, positions_host))
+        size = max(1, CHUNK[logits.device.type] // logits.shape[1])
+        for start in range(0, len(edited), size):
+            part = edited[start : start + size]
+            index = upload(part, logits.device)
+            values = self._edit(logits[index].float(), rows_host[part], rows[index], positions_host[part])
+            tokens[index] = self._draw(values, rows_host[part], rows[index], positions[index])
+        self._state.count(rows_host, rows, tokens)
 
     def needs_edits(self, rows_host: np.ndarray, positions_host: np.ndarray) -> np.ndarray:
         """Which of these rows ask for any of the stages 1 to 7, bool [n]."""
@@ -83,7 +99,7 @@ class Sampler:
         return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks
 
     def is_plain(self, rows_host: np.ndarray, positions_host: np.ndarray) -> bool:
-        """Is `sample_captured` all that these rows need?"""
+        """Is `sample_captured` all that these rows need? If not, `redraw` and `logprobs` are the rest."""
         asks_logprobs = self._state.num_logprobs[rows_host] >= 0
         return not (asks_logprobs | self.needs_edits(rows_host, positions_host)).any()
 

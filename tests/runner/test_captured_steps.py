@@ -13,8 +13,8 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.runner.captured_steps import DecodeLayout, PromptLayout
-from nanovllm.runner.cuda_graphs import StepGraphs
 from tests.kernels.twins import load_twin
+from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import random_prompts, save_random
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
@@ -79,27 +79,6 @@ def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
     assert token_ids == [*range(100, 111), 0, 0, 0, 0, 0]
 
 
-class RunEagerly(StepGraphs[Any, Any]):
-    """Runs a step each time instead of replaying it, and counts."""
-
-    count = 0
-
-    def __init__(self, step: Any, layout: Any, largest: Any, *_: Any) -> None:
-        self._run_step, self._layout = step, layout
-
-    def capture(self, size: Any) -> None:
-        self._run(size, None)
-
-    def run(self, size: Any, plan: SchedulerOutput) -> torch.Tensor:
-        type(self).count += 1
-        return self._run(size, plan)
-
-    def _run(self, size: Any, plan: SchedulerOutput | None) -> torch.Tensor:
-        words = np.empty(self._layout.words(size), dtype=np.int32)
-        self._layout.fill(words, size, plan)
-        return self._run_step(self._layout.inputs(torch.from_numpy(words), size))
-
-
 @interpreted
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 20}, {"num_gpu_blocks_override": 9}])
 def test_captured_steps_give_the_tokens_of_the_eager_path(
@@ -131,10 +110,6 @@ def test_captured_steps_give_the_tokens_of_the_eager_path(
             return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
     expected = run()
-    monkeypatch.setattr("nanovllm.executor.worker._choose_backend", lambda *_: TritonBackend())
-    monkeypatch.setattr("nanovllm.runner.model_runner.can_capture", lambda _: True)
-    monkeypatch.setattr("nanovllm.runner.model_runner.StepGraphs", RunEagerly)
-    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
-    RunEagerly.count = 0
+    fake = fake_graphs(monkeypatch, TritonBackend())
     assert run() == expected
-    assert RunEagerly.count > 8
+    assert len(fake.replayed) > 8

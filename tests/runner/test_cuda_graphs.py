@@ -1,0 +1,70 @@
+"""What a captured step leaves can be read without being kept: sizes share the memory of their logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.runner.cuda_graphs import Memory
+from tests.gpu_engine import make_llm
+from tests.tiny_models import save_random
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def pieces(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Whole, with unused columns as behind a gathered vocabulary, and a single row."""
+    whole = torch.randn(6, 40, device=device).to(dtype)
+    return [whole, whole[:, :33], whole[2:3], whole.t()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_says_where_a_tensor_lies(dtype: torch.dtype) -> None:
+    """NumPy reads the same description under another name."""
+
+    class Array:
+        def __init__(self, interface: dict[str, Any]) -> None:
+            self.__array_interface__ = interface
+
+    for tensor in pieces(dtype, "cpu"):
+        view = np.asarray(Array(Memory(tensor).__cuda_array_interface__))
+        assert torch.equal(torch.from_numpy(view).view(dtype), tensor)
+        tensor[0, 0] = 7
+        assert torch.from_numpy(view).view(dtype)[0, 0] == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_view_of_memory_owns_nothing(dtype: torch.dtype) -> None:
+    for tensor in pieces(dtype, "cuda"):
+        view = torch.as_tensor(Memory(tensor), device=tensor.device).view(dtype)
+        assert view.data_ptr() == tensor.data_ptr() and view.device == tensor.device
+        assert torch.equal(view, tensor)
+    before = torch.cuda.memory_allocated()
+    large = torch.zeros(2**20, dtype=dtype, device="cuda")
+    view = torch.as_tensor(Memory(large), device=large.device).view(dtype)
+    assert torch.cuda.memory_allocated() > before
+    del large
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_with_the_number_of_sizes(tmp_path: Path) -> None:
+    """C16: all sizes of decode steps fit beside the largest, which is captured at the start."""
+    vocab_size, max_num_seqs = 65536, 256
+    folder = save_random(tmp_path, vocab_size=vocab_size, head_dim=64)
+    options = {"max_num_seqs": max_num_seqs, "max_model_len": 64, "num_gpu_blocks_override": 300}
+    with make_llm(folder, **options) as llm:
+        runner = llm._engine.executor._runner  # type: ignore[attr-defined]
+        torch.cuda.empty_cache()
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        with torch.inference_mode():
+            for size in runner._decodes.sizes[:-1]:
+                runner._decode_graphs.capture(size)
+        torch.cuda.empty_cache()
+        logits = 4 * vocab_size * max_num_seqs
+        assert torch.cuda.memory_allocated() - allocated < logits // 8
+        assert torch.cuda.memory_reserved() - reserved < logits
