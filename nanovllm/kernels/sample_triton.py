@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 GROUP = tl.constexpr(128)
 FEW_ROWS = 8  # up to so many rows, smaller programs keep every multiprocessor busy
@@ -404,7 +406,7 @@ def sample_triton(
         return tokens
     tops, weights = torch.empty(2, num_rows, num_groups, dtype=torch.float32, device=logits.device)
     listed, ties = torch.empty(2, num_rows, num_groups, dtype=torch.int32, device=logits.device)
-    pdl = logits.is_cuda and torch.cuda.get_device_capability(logits.device)[0] >= 9
+    pdl = has_dependent_launch(logits.device)
     per_program = 8 if num_rows <= FEW_ROWS and not is_deterministic else 32
     _stats_kernel[(triton.cdiv(num_groups, per_program), num_rows)](
         logits, logits.stride(0), rows, columns, columns.stride(0), tops, weights, vocab_size, num_groups,

@@ -1,49 +1,236 @@
-"""The attention kernels compile for a GPU, without one: the interpreter also runs what the compiler refuses."""
+"""Every Triton kernel compiles for the oldest GPU that runs it and for Hopper, without either of them.
 
-import os
+The interpreter also runs what the compiler refuses, so its tests do not show this. Here each public function is called
+on CPU tensors, and a launch ends where compiling ends: dtypes, constants and alignment are those of a real call.
+"""
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+from nanovllm import kernels
+from nanovllm.sampling.state import SamplingState
+from tests.attention.paged_cases import make_case
+from tests.kernels.test_moe import random_ids
+from tests.kernels.twins import INTERPRETED
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
+if INTERPRETED:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler.code_generator import CodeGenerator
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels import paged_attention_triton as paged
-from nanovllm.kernels import tokenwise_attention_triton as tokenwise
+pytestmark = pytest.mark.slow
 
-MODEL = {"NUM_KV_HEADS": 2, "GROUP": 2, "HEAD_DIM": 64, "BLOCK_DIM": 64, "BLOCK_SIZE": 64}
-KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "decode": (
-        paged._decode_kernel,
-        {"BLOCK_GROUP": 16, "TILE": 64, "COMBINE_COLS": 128, "COMBINE_ROWS": 8, "PDL": True},
-    ),
-    "prefill": (paged._prefill_kernel, {"ROWS": 64, "TILE": 64, "PDL": True}),
-    "tokenwise": (tokenwise._tokenwise_kernel, {"BLOCK_GROUP": 16, "TILE": 32}),
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # by compute capability: the bytes that a program may ask for
+MODULES = {
+    name.removesuffix("_triton"): importlib.import_module(f"{kernels.__name__}.{name}")
+    for _, name, _ in pkgutil.iter_modules(kernels.__path__)
+    if name.endswith("_triton")
 }
-BFLOAT16, FLOAT32 = ("q_ptr", "cache_ptr", "out_ptr"), ("partial_out_ptr", "partial_stats_ptr")
+FUNCTIONS = {
+    f"{module.__name__}.{name}": value
+    for module in MODULES.values()
+    for name, value in vars(module).items()
+    if isinstance(value, JITFunction) and value.module == module.__name__
+}
 
 
-@pytest.mark.parametrize("softcap", [None, 50.0])
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("name", KERNELS)
-def test_attention_compiles_for_hopper(name: str, window: int | None, softcap: float | None) -> None:
-    kernel, shape = KERNELS[name]
-    _, cap = paged._exponents(0.125, softcap)
-    constants = {**MODEL, **shape, "WINDOW": window or 0, "SOFTCAP": cap}
-    types = {
-        **dict.fromkeys(BFLOAT16, "*bf16"),
-        **dict.fromkeys(FLOAT32, "*fp32"),
-        **dict.fromkeys(constants, "constexpr"),
-        "scale": "fp32",
-    }
-    arguments = kernel.arg_names
-    signature = {
-        argument: types.get(argument, "*i32" if argument.endswith("_ptr") else "i32") for argument in arguments
-    }
-    values = {(arguments.index(argument),): value for argument, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    assert compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+# --- calls that take every branch of every kernel ---------------------------------------------
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+def attend(
+    window: int | None, softcap: float | None, head_dim: int, block_size: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Decodes beside a prompt, and tokens one by one."""
+    case = make_case([1, 1, 40], [90, 7, 60], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    q, cache, meta = case.q, case.kv_cache, case.meta
+    MODULES["paged_attention"].paged_attention_triton(q, cache, meta, 0.1, window, softcap=softcap)
+    MODULES["tokenwise_attention"].tokenwise_attention_triton(
+        q[:3], cache, meta.block_table, meta.seq_lens, 0.1, window, softcap
+    )
+
+
+def rotate_and_store(has_norm: bool, has_rotation: bool) -> None:
+    norm, cos_sin = bf16(128) if has_norm else None, torch.randn(5, 128) if has_rotation else None
+    MODULES["qkv_rope_store"].qkv_rope_store_triton(
+        bf16(5, 12 * 128), cos_sin, bf16(2, 4, 2, 64, 128), torch.arange(5), 8, 2, 128, norm, norm, 1e-6
+    )
+
+
+def multiply(num_rows: int, inputs: int, has_bias: bool = False, gated: bool = False, gelu: bool = False) -> None:
+    twin = MODULES["small_linear"]
+    x, weight, bias = bf16(num_rows, inputs), bf16(1024, inputs), bf16(1024) if has_bias else None
+    twin.small_linear_triton(x, weight, bias, twin.choose(x, weight, gated), gated, gelu)
+
+
+def normalize_and_multiply(num_rows: int, inputs: int, has_bias: bool, gated: bool, gelu: bool) -> None:
+    twin = MODULES["small_linear"]
+    x, residual, norm = bf16(num_rows, inputs), bf16(num_rows, inputs), bf16(inputs)
+    weight, bias = bf16(1024, inputs), bf16(1024) if has_bias else None
+    config = twin.choose(x, weight, gated, normed=True)
+    twin.rms_norm_linear_triton(x, residual, norm, 1e-6, weight, bias, config, gated, gelu)
+
+
+def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
+    twin = MODULES["moe"]
+    expert_ids = random_ids(num_tokens, 2, num_experts)
+    twin.fused_topk_triton(bf16(num_tokens, num_experts), 2, renormalize=num_tokens > 1)
+    twin.align_triton(expert_ids, num_experts, 16)
+    gate_up, down = bf16(num_experts, 2 * inputs, inputs), bf16(num_experts, inputs, inputs)
+    twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids)
+
+
+def sample(is_deterministic: bool) -> None:
+    rows, columns = torch.arange(3, dtype=torch.int32), SamplingState(3, 151_936, "cpu").upload()
+    MODULES["sample"].sample_triton(bf16(3, 151_936), rows, rows, columns, is_deterministic)
+
+
+def prepare_inputs() -> None:
+    rows, starts = torch.arange(3, dtype=torch.int32), torch.tensor([0, 1, 2, 9], dtype=torch.int32)
+    token_ids, tables = torch.zeros(9, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32)
+    MODULES["prepare_inputs"].prepare_inputs_triton(rows, starts, token_ids, rows, rows, tables, 64)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "attention": lambda: attend(None, None, 128, 64),
+    "attention, window": lambda: attend(100, None, 64, 64),
+    "attention, softcap, odd sizes": lambda: attend(None, 50.0, 80, 24),
+    "attention, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 64),
+    "attention, float32": lambda: attend(None, None, 128, 64, torch.float32),
+    "qkv_rope_store": lambda: rotate_and_store(has_norm=False, has_rotation=False),
+    "qkv_rope_store, norm, rotation": lambda: rotate_and_store(has_norm=True, has_rotation=True),
+    "rms_norm of heads": lambda: MODULES["rms_norm"].rms_norm_triton(bf16(5, 8, 128), bf16(128), 1e-6),
+    "add_rms_norm": lambda: MODULES["rms_norm"].add_rms_norm_triton(bf16(5, 4096), bf16(5, 4096), bf16(4096), 1e-6),
+    "silu_and_mul": lambda: MODULES["silu_and_mul"].silu_and_mul_triton(bf16(5, 6144)),
+    "gelu_and_mul": lambda: MODULES["silu_and_mul"].silu_and_mul_triton(bf16(5, 6144), gelu=True),
+    "small_linear of a row": lambda: multiply(1, 1024),
+    "gated_linear of a row": lambda: multiply(1, 4096, gated=True),
+    "small_linear of 7 rows": lambda: multiply(7, 3072, has_bias=True),
+    "rms_norm_linear of 7 rows": lambda: normalize_and_multiply(7, 1024, False, False, False),
+    "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
+    "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
+    "fixed_linear": lambda: MODULES["fixed_linear"].fixed_linear_triton(bf16(5, 200), bf16(96, 200), bf16(96)),
+    "moe, a token": lambda: mix_experts(1, 8, 256),
+    "moe, blocks of 16": lambda: mix_experts(5, 8, 200),
+    "moe, blocks of 64": lambda: mix_experts(80, 2, 256),
+    "moe, blocks of 128": lambda: mix_experts(200, 2, 256),
+    "sample": lambda: sample(is_deterministic=False),
+    "sample, deterministic": lambda: sample(is_deterministic=True),
+    "prepare_inputs": prepare_inputs,
+}
+
+
+# --- launches that end where compiling ends ------------------------------------------------------
+
+
+class NoDevice:
+    """What the compiler asks of Triton's driver. Kernels are kept by device, and each of these is one of its own."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> "NoDevice":
+        return self
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@dataclass(repr=False)
+class Compiled:
+    """What all calls gave for one target.
+
+    launches: names of kernel and call, and the compiled kernel. places: where in each function the compiler has been,
+    as line and column from the decorator on.
+    """
+
+    capability: int
+    errors: list[Exception] = field(default_factory=list)
+    launches: list[tuple[str, str, Any]] = field(default_factory=list)
+    places: dict[str, set[tuple[int, int]]] = field(default_factory=lambda: {name: set() for name in FUNCTIONS})
+
+
+def full_name(function: Any) -> str:
+    return f"{function.module}.{function.fn.__name__}"
+
+
+@pytest.fixture(scope="module", params=SHARED_MEMORY, ids=lambda capability: f"sm_{capability}")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    compiled = Compiled(request.param)
+    run, visit = JITFunction.run, CodeGenerator.visit
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.launches.append((full_name(self), call, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    def visit_and_note(self: Any, node: Any) -> Any:
+        if hasattr(node, "lineno") and full_name(self.jit_fn) in FUNCTIONS:
+            compiled.places[full_name(self.jit_fn)].add((node.lineno, node.col_offset))
+        return visit(self, node)
+
+    with pytest.MonkeyPatch.context() as patch, knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))  # a kernel from an older cache has no places
+        patch.setattr(driver, "_active", NoDevice(compiled.capability))
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(CodeGenerator, "visit", visit_and_note)
+        for module in MODULES.values():
+            if hasattr(module, "has_dependent_launch"):
+                patch.setattr(module, "has_dependent_launch", lambda device: compiled.capability >= 90)
+        for call, function in CALLS.items():
+            try:
+                function()
+            except Exception as error:
+                error.add_note(f"in the call of {call!r}")
+                compiled.errors.append(error)
+    return compiled
+
+
+def test_every_launch_compiles(compiled: Compiled) -> None:
+    if compiled.errors:
+        raise ExceptionGroup("some calls do not compile", compiled.errors)
+
+
+def test_every_kernel_is_launched(compiled: Compiled) -> None:
+    """What is launched is named _kernel, and nothing that is so named is left out; other functions belong to those."""
+    launched = {name for name, _, binary in compiled.launches if binary.asm["cubin"]}
+    assert launched == {name for name in FUNCTIONS if name.endswith("_kernel")}
+
+
+def test_every_line_is_compiled(compiled: Compiled) -> None:
+    """Branches that no call takes are not known to compile. Where this fails, a call is missing in CALLS."""
+    missed = []
+    for name, function in FUNCTIONS.items():
+        for node in ast.walk(function.parse().body[0]):
+            branches = [node] if isinstance(node, ast.stmt) else []
+            branches += [node.body, node.orelse] if isinstance(node, ast.IfExp) else []
+            for branch in branches:
+                code = ast.unparse(branch)
+                is_for_hopper = code.startswith("tl.extra.cuda.gdc_")
+                is_expected = compiled.capability >= 90 or not is_for_hopper
+                if is_expected and (branch.lineno, branch.col_offset) not in compiled.places[name]:
+                    missed.append(f"{name}: {code}")
+    assert not missed
+
+
+def test_shared_memory_suffices(compiled: Compiled) -> None:
+    sizes = {(kernel, call): binary.metadata.shared for kernel, call, binary in compiled.launches}
+    limit = SHARED_MEMORY[compiled.capability]
+    assert {place: size for place, size in sizes.items() if size > limit} == {}
