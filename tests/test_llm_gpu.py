@@ -1,7 +1,10 @@
 """The engine on a GPU: kernels, CUDA graphs and overlap give the tokens of the CPU's references. Run: pytest -m gpu"""
 
+import gc
+import os
 import random
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -131,45 +134,49 @@ def test_soak_with_poisoned_blocks(folder: Path) -> None:
         pool = llm._engine.scheduler.pool
         caches = llm._engine.executor._runner.kv_caches  # type: ignore[attr-defined]
         shared = random_prompts([70])[0]
-        wanted: dict[str, tuple[list[int], int]] = {}
+        live: dict[str, tuple[list[int], int]] = {}  # prompt and number of tokens
+        ended: dict[str, tuple[list[int], int]] = {}
         outputs: dict[str, list[int]] = {}
-        for step in range(1000):
-            if rng.random() < 0.25 and len(llm._requests) < 20:
+        for step in count():
+            if step < 1000 and rng.random() < 0.25 and len(live) < 20:
                 prompt = shared[: rng.choice([0, 64, 70])] + random_prompts([rng.randint(1, 60)], seed=step)[0]
                 max_tokens = rng.randint(1, 60)
                 params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-                wanted[llm.add_request(prompt, params, f"r{step}")] = prompt, max_tokens
-            if rng.random() < 0.03 and llm._requests:
-                aborted = rng.choice(list(llm._requests))
+                live[llm.add_request(prompt, params, f"r{step}")] = prompt, max_tokens
+            if rng.random() < 0.03 and live:
+                aborted = rng.choice(list(live))
                 llm.abort_request(aborted)
-                wanted.pop(aborted)
+                del live[aborted]
             for output in llm.step():
                 if output.finished:
                     outputs[output.request_id] = output.outputs[0].token_ids
+                    ended[output.request_id] = live.pop(output.request_id)
             if step % 10 == 0:
                 unreadable = [block for block in pool._free if pool._hashes[block] is None]
                 for cache in caches:
                     cache[:, unreadable] = float("nan")
-        while llm.has_unfinished_requests():
-            for output in llm.step():
-                if output.finished:
-                    outputs[output.request_id] = output.outputs[0].token_ids
+            if step >= 1000 and not live:
+                break
+        assert not llm.has_unfinished_requests()
         assert llm.get_metrics()["num_preemptions"] > 0
         assert pool.num_free_blocks == pool.num_blocks
     with make_llm(folder, device="cpu", compilation="none", enable_prefix_caching=False) as cpu:
-        names = rng.sample(sorted(wanted), 40)
-        params = [SamplingParams(temperature=0, max_tokens=wanted[name][1], ignore_eos=True) for name in names]
-        assert tokens(cpu, [wanted[name][0] for name in names], params) == [outputs[name] for name in names]
+        names = rng.sample(sorted(ended), 40)
+        params = [SamplingParams(temperature=0, max_tokens=ended[name][1], ignore_eos=True) for name in names]
+        assert tokens(cpu, [ended[name][0] for name in names], params) == [outputs[name] for name in names]
 
 
 def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
     """C16, C17: a full step of the largest size after planning at half the card; nothing is left after close()."""
-    import gc
-
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    _, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info()
+    # What the card has in use is no measure of this engine where others come and go.
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("other pytest workers share the card: run this test without -n")
+    if total - free - torch.cuda.memory_reserved() > 2**31:  # of that, our own context and modules take up to half
+        pytest.skip(f"another process uses the card: {(total - free) / 2**30:.1f} GiB are in use before the test")
     with make_llm(
         folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.5, max_num_seqs=64, max_num_batched_tokens=8192
     ) as llm:
