@@ -33,6 +33,7 @@ class TritonBackend:
     ) -> Tensor:
         """See `kernels/paged_attention.py`."""
         meta, plan = prepared.meta, prepared.plans.get(window)
+        is_settled = plan is not None  # since an earlier layer
         if plan is None and meta.num_decodes:
             plan = prepared.plans[window] = plan_decode(meta.seq_lens[: meta.num_decodes], q, kv_cache, window)
-        return paged_attention_triton(q, kv_cache, meta, scale, window, plan, softcap)
+        return paged_attention_triton(q, kv_cache, meta, scale, window, plan, softcap, is_settled)

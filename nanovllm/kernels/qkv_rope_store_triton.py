@@ -42,8 +42,6 @@ def _qkv_rope_store_kernel(
     BLOCK_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     col = tl.arange(0, BLOCK_HALF)[None, :]
@@ -59,6 +57,8 @@ def _qkv_rope_store_kernel(
         k_weight_b = tl.load(k_weight_ptr + HALF + col, mask=col_mask, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        # Only now: what starts next may read what was written before the kernel ahead of this one ended.
+        tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slot_ptr + token).to(tl.int64)
     row_ptr = qkv_ptr + token * qkv_stride + head * (2 * HALF) + col
     first = tl.load(row_ptr, mask=mask, other=0.0)
