@@ -1,6 +1,13 @@
-"""Tests that need a CUDA device are skipped, with the reason, where there is none."""
+"""Tests that need a CUDA device are skipped, with the reason, where there is none. SIGINT is as at a terminal."""
+
+import signal
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored; tests that send one would wait for ever."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -168,9 +168,15 @@ def test_soak_with_poisoned_blocks(folder: Path) -> None:
 
 def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
     """C16, C17: a full step of the largest size after planning at half the card; nothing is left after close()."""
-    gc.collect()
+
+    def allocated() -> int:
+        """cuBLAS's work space, one for each stream that ever multiplied, is the process's and not the engine's."""
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        return torch.cuda.memory_allocated()
+
+    before = allocated()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
     free, total = torch.cuda.mem_get_info()
     # What the card has in use is no measure of this engine where others come and go.
     if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
@@ -185,8 +191,7 @@ def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
         free, _ = torch.cuda.mem_get_info()
         assert total - free <= 0.51 * total
         assert llm.get_metrics()["execute_seconds"] > 0  # F9
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before * 1.01 + 2**20
+    assert allocated() <= before * 1.01 + 2**20
 
 
 def test_hidden_states_beside_requests_that_keep_their_graphs(folder: Path, prompts: list[list[int]]) -> None:
