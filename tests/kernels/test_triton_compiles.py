@@ -124,6 +124,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gelu_and_mul": lambda: MODULES["silu_and_mul"].silu_and_mul_triton(bf16(5, 6144), gelu=True),
     "small_linear of a row": lambda: multiply(1, 1024),
     "gated_linear of a row": lambda: multiply(1, 4096, gated=True),
+    "gated_linear of 2 rows": lambda: multiply(2, 4096, gated=True),
     "small_linear of 7 rows": lambda: multiply(7, 3072, has_bias=True),
     "rms_norm_linear of 7 rows": lambda: normalize_and_multiply(7, 1024, False, False, False),
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
