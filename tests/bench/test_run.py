@@ -90,11 +90,10 @@ def test_gaps_of_streams_while_prompts_arrive(model: str, capsys: pytest.Capture
     """Streams reach the longest length, 48 tokens here, and are replaced."""
     argv = ["bench", "latency", "--model", model, "--arrivals", "--num-streams", "3", "--arrival-len", "40"]
     assert (
-        main([*argv, "--max-model-len", "48", "--arrival-ms", "20", "--seconds", "0.3", "--repeat", "1", *SMALL[:4]])
-        == 0
+        main([*argv, "--max-model-len", "48", "--arrival-ms", "20", "--seconds", "1", "--repeat", "1", *SMALL[:4]]) == 0
     )
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert 0 < row["num_answered"] <= row["num_arrivals"] <= 16
+    assert 0 < row["num_answered"] <= row["num_arrivals"] <= 51
     assert row["gap_p50_ms"] <= row["gap_p99_ms"] <= row["gap_max_ms"] < 1000
     assert row["num_gaps"] > 20
 
