@@ -1,6 +1,6 @@
 """TritonBackend: this project's own GPU kernels for attention over the paged KV cache.
 
-Owns what layers share within a step: how the decodes are cut into equal pieces of work, once for each window size.
+Owns the step's plans while its layers run; `kernels/paged_attention_triton.py` makes and reads them.
 """
 
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from nanovllm.attention.metadata import AttentionMetadata
-from nanovllm.kernels.paged_attention_triton import DecodePlan, paged_attention_triton, plan_decode
+from nanovllm.kernels.paged_attention_triton import StepPlans, paged_attention_triton
 
 
 @dataclass(frozen=True)
 class PreparedStep:
     meta: AttentionMetadata
-    plans: dict[int | None, DecodePlan] = field(default_factory=dict)  # by window
+    plans: StepPlans = field(default_factory=StepPlans)
 
 
 class TritonBackend:
@@ -32,8 +32,4 @@ class TritonBackend:
         softcap: float | None = None,
     ) -> Tensor:
         """See `kernels/paged_attention.py`."""
-        meta, plan = prepared.meta, prepared.plans.get(window)
-        is_settled = plan is not None  # since an earlier layer
-        if plan is None and meta.num_decodes:
-            plan = prepared.plans[window] = plan_decode(meta.seq_lens[: meta.num_decodes], q, kv_cache, window)
-        return paged_attention_triton(q, kv_cache, meta, scale, window, plan, softcap, is_settled)
+        return paged_attention_triton(q, kv_cache, prepared.meta, scale, window, softcap, prepared.plans)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.paged_attention_triton import LOWEST, _exponents, _scores, _take_in
+from nanovllm.kernels.paged_tiles_triton import LOWEST, exponents, scores_of_tile, take_in
 
 TILE = 32  # keys at a time
 
@@ -58,8 +58,8 @@ def _tokenwise_kernel(
         mask = visible[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(cache_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
         v = tl.load(cache_ptr + cache_stride_kv + offset[:, None] + dim[None, :], mask=mask, other=0.0)
-        scores = tl.where(visible[None, :], _scores(q, k, scale, SOFTCAP), float("-inf"))
-        top, norm, acc = _take_in(top, norm, acc, scores, v)
+        scores = tl.where(visible[None, :], scores_of_tile(q, k, scale, SOFTCAP), float("-inf"))
+        top, norm, acc = take_in(top, norm, acc, scores, v, scale, SOFTCAP)
     result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     out_offset = (token * NUM_KV_HEADS + head) * GROUP * HEAD_DIM + row[:, None] * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), mask=row_mask)
@@ -78,7 +78,7 @@ def tokenwise_attention_triton(
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, kv_cache.shape[2]
     group = num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    exponent_scale, exponent_cap = _exponents(scale, softcap)
+    exponent_scale, exponent_cap = exponents(scale, softcap)
     _tokenwise_kernel[(num_tokens, num_kv_heads)](
         q, kv_cache, out, seq_lens, block_table, block_table.stride(0), q.stride(0), q.stride(1),
         *kv_cache.stride()[:4], exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group,

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, relative_error, twin_test
 
 twin = load_twin("paged_attention")
+decode, prefill, tiles = load_twin("paged_decode"), load_twin("paged_prefill"), load_twin("paged_tiles")
 pytestmark = twin_test
 
 LENGTHS = 1 if INTERPRETED else 10  # the interpreter takes a hundred times longer
@@ -32,11 +34,28 @@ def poison_unused(case: PagedCase) -> None:
     case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
 
 
-def check(case: PagedCase, window: int | None, dtype: torch.dtype, softcap: float | None = None) -> None:
+def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) -> Any:
+    """Plans of a step with configurations of the caller's choice."""
+    meta, plans = case.meta, twin.StepPlans()
+    plans.decode[window] = decode.plan_decode(meta.seq_lens[: meta.num_decodes], case.q, case.kv_cache, window, decodes)
+    plans.prefill = prefill.plan_prefill(
+        meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.kv_cache, prefills
+    )
+    return plans
+
+
+def check(
+    case: PagedCase,
+    window: int | None,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    configs: tuple[Any, Any] | None = None,
+) -> None:
     case = on_device(case)
     poison_unused(case)
     scale = case.q.shape[2] ** -0.5
-    got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, scale, window, softcap=softcap)
+    plans = planned(case, window, *configs) if configs else None
+    got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, scale, window, softcap, plans)
     q, kv_cache = case.q.float(), case.kv_cache.float()
     want = paged_attention_reference(q, kv_cache, case.meta, scale, window, softcap)
     assert got.shape == case.q.shape and got.dtype == dtype
@@ -103,16 +122,69 @@ def test_padding_gives_zeros() -> None:
     assert relative_error(got[:9], want) < TOLERANCE[torch.float32]
 
 
-def test_a_plan_serves_many_layers() -> None:
+def test_plans_serve_many_layers() -> None:
     """Partial results of one call leave nothing behind for the next."""
-    case = on_device(make_case([1] * 3, [300, 5, 150], head_dim=64, block_size=64))
-    plan = twin.plan_decode(case.meta.seq_lens, case.q, case.kv_cache, None)
+    case = on_device(make_case([1] * 3 + [20, 9], [300, 5, 150, 20, 50], head_dim=64, block_size=64))
+    plans = twin.StepPlans()
     for layer in range(3):
         q = torch.randn_like(case.q) * (layer + 1)
-        got = twin.paged_attention_triton(q, case.kv_cache, case.meta, 0.1, None, plan)
+        got = twin.paged_attention_triton(q, case.kv_cache, case.meta, 0.1, None, None, plans)
         want = paged_attention_reference(q, case.kv_cache, case.meta, 0.1, None)
         assert relative_error(got, want) < TOLERANCE[torch.float32]
-    assert not plan.arrived.any()
+    assert not plans.decode[None].arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 40, 100])
+@pytest.mark.parametrize(("head_dim", "block_size", "layout"), [
+    (64, 64, "heads outside"),
+    (80, 32, "heads outside"),  # columns beyond the head
+    (64, 64, "tokens outside"),  # not in one piece: pointers
+    (64, 16, "heads outside"),
+])  # fmt: skip
+def test_tiles_loaded_whole(
+    dtype: torch.dtype, window: int | None, head_dim: int, block_size: int, layout: str
+) -> None:
+    case = make_case(
+        [1] * 4 + [70, 2, 40], [1, 64, 65, 200, 70, 130, 104],
+        head_dim=head_dim, block_size=block_size, dtype=dtype, layout=layout,
+    )  # fmt: skip
+    is_whole = layout == "heads outside" and block_size >= 32
+    assert (tiles.tile_descriptor(case.kv_cache, 32) is not None) == (is_whole and tiles.has_tile_loads(DEVICE))
+    configs = (
+        decode.DecodeConfig(tile=32, num_stages=2, occupancy=1),
+        prefill.PrefillConfig(rows=32, tile=32, num_stages=2, occupancy=1),
+    )
+    check(case, window, dtype, configs=configs)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_soft_caps_of_tiles_loaded_whole(softcap: float | None) -> None:
+    case = make_case([1, 1, 40], [90, 32, 70], head_dim=64, block_size=32, dtype=torch.float16, layout="heads outside")
+    configs = (decode.DecodeConfig(tile=32), prefill.PrefillConfig(tile=32))
+    check(case, None, torch.float16, softcap, configs)
+
+
+@pytest.mark.parametrize(("query_lens", "seq_lens"), [
+    ([1, 1, 40, 3, 130, 16], [9, 70, 40, 900, 130, 16]),
+    ([16, 16, 32], [16, 16, 32]),
+    ([1, 5], [1, 5]),
+])  # fmt: skip
+def test_order_of_prompts(query_lens: list[int], seq_lens: list[int]) -> None:
+    """Every tile of queries once, those with the most keys first, of equal ones the earlier request; then none."""
+    case = on_device(make_case(query_lens, seq_lens, num_heads=4, num_kv_heads=2, head_dim=16, block_size=16))
+    meta, tokens = case.meta, 8
+    config = prefill.PrefillConfig(rows=2 * tokens, tile=16)
+    plan = prefill.plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.kv_cache, config)
+    tiles_of_queries = [
+        (-(seq_len - query_len + min(first + tokens, query_len)), req, first)
+        for req, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True))
+        if req >= meta.num_decodes
+        for first in range(0, query_len, tokens)
+    ]
+    got = plan.order.tolist()
+    assert got[: len(tiles_of_queries)] == [[req, first] for _, req, first in sorted(tiles_of_queries)]
+    assert all(req == -1 for req, _ in got[len(tiles_of_queries) :])
 
 
 @pytest.mark.gpu

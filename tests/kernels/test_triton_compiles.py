@@ -7,8 +7,11 @@ on CPU tensors, and a launch ends where compiling ends: dtypes, constants and al
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable
+import re
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +36,7 @@ from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.slow
 
+FOR_HOPPER = ("._prefetch", "._prefetch_tile", ".fence_tile_loads", ".row_of_tile")  # functions
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # by compute capability: the bytes that a program may ask for
 MODULES = {
     name.removesuffix("_triton"): importlib.import_module(f"{kernels.__name__}.{name}")
@@ -55,15 +59,21 @@ def bf16(*shape: int) -> Tensor:
 
 
 def attend(
-    window: int | None, softcap: float | None, head_dim: int, block_size: int, dtype: torch.dtype = torch.bfloat16
+    window: int | None,
+    softcap: float | None,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Decodes beside a prompt, and tokens one by one."""
-    case = make_case([1, 1, 40], [90, 7, 60], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    """Decodes beside a prompt, in two layers, and tokens one by one."""
+    case = make_case(
+        [1, 1, 40], [90, 7, 60], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype,
+        layout="heads outside",
+    )  # fmt: skip
     q, cache, meta = case.q, case.kv_cache, case.meta
-    paged = MODULES["paged_attention"]
-    paged.paged_attention_triton(q, cache, meta, 0.1, window, softcap=softcap)
-    plan = paged.plan_decode(meta.seq_lens[:2], q, cache, window)  # as an earlier layer made it
-    paged.paged_attention_triton(q, cache, meta, 0.1, window, plan, softcap, is_settled=True)
+    plans = MODULES["paged_attention"].StepPlans()
+    for _ in range(2):
+        MODULES["paged_attention"].paged_attention_triton(q, cache, meta, 0.1, window, softcap, plans)
     MODULES["tokenwise_attention"].tokenwise_attention_triton(
         q[:3], cache, meta.block_table, meta.seq_lens, 0.1, window, softcap
     )
@@ -80,6 +90,15 @@ def multiply(num_rows: int, inputs: int, has_bias: bool = False, gated: bool = F
     twin = MODULES["small_linear"]
     x, weight, bias = bf16(num_rows, inputs), bf16(1024, inputs), bf16(1024) if has_bias else None
     twin.small_linear_triton(x, weight, bias, twin.choose(x, weight, gated), gated, gelu)
+
+
+def multiply_in_chunks(num_rows: int, gated: bool) -> None:
+    """Chunks held and chunks asked for on the way; and a norm of what has no residual."""
+    twin = MODULES["small_linear"]
+    x, weight, arrived = bf16(num_rows, 1024), bf16(1024, 1024), twin.new_arrived(torch.device("cpu"))
+    config = twin.TileConfig(64, num_warps=8, slices=1, chunk=128, ahead=1, x_ahead=1, splits=2)
+    twin.small_linear_triton(x, weight, None, config, gated, arrived=arrived)
+    twin.rms_norm_linear_triton(x[:7], None, bf16(1024), 1e-6, weight, None, twin.choose(x[:7], weight, normed=True))
 
 
 def normalize_and_multiply(num_rows: int, inputs: int, has_bias: bool, gated: bool, gelu: bool) -> None:
@@ -100,21 +119,33 @@ def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
 
 
 def sample(is_deterministic: bool) -> None:
-    rows, columns = torch.arange(3, dtype=torch.int32), SamplingState(3, 151_936, "cpu").upload()
-    MODULES["sample"].sample_triton(bf16(3, 151_936), rows, rows, columns, is_deterministic)
+    rows, state = torch.arange(3, dtype=torch.int32), SamplingState(3, 151_936, "cpu")
+    MODULES["sample"].sample_triton(bf16(3, 151_936), rows, rows, state.upload(), state.last_token, is_deterministic)
 
 
-def prepare_inputs() -> None:
+def prepare_inputs(new_blocks: Tensor | None) -> None:
     rows, starts = torch.arange(3, dtype=torch.int32), torch.tensor([0, 1, 2, 9], dtype=torch.int32)
     token_ids, tables = torch.zeros(9, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32)
-    MODULES["prepare_inputs"].prepare_inputs_triton(rows, starts, token_ids, rows, rows, tables, 64)
+    MODULES["prepare_inputs"].prepare_inputs_triton(rows, starts, token_ids, rows, rows, tables, 64, 8, new_blocks)
+
+
+def add_up(size: int, num_rows: int, dtype: torch.dtype) -> None:
+    """By words up to 16 KB, and in bulk."""
+    memories, calls = torch.zeros(size, dtype=torch.int64), torch.zeros(128, dtype=torch.int32)
+    MODULES["all_reduce"].all_reduce_triton(
+        torch.randn(num_rows, 4096).to(dtype), memories, calls, 0, size, 2**14, 2**20
+    )
 
 
 CALLS: dict[str, Callable[[], Any]] = {
+    "all_reduce by words": lambda: add_up(2, 1, torch.bfloat16),
+    "all_reduce in bulk, 4 ranks": lambda: add_up(4, 100, torch.bfloat16),
+    "all_reduce in bulk, float32": lambda: add_up(2, 100, torch.float32),
     "attention": lambda: attend(None, None, 128, 64),
     "attention, window": lambda: attend(100, None, 64, 64),
     "attention, softcap, odd sizes": lambda: attend(None, 50.0, 80, 24),
     "attention, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 64),
+    "attention, window, 128-wide heads": lambda: attend(100, None, 128, 64),
     "attention, float32": lambda: attend(None, None, 128, 64, torch.float32),
     "qkv_rope_store": lambda: rotate_and_store(has_norm=False, has_rotation=False),
     "qkv_rope_store, norm, rotation": lambda: rotate_and_store(has_norm=True, has_rotation=True),
@@ -126,6 +157,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gated_linear of a row": lambda: multiply(1, 4096, gated=True),
     "gated_linear of 2 rows": lambda: multiply(2, 4096, gated=True),
     "small_linear of 7 rows": lambda: multiply(7, 3072, has_bias=True),
+    "small_linear of a long row": lambda: multiply(1, 12288),
+    "small_linear of 16 rows, split": lambda: multiply(16, 4096),
+    "small_linear of 64 rows, split": lambda: multiply(64, 2048, has_bias=True),
+    "gated_linear of 33 rows, split": lambda: multiply(33, 4096, gated=True, gelu=True),
+    "small_linear of 64 rows, in chunks": lambda: multiply_in_chunks(64, gated=False),
+    "gated_linear of 32 rows, in chunks": lambda: multiply_in_chunks(32, gated=True),
     "rms_norm_linear of 7 rows": lambda: normalize_and_multiply(7, 1024, False, False, False),
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
     "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
@@ -136,8 +173,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe, blocks of 128": lambda: mix_experts(200, 2, 256),
     "sample": lambda: sample(is_deterministic=False),
     "sample, deterministic": lambda: sample(is_deterministic=True),
-    "prepare_inputs": prepare_inputs,
+    "take_rows": lambda: MODULES["take_rows"].take_rows_triton(bf16(9, 1024), torch.arange(3, dtype=torch.int32)),
+    "prepare_inputs": lambda: prepare_inputs(None),
+    "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),
 }
+
+FAST_ATTENTION = [
+    call for call in CALLS if call.startswith("attention") and not call.endswith(("float32", "wide heads"))
+]
 
 
 # --- launches that end where compiling ends ------------------------------------------------------
@@ -173,6 +216,16 @@ class Compiled:
     places: dict[str, set[tuple[int, int]]] = field(default_factory=lambda: {name: set() for name in FUNCTIONS})
 
 
+def statements_for_hopper(function: ast.stmt) -> Iterator[ast.AST]:
+    """What a kernel does only where it may start early or load tiles whole."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.If) and any(
+            word in ast.unparse(node.test) for word in ("PDL", "PREFETCH", "cache_desc")
+        ):
+            for statement in node.body:
+                yield from ast.walk(statement)
+
+
 def full_name(function: Any) -> str:
     return f"{function.module}.{function.fn.__name__}"
 
@@ -196,8 +249,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(CodeGenerator, "visit", visit_and_note)
         for module in MODULES.values():
-            if hasattr(module, "has_dependent_launch"):
-                patch.setattr(module, "has_dependent_launch", lambda device: compiled.capability >= 90)
+            for question in ("has_dependent_launch", "has_tile_loads"):
+                if hasattr(module, question):
+                    patch.setattr(module, question, lambda device: compiled.capability >= 90)
         for call, function in CALLS.items():
             try:
                 function()
@@ -222,15 +276,17 @@ def test_every_line_is_compiled(compiled: Compiled) -> None:
     """Branches that no call takes are not known to compile. Where this fails, a call is missing in CALLS."""
     missed = []
     for name, function in FUNCTIONS.items():
-        for node in ast.walk(function.parse().body[0]):
+        body = function.parse().body[0]
+        for_hopper = ast.walk(body) if name.endswith(FOR_HOPPER) else statements_for_hopper(body)
+        spared = {id(node) for node in for_hopper} if compiled.capability < 90 else set()
+        for node in ast.walk(body):
             branches = [node] if isinstance(node, ast.stmt) else []
             branches += [node.body, node.orelse] if isinstance(node, ast.IfExp) else []
-            for branch in branches:
-                code = ast.unparse(branch)
-                is_for_hopper = code.startswith(("tl.extra.cuda.gdc_", "_prefetch")) or "._prefetch" in name
-                is_expected = compiled.capability >= 90 or not is_for_hopper
-                if is_expected and (branch.lineno, branch.col_offset) not in compiled.places[name]:
-                    missed.append(f"{name}: {code}")
+            missed += [
+                f"{name}: {ast.unparse(branch)}"
+                for branch in branches
+                if id(branch) not in spared and (branch.lineno, branch.col_offset) not in compiled.places[name]
+            ]
     assert not missed
 
 
@@ -238,3 +294,18 @@ def test_shared_memory_suffices(compiled: Compiled) -> None:
     sizes = {(kernel, call): binary.metadata.shared for kernel, call, binary in compiled.launches}
     limit = SHARED_MEMORY[compiled.capability]
     assert {place: size for place, size in sizes.items() if size > limit} == {}
+
+
+def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> None:
+    """What does not fit into them is kept on the stack, at many times the cost. float32 and wide heads do so."""
+    stacks, file = {}, tmp_path / "kernel.cubin"
+    for kernel, call, binary in compiled.launches:
+        if ".paged_" in kernel and call in FAST_ATTENTION and compiled.capability >= 90:
+            file.write_bytes(binary.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+            usage = re.search(
+                r"STACK:(\d+)", subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            )
+            assert usage is not None
+            stacks[kernel, call] = int(usage[1])
+    assert {place: size for place, size in stacks.items() if size} == {}
