@@ -57,9 +57,17 @@ PLAIN = Ops(
     qkv_rope_store_reference,
 )
 BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, qkv_rope_store)
-ON_GPU = BY_DEVICE._replace(
-    linear=small_linear, rms_norm_linear=rms_norm_linear, rms_norm_gated_linear=rms_norm_gated_linear
-)
+
+
+def _on_gpu(device: torch.device) -> Ops:
+    from nanovllm.kernels.small_linear_triton import new_arrived
+
+    arrived = new_arrived(device)  # one for the model: its products run one after the other
+    return BY_DEVICE._replace(
+        linear=partial(small_linear, arrived=arrived),
+        rms_norm_linear=partial(rms_norm_linear, arrived=arrived),
+        rms_norm_gated_linear=partial(rms_norm_gated_linear, arrived=arrived),
+    )
 
 
 def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = False) -> Ops:
@@ -83,7 +91,7 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
             fused_experts=experts,
             is_deterministic=True,
         )
-    kernels = ON_GPU if device.type == "cuda" else BY_DEVICE
+    kernels = _on_gpu(device) if device.type == "cuda" else BY_DEVICE
     if device.type == "cpu" and compilation != "none":
         native = load_native()
         if native is not None:

@@ -24,21 +24,28 @@ _GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
 _REFERENCE_GATES = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_reference}
 
 
-def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, arrived: Tensor | None = None) -> Tensor:
     """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features].
 
-    Any number of rows; "small" is what it is made for. Rows of x may be strided.
+    Any number of rows; "small" is what it is made for. Rows of x may be strided. arrived: room that a GPU counts in
+    (`small_linear_triton.new_arrived`), where the caller keeps some.
     """
     if use_triton(x):
         from nanovllm.kernels.small_linear_triton import choose, small_linear_triton
 
         config = choose(x, weight)
         if config is not None:
-            return small_linear_triton(x, weight, bias, config)
+            return small_linear_triton(x, weight, bias, config, arrived=arrived)
     return F.linear(x, weight, bias)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu") -> Tensor:
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    arrived: Tensor | None = None,
+) -> Tensor:
     """silu_and_mul(x W^T + b), or gelu_and_mul for activation "gelu_tanh".
 
     weight [2 * intermediate, in_features], gate first -> [num_rows, intermediate].
@@ -48,12 +55,19 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
 
         config = choose(x, weight, gated=True)
         if config is not None:
-            return small_linear_triton(x, weight, bias, config, gated=True, gelu=activation == "gelu_tanh")
+            gelu = activation == "gelu_tanh"
+            return small_linear_triton(x, weight, bias, config, gated=True, gelu=gelu, arrived=arrived)
     return _GATES[activation](F.linear(x, weight, bias))
 
 
 def rms_norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    arrived: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(small_linear(rms_norm(x + residual)), x + residual); without a residual, the second is x itself.
 
@@ -64,9 +78,9 @@ def rms_norm_linear(
 
         config = choose(x, weight, normed=True)
         if config is not None:
-            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config)
+            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config, arrived=arrived)
     normed, total = _norm(x, residual, norm_weight, eps)
-    return small_linear(normed, weight, bias), total
+    return small_linear(normed, weight, bias, arrived), total
 
 
 def rms_norm_gated_linear(
@@ -77,6 +91,7 @@ def rms_norm_gated_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str = "silu",
+    arrived: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gated_linear(rms_norm(x + residual)), x + residual): see `rms_norm_linear` and `gated_linear`."""
     if use_triton(x):
@@ -85,9 +100,11 @@ def rms_norm_gated_linear(
         config = choose(x, weight, gated=True, normed=True)
         if config is not None:
             gelu = activation == "gelu_tanh"
-            return rms_norm_linear_triton(x, residual, norm_weight, eps, weight, bias, config, gated=True, gelu=gelu)
+            return rms_norm_linear_triton(
+                x, residual, norm_weight, eps, weight, bias, config, gated=True, gelu=gelu, arrived=arrived
+            )
     normed, total = _norm(x, residual, norm_weight, eps)
-    return gated_linear(normed, weight, bias, activation), total
+    return gated_linear(normed, weight, bias, activation, arrived), total
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import small_linear as ops
-from tests.kernels.twins import INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
+from tests.kernels.twins import DEVICE, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
 twin = load_twin("small_linear")
 pytestmark = twin_test
@@ -14,7 +14,7 @@ HALF_TYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 # rows, outputs, inputs: one, two and three chunks, with and without a rest; outputs that end inside a program's share.
 SIZES = [
     (1, 48, 576), (2, 16, 16), (3, 32, 256), (4, 80, 512),
-    (5, 48, 576), (8, 16, 1024), (6, 80, 80), (8, 32, 512),
+    (5, 48, 576), (8, 16, 1024), (6, 80, 80), (8, 32, 512), (13, 32, 80), (40, 80, 2064),
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_equals_reference(
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), SIZES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), SIZES[:8])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_norm_equals_reference(
@@ -74,9 +74,51 @@ def test_gelu_and_float32_norm_weights(dtype: torch.dtype, rows: int, outputs: i
     assert relative_error(got, ops.gated_linear_reference(x, weight, None, "gelu_tanh")) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [2, 4, 7])
-def test_rows_do_not_influence_one_another(rows: int) -> None:
-    x, weight = randn(rows, 256, dtype=torch.float16), scaled_weight(32, 256, torch.float16)
+# rows, outputs, inputs, and a form of the tile kernel: split or not, all chunks held or some, with and without a rest.
+TILES = [
+    (5, 48, 576, {"outputs": 16, "num_warps": 4, "slices": 4, "chunk": 256, "ahead": 2, "x_ahead": 1, "splits": 3}),
+    (8, 80, 1024, {"outputs": 16, "num_warps": 4, "slices": 4, "chunk": 256, "ahead": 1, "x_ahead": 2, "splits": 2}),
+    (16, 16, 96, {"outputs": 32, "num_warps": 4, "slices": 1, "chunk": 64, "ahead": 1, "x_ahead": 1, "splits": 2}),
+    (17, 144, 768, {"outputs": 64, "num_warps": 4, "slices": 1, "chunk": 128, "ahead": 1, "x_ahead": 1, "splits": 4}),
+    (33, 80, 320, {"outputs": 64, "num_warps": 4, "slices": 1, "chunk": 64, "ahead": 2, "x_ahead": 3, "splits": 1}),
+    (64, 64, 640, {"outputs": 32, "num_warps": 4, "slices": 2, "chunk": 128, "ahead": 3, "x_ahead": 1, "splits": 5}),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "form"), TILES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_form_of_the_tile_kernel(
+    dtype: torch.dtype, rows: int, outputs: int, inputs: int, form: dict[str, int], gated: bool
+) -> None:
+    """Again and again with the same counters, which are 0 after each call: the same bits."""
+    x, weight = randn(rows, 2, inputs, dtype=dtype)[:, 1], scaled_weight(outputs * (2 if gated else 1), inputs, dtype)
+    bias, arrived, config = randn(weight.shape[0], dtype=dtype), twin.new_arrived(DEVICE), twin.TileConfig(**form)
+    first, again = (
+        twin.small_linear_triton(x, weight, bias, config, gated, arrived=arrived, gelu=gated) for _ in range(2)
+    )
+    want = ops.gated_linear_reference(x, weight, bias, "gelu_tanh") if gated else F.linear(x, weight, bias)
+    assert relative_error(first, want) < TOLERANCE[dtype]
+    assert torch.equal(first, again) and not arrived.any()
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 1024), (1, 2320), (3, 1040)])
+def test_warps_that_share_outputs(dtype: torch.dtype, rows: int, inputs: int) -> None:
+    """As the vector kernel does for long inputs."""
+    x, weight, bias = randn(rows, inputs, dtype=dtype), scaled_weight(96, inputs, dtype), randn(96, dtype=dtype)
+    residual, norm_weight = randn(rows, inputs, dtype=dtype), randn(inputs, dtype=dtype)
+    config = twin.VectorConfig(outputs=4, num_warps=4, ahead=2, chunk=1024)
+    got = twin.small_linear_triton(x, weight, bias, config, gated=True)
+    assert relative_error(got, ops.gated_linear_reference(x, weight, bias)) < TOLERANCE[dtype]
+    got, total = twin.rms_norm_linear_triton(x, residual, norm_weight, 1e-5, weight, bias, config)
+    want, want_total = ops.rms_norm_linear_reference(x, residual, norm_weight, 1e-5, weight, bias)
+    assert relative_error(got, want) < TOLERANCE[dtype] and torch.equal(total, want_total)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(2, 512), (4, 512), (7, 512), (64, 2048)])
+def test_rows_do_not_influence_one_another(rows: int, inputs: int) -> None:
+    x, weight = randn(rows, inputs, dtype=torch.float16), scaled_weight(32, inputs, torch.float16)
     config = twin.choose(x, weight)
     before = twin.small_linear_triton(x, weight, None, config)
     x[1:] = float("inf")
@@ -86,14 +128,16 @@ def test_rows_do_not_influence_one_another(rows: int) -> None:
 
 def test_choice_covers_what_the_kernels_can_do() -> None:
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
-    x = torch.empty(64, 128, dtype=torch.bfloat16)
-    assert [type(twin.choose(x[:n], weight)) for n in (1, 4, 5, 8)] == [
+    x = torch.empty(65, 128, dtype=torch.bfloat16)
+    assert [type(twin.choose(x[:n], weight)) for n in (1, 4, 5, 16)] == [
         twin.VectorConfig, twin.VectorConfig, twin.TileConfig, twin.TileConfig
     ]  # fmt: skip
-    x = x[:8]
     left_to_cublas = [
-        (x[:0], weight), (torch.empty(9, 128, dtype=torch.bfloat16), weight), (x.float(), weight.float()),
-        (x[:, ::2], weight[:, :64].contiguous()), (x[:, :120], weight[:, :120].contiguous()), (x, weight[:57]),
-        (x[:, :64], weight[:, :64]), (x.half(), weight),
+        (x[:0], weight), (x, weight), (x[:17], weight), (x[:8].float(), weight.float()),
+        (x[:8, ::2], weight[:, :64].contiguous()), (x[:8, :120], weight[:, :120].contiguous()), (x[:8], weight[:57]),
+        (x[:8, :64], weight[:, :64]), (x[:8].half(), weight),
     ]  # fmt: skip
     assert [twin.choose(*case) for case in left_to_cublas] == [None] * len(left_to_cublas)
+    assert twin.choose(x[:16], weight, normed=True) is None
+    wide = torch.empty(4096, 4096, dtype=torch.bfloat16)
+    assert twin.choose(wide[:8], wide) and twin.choose(wide[:9], wide) is None
