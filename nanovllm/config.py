@@ -51,6 +51,8 @@ class EngineConfig:
     enforce_eager: run without CUDA graphs.
     compilation: how the layers between the matrix products run: "kernels" (this project's own: Triton on a GPU, C++ on
         a CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
+    dependent_launch: let a kernel start while the one before it still runs, where the device can (an NVIDIA GPU of
+        compute capability 9.0 or more); off, one starts when the other has ended, with the same results to the bit.
     overlap_depth: steps in flight; 2 plans the next step while the device runs, 1 is synchronous. None chooses by
         device.
     tensor_parallel_size: devices of this host that share the model. With several, "cuda:N" is the first of them.
@@ -58,6 +60,8 @@ class EngineConfig:
     distributed_executor_backend: who runs the model: "uni" (this process, on one device), "mp" (worker processes that
         the engine starts, one for each device) or "external_launcher" (torchrun, say: every rank runs the same script
         with the same prompts). None chooses "uni" for one device and "mp" for several.
+    disable_custom_all_reduce: sum over devices with NCCL alone; else, for few rows, with a kernel that writes straight
+        into the other devices' memory, where they reach each other's.
     distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
@@ -85,10 +89,12 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
     compilation: str = "kernels"
+    dependent_launch: bool = True
     overlap_depth: int | None = None
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     distributed_executor_backend: str | None = None
+    disable_custom_all_reduce: bool = False
     distributed_timeout_seconds: float = 300.0
     seed: int = 0
     load_format: str = "auto"
@@ -126,6 +132,8 @@ class EngineConfig:
             "enable_prefix_caching",
             "enable_chunked_prefill",
             "enforce_eager",
+            "dependent_launch",
+            "disable_custom_all_reduce",
             "skip_tokenizer_init",
             "deterministic",
         ):

@@ -110,6 +110,8 @@ def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     [
         ("enable_prefix_caching", 1),
         ("enforce_eager", None),
+        ("dependent_launch", 1),
+        ("disable_custom_all_reduce", "no"),
         ("skip_tokenizer_init", "yes"),
         ("seed", 1.5),
         ("seed", None),

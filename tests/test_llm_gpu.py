@@ -85,6 +85,32 @@ def test_half_precision_runs_the_small_kernels(folder: Path, dtype: str) -> None
     assert equal >= 12  # of 15
 
 
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+def test_dependent_launch_changes_no_bit(tmp_path: Path, architecture: str, enforce_eager: bool) -> None:
+    """Tokens and log-probabilities of two engines that take turns, one with it and one without.
+
+    Each of these batch sizes has kernels of its own.
+    """
+    sizes = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "vocab_size": 1024}
+    folder = save_random(tmp_path, architecture, **sizes)
+    options = {"dtype": "bfloat16", "max_num_seqs": 40, "enforce_eager": enforce_eager}
+    with make_llm(folder, **options) as on, make_llm(folder, dependent_launch=False, **options) as off:
+        for count in (1, 3, 8, 40):
+            prompts = random_prompts([5 + 3 * i for i in range(count)], vocab_size=1024, seed=count)
+            for logprobs in (None, 5):
+                params = [
+                    SamplingParams(
+                        temperature=(0, 0.8)[i % 2], seed=i, max_tokens=24, ignore_eos=True, logprobs=logprobs
+                    )
+                    for i in range(count)
+                ]
+                with_it, without = (llm.generate(prompts, params, use_tqdm=False) for llm in (on, off))
+                for one, other in zip(with_it, without, strict=True):
+                    assert one.outputs[0].token_ids == other.outputs[0].token_ids
+                    assert one.outputs[0].logprobs == other.outputs[0].logprobs
+
+
 def test_seeded_requests_do_not_depend_on_their_batch(folder: Path, prompts: list[list[int]]) -> None:
     """W12 through captured sampling: alone, in a batch, in other rows, preempted, after a prefix hit."""
     params = [
@@ -127,7 +153,10 @@ def test_full_batches_of_every_size(
 
 
 def test_soak_with_poisoned_blocks(folder: Path) -> None:
-    """1,000 steps of random arrivals, aborts and preemptions; what nobody may read is NaN, and no token changes."""
+    """1,000 steps of random arrivals, aborts and preemptions; what nobody may read is NaN, and no token changes.
+
+    With dependent launch, the default, where the GPU has it: a kernel that read too early would show here as well.
+    """
     rng = random.Random(5)
     options = {"num_gpu_blocks_override": 14, "max_num_seqs": 8}
     with make_llm(folder, **options) as llm:

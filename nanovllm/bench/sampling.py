@@ -1,8 +1,10 @@
 """`python -m nanovllm.bench.sampling`: one step of the sampler, with the stages that requests may ask for.
 
 Owns that measurement: what plain temperature costs, and what each stage adds when all rows of the batch ask for it.
-Invariant: all variants see the same logits, in turn, and the median of their runs is reported. A stage that nobody asks
-for costs nothing: `plain` is what it is whatever else the sampler can do.
+Invariant: all variants see the same logits, in turn, and the median of their runs is reported; each run comes right
+after one of the same variant that is not counted, as in an engine, and so does not pay for what another one left in the
+caches of host and device. A stage that nobody asks for costs nothing: `plain` is what it is whatever else the sampler
+can do.
 """
 
 from argparse import ArgumentParser
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @torch.inference_mode()
 def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.device) -> dict[str, float]:
-    """Seconds a step, by variant; on a GPU the host's part is in it. Variants take turns, after one run to warm up."""
+    """Seconds a step, by variant; on a GPU the host's part is in it."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(batch_size, vocab_size, generator=generator, device=device) * 3
     logits = logits.bfloat16()
@@ -61,16 +63,20 @@ def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.devic
         for row in range(batch_size):
             state.set_row(row, SamplingParams(**options), row, 15, (0, 1), list(range(20)))
         samplers[name] = Sampler(state)
+
+    def step(sampler: Sampler) -> float:
+        _wait(device)
+        start = perf_counter()
+        tokens = sampler.sample(logits, rows_host, rows, positions_host, positions)
+        sampler.logprobs(logits, tokens, rows_host)
+        _wait(device)
+        return perf_counter() - start
+
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for run in range(num_runs + 1):
+    for _ in range(num_runs):
         for name, sampler in samplers.items():
-            _wait(device)
-            start = perf_counter()
-            tokens = sampler.sample(logits, rows_host, rows, positions_host, positions)
-            sampler.logprobs(logits, tokens, rows_host)
-            _wait(device)
-            if run:
-                times[name].append(perf_counter() - start)
+            step(sampler)
+            times[name].append(step(sampler))
     return {name: median(seconds) for name, seconds in times.items()}
 
 

@@ -279,6 +279,12 @@ def _at(values, place):
     return tl.sum(tl.where(tl.arange(0, values.shape[0]) == place, values, 0), axis=0)
 
 
+@triton.jit
+def _leave(tokens_ptr, index, last_token_ptr, row, token):
+    tl.store(tokens_ptr + index, token)
+    tl.store(last_token_ptr + row, token)
+
+
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"])
 def _pick_kernel(
     logits_ptr,
@@ -292,6 +298,7 @@ def _pick_kernel(
     list_ptr,
     ties_ptr,
     tokens_ptr,
+    last_token_ptr,
     vocab_size,
     num_groups,
     MAX_GROUPS: tl.constexpr,
@@ -322,7 +329,7 @@ def _pick_kernel(
         token = first * GROUP + in_group
         x = tl.load(x_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
         picked = tl.min(tl.where((x == highest) & (token < vocab_size), token, vocab_size - 1), axis=0)
-        tl.store(tokens_ptr + index, picked)
+        _leave(tokens_ptr, index, last_token_ptr, row, picked)
         return
 
     scale = LOG2_E / temperature
@@ -387,17 +394,23 @@ def _pick_kernel(
     kept = (x > threshold) | ((is_tie > 0) & (rank < max_ties))
     weight = tl.where(kept, tl.exp2((x - highest) * scale), 0.0).to(tl.float64)
     picked = chosen * GROUP + _first_above(tl.cumsum(weight, axis=0), weight, target)
-    tl.store(tokens_ptr + index, tl.minimum(picked, vocab_size - 1))
+    _leave(tokens_ptr, index, last_token_ptr, row, tl.minimum(picked, vocab_size - 1))
 
 
 def sample_triton(
-    logits: Tensor, rows: Tensor, positions: Tensor, columns: Tensor, is_deterministic: bool = False
+    logits: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    last_token: Tensor,
+    is_deterministic: bool = False,
 ) -> Tensor:
     """The next token of each request, int32 [n].
 
     logits [n, V] float32, float16 or bfloat16, its last dimension contiguous; rows, positions [n] int32: whose logits
-    these are and where the new token will stand. columns: `SamplingState.columns`. A row of -1 is padding: token 0, and
-    its logits are not read. is_deterministic: add weights in the same order for any number of rows.
+    these are and where the new token will stand. columns, last_token: those of `SamplingState`; each row's new token is
+    written to the latter. A row of -1 is padding: token 0, and its logits are not read. is_deterministic: add weights
+    in the same order for any number of rows.
     """
     num_rows, vocab_size = logits.shape
     num_groups = triton.cdiv(vocab_size, GROUP.value)
@@ -414,8 +427,8 @@ def sample_triton(
     )  # fmt: skip
     _pick_kernel[(num_rows,)](
         logits, logits.stride(0), rows, positions, columns, columns.stride(0), tops, weights, listed, ties, tokens,
-        vocab_size, num_groups, MAX_GROUPS=triton.next_power_of_2(num_groups), SEARCH_GROUPS=SEARCH_GROUPS,
-        UNKNOWN=UNKNOWN_BITS[logits.dtype], PDL=pdl, num_warps=PICK_WARPS,
+        last_token, vocab_size, num_groups, MAX_GROUPS=triton.next_power_of_2(num_groups),
+        SEARCH_GROUPS=SEARCH_GROUPS, UNKNOWN=UNKNOWN_BITS[logits.dtype], PDL=pdl, num_warps=PICK_WARPS,
         maxnreg=PICK_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
     return tokens

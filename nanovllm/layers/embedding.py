@@ -6,11 +6,11 @@ few tokens that need logits; every rank gets all of them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.take_rows import take_rows
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.slots import Slots, WeightSlot
 
@@ -27,11 +27,11 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.embedding(input_ids, self.weight)
+            return take_rows(self.weight, input_ids)
         num_rows = self.weight.shape[0]
         local = input_ids - self.tp.rank * num_rows
         is_elsewhere = (local < 0) | (local >= num_rows)
-        found = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        found = take_rows(self.weight, local.masked_fill(is_elsewhere, 0))
         return self.tp.all_reduce(found.masked_fill_(is_elsewhere[:, None], 0))
 
     def slots(self, name: str) -> Slots:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.config import RopeConfig
+from nanovllm.kernels.take_rows import take_rows
 
 
 class RotaryEmbedding(nn.Module):
@@ -43,12 +44,12 @@ class RotaryEmbedding(nn.Module):
         Without them, longrope takes each token to be the last one of its context.
         """
         if rope_lens is None or self.rope.rope_type not in ("dynamic", "longrope"):
-            return self.table[positions]
+            return take_rows(self.table, positions)
         if self.rope.rope_type == "longrope":
             original = self.rope.parameters["original_max_position_embeddings"]
             is_changed = (rope_lens > original) & (positions < original)
-            changed = self.long_table[positions.clamp(max=len(self.long_table) - 1)]
-            return torch.where(is_changed[:, None], changed, self.table[positions])
+            changed = take_rows(self.long_table, positions.clamp(max=len(self.long_table) - 1))
+            return torch.where(is_changed[:, None], changed, take_rows(self.table, positions))
         inv_freq = _dynamic_frequencies(self.rotary_dim, self.rope, rope_lens)  # [num_tokens, rotary_dim / 2]
         return self._cos_sin(positions[:, None].float() * inv_freq)
 

@@ -1,6 +1,6 @@
 """BatchState: what the device remembers of each running request, one row each.
 
-        row | last_token | num_computed | block_table ...        and the sampler's columns (`sampling/state.py`)
+        row | num_computed | block_table ...        and what the sampler keeps (`sampling/state.py`)
 
 Owns these tensors; who sits in which row is the scheduler's decision. Invariant: a row is complete once its NewRow has
 been applied, so nothing is saved when a request leaves and nothing is restored when it returns.
@@ -26,10 +26,8 @@ class BatchState:
         processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         self.max_blocks = max_blocks
-        self.spare_row = max_num_seqs  # written by padding, read by nobody
-        self.last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.num_computed = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
+        self.num_computed = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self.sampling = SamplingState(max_num_seqs, vocab_size, device, processors)
         self.rope_len = np.zeros(max_num_seqs, dtype=np.int64)  # host only
 
@@ -49,18 +47,9 @@ class BatchState:
         self.sampling.bitmasks = plan.grammar_bitmask
         self.sampling.extend_histories(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.token_ids)
 
-    @property
-    def nowhere(self) -> int:
-        """A place in the flat block tables that belongs to the spare row."""
-        return self.spare_row * self.max_blocks
-
     def apply(self, computed: torch.Tensor, blocks: torch.Tensor) -> None:
         """computed [n, 2]: (row, num_computed); blocks [m, 2]: (row * max_blocks + index, block id). All int32."""
         if computed.shape[0]:
             self.num_computed[computed[:, 0]] = computed[:, 1]
         if blocks.shape[0]:
-            self.set_blocks(blocks[:, 0], blocks[:, 1])
-
-    def set_blocks(self, places: torch.Tensor, blocks: torch.Tensor) -> None:
-        """places: row * max_blocks + index."""
-        self.block_tables.view(-1)[places] = blocks
+            self.block_tables.view(-1)[blocks[:, 0]] = blocks[:, 1]

@@ -22,18 +22,15 @@ class DecodeInputs(NamedTuple):
 
     rows: Tensor  # -1: padding
     token_ids: Tensor  # -1: the row's last sampled token
-    new_places: Tensor  # where in the flat block tables a new block goes; padding points behind them
-    new_blocks: Tensor  # the block
+    new_blocks: Tensor  # the block that the token opens; -1: none
 
 
 class DecodeLayout:
-    """size: a batch size. nowhere: a place behind the block tables that may be written."""
+    """size: a batch size."""
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, nowhere: int) -> None:
+    def __init__(self, max_num_seqs: int) -> None:
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 32, 32)]
         self.sizes = [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
-        self._max_blocks = max_blocks
-        self._nowhere = nowhere
 
     def size(self, plan: SchedulerOutput) -> int | None:
         """The size for a plan of one sampled token for each of some rows that run already; None for any other plan."""
@@ -51,24 +48,25 @@ class DecodeLayout:
     def fill(self, words: np.ndarray, size: int, plan: SchedulerOutput | None) -> None:
         fields = words.reshape(-1, size)
         fields.fill(-1)
-        fields[2].fill(self._nowhere)
         if plan is None:
             return
         fields[0, : len(plan.rows)] = plan.rows
         fields[1, : len(plan.rows)] = plan.token_ids
-        if plan.new_blocks:
-            row, index, block_id = np.array(plan.new_blocks, dtype=np.int32).T
-            fields[2, : len(row)] = row * self._max_blocks + index
-            fields[3, : len(row)] = block_id
+        if plan.new_blocks:  # one at most for each row, and where its token goes, as it has no other
+            opened = {row: block_id for row, _, block_id in plan.new_blocks}
+            fields[2, : len(plan.rows)] = [opened.get(row, -1) for row in plan.rows]
 
 
 class PromptInputs(NamedTuple):
     """What a step with prompts is told, int32. The last request is padding, and owns the tokens that fill a size up."""
 
     rows: Tensor  # [num_reqs], -1: padding
-    sampled: Tensor  # [num_reqs] requests that get a token, then padding
     query_start_loc: Tensor  # [num_reqs + 1]
     token_ids: Tensor  # [num_tokens], -1: the row's last sampled token
+    # [num_reqs], of the requests that get a token, then padding:
+    sampled_rows: Tensor  # -1: padding
+    sampled_positions: Tensor  # where that token will stand
+    sampled_from: Tensor  # index of the token that it follows
 
 
 PromptSize = tuple[int, int]  # num_tokens, num_reqs
@@ -96,24 +94,26 @@ class PromptLayout:
 
     def words(self, size: PromptSize) -> int:
         num_tokens, num_reqs = size
-        return num_tokens + 3 * num_reqs + 1
+        return num_tokens + 5 * num_reqs + 1
 
     def inputs(self, static: Tensor, size: PromptSize) -> PromptInputs:
         num_tokens, num_reqs = size
-        return PromptInputs(*static.split((num_reqs, num_reqs, num_reqs + 1, num_tokens)))
+        return PromptInputs(*static.split((num_reqs, num_reqs + 1, num_tokens, num_reqs, num_reqs, num_reqs)))
 
     def fill(self, words: np.ndarray, size: PromptSize, plan: SchedulerOutput | None) -> None:
         num_tokens, num_reqs = size
-        rows, sampled, starts, token_ids = np.split(words, np.cumsum((num_reqs, num_reqs, num_reqs + 1)))
+        fields = np.split(words, np.cumsum((num_reqs, num_reqs + 1, num_tokens, num_reqs, num_reqs)))
+        rows, starts, token_ids, sampled_rows, sampled_positions, sampled_from = fields
+        words.fill(0)
         rows.fill(-1)
-        sampled.fill(num_reqs - 1)
-        starts.fill(0)
-        token_ids.fill(0)
+        sampled_rows.fill(-1)
         if plan is not None:
             which = np.flatnonzero(plan.samples)
             rows[: len(plan.rows)] = plan.rows
-            sampled[: len(which)] = which
             np.cumsum(plan.num_scheduled_tokens, out=starts[1 : len(plan.rows) + 1])
             starts[len(plan.rows) + 1 :] = len(plan.token_ids)
             token_ids[: len(plan.token_ids)] = plan.token_ids
+            sampled_rows[: len(which)] = rows[which]
+            sampled_positions[: len(which)] = np.add(plan.num_computed_tokens, plan.num_scheduled_tokens)[which]
+            sampled_from[: len(which)] = starts[which + 1] - 1
         starts[num_reqs] = num_tokens

@@ -16,7 +16,9 @@ from nanovllm.attention.backend import AttentionBackend, ForwardContext
 from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from nanovllm.kernels.dependent_launch import dependent_launch
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
+from nanovllm.kernels.take_rows import take_rows
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.cuda_graphs import StepGraphs, can_capture
@@ -97,6 +99,7 @@ class ModelRunner:
         self.kv_caches = kv_caches
         self.backend = backend
         self.device = device
+        self._dependent_launch = config.dependent_launch
         self.block_size = config.block_size
         self.num_blocks = kv_caches[0].shape[1]
         is_dynamic = model_config.length_dependent_from is not None
@@ -108,7 +111,7 @@ class ModelRunner:
         self.sampler = Sampler(self.state.sampling, config.deterministic)
         num_buffers = config.overlap_depth + 1
         self._stager = InputStager(max_blocks, num_buffers, device)
-        self._decodes = DecodeLayout(config.max_num_seqs, max_blocks, self.state.nowhere)
+        self._decodes = DecodeLayout(config.max_num_seqs)
         self._prompts = PromptLayout()
         self._has_graphs = can_capture(device) and not config.enforce_eager and not is_dynamic
         self.splits_captures = self._has_graphs
@@ -121,11 +124,17 @@ class ModelRunner:
             self._prompt_graphs = StepGraphs(
                 self._run_prompts, self._prompts, self._prompts.largest, num_buffers, device, pool
             )
-            self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+            with dependent_launch(self._dependent_launch):
+                self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
-        """Queue one step. Requests that capture hidden states run by themselves where the others have a CUDA graph."""
+        """Queue one step."""
+        with dependent_launch(self._dependent_launch):
+            return self._execute_parts(plan)
+
+    def _execute_parts(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
+        """Requests that capture hidden states run by themselves where the others have a CUDA graph."""
         self.state.enter(plan)
         if plan.capture_layers and self.splits_captures:
             own = [i for i, row in enumerate(plan.rows) if row in plan.capture_layers]
@@ -161,7 +170,6 @@ class ModelRunner:
         rows = batch.rows[batch.sampled]
         rows_host, positions_host = batch.rows_host[batch.sampled_host], _seq_lens(plan)[batch.sampled_host]
         tokens = self.sampler.sample(logits, rows_host, rows, positions_host, seq_lens[batch.sampled])
-        self.state.last_token[rows] = tokens
         return self._read_back(tokens, self.sampler.logprobs(logits, tokens, rows_host), prompt_logprobs, captured)
 
     def _finish(self, plan: SchedulerOutput, tokens: Tensor, logits: Tensor) -> PendingTokens:
@@ -169,14 +177,16 @@ class ModelRunner:
 
         tokens, logits: as the graph left them, padding's behind the others.
         """
+        num_sampled = sum(plan.samples)
+        tokens, logits = tokens[:num_sampled], logits[:num_sampled]
+        if self.state.sampling.is_plain:
+            return self._read_back(tokens)
         sampled = np.flatnonzero(plan.samples)
         rows_host, positions_host = np.array(plan.rows)[sampled], _seq_lens(plan)[sampled]
-        tokens, logits = tokens[: len(sampled)], logits[: len(sampled)]
-        if self.sampler.is_plain(rows_host, positions_host):
-            return self._read_back(tokens)
-        rows, positions = upload(np.stack((rows_host, positions_host)).astype(np.int32), self.device).unbind(0)
-        self.sampler.redraw(logits, tokens, rows_host, rows, positions_host, positions)
-        self.state.last_token[rows] = tokens
+        edited = np.flatnonzero(self.sampler.needs_edits(rows_host, positions_host))
+        if len(edited):
+            rows, positions = upload(np.stack((rows_host, positions_host)).astype(np.int32), self.device).unbind(0)
+            self.sampler.redraw(logits, tokens, edited, rows_host, rows, positions_host, positions)
         return self._read_back(tokens, self.sampler.logprobs(logits, tokens, rows_host))
 
     def _score_prompt(
@@ -197,13 +207,13 @@ class ModelRunner:
 
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
         """Any mixture of requests: hidden states [num_tokens, hidden_size], seq_lens [num_reqs]."""
-        inputs = self._prepare(batch.rows, batch.query_start_loc, batch.token_ids)
         seq_lens = _seq_lens(plan).tolist()
         num_blocks = -(-max(seq_lens) // self.block_size)
+        inputs = self._prepare(batch.rows, batch.query_start_loc, batch.token_ids, num_blocks)
         meta = AttentionMetadata(
             query_start_loc=batch.query_start_loc,
             seq_lens=inputs.seq_lens,
-            block_table=self.state.block_tables[batch.rows, :num_blocks],
+            block_table=inputs.block_table,
             slot_mapping=inputs.slot_mapping,
             num_decodes=plan.num_decodes,
             num_reqs=len(seq_lens),
@@ -217,56 +227,62 @@ class ModelRunner:
 
     def _decode(self, inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
         """A whole decode step on the device, to be captured."""
-        size = inputs.rows.shape[0]
-        self.state.set_blocks(inputs.new_places, inputs.new_blocks)
-        return self._run_captured(inputs.rows, self._starts[: size + 1], inputs.token_ids, [1] * size, None)
+        size, max_blocks = inputs.rows.shape[0], self.state.max_blocks
+        starts = self._starts[: size + 1]
+        step = self._prepare(inputs.rows, starts, inputs.token_ids, max_blocks, inputs.new_blocks)
+        hidden = self._forward_captured(step, starts, [1] * size, num_decodes=size)
+        return self._sample_captured(hidden, inputs.rows, step.seq_lens)
 
     def _run_prompts(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
         """A whole step with prompts, to be captured; new rows and blocks are in place."""
+        step = self._prepare(inputs.rows, inputs.query_start_loc, inputs.token_ids, self.state.max_blocks)
         lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
-        return self._run_captured(inputs.rows, inputs.query_start_loc, inputs.token_ids, lens, inputs.sampled)
+        hidden = self._forward_captured(step, inputs.query_start_loc, lens, num_decodes=0)
+        hidden = take_rows(hidden, inputs.sampled_from)
+        return self._sample_captured(hidden, inputs.sampled_rows, inputs.sampled_positions)
 
-    def _run_captured(
-        self, rows: Tensor, query_start_loc: Tensor, token_ids: Tensor, query_lens: list[int], sampled: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """From rows to tokens and logits without the host. sampled: indices into rows; None: all.
-
-        Every size comes from shapes.
-        """
+    def _forward_captured(
+        self, inputs: StepInputs, query_start_loc: Tensor, query_lens: list[int], num_decodes: int
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden_size], without the host: every size comes from shapes."""
         max_len = self.state.max_blocks * self.block_size
-        step = self._prepare(rows, query_start_loc, token_ids)
-        safe_rows = torch.where(rows < 0, self.state.spare_row, rows)
         meta = AttentionMetadata(
             query_start_loc=query_start_loc,
-            seq_lens=step.seq_lens,
-            block_table=self.state.block_tables[safe_rows],
-            slot_mapping=step.slot_mapping,
-            num_decodes=len(query_lens) if sampled is None else 0,
+            seq_lens=inputs.seq_lens,
+            block_table=inputs.block_table,
+            slot_mapping=inputs.slot_mapping,
+            num_decodes=num_decodes,
             num_reqs=len(query_lens),
             max_query_len=max(query_lens),
             max_seq_len=max_len,
             query_lens_host=query_lens,
             seq_lens_host=[max_len] * len(query_lens),
         )
-        hidden, seq_lens = self._run_model(step, meta, None), step.seq_lens
-        if sampled is not None:
-            hidden = hidden[query_start_loc[1:][sampled] - 1]
-            rows, safe_rows, seq_lens = rows[sampled], safe_rows[sampled], seq_lens[sampled]
-        logits = self.model.compute_logits(hidden)
-        tokens = self.sampler.sample_captured(logits, rows, seq_lens)
-        self.state.last_token[safe_rows] = tokens
-        return tokens, logits
+        return self._run_model(inputs, meta, None)
 
-    def _prepare(self, rows: Tensor, query_start_loc: Tensor, token_ids: Tensor) -> StepInputs:
+    def _sample_captured(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model.compute_logits(hidden)
+        return self.sampler.sample_captured(logits, rows, positions), logits
+
+    def _prepare(
+        self,
+        rows: Tensor,
+        query_start_loc: Tensor,
+        token_ids: Tensor,
+        num_blocks: int,
+        new_blocks: Tensor | None = None,
+    ) -> StepInputs:
         state = self.state
         return prepare_inputs(
             rows,
             query_start_loc,
             token_ids,
-            state.last_token,
+            state.sampling.last_token,
             state.num_computed,
             state.block_tables,
             self.block_size,
+            num_blocks,
+            new_blocks,
         )
 
     def _run_model(self, inputs: StepInputs, meta: AttentionMetadata, rope_lens: Tensor | None) -> Tensor:

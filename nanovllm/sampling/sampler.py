@@ -60,20 +60,22 @@ class Sampler:
     def sample(
         self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray, positions: Tensor
     ) -> Tensor:
-        """Next tokens, int32 [n]. logits [n, V] of any float dtype, left unchanged; positions [n]: where the new tokens
-        will stand; rows [n]: the requests' rows. Both are int32 on the device, and known to the host.
+        """Next tokens, int32 [n]; `SamplingState.last_token` keeps them by row. logits [n, V] of any float dtype, left
+        unchanged; positions [n]: where the new tokens will stand; rows [n]: the requests' rows. Both are int32 on the
+        device, and known to the host.
         """
         edited = np.flatnonzero(self.needs_edits(rows_host, positions_host))
         if len(edited) == 0:
             return self._draw(logits, rows_host, rows, positions)
         tokens = self._draw_others(logits, edited, rows_host, rows, positions)
-        self.redraw(logits, tokens, rows_host, rows, positions_host, positions)
+        self.redraw(logits, tokens, edited, rows_host, rows, positions_host, positions)
         return tokens
 
     def redraw(
         self,
         logits: Tensor,
         tokens: Tensor,
+        edited: np.ndarray,
         rows_host: np.ndarray,
         rows: Tensor,
         positions_host: np.ndarray,
@@ -81,9 +83,9 @@ class Sampler:
     ) -> None:
         """Replace the tokens [n], drawn without stages 1 to 7, of those rows that ask for any of these.
 
-        Else as `sample`. Counts what is drawn for penalties, so it comes once for each token.
+        edited: which of the n rows these are, by `needs_edits`. Else as `sample`. Counts what is drawn for penalties,
+        so it comes once for each token.
         """
-        edited = np.flatnonzero(self.needs_edits(rows_host, positions_host))
         size = max(1, CHUNK[logits.device.type] // logits.shape[1])
         for start in range(0, len(edited), size):
             part = edited[start : start + size]
@@ -97,11 +99,6 @@ class Sampler:
         state = self._state
         asks = state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
         return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks
-
-    def is_plain(self, rows_host: np.ndarray, positions_host: np.ndarray) -> bool:
-        """Is `sample_captured` all that these rows need? If not, `redraw` and `logprobs` are the rest."""
-        asks_logprobs = self._state.num_logprobs[rows_host] >= 0
-        return not (asks_logprobs | self.needs_edits(rows_host, positions_host)).any()
 
     def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, TopLogprobs]]:
         """Stage 0, for the tokens [n] that were drawn: (members, what they asked for), one of each size asked for.
@@ -119,11 +116,13 @@ class Sampler:
     def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Stages 8 to 12 on a GPU and without the host, so that it can be captured in a CUDA graph.
 
-        Reads `SamplingState.columns` as last uploaded. rows, positions int32; a row of -1 is padding and gives token 0.
+        Reads `SamplingState.columns` as last uploaded, and keeps the tokens as `sample` does. rows, positions int32; a
+        row of -1 is padding, which gives token 0 and keeps nothing.
         """
         from nanovllm.kernels.sample_triton import sample_triton
 
-        return sample_triton(logits, rows, positions, self._state.columns, self._is_deterministic)
+        state = self._state
+        return sample_triton(logits, rows, positions, state.columns, state.last_token, self._is_deterministic)
 
     # -- stages 1 to 7 --
 
@@ -206,6 +205,7 @@ class Sampler:
         return tokens
 
     def _draw(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
+        """Without stages 1 to 7; each row's token is also kept in `last_token`."""
         if use_triton(logits):
             self._state.upload()
             return self.sample_captured(logits, rows, positions)
@@ -219,6 +219,7 @@ class Sampler:
             elif members.any():
                 index = torch.from_numpy(np.flatnonzero(members))
                 tokens[index] = self._pick(logits[index], asked[members], rows[index], positions[index]).int()
+        self._state.last_token[rows] = tokens
         return tokens
 
     def _pick(self, logits: Tensor, asked: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:

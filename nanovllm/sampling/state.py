@@ -1,9 +1,10 @@
 """SamplingState: what each running request asks of the sampler, one row a request.
 
-Owns the columns, on the host (which stages does this step need?) and on the device (with which values?), and what
-single stages need beyond them: token counts for penalties, lists of tokens, histories. Does not own the rows: the
-scheduler hands them out. Invariant: after `upload`, the device has what the last `set_row` of each row wrote;
-`columns` stays one tensor at one address, so a CUDA graph may read it.
+Owns the columns, on the host (which stages does this step need?) and on the device (with which values?), what single
+stages need beyond them (token counts for penalties, lists of tokens, histories), and what the sampler leaves for the
+next step: each row's last token. Does not own the rows: the scheduler hands them out. Invariant: after `upload`, the
+device has what the last `set_row` of each row wrote; `columns` and `last_token` stay where they are, so that a CUDA
+graph may use them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,7 @@ class SamplingState:
     """Rows 0 .. max_num_seqs - 1; `host` is the NumPy mirror (dtype `ROW`).
 
     columns [max_num_seqs, C] int32: on the device, the rows of `host` as 4-byte words.
+    last_token [max_num_seqs] int32: on the device, what the sampler drew last for each row.
     edits: per row. asks_edits, has_penalties [max_num_seqs] bool: which ask for edits that do not end with min_length,
         and for penalties.
     min_length [max_num_seqs]: no stop token at a position below this; 0: off.
@@ -90,6 +92,7 @@ class SamplingState:
         self.device = torch.device(device)
         self.host = np.zeros(max_num_seqs, dtype=ROW)
         self.columns = torch.zeros(max_num_seqs, ROW.itemsize // 4, dtype=torch.int32, device=self.device)
+        self.last_token = torch.zeros(max_num_seqs, dtype=torch.int32, device=self.device)
         self.edits = [_NO_EDITS] * max_num_seqs
         self.asks_edits = np.zeros(max_num_seqs, dtype=bool)
         self.has_penalties = np.zeros(max_num_seqs, dtype=bool)
@@ -99,6 +102,7 @@ class SamplingState:
         self.histories: dict[int, list[int]] = {}
         self.bitmasks: Mapping[int, np.ndarray] = {}
         self._processors = tuple(processors)
+        self._asking: set[int] = set()  # rows that ask for more than stages 8 to 12
         self._is_stale = False
 
     def set_row(
@@ -150,6 +154,9 @@ class SamplingState:
             )
         self.num_logprobs[row] = self._num_logprobs(params.logprobs)
         self.num_prompt_logprobs[row] = self._num_logprobs(params.prompt_logprobs)
+        self._asking.discard(row)
+        if self.asks_edits[row] or known or params.logprobs is not None:
+            self._asking.add(row)
         self.histories.pop(row, None)
         if token_ids is not None:
             self.histories[row] = list(token_ids)
@@ -157,6 +164,13 @@ class SamplingState:
             assert token_ids is not None, "penalties count the tokens so far"
             self._start_counts(row, token_ids, prompt_len)
         self._is_stale = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Does no row ask for more than to be drawn from its logits as they are? One that was left counts until it is
+        taken again.
+        """
+        return not self._asking and not self.bitmasks
 
     def _num_logprobs(self, asked: int | None) -> int:
         """-1 says "the whole vocabulary" in SamplingParams, and "none" here."""

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.dependent_launch import has_dependent_launch
 from tests.executor.rank_process import OPTIONS
 from tests.tiny_models import random_prompts, save_random
 
@@ -66,6 +68,17 @@ def pid_of(model: Any) -> int:
     return os.getpid()
 
 
+def note_dependent_launch(model: Any) -> None:
+    """From now on `model.answers` says for each step whether a GPU, if there were one, would launch so."""
+    torch.cuda.get_device_capability = lambda device: (9, 0)
+    model.answers = []
+    model.register_forward_pre_hook(lambda *_: model.answers.append(has_dependent_launch(torch.device("cuda"))))
+
+
+def answers_of(model: Any) -> list[bool]:
+    return model.answers
+
+
 def num_parameters_of(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -101,6 +114,14 @@ def test_a_function_runs_on_every_workers_model(llm: LLM) -> None:
     assert len({os.getpid(), *pids}) == 3
     of_two = llm.apply_model(num_parameters_of)
     assert of_two[0] == of_two[1]
+
+
+def test_workers_launch_as_the_engine_was_told(folder: Path) -> None:
+    with make_llm(folder, tensor_parallel_size=2, dependent_launch=False) as llm:
+        llm.apply_model(note_dependent_launch)
+        tokens(llm)
+        for answers in llm.apply_model(answers_of):
+            assert set(answers) == {False}
 
 
 def test_a_function_that_raises_is_the_callers_mistake(llm: LLM, expected: list[list[int]]) -> None:

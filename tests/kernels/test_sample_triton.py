@@ -44,9 +44,15 @@ def make_state(options: list[dict[str, float]], vocab_size: int, seeds: list[int
 
 
 def draw(logits: torch.Tensor, state: SamplingState, rows: list[int], positions: list[int]) -> list[int]:
+    """Also checks that each row's token is left in `last_token`, and that no other row's is touched."""
     arrays = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (rows, positions))
-    tokens = twin.sample_triton(logits.to(DEVICE), *arrays, state.upload().to(DEVICE))
+    last_token = torch.full_like(state.last_token, -7, device=DEVICE)
+    tokens = twin.sample_triton(logits.to(DEVICE), *arrays, state.upload().to(DEVICE), last_token)
     assert tokens.dtype == torch.int32
+    drawn: dict[int, set[int]] = {row: {-7} for row in range(len(last_token)) if row not in rows}
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        drawn.setdefault(row, set()).add(token)
+    assert all(token in drawn[row] for row, token in enumerate(last_token.tolist()))
     return tokens.tolist()
 
 

@@ -35,17 +35,16 @@ def make_plan(lens: list[int], computed: list[int], samples: list[bool], **optio
 
 
 def test_a_decode_fills_the_next_size_and_padding_changes_nothing() -> None:
-    layout = DecodeLayout(max_num_seqs=12, max_blocks=10, nowhere=120)
+    layout = DecodeLayout(max_num_seqs=12)
     assert layout.sizes == [1, 2, 4, 8, 12]
-    plan = make_plan([1, 1, 1], [5, 6, 7], [True] * 3, new_blocks=[(4, 2, 77)], token_ids=[-1, 9, -1])
+    plan = make_plan([1, 1, 1], [5, 32, 7], [True] * 3, new_blocks=[(4, 2, 77)], token_ids=[-1, 9, -1])
     assert layout.size(plan) == 4
     words = np.empty(layout.words(4), dtype=np.int32)
     layout.fill(words, 4, plan)
-    rows, token_ids, places, blocks = (part.tolist() for part in layout.inputs(torch.from_numpy(words), 4))
+    rows, token_ids, blocks = (part.tolist() for part in layout.inputs(torch.from_numpy(words), 4))
     assert rows == [3, 4, 5, -1]
     assert token_ids == [-1, 9, -1, -1]
-    assert places == [42, 120, 120, 120]
-    assert blocks[0] == 77
+    assert blocks == [-1, 77, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -72,11 +71,13 @@ def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
     plan = make_plan([1, 4, 6], [5, 0, 0], [True, False, True])
     words = np.empty(layout.words((16, 8)), dtype=np.int32)
     layout.fill(words, (16, 8), plan)
-    rows, sampled, starts, token_ids = (part.tolist() for part in layout.inputs(torch.from_numpy(words), (16, 8)))
-    assert rows == [3, 4, 5, -1, -1, -1, -1, -1]
-    assert sampled == [0, 2, 7, 7, 7, 7, 7, 7]
-    assert starts == [0, 1, 5, 11, 11, 11, 11, 11, 16]
-    assert token_ids == [*range(100, 111), 0, 0, 0, 0, 0]
+    inputs = layout.inputs(torch.from_numpy(words), (16, 8))
+    assert inputs.rows.tolist() == [3, 4, 5, -1, -1, -1, -1, -1]
+    assert inputs.query_start_loc.tolist() == [0, 1, 5, 11, 11, 11, 11, 11, 16]
+    assert inputs.token_ids.tolist() == [*range(100, 111), 0, 0, 0, 0, 0]
+    assert inputs.sampled_rows.tolist() == [3, 5, -1, -1, -1, -1, -1, -1]
+    assert inputs.sampled_positions.tolist() == [6, 6, 0, 0, 0, 0, 0, 0]
+    assert inputs.sampled_from.tolist() == [0, 10, 0, 0, 0, 0, 0, 0]
 
 
 @interpreted

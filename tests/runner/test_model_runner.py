@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling.sampler import Sampler
 from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
@@ -176,3 +178,28 @@ def test_only_what_needs_hidden_states_runs_without_a_graph(
         assert (got.prompt_logprobs is None) == (want.prompt_logprobs is None)
         for layer, states in (want.outputs[0].hidden_states or {}).items():
             torch.testing.assert_close(got.outputs[0].hidden_states[layer], states, atol=1e-4, rtol=1e-4)
+
+
+def test_each_engine_launches_as_it_was_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capture at the start, replays and steps without a graph, of two engines in turns. Capability is made up."""
+    answers: set[bool] = set()
+    run_model = ModelRunner._run_model
+
+    def noted(*arguments: Any) -> Any:
+        answers.add(has_dependent_launch(torch.device("cuda")))
+        return run_model(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(ModelRunner, "_run_model", noted)
+    fake = fake_graphs(monkeypatch)
+    with make_llm(folder) as on:
+        assert answers == {True}
+        answers.clear()
+        with make_llm(folder, dependent_launch=False) as off:
+            assert answers == {False}
+            for llm, answer in ((on, True), (off, False), (on, True)):
+                answers.clear()
+                for params in (request(), request(prompt_logprobs=1)):  # of a prompt's scores a graph leaves nothing
+                    llm.generate(PROMPTS[:2], params, use_tqdm=False)
+                assert answers == {answer}
+    assert fake.num_decodes and fake.num_prompts and fake.num_uncaptured

@@ -51,6 +51,7 @@ def sample(
     assert tokens.dtype == torch.int32
     assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7)), "logits are not changed"
     assert ((tokens >= 0) & (tokens < logits.shape[1])).all()
+    assert torch.equal(state.last_token[rows], tokens), "the next step finds them there"
     return tokens.tolist()
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -61,3 +63,35 @@ def test_upload_keeps_one_tensor() -> None:
     assert not columns.any()
     assert state.upload() is columns
     assert columns.numpy().tobytes() == state.host.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "is_plain"),
+    [
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "prompt_logprobs": 1}, True),
+        ({"min_tokens": 2}, False),
+        ({"logprobs": 0}, False),
+        ({"presence_penalty": 0.5}, False),
+        ({"logit_bias": {1: 1.0}}, False),
+        ({"allowed_token_ids": [1]}, False),
+    ],
+)
+def test_a_row_that_asks_for_more_counts_until_it_is_taken_again(options: dict[str, Any], is_plain: bool) -> None:
+    state = SamplingState(3, 10, "cpu")
+    for row in (0, 2):
+        state.set_row(row, SamplingParams(**options), 0, 1, [3], [5])
+        assert state.is_plain == is_plain
+    state.set_row(0, SamplingParams(), 0, 1, [3])
+    assert state.is_plain == is_plain
+    state.set_row(2, SamplingParams(temperature=0), 0, 1, [3])
+    assert state.is_plain
+
+
+def test_processors_and_grammars_are_not_plain() -> None:
+    state = SamplingState(2, 10, "cpu", [lambda token_ids, logits: logits])
+    assert state.is_plain
+    state.set_row(1, SamplingParams(), 0, 1, [])
+    assert not state.is_plain
+    state = SamplingState(2, 10, "cpu")
+    state.bitmasks = {1: np.zeros(1, dtype=np.int32)}
+    assert not state.is_plain
