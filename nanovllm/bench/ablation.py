@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,32 @@ import torch
 
 from nanovllm.bench.report import print_record, print_table
 from nanovllm.cli.options import engine_options
+from nanovllm.kernels.dependent_launch import has_dependent_launch
+
+
+def _everywhere(device: torch.device) -> bool:
+    return True
+
+
+def _on_gpus(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """base and off: flags with it and without it. shown_by: names in `MEASURES`."""
+    """base and off: flags with it and without it. shown_by: names in `MEASURES`. exists: whether a device has it."""
 
     name: str
     off: tuple[str, ...]
     shown_by: tuple[str, ...]
     meaning: str
     base: tuple[str, ...] = ()
-    on_gpu_only: bool = False
+    base_on_cpu: tuple[str, ...] | None = None  # where it needs others there
+    exists: Callable[[torch.device], bool] = _everywhere
+
+    def sides(self, on_gpu: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The flags with it, the flags without it."""
+        return self.base if on_gpu or self.base_on_cpu is None else self.base_on_cpu, self.off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,30 +101,46 @@ ABLATIONS = (
         off=("--enforce-eager",),
         shown_by=("throughput", "latency"),
         meaning="a whole decode step is one launch; without them the CPU launches kernel by kernel and the GPU waits",
-        on_gpu_only=True,
+        exists=_on_gpus,
     ),
     Ablation(
-        name="own kernels, against torch.compile",
-        off=("--compilation", "inductor"),
-        shown_by=("throughput", "latency"),
-        meaning="norms, activations and rotation in this project's kernels instead of those that the compiler writes",
-    ),
-    Ablation(
-        name="own kernels, against plain PyTorch",
+        name="fused kernels",
         off=("--compilation", "none"),
         shown_by=("throughput", "latency"),
-        meaning="the same against one PyTorch operation after the other, each reading and writing memory",
+        meaning="this project's kernels for norms, activations and rotation, and on a GPU for products of few rows, "
+        "against one PyTorch operation after the other, each reading and writing memory",
+    ),
+    Ablation(
+        name="fused kernels, against torch.compile",
+        off=("--compilation", "inductor"),
+        shown_by=("throughput", "latency"),
+        meaning="the same kernels against those that the compiler writes",
+    ),
+    Ablation(
+        name="torch.compile",
+        base=("--compilation", "inductor"),
+        off=("--compilation", "none"),
+        shown_by=("throughput", "latency"),
+        meaning="what the compiler's kernels are worth where this project's are not used",
+    ),
+    Ablation(
+        name="dependent launch",
+        off=("--no-dependent-launch",),
+        shown_by=("throughput", "latency"),
+        meaning="a kernel starts, and asks for its weights, while the one before it still runs",
+        exists=has_dependent_launch,
     ),
     Ablation(
         name="overlap of planning and running",
         off=("--overlap-depth", "1"),
         shown_by=("throughput", "latency"),
         meaning="the next step is planned while the device runs the last one, so the device does not wait for Python",
-        on_gpu_only=True,
+        exists=_on_gpus,
     ),
     Ablation(
         name="chunked prefill",
-        base=("--max-num-batched-tokens", "128"),
+        base=("--max-num-batched-tokens", "512"),
+        base_on_cpu=("--max-num-batched-tokens", "128"),
         off=("--no-enable-chunked-prefill",),
         shown_by=("arrivals",),
         meaning="a long prompt is computed in parts, so running requests wait for a part and not for all of it",
@@ -119,17 +149,19 @@ ABLATIONS = (
 
 
 def run(args: Namespace) -> int:
-    device = engine_options(args).get("device", "auto")
-    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    name = engine_options(args).get("device", "auto")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    on_gpu = device.type == "cuda"
+    ablations = [ablation for ablation in _choose(args.only) if ablation.exists(device)]
+    if not ablations:
+        raise ValueError(f"--only {' '.join(args.only)}: {device} has nothing of the kind")
     known: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
-    for ablation in ABLATIONS:
-        if ablation.on_gpu_only and not on_gpu:
-            continue
+    for ablation in ablations:
         for name in ablation.shown_by:
             measure = MEASURES[name]
             command = measure.on_gpu if on_gpu else measure.on_cpu
-            on, off = (_measure(args, (*command, *flags), known) for flags in (ablation.base, ablation.off))
+            on, off = (_measure(args, (*command, *flags), known) for flags in ablation.sides(on_gpu))
             with_it, without = on["results"][0][measure.figure], off["results"][0][measure.figure]
             rows.append(
                 {
@@ -146,13 +178,22 @@ def run(args: Namespace) -> int:
     columns = {"optimization": "optimization", "measured": "figure", "with": "with", "without": "without"}
     print_table(rows, {**columns, "times better": "worth"})
     print()
-    for ablation in ABLATIONS:
-        if ablation.on_gpu_only <= on_gpu:
-            worth = " and ".join(f"{row['worth']:.2f}" for row in rows if row["optimization"] == ablation.name)
-            print(f"{ablation.name}: {worth} times better; {ablation.meaning}.")
+    for ablation in ablations:
+        worth = " and ".join(f"{row['worth']:.2f}" for row in rows if row["optimization"] == ablation.name)
+        print(f"{ablation.name}: {worth} times better; {ablation.meaning}.")
     print()
     print_record(args, {"settings": engine_options(args), "results": rows})
     return 0
+
+
+def _choose(names: Sequence[str] | None) -> Sequence[Ablation]:
+    """Those whose name holds one of the names, all for None. Raises ValueError for a name that stands nowhere."""
+    if names is None:
+        return ABLATIONS
+    for name in names:
+        if not any(name.lower() in ablation.name.lower() for ablation in ABLATIONS):
+            raise ValueError(f"--only {name!r}: there is {', '.join(repr(ablation.name) for ablation in ABLATIONS)}")
+    return [ablation for ablation in ABLATIONS if any(name.lower() in ablation.name.lower() for name in names)]
 
 
 def _measure(args: Namespace, command: tuple[str, ...], known: dict[tuple[str, ...], dict[str, Any]]) -> dict[str, Any]:

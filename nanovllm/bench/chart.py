@@ -1,7 +1,7 @@
-"""`nanovllm bench chart FILES -o x.svg`: engines beside each other, from the JSON lines that the benchmarks print.
+"""`nanovllm bench chart FILES -o x.svg`: engines or layouts beside each other, from the benchmarks' JSON lines.
 
 Owns which figure of a result is drawn and how. Invariant: a panel holds figures of one model and one workload only, and
-each bar is a median from a file; of two results of the same engine the later one counts.
+each bar is a median from a file; of two results of the same engine or layout the later one counts.
 """
 
 import json
@@ -34,10 +34,10 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--output must end in .svg or .png, got {args.output!r}")
     panels = collect(read_records(args.files))
     if args.compared_only:
-        panels = {panel: bars for panel, bars in panels.items() if len(bars) > 1 and _OURS in bars}
+        panels = {panel: bars for panel, bars in panels.items() if len(bars) > 1 and any(map(_is_ours, bars))}
     if not panels:
         raise ValueError(
-            f"nothing to draw in {', '.join(args.files)}: no result of throughput, prefill, latency or start"
+            f"nothing to draw in {', '.join(args.files)}: no result of throughput, prefill, latency, start or parallel"
         )
     draw(panels, args.output)
     print(args.output)
@@ -60,12 +60,12 @@ def read_records(files: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def collect(records: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Bar]]:
-    """Panel -> engine -> bar: model by model, otherwise in the order of the records."""
+    """Panel -> engine or layout -> bar: model by model, otherwise in the order of the records."""
     panels: dict[Panel, dict[str, Bar]] = {}
     for record in records:
         for row in record["results"]:
             for title, bar in _bars(record["benchmark"], row):
-                panels.setdefault(Panel(record["model"], title), {})[row["engine"]] = bar
+                panels.setdefault(Panel(record["model"], title), {})[row.get("layout", row["engine"])] = bar
     models = list(dict.fromkeys(panel.model for panel in panels))
     return dict(sorted(panels.items(), key=lambda item: models.index(item[0].model)))
 
@@ -76,7 +76,7 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
     spread = (row["slowest"], row["fastest"]) if "slowest" in row else None
     if kind == "latency" and "first_token_ms" in row and row.get("num_prompts") == 1:
         yield "first token, ms (less is better)", Bar(row["first_token_ms"], None)
-    if kind == "latency" and "step_ms" in row:
+    if kind in ("latency", "parallel") and "step_ms" in row:
         batch = re.fullmatch(r"decode_(\d+)|(\d+) x 128\+512", workload)  # two names of one workload
         name = f"batch {batch[1] or batch[2]}" if batch else workload
         yield f"decode, {name}, ms a step (less is better)", Bar(row["step_ms"], spread)
@@ -88,8 +88,12 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
         rates = [row["num_prompt_tokens"] / seconds for seconds in row.get("seconds", ())]
         value = row.get("prompt_tokens_per_second") or median(rates)
         yield f"{workload}, prompt tok/s", Bar(value, (min(rates), max(rates)) if rates else None)
-    elif kind in ("throughput", "prefix"):
+    elif kind in ("throughput", "prefix", "parallel"):
         yield f"{workload}, output tok/s", Bar(row["output_tokens_per_second"], spread)
+
+
+def _is_ours(name: str) -> bool:
+    return name == _OURS or name.startswith("tp")  # a layout: tensor and data parallel sizes
 
 
 def draw(panels: dict[Panel, dict[str, Bar]], output: str) -> None:
@@ -104,9 +108,9 @@ def draw(panels: dict[Panel, dict[str, Bar]], output: str) -> None:
     figure = Figure(figsize=(3.2 * columns, 0.7 + 1.7 * lines), layout="constrained")
     for number, (panel, bars) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, number)
-        engines = sorted(bars, key=lambda engine: engine != _OURS)  # ours on top
+        engines = sorted(bars, key=lambda engine: not _is_ours(engine))  # ours on top
         values = [bars[engine].value for engine in engines]
-        axes.barh(engines, values, color=[_COLORS.get(engine, "#b8b8b8") for engine in engines], height=0.7)
+        axes.barh(engines, values, color=[_color(engine) for engine in engines], height=0.7)
         for place, engine in enumerate(engines):
             value, spread = bars[engine]
             if spread:
@@ -120,6 +124,10 @@ def draw(panels: dict[Panel, dict[str, Bar]], output: str) -> None:
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanovllm"}):  # text as text; the same file every time
         figure.savefig(output, dpi=150, metadata={"Date": None} if output.endswith(".svg") else None)
+
+
+def _color(name: str) -> str:
+    return _COLORS[_OURS] if _is_ours(name) else _COLORS.get(name, "#b8b8b8")
 
 
 def _number(value: float) -> str:

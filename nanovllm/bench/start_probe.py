@@ -1,6 +1,8 @@
 """One start, timed from within a fresh process: run as a module, prints a JSON line of seconds.
 
-Owns the order: import, LLM(...), a first token, a second one. Invariant: nothing heavy is imported before the clock.
+Owns the order: import, LLM(...), a first token, a second one; and the watch on the compilers of this process, Triton's
+(reading its cache counts too) and the one of the C++ kernels. Worker processes and torch.compile are not watched.
+Invariant: nothing heavy is imported before the clock.
 
     python -m nanovllm.bench.start_probe SPAWNED_AT MODEL OPTIONS      time.time() of the parent; engine options as JSON
 """
@@ -8,7 +10,9 @@ Owns the order: import, LLM(...), a first token, a second one. Invariant: nothin
 import json
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from time import time
+from typing import Any
 
 
 def main() -> None:
@@ -16,14 +20,18 @@ def main() -> None:
     times = [spawned, time()]
     nanovllm = import_module("nanovllm")
     engine = nanovllm.LLM  # loads torch and all else that is needed
+    compiling = _watch_compilers(options.get("device", "auto"))
     times.append(time())
     llm = engine(model, **options)
     times.append(time())
+    construct_compile = sum(compiling)
     length = min(128, llm.config.max_model_len // 2)
     params = nanovllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    for token in (1, 2):
-        llm.generate([[token] * length], params, use_tqdm=False)
-        times.append(time())
+    llm.generate([[1] * length], params, use_tqdm=False)
+    times.append(time())
+    compile_in_all = sum(compiling)
+    llm.generate([[2] * length], params, use_tqdm=False)
+    times.append(time())
     python, imports, construct, first, second = (end - start for start, end in zip(times, times[1:], strict=False))
     metrics = llm.get_metrics()
     parts = {name.removeprefix("start_"): metrics[name] for name in metrics if name.startswith("start_")}
@@ -33,11 +41,32 @@ def main() -> None:
         **parts,
         "other_seconds": construct - sum(parts.values()),
         "construct_seconds": construct,
+        "construct_compile_seconds": construct_compile,
         "first_token_seconds": first,
         "second_token_seconds": second,
         "total_seconds": times[-2] - spawned,
+        "compile_seconds": compile_in_all,
     }
     print(json.dumps(record))
+
+
+def _watch_compilers(device: str) -> list[float]:
+    """Seconds of each compilation in this process from now on; the list grows. device: as in `EngineConfig`."""
+    seconds: list[float] = []
+    native: Any = import_module("nanovllm.kernels.native")
+    build = native.build
+
+    def timed_build(*arguments: Any) -> None:
+        start = time()
+        build(*arguments)
+        seconds.append(time() - start)
+
+    native.build = timed_build
+    # An engine on a CPU never imports Triton.
+    if device != "cpu" and import_module("torch").cuda.is_available() and find_spec("triton"):
+        knobs: Any = import_module("triton.knobs")
+        knobs.compilation.listener = lambda *, times, **_: seconds.append(times.total / 1e6)
+    return seconds
 
 
 if __name__ == "__main__":

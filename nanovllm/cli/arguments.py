@@ -126,10 +126,12 @@ every run starts with an empty prefix cache, unless its workload is about a shar
         kind = add(kinds)
         _add_measuring_options(kind)
         add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
-    for add in (_add_start, _add_ablation):
-        kind = add(kinds)
-        _add_record_options(kind)
-        add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+    start = _add_start(kinds)
+    _add_record_options(start)
+    add_engine_options(start, exclude=["tokenizer"])
+    ablation = _add_ablation(kinds)
+    _add_record_options(ablation)
+    add_engine_options(ablation, exclude=["skip_tokenizer_init", "tokenizer"])
     parallel = _add_parallel(kinds)
     _add_record_options(parallel)
     add_engine_options(
@@ -247,12 +249,13 @@ Cold is a start with empty caches of compiled kernels, warm one with what the co
 examples:
   nanovllm bench start
   nanovllm bench start --model Qwen/Qwen3-0.6B --repeat 3
+  nanovllm bench start --model ./only-a-config --load-format dummy --skip-tokenizer-init
 """,
     )
 
 
 def _add_ablation(kinds: _Commands) -> argparse.ArgumentParser:
-    return _command(
+    ablation = _command(
         kinds,
         "ablation",
         "what each optimization is worth: each is switched off alone",
@@ -262,8 +265,13 @@ Every measurement is a process of its own. What a device does not have is left o
 examples:
   nanovllm bench ablation
   nanovllm bench ablation --model Qwen/Qwen3-0.6B --repeat 3
+  nanovllm bench ablation --only "CUDA graphs" overlap
 """,
     )
+    ablation.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these optimizations, by name or a part of it (default: all)"
+    )
+    return ablation
 
 
 def _add_parallel(kinds: _Commands) -> argparse.ArgumentParser:

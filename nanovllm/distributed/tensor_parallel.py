@@ -6,7 +6,7 @@ calls the same collectives in the same order.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,25 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name; torch 2.13 warns of old
 
 
+class Sum(Protocol):
+    """Another way to add up what the ranks have, for some tensors: `kernels/all_reduce.py`."""
+
+    def takes(self, x: Tensor) -> bool: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class TensorParallel:
-    """rank in [0, size). group: a torch.distributed ProcessGroup of `size` members; None at size 1, and in tests."""
+    """rank in [0, size). group: a torch.distributed ProcessGroup of `size` members; None at size 1, and in tests.
+
+    sum_few: how to add up tensors that it takes, on all ranks or on none.
+    """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    sum_few: Sum | None = None
 
     def shard(self, total: int, what: str) -> int:
         """The part of `total` that one rank holds; ValueError names `what` if it does not divide."""
@@ -54,6 +66,8 @@ class TensorParallel:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, the same bits on each. x may be overwritten."""
+        if self.sum_few is not None and self.sum_few.takes(x):
+            return self.sum_few(x)
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x

@@ -7,6 +7,7 @@ since one plan is for all of them.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.cpu_paged import CpuPagedBackend
 from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
 from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.native import load_native
 from nanovllm.kernels.ops import choose_ops
 from nanovllm.models.registry import model_class
@@ -48,6 +51,8 @@ def build_runner(
     """config is resolved. Raises ValueError for a checkpoint that does not fit, or memory that does not suffice."""
     assert config.max_model_len and config.block_size
     times = [perf_counter()]
+    if tp.size > 1 and not config.disable_custom_all_reduce and can_share_memory(tp.size, device):
+        tp = with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     times.append(perf_counter())
     spec = KVCacheSpec(
@@ -67,6 +72,12 @@ def build_runner(
     runner = make_runner(config, num_blocks)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
+
+
+def with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
+    """Sums of few rows go straight from device to device. Every rank calls it."""
+    memory = share_memory(OneShotAllReduce.memory_bytes(tp.size), device, tp.group)
+    return replace(tp, sum_few=OneShotAllReduce(tp.rank, memory.addresses, device, memory))
 
 
 def _load_model(

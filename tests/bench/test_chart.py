@@ -41,6 +41,21 @@ def test_each_kind_of_result_has_its_figure() -> None:
     }
 
 
+def test_layouts_of_devices_stand_beside_each_other() -> None:
+    steps = [
+        record("parallel", workload="decode_1", step_ms=ms, layout=name)
+        for name, ms in (("tp1 dp1", 5.0), ("tp2 dp1", 3.0))
+    ]
+    rate = {"workload": "offline", "output_tokens_per_second": 9.0, "layout": "tp2 dp1"}
+    assert collect([*steps, record("parallel", **rate)]) == {
+        Panel("m", "decode, batch 1, ms a step (less is better)"): {
+            "tp1 dp1": Bar(5.0, None),
+            "tp2 dp1": Bar(3.0, None),
+        },
+        Panel("m", "offline, output tok/s"): {"tp2 dp1": Bar(9.0, None)},
+    }
+
+
 def test_the_recorded_results_can_all_be_read() -> None:
     files = sorted(BENCHMARKS.glob("*.jsonl"))
     assert len(files) >= 3

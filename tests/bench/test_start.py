@@ -1,11 +1,16 @@
-"""The parts of a start are those of a real process, and add up."""
+"""The parts of a start are those of a real process, and add up; compilers are watched."""
 
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from nanovllm.bench import start_probe
 from nanovllm.cli.main import main
+from nanovllm.kernels import native
 from tests.tiny_models import save_random, save_tokenizer
 
 
@@ -25,7 +30,58 @@ def test_parts_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert sum(run[f"{part}_seconds"] for part in parts) == pytest.approx(run["construct_seconds"])
         around = ("python", "import", "construct", "first_token")
         assert sum(run[f"{part}_seconds"] for part in around) == pytest.approx(run["total_seconds"])
+        assert run["construct_compile_seconds"] == run["compile_seconds"] == 0, "plain PyTorch"
     assert row["warm_seconds"] == row["warm"][0]["construct_seconds"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_a_model_that_is_only_a_config_starts_and_compiles_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (save_random(tmp_path) / "model.safetensors").unlink()
+    argv = ["bench", "start", "--model", str(tmp_path), "--load-format", "dummy", "--skip-tokenizer-init"]
+    assert main([*argv, "--device", "cpu", "--repeat", "1"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    assert sum("of which compile kernels" in row for row in table) == 2
+    (row,) = json.loads(line)["results"]
+    assert row["cold"]["construct_seconds"] > row["cold"]["construct_compile_seconds"] > 0
+    assert row["cold"]["compile_seconds"] == row["cold"]["construct_compile_seconds"]
+    assert row["warm"][0]["compile_seconds"] == 0
+
+
+def test_both_compilers_are_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton's really compiles a kernel, for a GPU that is not here."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "build", lambda *arguments: time.sleep(0.01))
+    seconds = start_probe._watch_compilers("auto")
+    native.build("c++", tmp_path / "library.so")
+    assert len(seconds) == 1 and seconds[0] >= 0.01
+
+    @triton.jit
+    def kernel(x_ptr):  # type: ignore[no-untyped-def]  # Triton would look the types up
+        pass
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        start = time.perf_counter()
+        for _ in range(2):  # the second time from Triton's cache
+            source = triton.compiler.ASTSource(kernel, {"x_ptr": "*fp32"})
+            triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
+        elapsed = time.perf_counter() - start
+    assert len(seconds) == 3
+    assert 0 < seconds[2] < seconds[1] and sum(seconds[1:]) < elapsed
+
+
+def test_an_engine_on_a_cpu_watches_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "build", native.build)  # put back behind the test
+    start_probe._watch_compilers("cpu")
+    assert triton.knobs.compilation.listener is None
 
 
 def test_a_start_that_fails_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -57,9 +57,13 @@ def test_a_worker_process_on_one_gpu(folder: Path, expected: Any) -> None:
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_two_ranks_give_the_tokens_of_one(folder: Path, expected: Any, enforce_eager: bool) -> None:
-    """W8: with the collectives captured in the graphs, and without."""
-    with make_llm(folder, device="cuda", tensor_parallel_size=2, enforce_eager=enforce_eager) as llm:
+@pytest.mark.parametrize("disable_custom_all_reduce", [False, True])
+def test_two_ranks_give_the_tokens_of_one(
+    folder: Path, expected: Any, enforce_eager: bool, disable_custom_all_reduce: bool
+) -> None:
+    """W8: with the collectives captured in the graphs, and without; with the kernel of our own, and with NCCL."""
+    options = {"enforce_eager": enforce_eager, "disable_custom_all_reduce": disable_custom_all_reduce}
+    with make_llm(folder, device="cuda", tensor_parallel_size=2, **options) as llm:
         assert tokens(llm) == expected
         assert llm.apply_model(device_of) == ["cuda:0", "cuda:1"]
         assert all(milliseconds > 0 for milliseconds in llm.apply_model(partial(time_collectives, 8)))

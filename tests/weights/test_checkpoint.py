@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_single_file(folder: Path) -> None:
     assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
     ((name, tensor),) = checkpoint.tensors()
     assert name == "a" and torch.equal(tensor, torch.arange(6.0).reshape(2, 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tensors_are_the_mapped_file_itself(folder: Path) -> None:
+    save_file({"a": torch.zeros(1000), "b": torch.ones(3)}, folder / "model.safetensors")
+    for _, tensor in _open(folder).tensors():
+        mapped = [
+            range(*(int(address, 16) for address in line.split()[0].split("-")))
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith(str(folder / "model.safetensors"))
+        ]
+        assert any(tensor.data_ptr() in addresses for addresses in mapped)
 
 
 @pytest.mark.parametrize("has_index", [True, False])

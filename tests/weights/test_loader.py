@@ -1,7 +1,8 @@
 """Strict loading: every tensor used once, every parameter written; the message names what is at fault."""
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,31 @@ def test_a_tied_head_may_be_stored_again_but_not_differ(tied: Path, comes_first:
     for wrong in (head + 1e-3, head[:-1]):
         with pytest.raises(ValueError, match=r"'lm_head\.weight' differs"):
             load_weights(model, with_head(wrong))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_no_memory_beside_the_weights(tmp_path: Path) -> None:
+    """Each tensor is copied once, from the mapped file to its place."""
+    folder = save_random(tmp_path, vocab_size=4096, hidden_size=512, intermediate_size=1024)
+    model, tensors = new_model(folder)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    before = own_memory()
+    taken = []
+
+    def watched() -> Iterator[tuple[str, Tensor]]:
+        for named in tensors.items():
+            yield named
+            taken.append(own_memory() - before)
+
+    load_weights(model, watched())
+    assert num_bytes > 30e6
+    assert max(taken) < num_bytes / 20
+
+
+def own_memory() -> int:
+    """Bytes in use by this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
