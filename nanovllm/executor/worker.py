@@ -51,7 +51,7 @@ def build_runner(
     """config is resolved. Raises ValueError for a checkpoint that does not fit, or memory that does not suffice."""
     assert config.max_model_len and config.block_size
     times = [perf_counter()]
-    if tp.size > 1 and not config.disable_custom_all_reduce and can_share_memory(tp.size, device):
+    if tp.size > 1 and device.type == "cuda" and not config.disable_custom_all_reduce:
         tp = with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     times.append(perf_counter())
@@ -75,7 +75,9 @@ def build_runner(
 
 
 def with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
-    """Sums of few rows go straight from device to device. Every rank calls it."""
+    """Sums of few rows go straight from device to device, if all can. Every rank calls it."""
+    if not tp.smallest(can_share_memory(tp.size, device), device):
+        return tp
     memory = share_memory(OneShotAllReduce.memory_bytes(tp.size), device, tp.group)
     return replace(tp, sum_few=OneShotAllReduce(tp.rank, memory.addresses, device, memory))
 

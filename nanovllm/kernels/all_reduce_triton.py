@@ -112,7 +112,8 @@ def _all_reduce_kernel(
             tl.atomic_xchg(flags_ptr + RANK * PROGRAMS + program, call, sem="release", scope="sys")
         for ahead in tl.static_range(1, SIZE):
             flag_ptr = _memory(memories_ptr, RANK, FLAGS, tl.int32) + (RANK + ahead) % SIZE * PROGRAMS + program
-            while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") != call:
+            # Who has sent may be one call ahead by the time that this program looks.
+            while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - call < 0:
                 pass
         tl.debug_barrier()
     own_ptr = _memory(memories_ptr, RANK, OFFSET, kept) + half

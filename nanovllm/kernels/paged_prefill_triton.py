@@ -29,6 +29,7 @@ from nanovllm.kernels.paged_tiles_triton import (
 )
 
 PLAN_PROGRAMS = 32  # tiles of queries that one program of the planning kernel puts in order
+LONG_PROMPT = 1024  # tokens to compute, in the mean of a step's prompts
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ class PrefillPlan:
     config: PrefillConfig
 
 
-def prefill_config(kv_cache: Tensor) -> PrefillConfig:
-    """Measured on an H200 and an H100 with prompts of 2,048 tokens. float32 is exact rather than fast."""
+def prefill_config(kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
+    """Measured on an H200 and an H100 with prompts of 2,048 tokens; steps with many short prompts took longer with
+    tiles loaded whole. float32 is exact rather than fast.
+    """
     if kv_cache.dtype == torch.float32:
         return PrefillConfig(rows=32, tile=32, num_stages=1, occupancy=1, tile_loads=False)
     if kv_cache.shape[4] > 128:
         return PrefillConfig(num_stages=2, tile_loads=False)
-    return PrefillConfig()
+    return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT)
 
 
 @triton.jit(do_not_specialize=["first_req", "num_reqs", "num_programs"])
@@ -124,8 +127,8 @@ def plan_prefill(
 
     Of q and kv_cache only shapes, strides, dtype and device count.
     """
-    config = config or prefill_config(kv_cache)
     num_reqs = seq_lens.shape[0]
+    config = config or prefill_config(kv_cache, (q.shape[0] - first_req) // (num_reqs - first_req))
     group = q.shape[1] // kv_cache.shape[2]
     tokens = _rows_of_program(config, group) // group
     num_programs = (q.shape[0] - first_req) // tokens + num_reqs - first_req  # a tile less than full for each request

@@ -49,6 +49,13 @@ def rows_of(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[list[dict[s
     return json.loads(lines[-1])["results"], lines
 
 
+def test_figures_are_said_at_once(measured: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that is cut short has said what it found."""
+    assert main(["bench", "ablation", "--device", "cpu", "--only", "prefix"]) == 0
+    said = "prefix caching: 2.00 times better (output tok/s, shared prefix: 10 with it, 5 without)"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
 def test_worth_is_how_many_times_better(measured: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows, lines = rows_of(capsys, "--device", "cpu")
     expected = {"output tok/s": 2, "output tok/s, shared prefix": 2, "ms a step, batch 1": 3}

@@ -89,3 +89,16 @@ def test_takes_what_it_can_do() -> None:
     assert all_reduce.takes(x[:1])
     for other in (x[:0], x[:1, :3], x[:, :1024], x.double(), x.int(), torch.cat([x] * 5), x.flatten()[1:3]):
         assert not all_reduce.takes(other)
+
+
+def test_a_rank_that_is_a_call_ahead() -> None:
+    """It has sent for this call and the next one when this rank's programs look for the first time."""
+    memories = new_memories(2)
+    own, theirs = part(0, 0, (3, 2048), torch.float32), part(1, 0, (3, 2048), torch.float32)
+    words, bulk = 2 * 2 * WORDS_BYTES // 4 * 2, 2 * 2 * MAX_BYTES // 4  # in int32, as the module lays them out
+    memory = memories[0].view(torch.int32)
+    received = memory[words : words + bulk].view(2, 2, -1)[1, 1]  # of odd calls, from rank 1
+    received[: theirs.numel()] = theirs.flatten().view(torch.int32).to(DEVICE)
+    memory[words + bulk :].view(2, -1)[1] = 2
+    got = as_rank(0, memories)(own.to(DEVICE))
+    assert torch.equal(got.cpu(), all_reduce_reference([own, theirs]))

@@ -63,12 +63,13 @@ def attend(
     softcap: float | None,
     head_dim: int,
     block_size: int,
+    prompt_len: int = 40,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Decodes beside a prompt, in two layers, and tokens one by one."""
     case = make_case(
-        [1, 1, 40], [90, 7, 60], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype,
-        layout="heads outside",
+        [1, 1, prompt_len], [90, 7, prompt_len + 20], num_heads=8, head_dim=head_dim, block_size=block_size,
+        dtype=dtype, layout="heads outside",
     )  # fmt: skip
     q, cache, meta = case.q, case.kv_cache, case.meta
     plans = MODULES["paged_attention"].StepPlans()
@@ -145,8 +146,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention, window": lambda: attend(100, None, 64, 64),
     "attention, softcap, odd sizes": lambda: attend(None, 50.0, 80, 24),
     "attention, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 64),
-    "attention, window, 128-wide heads": lambda: attend(100, None, 128, 64),
-    "attention, float32": lambda: attend(None, None, 128, 64, torch.float32),
+    "attention of a long prompt": lambda: attend(None, None, 128, 64, 1100),
+    "attention of a long prompt, window": lambda: attend(100, None, 128, 64, 1100),
+    "attention, float32": lambda: attend(None, None, 128, 64, dtype=torch.float32),
     "qkv_rope_store": lambda: rotate_and_store(has_norm=False, has_rotation=False),
     "qkv_rope_store, norm, rotation": lambda: rotate_and_store(has_norm=True, has_rotation=True),
     "rms_norm of heads": lambda: MODULES["rms_norm"].rms_norm_triton(bf16(5, 8, 128), bf16(128), 1e-6),
