@@ -60,7 +60,7 @@ BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, qkv_rope_sto
 
 
 def _on_gpu(device: torch.device) -> Ops:
-    from nanovllm.kernels.small_linear_triton import new_arrived
+    from nanovllm.kernels.small_tile_triton import new_arrived
 
     arrived = new_arrived(device)  # one for the model: its products run one after the other
     return BY_DEVICE._replace(

@@ -28,7 +28,7 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, arrived:
     """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features].
 
     Any number of rows; "small" is what it is made for. Rows of x may be strided. arrived: room that a GPU counts in
-    (`small_linear_triton.new_arrived`), where the caller keeps some.
+    (`small_tile_triton.new_arrived`), where the caller keeps some.
     """
     if use_triton(x):
         from nanovllm.kernels.small_linear_triton import choose, small_linear_triton

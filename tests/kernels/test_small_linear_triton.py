@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nanovllm.kernels import small_linear as ops
 from tests.kernels.twins import DEVICE, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
-twin = load_twin("small_linear")
+twin, tile = load_twin("small_linear"), load_twin("small_tile")
 pytestmark = twin_test
 
 HALF_TYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
@@ -93,7 +93,7 @@ def test_every_form_of_the_tile_kernel(
 ) -> None:
     """Again and again with the same counters, which are 0 after each call: the same bits."""
     x, weight = randn(rows, 2, inputs, dtype=dtype)[:, 1], scaled_weight(outputs * (2 if gated else 1), inputs, dtype)
-    bias, arrived, config = randn(weight.shape[0], dtype=dtype), twin.new_arrived(DEVICE), twin.TileConfig(**form)
+    bias, arrived, config = randn(weight.shape[0], dtype=dtype), tile.new_arrived(DEVICE), twin.TileConfig(**form)
     first, again = (
         twin.small_linear_triton(x, weight, bias, config, gated, arrived=arrived, gelu=gated) for _ in range(2)
     )

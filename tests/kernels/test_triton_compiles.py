@@ -96,7 +96,7 @@ def multiply(num_rows: int, inputs: int, has_bias: bool = False, gated: bool = F
 def multiply_in_chunks(num_rows: int, gated: bool) -> None:
     """Chunks held and chunks asked for on the way; and a norm of what has no residual."""
     twin = MODULES["small_linear"]
-    x, weight, arrived = bf16(num_rows, 1024), bf16(1024, 1024), twin.new_arrived(torch.device("cpu"))
+    x, weight, arrived = bf16(num_rows, 1024), bf16(1024, 1024), MODULES["small_tile"].new_arrived(torch.device("cpu"))
     config = twin.TileConfig(64, num_warps=8, slices=1, chunk=128, ahead=1, x_ahead=1, splits=2)
     twin.small_linear_triton(x, weight, None, config, gated, arrived=arrived)
     twin.rms_norm_linear_triton(x[:7], None, bf16(1024), 1e-6, weight, None, twin.choose(x[:7], weight, normed=True))
