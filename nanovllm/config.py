@@ -60,8 +60,8 @@ class EngineConfig:
     distributed_executor_backend: who runs the model: "uni" (this process, on one device), "mp" (worker processes that
         the engine starts, one for each device) or "external_launcher" (torchrun, say: every rank runs the same script
         with the same prompts). None chooses "uni" for one device and "mp" for several.
-    disable_custom_all_reduce: sum over devices with NCCL alone; else, for few rows, with a kernel that writes straight
-        into the other devices' memory, where they reach each other's.
+    disable_custom_all_reduce: sum over devices with NCCL alone; else, for few rows and with "mp", by a kernel that
+        writes straight into the other devices' memory, where they reach each other's.
     distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.

@@ -1,13 +1,13 @@
 """share_memory: memory on each rank's GPU that the kernels of all ranks of the host can write.
 
 Owns the one use of `torch.distributed._symmetric_memory`, which maps it. Invariant: it is zero on every rank before any
-rank gets to use it.
+rank knows where it is.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 
@@ -19,21 +19,24 @@ class SharedMemory(NamedTuple):
     handle: Any
 
 
-def can_share_memory(size: int, device: torch.device) -> bool:
-    """Do the devices of this host reach each other's memory, and are there as many as ranks?"""
-    if device.type != "cuda" or torch.cuda.device_count() < size:
+def can_share_memory(rank: int, size: int, device: torch.device) -> bool:
+    """Does this rank's device reach the memory of the others? They stand beside it, in the order of the ranks."""
+    if device.type != "cuda":
         return False
-    others = (index for index in range(torch.cuda.device_count()) if index != device.index)
+    first = device.index - rank
+    if first < 0 or first + size > torch.cuda.device_count():
+        return False
+    others = (index for index in range(first, first + size) if index != device.index)
     return all(torch.cuda.can_device_access_peer(device, other) for other in others)
 
 
 def share_memory(num_bytes: int, device: torch.device, group: Any) -> SharedMemory:
-    """Every rank of the group calls it with the same size."""
+    """Every rank of the group calls it with the same size. Raises RuntimeError where the memory cannot be mapped."""
     from torch.distributed import _symmetric_memory
 
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here, and not set up everywhere
     own = _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    handle = _symmetric_memory.rendezvous(own, group)
     own.zero_()
     torch.cuda.synchronize(device)
-    dist.barrier(group=group, device_ids=[device.index])
+    handle = _symmetric_memory.rendezvous(own, group)
     return SharedMemory(tuple(handle.buffer_ptrs), own, handle)

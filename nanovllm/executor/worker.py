@@ -6,6 +6,7 @@ since one plan is for all of them.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -51,7 +52,8 @@ def build_runner(
     """config is resolved. Raises ValueError for a checkpoint that does not fit, or memory that does not suffice."""
     assert config.max_model_len and config.block_size
     times = [perf_counter()]
-    if tp.size > 1 and device.type == "cuda" and not config.disable_custom_all_reduce:
+    # Ranks of a launcher have nobody who ends them when one is missing, as NCCL does: a kernel would wait for ever.
+    if device.type == "cuda" and config.distributed_executor_backend == "mp" and not config.disable_custom_all_reduce:
         tp = with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     times.append(perf_counter())
@@ -76,9 +78,15 @@ def build_runner(
 
 def with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
     """Sums of few rows go straight from device to device, if all can. Every rank calls it."""
-    if not tp.smallest(can_share_memory(tp.size, device), device):
+    if tp.size == 1 or not tp.smallest(can_share_memory(tp.rank, tp.size, device), device):
         return tp
-    memory = share_memory(OneShotAllReduce.memory_bytes(tp.size), device, tp.group)
+    memory = None
+    try:
+        memory = share_memory(OneShotAllReduce.memory_bytes(tp.size), device, tp.group)
+    except RuntimeError as error:
+        warnings.warn(f"the devices share no memory, so NCCL does all sums: {error}", RuntimeWarning, stacklevel=2)
+    if not tp.smallest(memory is not None, device) or memory is None:
+        return tp
     return replace(tp, sum_few=OneShotAllReduce(tp.rank, memory.addresses, device, memory))
 
 

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 # Bytes of x up to which its values travel with flags, and up to which this is done at all. Measured with two H100s on
-# NVLink (NCCL: 12 us for 8 KB, 57 us for 8 MB); more ranks send more, in proportion to the square of their number.
+# NVLink (NCCL: 12 us for 8 KB, 57 us for 8 MB); not with more.
 WORDS_BYTES, MAX_BYTES = 2**20, 2**23
+
+
+def limits(size: int, words_bytes: int = WORDS_BYTES, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
+    """Both for `size` ranks, multiples of 64: what is sent grows with the square of the number of peers."""
+    most = max_bytes // (size - 1) ** 2 // 64 * 64
+    return min(words_bytes, most), most
 
 
 class OneShotAllReduce:
@@ -35,8 +41,7 @@ class OneShotAllReduce:
 
         self._rank = rank
         self._owner = owner
-        self._words_bytes, self._max_bytes = words_bytes, max_bytes
-        self._limit = max_bytes // (len(memories) - 1) ** 2
+        self._words_bytes, self._max_bytes = limits(len(memories), words_bytes, max_bytes)
         self._memories = torch.tensor(memories, dtype=torch.int64, device=device)
         self._calls = torch.zeros(PROGRAMS.value, dtype=torch.int32, device=device)
 
@@ -45,12 +50,12 @@ class OneShotAllReduce:
         """What each of `size` ranks needs as memory that all can write."""
         from nanovllm.kernels.all_reduce_triton import memory_bytes
 
-        return memory_bytes(size, words_bytes, max_bytes)
+        return memory_bytes(size, *limits(size, words_bytes, max_bytes))
 
     def takes(self, x: Tensor) -> bool:
         num_bytes = x.numel() * x.element_size()
         return (
-            0 < num_bytes <= self._limit
+            0 < num_bytes <= self._max_bytes
             and num_bytes % 4 == 0
             and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and x.is_contiguous()

@@ -93,6 +93,7 @@ def _all_reduce_kernel(
         tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     call = tl.load(calls_ptr + program, cache_modifier=".cg") + 1  # past the L1 cache: who wrote it may be elsewhere
+    call = tl.where(call == 0, 2, call)  # after 2**32 calls: 0 is the flag of what was never written
     half = (call & 1) * SIZE * CAPACITY
     x_ptr = x_ptr.to(tl.pointer_type(tl.int32))
     out_ptr = out_ptr.to(tl.pointer_type(tl.int32))

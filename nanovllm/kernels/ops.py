@@ -8,6 +8,8 @@ references beside it define, up to rounding, so a model is written once and runs
                                                              for few rows on a GPU
     "inductor"     the references, fused by torch.compile    PyTorch's                     as "kernels"
     "none"         the references, one PyTorch call each     PyTorch's                     as "kernels" on a GPU
+
+What stands around the layers (a step's inputs, rows of tables, attention, sampling) is the same in all of them.
 """
 
 from collections.abc import Callable

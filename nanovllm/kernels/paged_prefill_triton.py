@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.device_limits import has_large_shared_memory
 from nanovllm.kernels.paged_tiles_triton import (
     LOWEST,
     attend,
@@ -68,7 +69,9 @@ def prefill_config(kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
     if kv_cache.dtype == torch.float32:
         return PrefillConfig(rows=32, tile=32, num_stages=1, occupancy=1, tile_loads=False)
     if kv_cache.shape[4] > 128:
-        return PrefillConfig(num_stages=2, tile_loads=False)
+        if has_large_shared_memory(kv_cache.device):
+            return PrefillConfig(num_stages=2, tile_loads=False)
+        return PrefillConfig(tile=32, num_stages=1, tile_loads=False)
     return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT)
 
 

@@ -4,8 +4,9 @@ Owns the meaning of the fused forms: each equals the plain operations in sequenc
 they run as one kernel where that is faster (`small_linear_triton.choose`) and as the plain operations elsewhere, so a
 model can be written with them alone. Invariant: pure, no input is ever written.
 
-What is repeatable: a row's result depends on that row, the sizes, the dtype and the number of rows, which picks the
-kernel. It does not depend on the other rows, nor on timing: where a sum is split, its parts are added in a fixed order.
+What is repeatable: a row's result depends on that row, and on the sizes, dtypes, strides and number of rows, which pick
+the kernel. It does not depend on the other rows, nor on timing: where a sum is split, its parts are added in a fixed
+order.
 """
 
 import torch.nn.functional as F

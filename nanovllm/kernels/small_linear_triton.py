@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nanovllm.kernels.device_limits import has_large_shared_memory
 from nanovllm.kernels.small_tile_triton import TileConfig, launch_tile
 from nanovllm.kernels.small_vector_triton import VectorConfig, launch_vector
 
@@ -49,11 +50,15 @@ def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False)
         or weight.numel() >= 2**31
     ):
         return None
-    return choose_by_size(num_rows, num_outputs, num_inputs, gated, normed)
+    is_roomy = has_large_shared_memory(x.device)
+    return choose_by_size(num_rows, num_outputs, num_inputs, gated, normed, is_roomy)
 
 
-def choose_by_size(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, normed: bool) -> Config | None:
-    """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated.
+def choose_by_size(
+    num_rows: int, num_outputs: int, num_inputs: int, gated: bool, normed: bool, is_roomy: bool = True
+) -> Config | None:
+    """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated. is_roomy: the answer of
+    `has_large_shared_memory`.
 
     The rules are what sweeps over the layers of a 0.6B and an 8B model on an H200 and an H100 found fastest. The norm
     is worth repeating in every program only while rows are short and few: at 4,096 inputs, or for more than 8 rows, a
@@ -67,7 +72,7 @@ def choose_by_size(num_rows: int, num_outputs: int, num_inputs: int, gated: bool
         return _vector_config(num_rows, num_outputs, num_inputs, 2 if gated else 1) if num_inputs <= 4096 else None
     if num_rows <= 8:
         return _sliced_config(num_inputs, gated)
-    return None if normed else _split_config(num_rows, num_outputs, num_inputs, gated)
+    return None if normed else _split_config(num_rows, num_outputs, num_inputs, gated, is_roomy)
 
 
 def _vector_config(num_rows: int, num_outputs: int, num_inputs: int, planes: int) -> VectorConfig:
@@ -93,19 +98,22 @@ def _sliced_config(num_inputs: int, gated: bool) -> TileConfig | None:
     return None if gated else TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)
 
 
-def _split_config(num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> TileConfig | None:
+def _split_config(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, is_roomy: bool) -> TileConfig | None:
     """9 to 64 rows: programs split the inputs, a chunk for each, so that all weights are on their way at once. Larger
-    matrices keep every multiprocessor busy as they are, and so do short inputs the more rows there are.
+    matrices keep every multiprocessor busy as they are, and so do short inputs the more rows there are. Inputs that
+    cannot be split into equal chunks are left alone.
     """
     is_short = num_inputs < 2048
     if num_outputs * num_inputs * (2 if gated else 1) > MAX_SPLIT_WEIGHTS:
         return None
     if is_short and num_rows > (32 if gated else 16):
         return None
-    span = 256 if is_short and (num_rows > 16 or not gated) else 512
-    splits = max(1, min(num_inputs // span, MAX_SPLITS))
-    while num_inputs % (16 * splits):
-        splits -= 1
+    is_half = is_short and (num_rows > 16 or not gated)
+    span = 256 if is_half or (gated and not is_roomy) else 512
+    fewest = triton.cdiv(num_inputs, span)
+    splits = next((n for n in range(fewest, MAX_SPLITS + 1) if num_inputs % (16 * n) == 0), None)
+    if splits is None:
+        return None
     num_warps = 4 if span == 256 and not gated else 8
     return TileConfig(outputs=64, num_warps=num_warps, slices=1, chunk=span, ahead=1, x_ahead=1, splits=splits)
 

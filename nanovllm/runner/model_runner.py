@@ -179,7 +179,7 @@ class ModelRunner:
         """
         num_sampled = sum(plan.samples)
         tokens, logits = tokens[:num_sampled], logits[:num_sampled]
-        if self.state.sampling.is_plain:
+        if self.state.sampling.is_plain(plan.rows):
             return self._read_back(tokens)
         sampled = np.flatnonzero(plan.samples)
         rows_host, positions_host = np.array(plan.rows)[sampled], _seq_lens(plan)[sampled]

@@ -165,12 +165,9 @@ class SamplingState:
             self._start_counts(row, token_ids, prompt_len)
         self._is_stale = True
 
-    @property
-    def is_plain(self) -> bool:
-        """Does no row ask for more than to be drawn from its logits as they are? One that was left counts until it is
-        taken again.
-        """
-        return not self._asking and not self.bitmasks
+    def is_plain(self, rows: Sequence[int]) -> bool:
+        """Do these rows ask for no more than to be drawn from their logits as they are?"""
+        return (not self._asking or self._asking.isdisjoint(rows)) and not self.bitmasks
 
     def _num_logprobs(self, asked: int | None) -> int:
         """-1 says "the whole vocabulary" in SamplingParams, and "none" here."""

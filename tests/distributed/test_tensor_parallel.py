@@ -32,9 +32,9 @@ def test_one_rank_sums_nothing() -> None:
 
 
 def test_cpus_share_no_device_memory() -> None:
-    assert not can_share_memory(2, torch.device("cpu"))
+    assert not can_share_memory(0, 2, torch.device("cpu"))
 
 
 @pytest.mark.gpu
 def test_more_ranks_than_devices_share_no_memory() -> None:
-    assert not can_share_memory(torch.cuda.device_count() + 1, torch.device("cuda", 0))
+    assert not can_share_memory(0, torch.cuda.device_count() + 1, torch.device("cuda", 0))

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from triton.runtime.jit import JITFunction
 pytestmark = pytest.mark.slow
 
 FOR_HOPPER = ("._prefetch", "._prefetch_tile", ".fence_tile_loads", ".row_of_tile")  # functions
-SHARED_MEMORY = {80: 166_912, 90: 232_448}  # by compute capability: the bytes that a program may ask for
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # by compute capability: the bytes that a program may ask for
 MODULES = {
     name.removesuffix("_triton"): importlib.import_module(f"{kernels.__name__}.{name}")
     for _, name, _ in pkgutil.iter_modules(kernels.__path__)
@@ -162,7 +163,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "small_linear of a long row": lambda: multiply(1, 12288),
     "small_linear of 16 rows, split": lambda: multiply(16, 4096),
     "small_linear of 64 rows, split": lambda: multiply(64, 2048, has_bias=True),
-    "gated_linear of 33 rows, split": lambda: multiply(33, 4096, gated=True, gelu=True),
+    "gated_linear of 16 rows, split": lambda: multiply(16, 1024, gated=True),
+    "gated_linear of 33 rows, split": lambda: multiply(33, 2048, gated=True, gelu=True),
     "small_linear of 64 rows, in chunks": lambda: multiply_in_chunks(64, gated=False),
     "gated_linear of 32 rows, in chunks": lambda: multiply_in_chunks(32, gated=True),
     "rms_norm_linear of 7 rows": lambda: normalize_and_multiply(7, 1024, False, False, False),
@@ -250,10 +252,14 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         patch.setattr(driver, "_active", NoDevice(compiled.capability))
         patch.setattr(JITFunction, "run", compile_only)
         patch.setattr(CodeGenerator, "visit", visit_and_note)
-        for module in MODULES.values():
-            for question in ("has_dependent_launch", "has_tile_loads"):
-                if hasattr(module, question):
-                    patch.setattr(module, question, lambda device: compiled.capability >= 90)
+        answers = {
+            "has_dependent_launch": compiled.capability >= 90,
+            "has_tile_loads": compiled.capability >= 90,
+            "has_large_shared_memory": SHARED_MEMORY[compiled.capability] > 160 * 1024,
+        }
+        for module, (question, answer) in product(MODULES.values(), answers.items()):
+            if hasattr(module, question):
+                patch.setattr(module, question, lambda device, answer=answer: answer)
         for call, function in CALLS.items():
             try:
                 function()

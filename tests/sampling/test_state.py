@@ -76,22 +76,21 @@ def test_upload_keeps_one_tensor() -> None:
         ({"allowed_token_ids": [1]}, False),
     ],
 )
-def test_a_row_that_asks_for_more_counts_until_it_is_taken_again(options: dict[str, Any], is_plain: bool) -> None:
+def test_which_rows_ask_for_more(options: dict[str, Any], is_plain: bool) -> None:
+    """A row counts only for steps that it is in, and until somebody else takes it."""
     state = SamplingState(3, 10, "cpu")
-    for row in (0, 2):
-        state.set_row(row, SamplingParams(**options), 0, 1, [3], [5])
-        assert state.is_plain == is_plain
-    state.set_row(0, SamplingParams(), 0, 1, [3])
-    assert state.is_plain == is_plain
-    state.set_row(2, SamplingParams(temperature=0), 0, 1, [3])
-    assert state.is_plain
+    state.set_row(0, SamplingParams(**options), 0, 1, [3], [5])
+    assert state.is_plain([0, 1]) == is_plain
+    assert state.is_plain([1, 2])
+    state.set_row(0, SamplingParams(temperature=0), 0, 1, [3])
+    assert state.is_plain([0, 1, 2])
 
 
 def test_processors_and_grammars_are_not_plain() -> None:
     state = SamplingState(2, 10, "cpu", [lambda token_ids, logits: logits])
-    assert state.is_plain
+    assert state.is_plain([1])
     state.set_row(1, SamplingParams(), 0, 1, [])
-    assert not state.is_plain
+    assert not state.is_plain([1])
     state = SamplingState(2, 10, "cpu")
     state.bitmasks = {1: np.zeros(1, dtype=np.int32)}
-    assert not state.is_plain
+    assert not state.is_plain([1])

@@ -1,0 +1,13 @@
+"""What GPUs of one compute capability have more of than others, where a kernel's shape depends on it.
+
+Owns the table. Invariant: the answer depends on the capability alone, never on the name of a GPU.
+"""
+
+import torch
+
+_LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}  # CUDA Programming Guide, table of compute capabilities
+
+
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Can a program have 160 KB? GPUs for data centres have as much, others (8.6, 8.9, 12.0) 99 KB."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _LARGE_SHARED_MEMORY
