@@ -152,6 +152,7 @@ def all_reduce_triton(
     """
     out = torch.empty_like(x)
     num_bytes = x.numel() * x.element_size()
+    assert num_bytes <= bulk_bytes
     is_bulk = num_bytes > words_bytes
     pdl = has_dependent_launch(x.device)
     _all_reduce_kernel[(PROGRAMS.value,)](
