@@ -135,7 +135,7 @@ def add_up(size: int, num_rows: int, dtype: torch.dtype) -> None:
     """By words up to 16 KB, and in bulk."""
     memories, calls = torch.zeros(size, dtype=torch.int64), torch.zeros(128, dtype=torch.int32)
     MODULES["all_reduce"].all_reduce_triton(
-        torch.randn(num_rows, 4096).to(dtype), memories, calls, 0, size, 2**14, 2**20
+        torch.randn(num_rows, 4096).to(dtype), memories, calls, 0, size, 2**14, 2**21
     )
 
 
