@@ -14,7 +14,7 @@ HALF_TYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 # rows, outputs, inputs: one, two and three chunks, with and without a rest; outputs that end inside a program's share.
 SIZES = [
     (1, 48, 576), (2, 16, 16), (3, 32, 256), (4, 80, 512),
-    (5, 48, 576), (8, 16, 1024), (6, 80, 80), (8, 32, 512), (13, 32, 80), (40, 80, 2064),
+    (5, 48, 576), (8, 16, 1024), (6, 80, 80), (8, 32, 512), (13, 32, 80), (40, 80, 2304),
 ]  # fmt: skip
 
 
