@@ -11,9 +11,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nanovllm.attention.metadata import AttentionMetadata
+from nanovllm.kernels.qkv_rope_store import HeadInputs
 
 
 class AttentionBackend(Protocol):
+    """Backends name this class as their base, for what it does by default."""
+
     def prepare(self, meta: AttentionMetadata) -> Any:
         """Called once a step; what it returns is handed to every layer's `forward`."""
         ...
@@ -33,6 +36,21 @@ class AttentionBackend(Protocol):
         scale, window, softcap: as in `kernels/paged_attention.py`.
         """
         ...
+
+    def forward_qkv(
+        self,
+        layer_idx: int,
+        qkv: Tensor,
+        heads: HeadInputs,
+        num_heads: int,
+        kv_cache: Tensor,
+        prepared: Any,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+    ) -> Tensor | None:
+        """`kernels.qkv_rope_store`, then `forward`, in one; None, and nothing done, where the two are apart."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

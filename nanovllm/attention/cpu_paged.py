@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.kernels.native import NativeKernels
 
@@ -53,7 +54,7 @@ class PreparedStep:
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
 
-class CpuPagedBackend:
+class CpuPagedBackend(AttentionBackend):
     """Equals `kernels.paged_attention` up to rounding; in bfloat16, PyTorch's paths round scores and weights to it."""
 
     def __init__(self, native: NativeKernels | None = None) -> None:

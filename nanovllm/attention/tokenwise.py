@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.kernels.native import NativeKernels
 from nanovllm.kernels.paged_attention import paged_attention_reference
@@ -29,7 +30,7 @@ class PreparedStep:
     tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class TokenwiseBackend:
+class TokenwiseBackend(AttentionBackend):
     def __init__(self, decode_attention: DecodeAttention) -> None:
         """decode_attention: attention of one token a request; a row depends on that request alone."""
         self._decode_attention = decode_attention

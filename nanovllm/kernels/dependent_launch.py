@@ -8,9 +8,10 @@ so launched keeps:
    its successor, which waits for it alone, would run beside that predecessor. 2. Before it waits, a program reads
    weights only: no activation, no cache, nothing of the step. It writes nothing. 3. It triggers
    (`gdc_launch_dependents`) early if it is short. A trigger lets the next kernel's programs take their places; they
-   wait for this kernel's end all the same. 4. Decode attention is the exception to rule 2: it reads the step's lengths
-   and blocks at once, which were written layers ago. So the kernel ahead of it, `qkv_rope_store`, triggers only after
-   it has waited itself: by then, all that came before that kernel is done and seen by all.
+   wait for this kernel's end all the same. 4. Attention of decodes is the exception to rule 2: it
+   reads the step's plan at once, and where decodes are few lengths, blocks, and older keys and values as well. All of
+   them were written before the attention of an earlier layer, which triggers only after it has waited itself: by then,
+   all that came before that kernel is done and seen by all.
 
 Invariant: where the answer is no, kernels are compiled without these instructions and launched in turn, and compute the
 same bits. A CUDA graph keeps what it was captured with.

@@ -23,6 +23,7 @@ from nanovllm.kernels.device_limits import has_large_shared_memory
 from nanovllm.kernels.paged_tiles_triton import (
     LOWEST,
     attend,
+    blocks_of_tile,
     exponents,
     fence_tile_loads,
     max_registers,
@@ -215,13 +216,16 @@ def _prefill_kernel(
         begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE
         whole_from = tl.cdiv(tl.maximum(first_position + TOKENS - WINDOW, 0), TILE)
     ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
+    blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend(
-        top, norm, acc, q, cache_ptr, cache_desc, table_ptr, query_position, begin, ragged_from, whole_from, whole_to,
-        seq_len, head, cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
+        top, norm, acc, q, cache_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
+        whole_from, whole_to, seq_len, head,
+        cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
     )  # fmt: skip
+    blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend(
-        top, norm, acc, q, cache_ptr, cache_desc, table_ptr, query_position, ragged_from, end, end, end,
+        top, norm, acc, q, cache_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end, end, end,
         seq_len, head, cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
     )  # fmt: skip

@@ -45,6 +45,33 @@ def offsets_of_tile(
 
 
 @triton.jit
+def load_tile(
+    cache_ptr, blocks, t, seq_len, head,
+    cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of tile t, each [TILE, BLOCK_DIM], through pointers. blocks: `blocks_of_tile`'s."""
+    dim = tl.arange(0, BLOCK_DIM)
+    dim_mask = (dim < HEAD_DIM)[None, :]
+    offset = offsets_of_tile(
+        blocks, t * TILE, cache_stride_block, cache_stride_token, cache_stride_head, head, TILE, BLOCK_SIZE
+    )
+    tile_ptr = cache_ptr + offset[:, None] + dim[None, :]
+    if RAGGED:
+        mask = (tl.arange(0, TILE) < seq_len - t * TILE)[:, None] & dim_mask
+        k = tl.load(tile_ptr, mask=mask, other=0.0)
+        v = tl.load(tile_ptr + cache_stride_kv, mask=mask, other=0.0)
+    elif BLOCK_DIM == HEAD_DIM:
+        k = tl.load(tile_ptr)
+        v = tl.load(tile_ptr + cache_stride_kv)
+    else:
+        k = tl.load(tile_ptr, mask=dim_mask, other=0.0)
+        v = tl.load(tile_ptr + cache_stride_kv, mask=dim_mask, other=0.0)
+    return k, v
+
+
+@triton.jit
 def row_of_tile(block, first_token, head, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """First row of the tile's keys in the cache of `tile_descriptor`; its values are `cache_stride_kv` further on."""
     return (block * NUM_KV_HEADS + head) * BLOCK_SIZE + first_token % BLOCK_SIZE
@@ -80,7 +107,11 @@ def fence_tile_loads():
 @triton.jit
 def scores_of_tile(q, k, scale, SOFTCAP: tl.constexpr):
     """q k^T, which `take_in` multiplies by `scale`; with a soft-cap, exponents of 2 already. Both are `exponents`'."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return cap(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+
+
+@triton.jit
+def cap(scores, scale, SOFTCAP: tl.constexpr):
     if SOFTCAP > 0.0:
         scores = SOFTCAP - 2.0 * SOFTCAP / (1.0 + tl.exp2(scores * scale))  # tanh(x) = 1 - 2 / (1 + e^(2 x))
     return scores
@@ -109,6 +140,7 @@ def attend(
     cache_ptr,
     cache_desc,
     table_ptr,
+    blocks,
     query_position,
     begin,
     end,
@@ -133,45 +165,45 @@ def attend(
 ):
     """The online softmax over tiles begin .. end of keys, of which every query sees whole_from .. whole_to whole.
 
-    cache_desc: None to load them through pointers. query_position: a number or [ROWS, 1]. RAGGED: a tile may reach
-    beyond the last token, and what lies there may be anything; its values are left out here, its keys by the position.
+    blocks: `blocks_of_tile`'s for the first. cache_desc: None to load them through pointers. query_position: a number
+    or [ROWS, 1]. RAGGED: a tile may reach beyond the last token, and what lies there may be anything: it is left out,
+    or, of a tile loaded whole, its values are, and its keys by the position.
     """
-    dim = tl.arange(0, BLOCK_DIM)
-    dim_mask = (dim < HEAD_DIM)[None, :]
-    blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
     for t in tl.range(begin, end, num_stages=NUM_STAGES):
-        token = t * TILE + tl.arange(0, TILE)
         if cache_desc is not None:
             tile_row = row_of_tile(blocks, t * TILE, head, NUM_KV_HEADS, BLOCK_SIZE)
             k = cache_desc.load([tile_row, 0])
             v = cache_desc.load([tile_row + (cache_stride_kv // HEAD_DIM).to(tl.int32), 0])
             if RAGGED:
-                v = tl.where((token < seq_len)[:, None], v, 0.0)
+                v = tl.where((t * TILE + tl.arange(0, TILE) < seq_len)[:, None], v, 0.0)
         else:
-            offset = offsets_of_tile(
-                blocks, t * TILE, cache_stride_block, cache_stride_token, cache_stride_head, head, TILE, BLOCK_SIZE
-            )
-            tile_ptr = cache_ptr + offset[:, None] + dim[None, :]
-            if BLOCK_DIM == HEAD_DIM:
-                k = tl.load(tile_ptr)
-            else:
-                k = tl.load(tile_ptr, mask=dim_mask, other=0.0)
-            if RAGGED:
-                v = tl.load(tile_ptr + cache_stride_kv, mask=(token < seq_len)[:, None] & dim_mask, other=0.0)
-            elif BLOCK_DIM == HEAD_DIM:
-                v = tl.load(tile_ptr + cache_stride_kv)
-            else:
-                v = tl.load(tile_ptr + cache_stride_kv, mask=dim_mask, other=0.0)
+            k, v = load_tile(
+                cache_ptr, blocks, t, seq_len, head,
+                cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token,
+                HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, RAGGED,
+            )  # fmt: skip
         # Read one tile ahead, so that the loads above never wait for it and can be pipelined.
         blocks = blocks_of_tile(table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
-        scores = scores_of_tile(q, k, scale, SOFTCAP)
-        if (t < whole_from) | (t >= whole_to):
-            visible = token[None, :] <= query_position
-            if WINDOW:
-                visible = visible & (token[None, :] > query_position - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        top, norm, acc = take_in(top, norm, acc, scores, v, scale, SOFTCAP)
+        top, norm, acc = attend_tile(
+            top, norm, acc, q, k, v, t, query_position, whole_from, whole_to, scale, TILE, WINDOW, SOFTCAP
+        )
     return top, norm, acc
+
+
+@triton.jit
+def attend_tile(
+    top, norm, acc, q, k, v, t, query_position, whole_from, whole_to, scale,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`attend` for tile t, which is here already."""
+    scores = scores_of_tile(q, k, scale, SOFTCAP)
+    if (t < whole_from) | (t >= whole_to):
+        token, last = tl.arange(0, TILE)[None, :], query_position - t * TILE
+        visible = token <= last
+        if WINDOW:
+            visible = visible & (token > last - WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
+    return take_in(top, norm, acc, scores, v, scale, SOFTCAP)
 
 
 def exponents(scale: float, softcap: float | None) -> tuple[float, float]:

@@ -6,12 +6,25 @@ named; a negative slot writes nothing.
     qkv row:  [ q heads | k heads | v heads ]        slot = block_id * block_size + offset in the block
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.rope import apply_rope_reference
+
+
+class HeadInputs(NamedTuple):
+    """What that sequence needs beside the projection's output and the cache, for kernels that do more than it: see
+    `qkv_rope_store`."""
+
+    cos_sin: Tensor | None
+    slot_mapping: Tensor
+    q_norm_weight: Tensor | None
+    k_norm_weight: Tensor | None
+    eps: float
 
 
 def qkv_rope_store(

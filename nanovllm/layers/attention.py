@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.kernels.ops import Ops
+from nanovllm.kernels.qkv_rope_store import HeadInputs
 from nanovllm.layers.norm import RMSNorm
 
 
@@ -38,17 +39,27 @@ class Attention:
     ) -> Tensor:
         """qkv [num_tokens, (num_heads + 2 num_kv_heads) head_dim] -> [num_tokens, num_heads * head_dim]."""
         kv_cache = ctx.kv_caches[self.layer_idx]
-        q = self.ops.qkv_rope_store(
-            qkv,
+        heads = HeadInputs(
             cos_sin,
-            kv_cache,
             ctx.slot_mapping,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
             q_norm.weight if q_norm else None,
             k_norm.weight if k_norm else None,
             q_norm.eps if q_norm else 0.0,
         )
-        out = ctx.backend.forward(self.layer_idx, q, kv_cache, ctx.prepared, self.scale, self.window, self.softcap)
+        how = self.scale, self.window, self.softcap
+        out = ctx.backend.forward_qkv(self.layer_idx, qkv, heads, self.num_heads, kv_cache, ctx.prepared, *how)
+        if out is None:
+            q = self.ops.qkv_rope_store(
+                qkv,
+                cos_sin,
+                kv_cache,
+                ctx.slot_mapping,
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                heads.q_norm_weight,
+                heads.k_norm_weight,
+                heads.eps,
+            )
+            out = ctx.backend.forward(self.layer_idx, q, kv_cache, ctx.prepared, *how)
         return out.flatten(1)

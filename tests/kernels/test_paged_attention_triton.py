@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from nanovllm.kernels.paged_attention import paged_attention_reference
+from nanovllm.kernels.qkv_rope_store import HeadInputs, qkv_rope_store_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, relative_error, twin_test
 
 twin = load_twin("paged_attention")
-decode, prefill, tiles = load_twin("paged_decode"), load_twin("paged_prefill"), load_twin("paged_tiles")
+decode, prefill, tiles = load_twin("paged_decode_plan"), load_twin("paged_prefill"), load_twin("paged_tiles")
 pytestmark = twin_test
 
 LENGTHS = 1 if INTERPRETED else 10  # the interpreter takes a hundred times longer
@@ -35,12 +36,17 @@ def poison_unused(case: PagedCase) -> None:
 
 
 def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) -> Any:
-    """Plans of a step with configurations of the caller's choice."""
+    """Plans of a step with configurations of the caller's choice, written before what follows is queued: whoever finds a
+    plan takes it for one that a layer before has used."""
     meta, plans = case.meta, twin.StepPlans()
-    plans.decode[window] = decode.plan_decode(meta.seq_lens[: meta.num_decodes], case.q, case.kv_cache, window, decodes)
+    plans.decode[window] = decode.plan_decode(
+        meta.seq_lens[: meta.num_decodes], meta.block_table, case.q, case.kv_cache, window, decodes
+    )
     plans.prefill = prefill.plan_prefill(
         meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.kv_cache, prefills
     )
+    if not INTERPRETED:
+        torch.cuda.synchronize()
     return plans
 
 
@@ -90,6 +96,58 @@ def test_soft_caps(dtype: torch.dtype, window: int | None, head_dim: int, softca
     """As Gemma 2 has them, on layers with and without a window."""
     case = make_case([1, 1, 1, 30, 7], [1, 90, 200, 70, 7], num_heads=4, head_dim=head_dim, block_size=16, dtype=dtype)
     check(case, window, dtype, softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_norm", "has_rotation"),
+    [(None, None, True, True), (2, None, False, True), (40, None, True, False), (None, 3.0, False, False)],
+)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(4, 2, 128, 64), (9, 3, 64, 16), (4, 4, 80, 16)]
+)
+def test_decodes_from_the_qkv_product(
+    dtype: torch.dtype, window: int | None, softcap: float | None, has_norm: bool, has_rotation: bool,
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
+) -> None:  # fmt: skip
+    """Equals the two kernels apart: what comes out, and what is in the cache. The new tokens' cells hold NaN before."""
+    lengths = [1, 64, 65, block_size + 1, 130 * LENGTHS, 0]
+    sizes = num_heads, num_kv_heads, head_dim
+    case = on_device(
+        make_case(
+            [1] * len(lengths), [max(n, 1) for n in lengths],
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype,
+        )
+    )  # fmt: skip
+    case.meta.seq_lens[-1], case.meta.slot_mapping[-1] = 0, -1  # padding
+    poison_unused(case)
+    slots = case.meta.slot_mapping[:-1]
+    case.kv_cache[:, slots // block_size, :, slots % block_size] = float("nan")
+    qkv = torch.randn(len(lengths), (num_heads + 2 * num_kv_heads) * head_dim, device=DEVICE).to(dtype)
+    cos_sin = torch.rand(len(lengths), head_dim, device=DEVICE) if has_rotation else None
+    norms = [torch.rand(head_dim, device=DEVICE).to(dtype) if has_norm else None for _ in range(2)]
+    want_cache = case.kv_cache.clone()
+    q = qkv_rope_store_reference(qkv, cos_sin, want_cache, case.meta.slot_mapping, *sizes, *norms, 1e-6)
+    want = paged_attention_reference(q.float(), want_cache.float(), case.meta, 0.2, window, softcap)
+
+    heads, plans = HeadInputs(cos_sin, case.meta.slot_mapping, *norms, 1e-6), twin.StepPlans()
+    for _ in range(2):  # the second time, as a later layer
+        got = twin.decode_qkv_triton(qkv, heads, num_heads, case.kv_cache, case.meta, 0.2, window, softcap, plans)
+        assert relative_error(got, want) < TOLERANCE[dtype]
+        stored, wanted = (c[:, slots // block_size, :, slots % block_size] for c in (case.kv_cache, want_cache))
+        assert relative_error(stored, wanted.float()) < TOLERANCE[dtype]
+        case.kv_cache[:, slots // block_size, :, slots % block_size] = float("nan")
+    assert not got[-1].any()
+    same = case.kv_cache.nan_to_num(7.0) == want_cache.nan_to_num(7.0)
+    same[:, slots // block_size, :, slots % block_size] = True
+    assert same.all(), "wrote beside the new tokens"
+
+
+def test_which_steps_decode_from_the_qkv_product() -> None:
+    assert twin.takes_qkv(make_case([1, 1], [5, 6]).meta, None)
+    assert not twin.takes_qkv(make_case([1, 1, 3], [5, 6, 7]).meta, None)
+    assert not twin.takes_qkv(make_case([1, 1], [5, 6]).meta, 1)
+    assert not twin.takes_qkv(make_case([1] * 33, [5] * 33).meta, None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
+from nanovllm.kernels.qkv_rope_store import HeadInputs
 from nanovllm.sampling.state import SamplingState
 from tests.attention.paged_cases import make_case
 from tests.kernels.test_moe import random_ids
@@ -37,7 +38,7 @@ from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.slow
 
-FOR_HOPPER = ("._prefetch", "._prefetch_tile", ".fence_tile_loads", ".row_of_tile")  # functions
+FOR_HOPPER = (".fence_tile_loads", ".row_of_tile")  # functions
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # by compute capability: the bytes that a program may ask for
 MODULES = {
     name.removesuffix("_triton"): importlib.import_module(f"{kernels.__name__}.{name}")
@@ -79,6 +80,34 @@ def attend(
     MODULES["tokenwise_attention"].tokenwise_attention_triton(
         q[:3], cache, meta.block_table, meta.seq_lens, 0.1, window, softcap
     )
+
+
+def decode_many(num_reqs: int) -> None:
+    case = make_case([1] * num_reqs, [90] * num_reqs, num_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16)
+    plans = MODULES["paged_attention"].StepPlans()
+    for _ in range(2):
+        MODULES["paged_attention"].paged_attention_triton(case.q, case.kv_cache, case.meta, 0.1, None, None, plans)
+
+
+def decode_from_qkv(
+    window: int | None,
+    softcap: float | None,
+    head_dim: int,
+    block_size: int,
+    has_more: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Two layers. has_more: norms and rotation."""
+    case = make_case([1, 1], [90, 7], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    meta, num_heads, num_kv_heads = case.meta, 8, case.kv_cache.shape[2]
+    qkv = torch.randn(2, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    cos_sin = torch.randn(2, head_dim) if has_more else None
+    norm = torch.randn(head_dim).to(dtype) if has_more else None
+    heads, plans = HeadInputs(cos_sin, meta.slot_mapping, norm, norm, 1e-6), MODULES["paged_attention"].StepPlans()
+    for _ in range(2):
+        MODULES["paged_attention"].decode_qkv_triton(
+            qkv, heads, num_heads, case.kv_cache, meta, 0.1, window, softcap, plans
+        )
 
 
 def rotate_and_store(has_norm: bool, has_rotation: bool) -> None:
@@ -150,6 +179,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention of a long prompt": lambda: attend(None, None, 128, 64, 1100),
     "attention of a long prompt, window": lambda: attend(100, None, 128, 64, 1100),
     "attention, float32": lambda: attend(None, None, 128, 64, dtype=torch.float32),
+    "attention of many decodes": lambda: decode_many(20),
+    "attention from the QKV product": lambda: decode_from_qkv(None, None, 128, 64),
+    "attention from the QKV product, window, softcap, wide heads": lambda: decode_from_qkv(100, 50.0, 256, 64),
+    "attention from the QKV product, odd sizes": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
+    "attention from the QKV product, float32": lambda: decode_from_qkv(None, None, 128, 64, dtype=torch.float32),
     "qkv_rope_store": lambda: rotate_and_store(has_norm=False, has_rotation=False),
     "qkv_rope_store, norm, rotation": lambda: rotate_and_store(has_norm=True, has_rotation=True),
     "rms_norm of heads": lambda: MODULES["rms_norm"].rms_norm_triton(bf16(5, 8, 128), bf16(128), 1e-6),
@@ -182,6 +216,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),
 }
 
+# Bytes that are saved once an item, not once a tile, so that four programs share a multiprocessor.
+BESIDE_THE_LOOP = {"attention of many decodes": 16}
 FAST_ATTENTION = [
     call for call in CALLS if call.startswith("attention") and not call.endswith(("float32", "wide heads"))
 ]
@@ -223,9 +259,7 @@ class Compiled:
 def statements_for_hopper(function: ast.stmt) -> Iterator[ast.AST]:
     """What a kernel does only where it may start early or load tiles whole."""
     for node in ast.walk(function):
-        if isinstance(node, ast.If) and any(
-            word in ast.unparse(node.test) for word in ("PDL", "PREFETCH", "cache_desc")
-        ):
+        if isinstance(node, ast.If) and any(word in ast.unparse(node.test) for word in ("PDL", "cache_desc")):
             for statement in node.body:
                 yield from ast.walk(statement)
 
@@ -316,4 +350,5 @@ def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> 
             )
             assert usage is not None
             stacks[kernel, call] = int(usage[1])
-    assert {place: size for place, size in stacks.items() if size} == {}
+    kept = {place[1]: size for place, size in stacks.items() if size > BESIDE_THE_LOOP.get(place[1], 0)}
+    assert kept == {}

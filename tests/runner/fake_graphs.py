@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.paged_attention import paged_attention_reference
@@ -58,7 +59,7 @@ class RunEagerly(StepGraphs[Any, Any]):
         return tokens, logits
 
 
-class ReferenceBackend:
+class ReferenceBackend(AttentionBackend):
     """Attention that reads lengths from tensors alone, as a captured step must."""
 
     def prepare(self, meta: AttentionMetadata) -> AttentionMetadata:
