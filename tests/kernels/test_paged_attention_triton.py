@@ -36,8 +36,10 @@ def poison_unused(case: PagedCase) -> None:
 
 
 def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) -> Any:
-    """Plans of a step with configurations of the caller's choice, written before what follows is queued: whoever finds a
-    plan takes it for one that a layer before has used."""
+    """Plans of a step with configurations of the caller's choice.
+
+    They are written before what follows is queued: whoever finds a plan takes it for one that a layer has used.
+    """
     meta, plans = case.meta, twin.StepPlans()
     plans.decode[window] = decode.plan_decode(
         meta.seq_lens[: meta.num_decodes], meta.block_table, case.q, case.kv_cache, window, decodes
