@@ -54,7 +54,7 @@ def build_runner(
     times = [perf_counter()]
     # Ranks of a launcher have nobody who ends them when one is missing, as NCCL does: a kernel would wait for ever.
     if device.type == "cuda" and config.distributed_executor_backend == "mp" and not config.disable_custom_all_reduce:
-        tp = with_one_shot(tp, device)
+        tp = _with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     times.append(perf_counter())
     spec = KVCacheSpec(
@@ -76,7 +76,7 @@ def build_runner(
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
 
 
-def with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
+def _with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
     """Sums of few rows go straight from device to device, if all can. Every rank calls it."""
     if tp.size == 1 or not tp.smallest(can_share_memory(tp.rank, tp.size, device), device):
         return tp

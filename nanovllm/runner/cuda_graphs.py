@@ -78,7 +78,8 @@ class StepGraphs(Generic[Size, Inputs]):
         self._layout = layout
         words = layout.words(largest)
         self._static = torch.empty(words, dtype=torch.int32, device=device)
-        self._staging = [torch.empty(words, dtype=torch.int32, pin_memory=True) for _ in range(num_buffers)]
+        is_pinned = device.type == "cuda"
+        self._staging = [torch.empty(words, dtype=torch.int32, pin_memory=is_pinned) for _ in range(num_buffers)]
         self._next = 0
         self._uploaded = np.empty(0, dtype=np.int32)  # what is in `_static`, from its beginning
         self._pool = pool

@@ -1,4 +1,4 @@
-"""What a captured step leaves can be read without being kept: sizes share the memory of their logits."""
+"""What a captured step leaves can be read without being kept, and what it is told is uploaded when it is new."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.runner.cuda_graphs import Memory
+from nanovllm.runner.cuda_graphs import Memory, StepGraphs
 from tests.gpu_engine import make_llm
 from tests.tiny_models import save_random
 
@@ -34,6 +34,27 @@ def test_memory_says_where_a_tensor_lies(dtype: torch.dtype) -> None:
         assert torch.equal(torch.from_numpy(view).view(dtype), tensor)
         tensor[0, 0] = 7
         assert torch.from_numpy(view).view(dtype)[0, 0] == 7
+
+
+class Counting:
+    """A layout of three words that say what the plan, here a number, says."""
+
+    def words(self, size: int) -> int:
+        return size
+
+    def inputs(self, static: Tensor, size: int) -> Tensor:
+        return static
+
+    def fill(self, words: np.ndarray, size: int, plan: Any) -> None:
+        words.fill(-1 if plan is None else plan)
+
+
+def test_only_what_changed_is_uploaded() -> None:
+    graphs = StepGraphs[int, Tensor](lambda inputs: (inputs, inputs), Counting(), 3, 2, torch.device("cpu"), None)
+    for plan, size, is_copied in [(5, 3, True), (5, 3, False), (6, 3, True), (6, 2, True), (6, 2, False), (5, 3, True)]:
+        static = graphs._static.fill_(-7)
+        uploaded = graphs._upload(size, plan)  # type: ignore[arg-type]
+        assert uploaded.data_ptr() == static.data_ptr() and uploaded.tolist() == [plan if is_copied else -7] * size
 
 
 @pytest.mark.gpu
