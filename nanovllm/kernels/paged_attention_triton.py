@@ -1,4 +1,4 @@
-"""Triton twin of `paged_attention.py`: one kernel for decodes, one for everything longer.
+"""Triton twin of `paged_attention.py`: one kernel for decodes, one for a few of them alone, one for all that is longer.
 
 Owns which of them computes which rows, and what the layers of a step share. Invariant: lengths and blocks are read on
 the device, and every grid follows from sizes known on the host, so a call can be captured in a CUDA graph and replayed

@@ -1,7 +1,8 @@
 """Attention of requests with one query token each over the paged cache, cut into equal ranges of tiles of keys.
 
-Owns how decode attention runs on a GPU. Invariant: as in `paged_attention_triton.py`: which program works on what is
-found on the device.
+Owns the decode kernel for any number of requests, and what a program leaves; `paged_decode_plan_triton.py` makes the
+cut, and a few decodes by themselves have a kernel of their own, `paged_decode_few_triton.py`. Invariant: as in
+`paged_attention_triton.py`: which program works on what is found on the device.
 
 Decode reads the whole cache once and computes next to nothing, so all that counts is that every multiprocessor reads
 all the time. The keys of a request (a "tile" is TILE of them) under one KV head are an item; all items, end to end, are

@@ -149,7 +149,8 @@ def test_which_steps_decode_from_the_qkv_product() -> None:
     assert twin.takes_qkv(make_case([1, 1], [5, 6]).meta, None)
     assert not twin.takes_qkv(make_case([1, 1, 3], [5, 6, 7]).meta, None)
     assert not twin.takes_qkv(make_case([1, 1], [5, 6]).meta, 1)
-    assert not twin.takes_qkv(make_case([1] * 33, [5] * 33).meta, None)
+    assert twin.takes_qkv(make_case([1] * decode.FEW_REQUESTS, [5] * decode.FEW_REQUESTS).meta, None)
+    assert not twin.takes_qkv(make_case([1] * (decode.FEW_REQUESTS + 1), [5] * (decode.FEW_REQUESTS + 1)).meta, None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -36,8 +36,8 @@ def test_memory_says_where_a_tensor_lies(dtype: torch.dtype) -> None:
         assert torch.from_numpy(view).view(dtype)[0, 0] == 7
 
 
-class Counting:
-    """A layout of three words that say what the plan, here a number, says."""
+class Repeated:
+    """A layout whose every word is the plan, here a number."""
 
     def words(self, size: int) -> int:
         return size
@@ -50,7 +50,7 @@ class Counting:
 
 
 def test_only_what_changed_is_uploaded() -> None:
-    graphs = StepGraphs[int, Tensor](lambda inputs: (inputs, inputs), Counting(), 3, 2, torch.device("cpu"), None)
+    graphs = StepGraphs[int, Tensor](lambda inputs: (inputs, inputs), Repeated(), 3, 2, torch.device("cpu"), None)
     for plan, size, is_copied in [(5, 3, True), (5, 3, False), (6, 3, True), (6, 2, True), (6, 2, False), (5, 3, True)]:
         static = graphs._static.fill_(-7)
         uploaded = graphs._upload(size, plan)  # type: ignore[arg-type]
