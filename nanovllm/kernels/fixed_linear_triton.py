@@ -11,7 +11,7 @@ from torch import Tensor
 TILE_ROWS, TILE_COLS, DEPTH = 64, 64, 64
 
 
-@triton.jit(do_not_specialize=["num_rows", "x_stride"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _fixed_linear_kernel(
     x_ptr,
     weight_ptr,

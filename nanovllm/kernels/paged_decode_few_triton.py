@@ -86,9 +86,9 @@ def _decode_few_kernel(
     qkv_stride,
     cos_sin_stride,
     cache_stride_kv,
-    cache_stride_block,
-    cache_stride_head,
-    cache_stride_token,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
     scale,
     eps,
     ROPE: tl.constexpr,
@@ -146,7 +146,7 @@ def _decode_few_kernel(
             sin = tl.where(dim < HALF, -sin, sin)
         k, v = load_tile(
             cache_ptr, blocks, t, known, head,
-            cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token,
+            cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, True,
         )  # fmt: skip
         if PDL and EARLY:
@@ -163,8 +163,8 @@ def _decode_few_kernel(
         q = _turn(q, q_other, q_weight, q_other_weight, cos, sin, eps, HEAD_DIM, Q_NORM, ROPE)
         new_k = _turn(new_k, new_k_other, k_weight, k_other_weight, cos, sin, eps, HEAD_DIM, K_NORM, ROPE)
         new_k, new_v = new_k.to(k.dtype), new_v.to(v.dtype)
-        cell_ptr = cache_ptr + (slot // BLOCK_SIZE) * cache_stride_block + head * cache_stride_head
-        cell_ptr += (slot % BLOCK_SIZE) * cache_stride_token + dim
+        cell_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + head * STRIDE_HEAD
+        cell_ptr += (slot % BLOCK_SIZE) * STRIDE_TOKEN + dim
         tl.store(cell_ptr, new_k, mask=new_mask & (slot >= 0))
         tl.store(cell_ptr + cache_stride_kv, new_v, mask=new_mask & (slot >= 0))
         score = cap(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1), scale, SOFTCAP)
@@ -182,7 +182,7 @@ def _decode_few_kernel(
             top, norm, acc = attend(
                 top, norm, acc, q, cache_ptr, None, row_table_ptr, blocks, known - 1, t + 1, first_tile + stop,
                 whole_from, whole_to, known, head,
-                cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
+                cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
                 NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, KNOWN_WINDOW, SOFTCAP, True, NUM_STAGES,
             )  # fmt: skip
         new_top = tl.maximum(top, score)

@@ -50,9 +50,9 @@ def _decode_kernel(
     q_stride_token,
     q_stride_head,
     cache_stride_kv,
-    cache_stride_block,
-    cache_stride_head,
-    cache_stride_token,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
     scale,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -97,7 +97,7 @@ def _decode_kernel(
         top, norm, acc = attend(
             top, norm, acc, q, cache_ptr, None, row_table_ptr, blocks, seq_len - 1,
             first_tile + tile, first_tile + stop, tl.cdiv(lowest, TILE), seq_len // TILE, seq_len, head,
-            cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
+            cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, NUM_STAGES,
         )  # fmt: skip
 

@@ -164,9 +164,9 @@ def _prefill_kernel(
     q_stride_token,
     q_stride_head,
     cache_stride_kv,
-    cache_stride_block,
-    cache_stride_head,
-    cache_stride_token,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
     scale,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -220,13 +220,13 @@ def _prefill_kernel(
     top, norm, acc = attend(
         top, norm, acc, q, cache_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
         whole_from, whole_to, seq_len, head,
-        cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
+        cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
     )  # fmt: skip
     blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend(
         top, norm, acc, q, cache_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end, end, end,
-        seq_len, head, cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token, scale,
+        seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
     )  # fmt: skip
     result = acc / tl.where(norm > 0, norm, 1.0)[:, None]

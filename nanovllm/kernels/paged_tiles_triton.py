@@ -34,29 +34,29 @@ def blocks_of_tile(table_ptr, first_token, seq_len, TILE: tl.constexpr, BLOCK_SI
 
 @triton.jit
 def offsets_of_tile(
-    blocks, first_token, stride_block, stride_token, stride_head, head, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
+    blocks, first_token, head,
+    STRIDE_BLOCK: tl.constexpr, STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
     """Offset in the cache of each token of the tile."""
-    base = blocks.to(tl.int64) * stride_block + head * stride_head
+    base = blocks.to(tl.int64) * STRIDE_BLOCK + head * STRIDE_HEAD
     if BLOCK_SIZE % TILE == 0:
-        return base + (first_token % BLOCK_SIZE) * stride_token + tl.arange(0, TILE) * stride_token
+        return base + (first_token % BLOCK_SIZE) * STRIDE_TOKEN + tl.arange(0, TILE) * STRIDE_TOKEN
     else:
-        return base + (first_token + tl.arange(0, TILE)) % BLOCK_SIZE * stride_token
+        return base + (first_token + tl.arange(0, TILE)) % BLOCK_SIZE * STRIDE_TOKEN
 
 
 @triton.jit
 def load_tile(
     cache_ptr, blocks, t, seq_len, head,
-    cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token,
+    cache_stride_kv, STRIDE_BLOCK: tl.constexpr, STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of tile t, each [TILE, BLOCK_DIM], through pointers. blocks: `blocks_of_tile`'s."""
     dim = tl.arange(0, BLOCK_DIM)
     dim_mask = (dim < HEAD_DIM)[None, :]
-    offset = offsets_of_tile(
-        blocks, t * TILE, cache_stride_block, cache_stride_token, cache_stride_head, head, TILE, BLOCK_SIZE
-    )
+    offset = offsets_of_tile(blocks, t * TILE, head, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, TILE, BLOCK_SIZE)
     tile_ptr = cache_ptr + offset[:, None] + dim[None, :]
     if RAGGED:
         mask = (tl.arange(0, TILE) < seq_len - t * TILE)[:, None] & dim_mask
@@ -149,9 +149,9 @@ def attend(
     seq_len,
     head,
     cache_stride_kv,
-    cache_stride_block,
-    cache_stride_head,
-    cache_stride_token,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
     scale,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -179,7 +179,7 @@ def attend(
         else:
             k, v = load_tile(
                 cache_ptr, blocks, t, seq_len, head,
-                cache_stride_kv, cache_stride_block, cache_stride_head, cache_stride_token,
+                cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN,
                 HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, RAGGED,
             )  # fmt: skip
         # Read one tile ahead, so that the loads above never wait for it and can be pipelined.

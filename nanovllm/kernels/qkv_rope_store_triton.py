@@ -27,9 +27,9 @@ def _qkv_rope_store_kernel(
     qkv_stride,
     cos_sin_stride,
     cache_stride_kv,
-    cache_stride_block,
-    cache_stride_head,
-    cache_stride_token,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
     eps,
     ROPE: tl.constexpr,
     Q_NORM: tl.constexpr,
@@ -92,8 +92,8 @@ def _qkv_rope_store_kernel(
     kv_head = head - NUM_HEADS  # keys 0 .. NUM_KV_HEADS, then values
     is_v = kv_head >= NUM_KV_HEADS
     kv_ptr = cache_ptr + tl.where(is_v, cache_stride_kv, 0)
-    kv_ptr += tl.where(is_v, kv_head - NUM_KV_HEADS, kv_head) * cache_stride_head
-    kv_ptr += (slot // BLOCK_SIZE) * cache_stride_block + (slot % BLOCK_SIZE) * cache_stride_token + col
+    kv_ptr += tl.where(is_v, kv_head - NUM_KV_HEADS, kv_head) * STRIDE_HEAD
+    kv_ptr += (slot // BLOCK_SIZE) * STRIDE_BLOCK + (slot % BLOCK_SIZE) * STRIDE_TOKEN + col
     stored = mask & (head >= NUM_HEADS) & (slot >= 0)
     tl.store(kv_ptr, first.to(cache_ptr.dtype.element_ty), mask=stored)
     tl.store(kv_ptr + HALF, second.to(cache_ptr.dtype.element_ty), mask=stored)

@@ -5,8 +5,8 @@ that the reading never pauses, not even from one kernel to the next: each progra
 for the kernel ahead (`dependent_launch`). Invariant: sums are added in an order that the sizes alone determine.
 
     rows      kernel                   product
-    1 .. 4    small_vector_triton.py   multiply and add, a lane along the inputs
-    5 .. 8    small_tile_triton.py     matrix unit, warps split the inputs
+    1         small_vector_triton.py   multiply and add, a lane along the inputs; of long inputs, 2 rows as well
+    2 .. 8    small_tile_triton.py     matrix unit, warps split the inputs
     9 .. 64   small_tile_triton.py     matrix unit, programs split the inputs of smaller matrices
 
 The norm needs all of a row before its first product; every program computes it, from rows that are few enough to hold.
@@ -60,16 +60,17 @@ def choose_by_size(
     """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated. is_roomy: the answer of
     `has_large_shared_memory`.
 
-    The rules are what sweeps over the layers of a 0.6B and an 8B model on an H200 and an H100 found fastest. The norm
-    is worth repeating in every program only while rows are short and few: at 4,096 inputs, or for more than 8 rows, a
-    kernel of its own is faster.
+    The rules are what sweeps over the layers of a 0.6B and an 8B model on an H200 and an H100 found fastest, in the step
+    and not alone: what a program holds in registers keeps the programs of the next kernel waiting. The norm is worth
+    repeating in every program only while rows are short and few: at 4,096 inputs, or for more than 8 rows, a kernel of
+    its own is faster.
     """
-    if normed and triton.next_power_of_2(num_rows) * num_inputs > (2048 if num_rows <= 4 else 8192):
+    if normed and num_inputs > (2048 if num_rows == 1 else 1024):
         return None
     if num_rows == 1 and num_inputs > 4096:
         return VectorConfig(outputs=4, num_warps=8, ahead=2, chunk=2048)
-    if num_rows <= 4:
-        return _vector_config(num_rows, num_outputs, num_inputs, 2 if gated else 1) if num_inputs <= 4096 else None
+    if num_rows == 1 or (num_rows == 2 and 3072 < num_inputs <= 4096):
+        return _vector_config(num_rows, num_outputs, num_inputs, 2 if gated else 1)
     if num_rows <= 8:
         return _sliced_config(num_inputs, gated)
     return None if normed else _split_config(num_rows, num_outputs, num_inputs, gated, is_roomy)
@@ -88,14 +89,19 @@ def _vector_config(num_rows: int, num_outputs: int, num_inputs: int, planes: int
 
 
 def _sliced_config(num_inputs: int, gated: bool) -> TileConfig | None:
-    """5 to 8 rows: warps split the inputs."""
+    """2 to 8 rows: warps split the inputs."""
+    if num_inputs <= 1024 and gated:
+        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=512, ahead=2, x_ahead=2)
     if num_inputs <= 1024:
         return TileConfig(outputs=16, num_warps=4, slices=4, chunk=256, ahead=4, x_ahead=4)
-    if num_inputs <= 2048:
-        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=1024, ahead=1 if gated else 2, x_ahead=1)
+    if gated and num_inputs <= 2048:
+        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=1024, ahead=1, x_ahead=1)
+    if gated:
+        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3, x_ahead=1) if num_inputs <= 3072 else None
     if num_inputs <= 3072:
-        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3 if gated else 6, x_ahead=1)
-    return None if gated else TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)
+        chunks = triton.cdiv(num_inputs, 1024)
+        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=1024, ahead=chunks, x_ahead=chunks)
+    return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2) if num_inputs <= 4096 else None
 
 
 def _split_config(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, is_roomy: bool) -> TileConfig | None:

@@ -25,9 +25,9 @@ def _tokenwise_kernel(
     q_stride_token,
     q_stride_head,
     cache_stride_kv,
-    cache_stride_block,
-    cache_stride_head,
-    cache_stride_token,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
     scale,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -53,8 +53,8 @@ def _tokenwise_kernel(
         position = first + tl.arange(0, TILE)
         visible = (position < seq_len) & (position >= lowest)
         blocks = tl.load(table_ptr + token * table_stride + position // BLOCK_SIZE, mask=position < seq_len, other=0)
-        base = blocks.to(tl.int64) * cache_stride_block + head * cache_stride_head
-        offset = base + position % BLOCK_SIZE * cache_stride_token
+        base = blocks.to(tl.int64) * STRIDE_BLOCK + head * STRIDE_HEAD
+        offset = base + position % BLOCK_SIZE * STRIDE_TOKEN
         mask = visible[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(cache_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
         v = tl.load(cache_ptr + cache_stride_kv + offset[:, None] + dim[None, :], mask=mask, other=0.0)

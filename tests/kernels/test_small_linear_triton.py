@@ -14,7 +14,7 @@ HALF_TYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 # rows, outputs, inputs: one, two and three chunks, with and without a rest; outputs that end inside a program's share.
 SIZES = [
     (1, 48, 576), (2, 16, 16), (3, 32, 256), (4, 80, 512),
-    (5, 48, 576), (8, 16, 1024), (6, 80, 80), (8, 32, 512), (13, 32, 80), (40, 80, 2304),
+    (5, 48, 576), (8, 16, 1024), (6, 80, 80), (8, 32, 512), (2, 16, 3200), (13, 32, 80), (40, 80, 2304),
 ]  # fmt: skip
 
 
@@ -129,8 +129,8 @@ def test_rows_do_not_influence_one_another(rows: int, inputs: int) -> None:
 def test_choice_covers_what_the_kernels_can_do() -> None:
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
     x = torch.empty(65, 128, dtype=torch.bfloat16)
-    assert [type(twin.choose(x[:n], weight)) for n in (1, 4, 5, 16)] == [
-        twin.VectorConfig, twin.VectorConfig, twin.TileConfig, twin.TileConfig
+    assert [type(twin.choose(x[:n], weight)) for n in (1, 2, 8, 16)] == [
+        twin.VectorConfig, twin.TileConfig, twin.TileConfig, twin.TileConfig
     ]  # fmt: skip
     left_to_cublas = [
         (x[:0], weight), (x, weight), (x[:17], weight), (x[:8].float(), weight.float()),
@@ -140,4 +140,9 @@ def test_choice_covers_what_the_kernels_can_do() -> None:
     assert [twin.choose(*case) for case in left_to_cublas] == [None] * len(left_to_cublas)
     assert twin.choose(x[:16], weight, normed=True) is None
     wide = torch.empty(4096, 4096, dtype=torch.bfloat16)
-    assert twin.choose(wide[:8], wide) and twin.choose(wide[:9], wide) is None
+    assert [type(twin.choose(wide[:n], wide)) for n in (1, 2, 8)] == [
+        twin.VectorConfig, twin.VectorConfig, twin.TileConfig
+    ]  # fmt: skip
+    assert twin.choose(wide[:9], wide) is None and twin.choose(wide[:8], wide, gated=True) is None
+    wider = torch.empty(16, 8192, dtype=torch.bfloat16)
+    assert twin.choose(wider[:1], wider) and twin.choose(wider[:2], wider) is None

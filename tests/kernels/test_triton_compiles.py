@@ -216,8 +216,6 @@ CALLS: dict[str, Callable[[], Any]] = {
     "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),
 }
 
-# Bytes that are saved once an item, not once a tile, so that four programs share a multiprocessor.
-BESIDE_THE_LOOP = {("nanovllm.kernels.paged_decode_triton._decode_kernel", "attention of many decodes"): 16}
 FAST_ATTENTION = [
     call for call in CALLS if call.startswith("attention") and not call.endswith(("float32", "wide heads"))
 ]
@@ -350,4 +348,4 @@ def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> 
             )
             assert usage is not None
             stacks[kernel, call] = int(usage[1])
-    assert {place: size for place, size in stacks.items() if size > BESIDE_THE_LOOP.get(place, 0)} == {}
+    assert {place: size for place, size in stacks.items() if size} == {}
