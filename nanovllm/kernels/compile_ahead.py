@@ -9,39 +9,45 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import get_ident
+from contextvars import ContextVar
 from typing import Any
 
+import triton
+from triton import knobs
+
 Missing = dict[tuple[str, str], Callable[[], object]]  # by kernel and specialization: what compiles it
+
+_noted: ContextVar[Missing | None] = ContextVar("missing_kernels", default=None)  # of this thread
+_hook_before: Callable[..., bool | None] | None = None
 
 
 @contextmanager
 def missing_kernels() -> Iterator[Missing]:
     """Inside the `with`, a launch from this thread of a kernel that this process has not compiled yet is noted and left
     out. Other threads compile and launch as ever."""
-    from triton import knobs
-
+    global _hook_before
+    if knobs.runtime.jit_cache_hook is not _note:
+        _hook_before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, _note
     missing: Missing = {}
-    thread, before = get_ident(), knobs.runtime.jit_cache_hook
-
-    def note(**launch: Any) -> bool | None:
-        if get_ident() != thread:
-            return before(**launch) if before is not None else None
-        kernel, specialization = launch["fn"], launch["compile"]["specialization_data"]
-        missing[f"{kernel.module}.{kernel.name}", launch["key"]] = lambda: kernel.jit_function.preload(specialization)
-        return True
-
-    knobs.runtime.jit_cache_hook = note
+    token = _noted.set(missing)
     try:
         yield missing
     finally:
-        knobs.runtime.jit_cache_hook = before
+        _noted.reset(token)
+
+
+def _note(**launch: Any) -> bool | None:
+    """What Triton asks before it compiles; True: leave it to me, and launch nothing."""
+    missing = _noted.get()
+    if missing is None:
+        return None if _hook_before is None else _hook_before(**launch)
+    kernel, specialization = launch["fn"], launch["compile"]["specialization_data"]
+    missing[f"{kernel.module}.{kernel.name}", launch["key"]] = lambda: kernel.jit_function.preload(specialization)
+    return True
 
 
 def compile_together(missing: Missing) -> None:
     """Compile what `missing_kernels` noted, or load it from Triton's cache on disk, on all cores."""
-    import triton
-
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, triton.AsyncCompileMode(threads):
         for compile_kernel in missing.values():
             compile_kernel()

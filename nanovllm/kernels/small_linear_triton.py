@@ -60,10 +60,10 @@ def choose_by_size(
     """See `choose`; num_outputs counts what comes out, so half the weight's rows if gated. is_roomy: the answer of
     `has_large_shared_memory`.
 
-    The rules are what sweeps over the layers of a 0.6B and an 8B model on an H200 and an H100 found fastest, in the step
-    and not alone: what a program holds in registers keeps the programs of the next kernel waiting. The norm is worth
-    repeating in every program only while rows are short and few: at 4,096 inputs, or for more than 8 rows, a kernel of
-    its own is faster.
+    The rules are what sweeps over the layers of a 0.6B and an 8B model on an H200 and an H100 found fastest, in a whole
+    step: what a program holds in registers keeps the programs of the next kernel waiting. The norm is worth repeating
+    in every program only while rows are short and few: at 4,096 inputs, or for more than 8 rows, a kernel of its own is
+    faster.
     """
     if normed and num_inputs > (2048 if num_rows == 1 else 1024):
         return None
@@ -90,18 +90,19 @@ def _vector_config(num_rows: int, num_outputs: int, num_inputs: int, planes: int
 
 def _sliced_config(num_inputs: int, gated: bool) -> TileConfig | None:
     """2 to 8 rows: warps split the inputs."""
-    if num_inputs <= 1024 and gated:
-        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=512, ahead=2, x_ahead=2)
+    if num_inputs > (3072 if gated else 4096):
+        return None
     if num_inputs <= 1024:
-        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=256, ahead=4, x_ahead=4)
+        chunk, chunks = (512, 2) if gated else (256, 4)
+        return TileConfig(outputs=16, num_warps=4, slices=4, chunk=chunk, ahead=chunks, x_ahead=chunks)
     if gated and num_inputs <= 2048:
         return TileConfig(outputs=16, num_warps=8, slices=8, chunk=1024, ahead=1, x_ahead=1)
     if gated:
-        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3, x_ahead=1) if num_inputs <= 3072 else None
+        return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3, x_ahead=1)
     if num_inputs <= 3072:
         chunks = triton.cdiv(num_inputs, 1024)
         return TileConfig(outputs=16, num_warps=4, slices=4, chunk=1024, ahead=chunks, x_ahead=chunks)
-    return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2) if num_inputs <= 4096 else None
+    return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)
 
 
 def _split_config(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, is_roomy: bool) -> TileConfig | None:

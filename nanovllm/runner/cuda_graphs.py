@@ -63,6 +63,7 @@ class StepGraphs(Generic[Size, Inputs]):
     [size, vocab_size] for each. Only a view of where they lie is kept, and all sizes have the same memory for them.
 
     largest: the size that takes the most memory, captured at once if `pool` is new, so that all others fit into it.
+    runs_first: a step must run before it can be captured, kernel by kernel as they are compiled.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class StepGraphs(Generic[Size, Inputs]):
         num_buffers: int,
         device: torch.device,
         pool: Any,
+        runs_first: bool = False,
     ) -> None:
         self._step = step
         self._layout = layout
@@ -83,6 +85,7 @@ class StepGraphs(Generic[Size, Inputs]):
         self._next = 0
         self._uploaded = np.empty(0, dtype=np.int32)  # what is in `_static`, from its beginning
         self._pool = pool
+        self._runs_first = runs_first
         self._graphs: dict[Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def run(self, size: Size, plan: SchedulerOutput) -> tuple[Tensor, Tensor]:
@@ -95,15 +98,37 @@ class StepGraphs(Generic[Size, Inputs]):
         return tokens, logits
 
     def capture(self, size: Size) -> None:
+        """Nothing runs while a graph is captured. So where kernels are missing, as they all are at first, an attempt finds
+        out which, and they are compiled together."""
+        from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
+
         inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
-        self._step(inputs)  # compiles what this size needs
-        torch.cuda.synchronize()
+        with missing_kernels() as missing:
+            captured = None if self._runs_first else self._captured(inputs)
+        if captured is None or missing:
+            captured = None  # its memory is for the next attempt
+            compile_together(missing)
+            self._step(inputs)
+            torch.cuda.synchronize()
+            captured = self._captured(inputs)
+        self._graphs[size] = captured
+
+    def compile(self, size: Size) -> None:
+        """Compile what a step of this size needs; nothing runs, and nothing is kept."""
+        from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
+
+        if not self._runs_first:
+            with missing_kernels() as missing:
+                self._captured(self._layout.inputs(self._upload(size, None), size))
+            compile_together(missing)
+
+    def _captured(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # type: ignore[misc]
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: one that waits for a step in flight, and NCCL's watchdog.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads may go on, one that waits for a step in flight and NCCL's watchdog; and this one loads kernels.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
             tokens, logits = self._step(inputs)  # held to the end, so that nothing else in the graph overwrites them
         view = torch.as_tensor(Memory(logits), device=logits.device).view(logits.dtype)
-        self._graphs[size] = graph, tokens, view
+        return graph, tokens, view
 
     def _upload(self, size: Size, plan: SchedulerOutput | None) -> Tensor:
         """Most steps of a decode are told what the one before was told: these need no copy."""

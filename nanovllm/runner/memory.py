@@ -62,10 +62,13 @@ def measure_free_bytes(
 ) -> int:
     """Bytes for the KV cache on this CUDA device. make_runner(config, num_blocks): a runner with its own cache."""
     assert config.gpu_memory_utilization is not None and config.max_num_seqs is not None
+    weights = torch.cuda.memory_allocated(device)
+    runner = make_runner(replace(config, enforce_eager=True, logits_processors=()), 1)
+    runner.compile_ahead()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    weights = torch.cuda.memory_allocated(device)
-    make_runner(replace(config, enforce_eager=True, logits_processors=()), 1).execute(largest_step(config)).result()
+    runner.execute(largest_step(config)).result()
+    del runner
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - spec.bytes_per_block
     torch.cuda.empty_cache()

@@ -113,19 +113,29 @@ class ModelRunner:
         self._stager = InputStager(max_blocks, num_buffers, device)
         self._decodes = DecodeLayout(config.max_num_seqs)
         self._prompts = PromptLayout()
-        self._has_graphs = can_capture(device) and not config.enforce_eager and not is_dynamic
+        self._can_capture = can_capture(device) and not is_dynamic
+        self._has_graphs = self._can_capture and not config.enforce_eager
         self.splits_captures = self._has_graphs
-        if self._has_graphs:
+        if self._can_capture:
             pool = torch.cuda.graph_pool_handle()
+            # NCCL connects at the first sum, and torch.compile compiles what it is about to run.
+            runs_first = config.tensor_parallel_size > 1 or config.compilation == "inductor"
+            how = num_buffers, device, pool, runs_first
             self._starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
-            self._decode_graphs = StepGraphs(
-                self._decode, self._decodes, config.max_num_seqs, num_buffers, device, pool
-            )
-            self._prompt_graphs = StepGraphs(
-                self._run_prompts, self._prompts, self._prompts.largest, num_buffers, device, pool
-            )
+            self._decode_graphs = StepGraphs(self._decode, self._decodes, config.max_num_seqs, *how)
+            self._prompt_graphs = StepGraphs(self._run_prompts, self._prompts, self._prompts.largest, *how)
+        if self._has_graphs:
             with dependent_launch(self._dependent_launch):
                 self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+
+    @torch.inference_mode()
+    def compile_ahead(self) -> None:
+        """Compile, side by side, most kernels of large steps, whether they will be captured or not."""
+        if self._can_capture:
+            with dependent_launch(self._dependent_launch):
+                self._decode_graphs.compile(self._decodes.sizes[-1])
+                if not self._needs_rope_lens:
+                    self._prompt_graphs.compile(self._prompts.largest)
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:

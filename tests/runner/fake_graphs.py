@@ -38,7 +38,14 @@ class FakeGraphs:
 
 class RunEagerly(StepGraphs[Any, Any]):
     def __init__(
-        self, step: Any, layout: Any, largest: Any, num_buffers: int, device: torch.device, pool: FakeGraphs
+        self,
+        step: Any,
+        layout: Any,
+        largest: Any,
+        num_buffers: int,
+        device: torch.device,
+        pool: FakeGraphs,
+        runs_first: bool,
     ) -> None:
         self._run_step, self._layout, self._fake = step, layout, pool
 

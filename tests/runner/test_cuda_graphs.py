@@ -57,6 +57,41 @@ def test_only_what_changed_is_uploaded() -> None:
         assert uploaded.data_ptr() == static.data_ptr() and uploaded.tolist() == [plan if is_copied else -7] * size
 
 
+@pytest.mark.parametrize(
+    ("runs_first", "num_missing", "expected"),
+    [
+        (False, 0, ["captured"]),
+        (False, 2, ["captured", "compiled", "compiled", "ran", "captured"]),
+        (True, 0, ["ran", "captured"]),
+    ],
+)
+def test_kernels_that_a_capture_finds_missing_are_compiled_before_the_next(
+    runs_first: bool, num_missing: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ahead = pytest.importorskip("nanovllm.kernels.compile_ahead")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    done: list[str] = []
+
+    class Graphs(StepGraphs[int, Tensor]):
+        def _captured(self, inputs: Tensor) -> Any:
+            missing = compile_ahead._noted.get()
+            if missing is not None:
+                missing |= {("kernel", str(i)): lambda: done.append("compiled") for i in range(num_missing)}
+            done.append("captured")
+            return "graph"
+
+    def step(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        done.append("ran")
+        return inputs, inputs
+
+    graphs = Graphs(step, Repeated(), 3, 2, torch.device("cpu"), None, runs_first)
+    graphs.capture(3)
+    assert done == expected and graphs._graphs == {3: "graph"}
+    done.clear()
+    graphs.compile(3)
+    assert done == ([] if runs_first else ["captured"] + ["compiled"] * num_missing)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_view_of_memory_owns_nothing(dtype: torch.dtype) -> None:
