@@ -8,7 +8,7 @@ the allocator gives nothing of a pool to tensors outside of captures as long as 
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -56,6 +56,16 @@ class Memory:
         }
 
 
+class GraphPool:
+    """Memory that graphs share. It would go with its last graph, so a graph of next to nothing stays in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._staying = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._staying, pool=self.handle, capture_error_mode="relaxed"):
+            torch.zeros(1, device=device)
+
+
 class StepGraphs(Generic[Size, Inputs]):
     """One kind of step: `step(inputs)` runs it eagerly and returns its tokens and logits.
 
@@ -73,7 +83,7 @@ class StepGraphs(Generic[Size, Inputs]):
         largest: Size,
         num_buffers: int,
         device: torch.device,
-        pool: Any,
+        pool: GraphPool,
         runs_first: bool = False,
     ) -> None:
         self._step = step
@@ -98,8 +108,8 @@ class StepGraphs(Generic[Size, Inputs]):
         return tokens, logits
 
     def capture(self, size: Size) -> None:
-        """Nothing runs while a graph is captured. So where kernels are missing, as they all are at first, an attempt finds
-        out which, and they are compiled together."""
+        """Nothing runs while a graph is captured. So where kernels are missing, as all are at first, an attempt tells
+        which, and they are compiled together."""
         from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
 
         inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
@@ -125,7 +135,7 @@ class StepGraphs(Generic[Size, Inputs]):
     def _captured(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # type: ignore[misc]
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on, one that waits for a step in flight and NCCL's watchdog; and this one loads kernels.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="relaxed"):
             tokens, logits = self._step(inputs)  # held to the end, so that nothing else in the graph overwrites them
         view = torch.as_tensor(Memory(logits), device=logits.device).view(logits.dtype)
         return graph, tokens, view

@@ -21,7 +21,7 @@ from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.take_rows import take_rows
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
-from nanovllm.runner.cuda_graphs import StepGraphs, can_capture
+from nanovllm.runner.cuda_graphs import GraphPool, StepGraphs, can_capture
 from nanovllm.runner.hidden_states import Captured, captured_layers
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
@@ -117,10 +117,9 @@ class ModelRunner:
         self._has_graphs = self._can_capture and not config.enforce_eager
         self.splits_captures = self._has_graphs
         if self._can_capture:
-            pool = torch.cuda.graph_pool_handle()
             # NCCL connects at the first sum, and torch.compile compiles what it is about to run.
             runs_first = config.tensor_parallel_size > 1 or config.compilation == "inductor"
-            how = num_buffers, device, pool, runs_first
+            how = num_buffers, device, GraphPool(device), runs_first
             self._starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
             self._decode_graphs = StepGraphs(self._decode, self._decodes, config.max_num_seqs, *how)
             self._prompt_graphs = StepGraphs(self._run_prompts, self._prompts, self._prompts.largest, *how)

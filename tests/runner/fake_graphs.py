@@ -100,7 +100,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch, backend: Any = None) -> FakeGra
     monkeypatch.setattr("nanovllm.executor.worker._choose_backend", lambda *_: backend or ReferenceBackend())
     monkeypatch.setattr("nanovllm.runner.model_runner.can_capture", lambda _: True)
     monkeypatch.setattr("nanovllm.runner.model_runner.StepGraphs", RunEagerly)
-    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: fake)
+    monkeypatch.setattr("nanovllm.runner.model_runner.GraphPool", lambda _: fake)
     if backend is None:
         monkeypatch.setattr(Sampler, "sample_captured", sample_on_cpu)
     forward = ModelRunner._forward

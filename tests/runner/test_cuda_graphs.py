@@ -50,7 +50,7 @@ class Repeated:
 
 
 def test_only_what_changed_is_uploaded() -> None:
-    graphs = StepGraphs[int, Tensor](lambda inputs: (inputs, inputs), Repeated(), 3, 2, torch.device("cpu"), None)
+    graphs = StepGraphs[int, Tensor](lambda inputs: (inputs, inputs), Repeated(), 3, 2, torch.device("cpu"), None)  # type: ignore[arg-type]
     for plan, size, is_copied in [(5, 3, True), (5, 3, False), (6, 3, True), (6, 2, True), (6, 2, False), (5, 3, True)]:
         static = graphs._static.fill_(-7)
         uploaded = graphs._upload(size, plan)  # type: ignore[arg-type]
