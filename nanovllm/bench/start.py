@@ -1,7 +1,8 @@
 """`nanovllm bench start`: where the time goes from the start of a process to its first token.
 
 Owns the two situations: cold, with empty caches of compiled kernels, and warm, with what the cold start left there.
-Compiling has figures of its own beside the parts in which it happens (`start_probe.py` measures it).
+Compiling has figures of its own beside the parts in which it happens (`start_probe.py` measures it), added up over
+the cores that do it at the same time.
 Invariant: every start is a process of its own. Files are not evicted from the operating system's cache: the model's
 are read as they are after a first use.
 """
@@ -33,10 +34,10 @@ _PARTS = {
     "runner_seconds": "KV cache, rows (on a GPU: capture the largest decode step)",
     "other_seconds": "the rest of LLM(...)",
     "construct_seconds": "= LLM(...), from call to ready",
-    "construct_compile_seconds": "  of which compile kernels",
+    "construct_compile_seconds": "  compiling kernels in that time, on all cores together",
     "first_token_seconds": "first token of a 128-token prompt (on a GPU: captures)",
     "total_seconds": "= from the start of the process to its first token",
-    "compile_seconds": "  of which compile kernels",
+    "compile_seconds": "  compiling kernels in that time, on all cores together",
     "second_token_seconds": "first token of another such prompt",
 }
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 
-Missing = dict[tuple[str, str], Callable[[], object]]  # by kernel and specialization: what compiles it
+Missing = dict[tuple[str, str], Callable[[], Any]]  # by kernel and specialization: what compiles it
 
 _noted: ContextVar[Missing | None] = ContextVar("missing_kernels", default=None)  # of this thread
 _hook_before: Callable[..., bool | None] | None = None
@@ -46,8 +48,16 @@ def _note(**launch: Any) -> bool | None:
     return True
 
 
-def compile_together(missing: Missing) -> None:
-    """Compile what `missing_kernels` noted, or load it from Triton's cache on disk, on all cores."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, triton.AsyncCompileMode(threads):
-        for compile_kernel in missing.values():
-            compile_kernel()
+def compile_together(missing: Missing, device: torch.device) -> None:
+    """Compile what `missing_kernels` noted, or find it in Triton's cache on disk, on all cores; load it on a GPU."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        with triton.AsyncCompileMode(threads):
+            kernels = [compile_kernel() for compile_kernel in missing.values()]
+        if device.type == "cuda":
+            list(threads.map(partial(_load, torch.cuda.current_device()), kernels))
+
+
+def _load(device_index: int, kernel: Any) -> None:
+    """Triton has a C compiler build what launches a kernel, for each kind of parameters anew."""
+    torch.cuda.set_device(device_index)  # a thread has one of its own
+    kernel.result().run  # noqa: B018 - a property that loads

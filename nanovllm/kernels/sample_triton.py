@@ -417,8 +417,11 @@ def sample_triton(
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
         return tokens
-    tops, weights = torch.empty(2, num_rows, num_groups, dtype=torch.float32, device=logits.device)
-    listed, ties = torch.empty(2, num_rows, num_groups, dtype=torch.int32, device=logits.device)
+    # Each by itself, so that all are aligned alike for any number of rows: another alignment is another kernel.
+    tops, weights, listed, ties = (
+        torch.empty(num_rows, num_groups, dtype=dtype, device=logits.device)
+        for dtype in (torch.float32, torch.float32, torch.int32, torch.int32)
+    )
     pdl = has_dependent_launch(logits.device)
     per_program = 8 if num_rows <= FEW_ROWS and not is_deterministic else 32
     _stats_kernel[(triton.cdiv(num_groups, per_program), num_rows)](

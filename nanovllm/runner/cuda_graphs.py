@@ -66,6 +66,16 @@ class GraphPool:
             torch.zeros(1, device=device)
 
 
+def compile_kernels(step: Callable[[], object], pool: GraphPool, device: torch.device) -> None:
+    """Compile what a step that could be captured launches. Nothing of it runs."""
+    from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
+
+    graph = torch.cuda.CUDAGraph()
+    with missing_kernels() as missing, torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="relaxed"):
+        step()
+    compile_together(missing, device)
+
+
 class StepGraphs(Generic[Size, Inputs]):
     """One kind of step: `step(inputs)` runs it eagerly and returns its tokens and logits.
 
@@ -112,25 +122,20 @@ class StepGraphs(Generic[Size, Inputs]):
         which, and they are compiled together."""
         from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
 
-        inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
+        inputs = self.padding(size)  # capturing must not advance any request
         with missing_kernels() as missing:
             captured = None if self._runs_first else self._captured(inputs)
         if captured is None or missing:
             captured = None  # its memory is for the next attempt
-            compile_together(missing)
+            compile_together(missing, self._static.device)
             self._step(inputs)
             torch.cuda.synchronize()
             captured = self._captured(inputs)
         self._graphs[size] = captured
 
-    def compile(self, size: Size) -> None:
-        """Compile what a step of this size needs; nothing runs, and nothing is kept."""
-        from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
-
-        if not self._runs_first:
-            with missing_kernels() as missing:
-                self._captured(self._layout.inputs(self._upload(size, None), size))
-            compile_together(missing)
+    def padding(self, size: Size) -> Inputs:
+        """The inputs of a step without requests."""
+        return self._layout.inputs(self._upload(size, None), size)
 
     def _captured(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # type: ignore[misc]
         graph = torch.cuda.CUDAGraph()

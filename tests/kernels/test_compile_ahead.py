@@ -5,6 +5,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -64,7 +65,7 @@ def test_what_is_missing_is_compiled_and_then_found(launches: Launches) -> None:
     with missing_kernels() as missing:
         step()
     assert launches.names == [] and len(missing) == 3  # a kernel for two numbers of rows is one
-    compile_together(missing)
+    compile_together(missing, torch.device("cpu"))
     with missing_kernels() as missing:
         step()
     assert not missing and launches.names == NAMES
@@ -100,4 +101,4 @@ def test_an_error_of_the_compiler_is_raised(launches: Launches) -> None:
 
     missing["another", ""] = fail
     with pytest.raises(RuntimeError, match="no such instruction"):
-        compile_together(missing)
+        compile_together(missing, torch.device("cpu"))

@@ -87,9 +87,6 @@ def test_kernels_that_a_capture_finds_missing_are_compiled_before_the_next(
     graphs = Graphs(step, Repeated(), 3, 2, torch.device("cpu"), None, runs_first)
     graphs.capture(3)
     assert done == expected and graphs._graphs == {3: "graph"}
-    done.clear()
-    graphs.compile(3)
-    assert done == ([] if runs_first else ["captured"] + ["compiled"] * num_missing)
 
 
 @pytest.mark.gpu
