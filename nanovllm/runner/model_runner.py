@@ -138,9 +138,8 @@ class ModelRunner:
 
         def steps() -> None:
             _, logits = self._decode(decodes)
-            self.sampler.sample_captured(
-                logits.float(), decodes.rows, decodes.rows
-            )  # as of rows whose logits are edited
+            some = decodes.rows[:64]
+            self.sampler.sample_captured(logits[:64].float(), some, some)  # as of rows whose logits are edited
             if not self._needs_rope_lens:
                 self._run_prompts(prompts)
 
