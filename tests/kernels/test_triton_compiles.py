@@ -202,6 +202,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "small_linear of 64 rows, in chunks": lambda: multiply_in_chunks(64, gated=False),
     "gated_linear of 32 rows, in chunks": lambda: multiply_in_chunks(32, gated=True),
     "rms_norm_linear of 7 rows": lambda: normalize_and_multiply(7, 1024, False, False, False),
+    "rms_norm_gated_linear of a row": lambda: normalize_and_multiply(1, 304, True, True, True),
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
     "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
     "fixed_linear": lambda: MODULES["fixed_linear"].fixed_linear_triton(bf16(5, 200), bf16(96, 200), bf16(96)),
