@@ -1,4 +1,4 @@
-"""Products of 5 to 64 rows on the matrix unit: warps split the inputs of few rows, programs those of more.
+"""Products of 2 to 64 rows on the matrix unit: warps split the inputs of few rows, programs those of more.
 
 Owns that kernel and its shape; which products it is for is `small_linear_triton.py`'s to say. Programs that split the
 inputs leave their sums in memory, and count themselves in `arrived`: see `new_arrived`. Invariant: the parts of a sum

@@ -1,4 +1,4 @@
-"""Products of 1 to 4 rows: multiply and add, a lane along the inputs.
+"""Products of a row or two: multiply and add, a lane along the inputs.
 
 Owns that kernel and its shape; which products it is for is `small_linear_triton.py`'s to say. Invariant: a sum is added
 up in an order that the sizes alone determine.

@@ -66,12 +66,18 @@ class GraphPool:
             torch.zeros(1, device=device)
 
 
-def compile_kernels(step: Callable[[], object], pool: GraphPool, device: torch.device) -> None:
+def padding(layout: Layout[Size, Inputs], size: Size, device: torch.device) -> Inputs:
+    """The inputs of a step without requests, in memory of their own."""
+    words = np.empty(layout.words(size), dtype=np.int32)
+    layout.fill(words, size, None)
+    return layout.inputs(torch.from_numpy(words).to(device), size)
+
+
+def compile_kernels(step: Callable[[], object], device: torch.device) -> None:
     """Compile what a step that could be captured launches. Nothing of it runs."""
     from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
 
-    graph = torch.cuda.CUDAGraph()
-    with missing_kernels() as missing, torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="relaxed"):
+    with missing_kernels() as missing, torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
         step()
     compile_together(missing, device)
 
@@ -122,7 +128,7 @@ class StepGraphs(Generic[Size, Inputs]):
         which, and they are compiled together."""
         from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
 
-        inputs = self.padding(size)  # capturing must not advance any request
+        inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
         with missing_kernels() as missing:
             captured = None if self._runs_first else self._captured(inputs)
         if captured is None or missing:
@@ -132,10 +138,6 @@ class StepGraphs(Generic[Size, Inputs]):
             torch.cuda.synchronize()
             captured = self._captured(inputs)
         self._graphs[size] = captured
-
-    def padding(self, size: Size) -> Inputs:
-        """The inputs of a step without requests."""
-        return self._layout.inputs(self._upload(size, None), size)
 
     def _captured(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # type: ignore[misc]
         graph = torch.cuda.CUDAGraph()

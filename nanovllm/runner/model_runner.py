@@ -21,7 +21,7 @@ from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.take_rows import take_rows
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
-from nanovllm.runner.cuda_graphs import GraphPool, StepGraphs, can_capture, compile_kernels
+from nanovllm.runner.cuda_graphs import GraphPool, StepGraphs, can_capture, compile_kernels, padding
 from nanovllm.runner.hidden_states import Captured, captured_layers
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
@@ -116,15 +116,14 @@ class ModelRunner:
         self._can_capture = can_capture(device) and not is_dynamic
         self._has_graphs = self._can_capture and not config.enforce_eager
         self.splits_captures = self._has_graphs
+        # NCCL connects at the first sum, and torch.compile compiles what it is about to run.
+        self._runs_first = config.tensor_parallel_size > 1 or config.compilation == "inductor"
         if self._can_capture:
             self._starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
-            self._pool = GraphPool(device)
-            # NCCL connects at the first sum, and torch.compile compiles what it is about to run.
-            self._runs_first = config.tensor_parallel_size > 1 or config.compilation == "inductor"
-            how = num_buffers, device, self._pool, self._runs_first
+        if self._has_graphs:
+            how = num_buffers, device, GraphPool(device), self._runs_first
             self._decode_graphs = StepGraphs(self._decode, self._decodes, config.max_num_seqs, *how)
             self._prompt_graphs = StepGraphs(self._run_prompts, self._prompts, self._prompts.largest, *how)
-        if self._has_graphs:
             with dependent_launch(self._dependent_launch):
                 self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
 
@@ -133,8 +132,8 @@ class ModelRunner:
         """Compile, side by side, most kernels of large steps, be they captured or not. No request must be there yet."""
         if not self._can_capture or self._runs_first:
             return
-        decodes = self._decode_graphs.padding(self._decodes.sizes[-1])
-        prompts = self._prompt_graphs.padding(self._prompts.largest)
+        decodes = padding(self._decodes, self._decodes.sizes[-1], self.device)
+        prompts = padding(self._prompts, self._prompts.largest, self.device)
 
         def steps() -> None:
             _, logits = self._decode(decodes)
@@ -144,7 +143,7 @@ class ModelRunner:
                 self._run_prompts(prompts)
 
         with dependent_launch(self._dependent_launch):
-            compile_kernels(steps, self._pool, self.device)
+            compile_kernels(steps, self.device)
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:

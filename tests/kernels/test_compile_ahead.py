@@ -26,20 +26,15 @@ class OneDevice(NoDevice):
         return 0
 
 
-class Launches:
-    """Kernels that were compiled and would have run."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
-    launches, run = Launches(), JITFunction.run
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Names of kernels that were compiled and would have run."""
+    launches: list[str] = []
+    run = JITFunction.run
 
     def count(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if run(self, *args, grid=grid, warmup=True, **kwargs) is not None:
-            launches.names.append(self.fn.__name__)
+            launches.append(self.fn.__name__)
 
     monkeypatch.setattr(driver, "_active", OneDevice(90))
     monkeypatch.setattr(JITFunction, "run", count)
@@ -61,27 +56,27 @@ def step() -> None:
 NAMES = ["_silu_and_mul_kernel", "_silu_and_mul_kernel", "_rms_norm_kernel", "_silu_and_mul_kernel"]
 
 
-def test_what_is_missing_is_compiled_and_then_found(launches: Launches) -> None:
+def test_what_is_missing_is_compiled_and_then_found(launches: list[str]) -> None:
     with missing_kernels() as missing:
         step()
-    assert launches.names == [] and len(missing) == 3  # a kernel for two numbers of rows is one
+    assert launches == [] and len(missing) == 3  # a kernel for two numbers of rows is one
     compile_together(missing, torch.device("cpu"))
     with missing_kernels() as missing:
         step()
-    assert not missing and launches.names == NAMES
+    assert not missing and launches == NAMES
 
 
-def test_outside_and_in_other_threads_kernels_are_compiled_at_once(launches: Launches) -> None:
+def test_outside_and_in_other_threads_kernels_are_compiled_at_once(launches: list[str]) -> None:
     with missing_kernels() as missing:
         other = Thread(target=step)
         other.start()
         other.join()
-    assert not missing and launches.names == NAMES
+    assert not missing and launches == NAMES
     MODULES["rms_norm"].rms_norm_triton(bf16(3, 384), bf16(384), 1e-6)
-    assert launches.names == [*NAMES, "_rms_norm_kernel"]
+    assert launches == [*NAMES, "_rms_norm_kernel"]
 
 
-def test_a_hook_that_was_there_is_asked(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_that_was_there_is_asked(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("nanovllm.kernels.compile_ahead._hook_before", None)
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **launch: asked.append(launch["fn"].name))
@@ -89,10 +84,10 @@ def test_a_hook_that_was_there_is_asked(launches: Launches, monkeypatch: pytest.
         step()
     assert not asked
     step()
-    assert sorted(set(asked)) == ["_rms_norm_kernel", "_silu_and_mul_kernel"] and launches.names == NAMES
+    assert sorted(set(asked)) == ["_rms_norm_kernel", "_silu_and_mul_kernel"] and launches == NAMES
 
 
-def test_an_error_of_the_compiler_is_raised(launches: Launches) -> None:
+def test_an_error_of_the_compiler_is_raised(launches: list[str]) -> None:
     with missing_kernels() as missing:
         MODULES["silu_and_mul"].silu_and_mul_triton(bf16(3, 256))
 
