@@ -203,3 +203,36 @@ def test_each_engine_launches_as_it_was_told(folder: Path, monkeypatch: pytest.M
                     llm.generate(PROMPTS[:2], params, use_tqdm=False)
                 assert answers == {answer}
     assert fake.num_decodes and fake.num_prompts and fake.num_uncaptured
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
+) -> None:
+    """It runs here, as compiling is what a GPU does with it."""
+    fake_graphs(monkeypatch)
+    runners: list[ModelRunner] = []
+    init, sample = ModelRunner.__init__, Sampler.sample_captured
+    sampled: list[torch.dtype] = []
+
+    def noted_init(runner: ModelRunner, *arguments: Any) -> None:
+        init(runner, *arguments)
+        runners.append(runner)
+
+    def noted_sample(sampler: Sampler, logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        sampled.append(logits.dtype)
+        return sample(sampler, logits, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "__init__", noted_init)
+    monkeypatch.setattr(Sampler, "sample_captured", noted_sample)
+    monkeypatch.setattr("nanovllm.runner.model_runner.compile_kernels", lambda step, device: step())
+    with make_llm(folder, dtype="bfloat16", enforce_eager=enforce_eager) as llm:
+        (runner,) = runners
+        state, before = runner.state, [cache.clone() for cache in runner.kv_caches]
+        tensors = [state.num_computed, state.sampling.last_token, state.block_tables]
+        told = [tensor.clone() for tensor in tensors]
+        sampled.clear()
+        runner.compile_ahead()
+        assert sampled == [torch.bfloat16, torch.float32, torch.bfloat16]
+        assert all(map(torch.equal, tensors, told)) and all(map(torch.equal, runner.kv_caches, before))
+        assert len(llm.generate(PROMPTS[:2], PLAIN[0], use_tqdm=False)) == 2
