@@ -5,10 +5,13 @@ be run to its end, so nothing user-facing fails after it; nothing is queued here
 """
 
 import pickle
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
+
+import numpy as np
 
 from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.request import LONG_SALT, Request
@@ -212,6 +215,21 @@ class InputProcessor:
         token_ids = list(token_ids)
         if not token_ids:
             raise ValueError(f"{name} is empty; give at least one token id")
+        return self._known_token_ids(token_ids) or self._check_each_token_id(token_ids, name)
+
+    def _known_token_ids(self, token_ids: list[Any]) -> list[int] | None:
+        """All of them as plain integers, if a look at all at once finds nothing wrong: that takes half as long."""
+        try:
+            values = np.frombuffer(array("q", token_ids), dtype=np.int64)
+        except (TypeError, OverflowError):
+            return None
+        if values.min() < 0 or values.max() >= self._vocab_size:
+            return None
+        if any(isinstance(token_ids[index], bool) for index in np.flatnonzero(values <= 1)):
+            return None
+        return values.tolist()
+
+    def _check_each_token_id(self, token_ids: list[Any], name: str) -> list[int]:
         for index, token_id in enumerate(token_ids):
             if type(token_id) is not int:
                 if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):

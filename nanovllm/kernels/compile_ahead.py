@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -51,10 +51,15 @@ def _note(**launch: Any) -> bool | None:
 def compile_together(missing: Missing, device: torch.device) -> None:
     """Compile what `missing_kernels` noted, or find it in Triton's cache on disk, on all cores; load it on a GPU."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        with triton.AsyncCompileMode(threads):
-            kernels = [compile_kernel() for compile_kernel in missing.values()]
+        # In a context of its own: where a kernel does not compile, Triton's mode is not ended in its context.
+        kernels = copy_context().run(_compile, missing, threads)
         if device.type == "cuda":
             list(threads.map(partial(_load, torch.cuda.current_device()), kernels))
+
+
+def _compile(missing: Missing, threads: ThreadPoolExecutor) -> list[Any]:
+    with triton.AsyncCompileMode(threads):
+        return [compile_kernel() for compile_kernel in missing.values()]
 
 
 def _load(device_index: int, kernel: Any) -> None:

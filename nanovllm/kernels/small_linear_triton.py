@@ -7,7 +7,7 @@ for the kernel ahead (`dependent_launch`). Invariant: sums are added in an order
     rows      kernel                   product
     1         small_vector_triton.py   multiply and add, a lane along the inputs; of long inputs, 2 rows as well
     2 .. 8    small_tile_triton.py     matrix unit, warps split the inputs
-    9 .. 64   small_tile_triton.py     matrix unit, programs split the inputs of smaller matrices
+    9 .. 64   small_tile_triton.py     matrix unit, for smaller matrices: short inputs are held, programs split others
 
 The norm needs all of a row before its first product; every program computes it, from rows that are few enough to hold.
 """
@@ -24,7 +24,8 @@ from nanovllm.kernels.small_vector_triton import VectorConfig, launch_vector
 
 MAX_ROWS = 64
 MAX_SPLITS = 12
-MAX_SPLIT_WEIGHTS = 6 * 2**20
+MAX_WEIGHTS = 6 * 2**20  # for 9 to 64 rows
+MAX_HELD_INPUTS = 1024
 MAX_OUTPUTS = 65536  # wider is a language-model head, which runs at the memory's speed anyway
 
 Config = VectorConfig | TileConfig
@@ -73,7 +74,12 @@ def choose_by_size(
         return _vector_config(num_rows, num_outputs, num_inputs, 2 if gated else 1)
     if num_rows <= 8:
         return _sliced_config(num_inputs, gated)
-    return None if normed else _split_config(num_rows, num_outputs, num_inputs, gated, is_roomy)
+    if normed or num_outputs * num_inputs * (2 if gated else 1) > MAX_WEIGHTS:
+        return None
+    if num_inputs <= MAX_HELD_INPUTS and is_roomy:
+        # All of a program's weights are in shared memory before it waits.
+        return TileConfig(outputs=64, num_warps=4, slices=1, chunk=256, ahead=MAX_HELD_INPUTS // 256, x_ahead=1)
+    return _split_config(num_rows, num_inputs, gated, is_roomy)
 
 
 def _vector_config(num_rows: int, num_outputs: int, num_inputs: int, planes: int) -> VectorConfig:
@@ -105,14 +111,12 @@ def _sliced_config(num_inputs: int, gated: bool) -> TileConfig | None:
     return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)
 
 
-def _split_config(num_rows: int, num_outputs: int, num_inputs: int, gated: bool, is_roomy: bool) -> TileConfig | None:
+def _split_config(num_rows: int, num_inputs: int, gated: bool, is_roomy: bool) -> TileConfig | None:
     """9 to 64 rows: programs split the inputs, a chunk for each, so that all weights are on their way at once. Larger
     matrices keep every multiprocessor busy as they are, and so do short inputs the more rows there are. Inputs that
     cannot be split into equal chunks are left alone.
     """
     is_short = num_inputs < 2048
-    if num_outputs * num_inputs * (2 if gated else 1) > MAX_SPLIT_WEIGHTS:
-        return None
     if is_short and num_rows > (32 if gated else 16):
         return None
     is_half = is_short and (num_rows > 16 or not gated)

@@ -25,8 +25,9 @@ MAX_TILES = 4096  # of outputs, in one product whose inputs are split
 
 @dataclass(frozen=True)
 class TileConfig:
-    """outputs: per program. splits: parts of the inputs, each for a program of its own; equal, and multiples of 16.
+    """outputs: per program; gates and ups together where a gated product has 1 slice, pairs of them where it has more.
 
+    splits: parts of the inputs, each for a program of its own; equal, and multiples of 16; 1 if there are slices.
     chunk: inputs per step. slices: parts of a chunk, a warp or more for each.
     ahead, x_ahead: chunks of weights and of x that are held.
     """
@@ -65,9 +66,16 @@ def _sum_in_order(ptr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _store_tile(
-    first, second, bias_ptr, out_ptr, output, index, num_rows, num_outputs,
+    first, second, bias_ptr, out_ptr, tile, num_rows, num_outputs,
     GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
+    JOINED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
+    """JOINED: gates and ups are the two halves of first [OUTPUTS, ROWS]."""
+    OWN: tl.constexpr = OUTPUTS // 2 if JOINED else OUTPUTS
+    if JOINED:
+        first, second = tl.split(tl.permute(tl.reshape(first, [2, OWN, ROWS]), [1, 2, 0]))
+    output = tile * OWN + tl.arange(0, OWN)
+    index = tl.arange(0, ROWS)
     valid = (output < num_outputs)[:, None]
     dtype = out_ptr.dtype.element_ty
     result = finish(first, second, bias_ptr, output[:, None], valid, num_outputs, dtype, GATED, GELU, BIAS)
@@ -111,15 +119,21 @@ def _tile_kernel(
     A program has OUTPUTS outputs and one of SPLITS equal parts of the inputs. It leaves its sums; whoever is last to
     leave some for these outputs adds them up, in the order of the inputs.
     """
+    JOINED: tl.constexpr = GATED and SLICES == 1  # gates and ups are rows of one operand
+    PAIRED: tl.constexpr = GATED and SLICES > 1  # they are two
+    OWN: tl.constexpr = OUTPUTS // 2 if JOINED else OUTPUTS
     SPAN: tl.constexpr = INPUTS // SPLITS
     CHUNKS: tl.constexpr = (SPAN + CHUNK - 1) // CHUNK
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0) // SPLITS
     begin = tl.program_id(0) % SPLITS * SPAN
-    output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    output = tile * OWN + tl.arange(0, OUTPUTS) % OWN
     col = tl.arange(0, CHUNK)[None, :]
-    place = tl.minimum(output, num_outputs - 1)[:, None] * INPUTS + begin
+    weight_row = tl.minimum(output, num_outputs - 1)
+    if JOINED:
+        weight_row += tl.arange(0, OUTPUTS) // OWN * num_outputs
+    place = weight_row[:, None] * INPUTS + begin
     up_ptr = weight_ptr + num_outputs * INPUTS
     index = tl.arange(0, ROWS)
     row = tl.minimum(index, num_rows - 1)[:, None]
@@ -128,7 +142,7 @@ def _tile_kernel(
     norm_weights = ()
     for i in tl.static_range(min(AHEAD, CHUNKS)):
         weights = weights + (load_chunk(weight_ptr, place, col, i, SPAN, CHUNK),)
-        if GATED:
+        if PAIRED:
             up_weights = up_weights + (load_chunk(up_ptr, place, col, i, SPAN, CHUNK),)
     if NORM:
         for i in tl.static_range(CHUNKS):
@@ -161,12 +175,12 @@ def _tile_kernel(
     second = first
     for i in tl.static_range(CHUNKS):
         first = _sliced_product(first, weights[i], xs[i], ROWS, OUTPUTS, SLICES, CHUNK)
-        if GATED:
+        if PAIRED:
             second = _sliced_product(second, up_weights[i], xs[i], ROWS, OUTPUTS, SLICES, CHUNK)
         # Only now are there registers for another chunk.
         if i + AHEAD < CHUNKS:
             weights = weights + (load_chunk(weight_ptr, place, col, i + AHEAD, SPAN, CHUNK),)
-            if GATED:
+            if PAIRED:
                 up_weights = up_weights + (load_chunk(up_ptr, place, col, i + AHEAD, SPAN, CHUNK),)
         if not NORM and i + X_AHEAD < CHUNKS:
             xs = xs + (load_chunk(x_ptr, x_offset, col, i + X_AHEAD, SPAN, CHUNK),)
@@ -181,22 +195,20 @@ def _tile_kernel(
             mask = written & (col < INPUTS - i * CHUNK)
             tl.store(total_ptr + index[:, None] * INPUTS + i * CHUNK + col, totals[i], mask=mask)
     if SPLITS == 1:
-        _store_tile(first, second, bias_ptr, out_ptr, output, index, num_rows, num_outputs, GATED, GELU, BIAS)
+        _store_tile(
+            first, second, bias_ptr, out_ptr, tile, num_rows, num_outputs, GATED, GELU, BIAS, JOINED, ROWS, OUTPUTS
+        )
     else:
-        SIZE: tl.constexpr = OUTPUTS * ROWS
-        PART: tl.constexpr = SIZE * 2 if GATED else SIZE
+        PART: tl.constexpr = OUTPUTS * ROWS
         tile_part_ptr = part_ptr + tile * (SPLITS * PART) + tl.arange(0, OUTPUTS)[:, None] * ROWS + index[None, :]
-        my_part_ptr = tile_part_ptr + tl.program_id(0) % SPLITS * PART
-        tl.store(my_part_ptr, first)
-        if GATED:
-            tl.store(my_part_ptr + SIZE, second)
+        tl.store(tile_part_ptr + tl.program_id(0) % SPLITS * PART, first)
         tl.debug_barrier()  # every warp's stores come before the one thread's release
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrived_ptr + tile, 0)
             first = _sum_in_order(tile_part_ptr, SPLITS, PART)
-            if GATED:
-                second = _sum_in_order(tile_part_ptr + SIZE, SPLITS, PART)
-            _store_tile(first, second, bias_ptr, out_ptr, output, index, num_rows, num_outputs, GATED, GELU, BIAS)
+            _store_tile(
+                first, second, bias_ptr, out_ptr, tile, num_rows, num_outputs, GATED, GELU, BIAS, JOINED, ROWS, OUTPUTS
+            )
 
 
 def new_arrived(device: torch.device) -> Tensor:
@@ -223,11 +235,12 @@ def launch_tile(
     arrived: `new_arrived`'s; without it a config with splits makes and clears some, a kernel more.
     """
     num_rows, num_outputs = out.shape
-    num_tiles = triton.cdiv(num_outputs, config.outputs)
+    is_joined = gated and config.slices == 1
+    num_tiles = triton.cdiv(num_outputs, config.outputs // 2 if is_joined else config.outputs)
     rows = max(8, triton.next_power_of_2(num_rows))
     parts = None
     if config.splits > 1:
-        size = num_tiles * config.splits * (2 if gated else 1) * config.outputs * rows
+        size = num_tiles * config.splits * config.outputs * rows
         parts = torch.empty(size, dtype=torch.float32, device=x.device)
         arrived = new_arrived(x.device) if arrived is None else arrived
     pdl = has_dependent_launch(x.device)

@@ -9,7 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton import knobs
+from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -64,6 +67,24 @@ def test_what_is_missing_is_compiled_and_then_found(launches: list[str]) -> None
     with missing_kernels() as missing:
         step()
     assert not missing and launches == NAMES
+
+
+@triton.jit
+def _wrong_kernel(ptr):
+    tl.store(ptr, tl.arange(0, 3))
+
+
+def test_a_kernel_that_does_not_compile_leaves_nothing_behind(launches: list[str]) -> None:
+    with missing_kernels() as missing:
+        _wrong_kernel[(1,)](bf16(4))
+    for _ in range(2):
+        with pytest.raises(CompilationError):
+            compile_together(missing, torch.device("cpu"))
+    with missing_kernels() as missing:
+        step()
+    compile_together(missing, torch.device("cpu"))
+    step()
+    assert launches == NAMES
 
 
 def test_outside_and_in_other_threads_kernels_are_compiled_at_once(launches: list[str]) -> None:

@@ -120,7 +120,9 @@ def rotate_and_store(has_norm: bool, has_rotation: bool) -> None:
 def multiply(num_rows: int, inputs: int, has_bias: bool = False, gated: bool = False, gelu: bool = False) -> None:
     twin = MODULES["small_linear"]
     x, weight, bias = bf16(num_rows, inputs), bf16(1024, inputs), bf16(1024) if has_bias else None
-    twin.small_linear_triton(x, weight, bias, twin.choose(x, weight, gated), gated, gelu)
+    config = twin.choose(x, weight, gated)
+    if config is not None:  # else this GPU leaves it to cuBLAS
+        twin.small_linear_triton(x, weight, bias, config, gated, gelu)
 
 
 def multiply_in_chunks(num_rows: int, gated: bool) -> None:
@@ -195,9 +197,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gated_linear of 2 rows": lambda: multiply(2, 4096, gated=True),
     "small_linear of 7 rows": lambda: multiply(7, 3072, has_bias=True),
     "small_linear of a long row": lambda: multiply(1, 12288),
+    "gated_linear of 7 rows": lambda: multiply(7, 2048, gated=True),
     "small_linear of 16 rows, split": lambda: multiply(16, 4096),
     "small_linear of 64 rows, split": lambda: multiply(64, 2048, has_bias=True),
-    "gated_linear of 16 rows, split": lambda: multiply(16, 1024, gated=True),
+    "small_linear of 64 rows, held": lambda: multiply(64, 1024, has_bias=True),
+    "gated_linear of 33 rows, held": lambda: multiply(33, 1024, has_bias=True, gated=True),
+    "gated_linear of 16 rows, split": lambda: multiply(16, 1536, gated=True),
     "gated_linear of 33 rows, split": lambda: multiply(33, 2048, gated=True, gelu=True),
     "small_linear of 64 rows, in chunks": lambda: multiply_in_chunks(64, gated=False),
     "gated_linear of 32 rows, in chunks": lambda: multiply_in_chunks(32, gated=True),
