@@ -59,10 +59,11 @@ class SchedulerOutput:
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":
         """The part of the step that concerns these of the rows, in their order here."""
         rows = [self.rows[i] for i in indices]
+        kept = set(rows)
         starts = list(accumulate(self.num_scheduled_tokens, initial=0))
         return SchedulerOutput(
-            new_rows=[new for new in self.new_rows if new.row in rows],
-            new_blocks=[block for block in self.new_blocks if block[0] in rows],
+            new_rows=[new for new in self.new_rows if new.row in kept],
+            new_blocks=[block for block in self.new_blocks if block[0] in kept],
             rows=rows,
             num_scheduled_tokens=[self.num_scheduled_tokens[i] for i in indices],
             num_computed_tokens=[self.num_computed_tokens[i] for i in indices],
@@ -70,8 +71,8 @@ class SchedulerOutput:
             token_ids=[token_id for i in indices for token_id in self.token_ids[starts[i] : starts[i + 1]]],
             num_decodes=sum(i < self.num_decodes for i in indices),
             prompt_logprobs=[(indices.index(i), at, count) for i, at, count in self.prompt_logprobs if i in indices],
-            grammar_bitmask={row: mask for row, mask in self.grammar_bitmask.items() if row in rows},
-            capture_layers={row: layers for row, layers in self.capture_layers.items() if row in rows},
+            grammar_bitmask={row: mask for row, mask in self.grammar_bitmask.items() if row in kept},
+            capture_layers={row: layers for row, layers in self.capture_layers.items() if row in kept},
         )
 
 

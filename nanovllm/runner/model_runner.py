@@ -24,9 +24,13 @@ from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInp
 from nanovllm.runner.cuda_graphs import GraphPool, StepGraphs, can_capture, compile_kernels, padding
 from nanovllm.runner.hidden_states import Captured, captured_layers
 from nanovllm.runner.input_batch import InputBatch, InputStager
+from nanovllm.runner.step_parts import PendingParts, StepParts, split
 from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling.state import upload
+
+# Of weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
+LIGHT_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,6 @@ class PendingTokens:
 def _entries(top: TopLogprobs) -> list[TokenLogprobs]:
     rows = zip(*(column.tolist() for column in top), strict=True)
     return [list(zip(token_ids, logprobs, ranks, strict=True)) for token_ids, logprobs, ranks in rows]
-
-
-@dataclass(frozen=True)
-class PendingParts:
-    """A step that ran in two parts: `own` are those who capture hidden states. is_own: for each sampled token."""
-
-    own: PendingTokens
-    rest: PendingTokens
-    is_own: list[bool]
-
-    def result(self) -> ModelRunnerOutput:
-        own, rest = self.own.result(), self.rest.result()
-        if own.logprobs or rest.logprobs:
-            own.logprobs = self._in_order(*(part.logprobs or [None] * len(part.token_ids) for part in (own, rest)))
-        own.token_ids = self._in_order(own.token_ids, rest.token_ids)
-        return own
-
-    def _in_order(self, own: list[Any], rest: list[Any]) -> list[Any]:
-        parts = {True: iter(own), False: iter(rest)}
-        return [next(parts[is_own]) for is_own in self.is_own]
 
 
 def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
@@ -116,6 +100,8 @@ class ModelRunner:
         self._can_capture = can_capture(device) and not is_dynamic
         self._has_graphs = self._can_capture and not config.enforce_eager
         self.splits_captures = self._has_graphs
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        self._splits_prompts = self._has_graphs and not self._needs_rope_lens and weight_bytes <= LIGHT_BYTES
         # NCCL connects at the first sum, and torch.compile compiles what it is about to run.
         self._runs_first = config.tensor_parallel_size > 1 or config.compilation == "inductor"
         if self._can_capture:
@@ -152,19 +138,30 @@ class ModelRunner:
             return self._execute_parts(plan)
 
     def _execute_parts(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
-        """Requests that capture hidden states run by themselves where the others have a CUDA graph."""
         self.state.enter(plan)
+        parts = self._parts(plan)
+        if parts is None:
+            return self._execute(plan)
+        rest = self._execute(parts.rest)
+        return PendingParts(self._execute(parts.own), rest, parts.is_own_token)
+
+    def _parts(self, plan: SchedulerOutput) -> StepParts | None:
+        """Two parts, if the decodes can have their CUDA graph by themselves and not with what runs beside them:
+
+        requests that capture hidden states, or prompts that are captured without so many requests, or such long ones,
+        beside them. Then reading the weights twice takes less time than launching every kernel, unless they are many.
+        """
         if plan.capture_layers and self.splits_captures:
-            own = [i for i, row in enumerate(plan.rows) if row in plan.capture_layers]
-            others = [i for i, row in enumerate(plan.rows) if row not in plan.capture_layers]
-            rest = plan.select(others)
-            # A decode step reads nothing that this step computes for others, so it may go first.
-            if others and self._decodes.size(rest) is not None and not rest.prompt_logprobs:
-                pending = self._execute(rest)
-                sampled = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
-                is_own = [row in plan.capture_layers for row in sampled]
-                return PendingParts(self._execute(plan.select(own)), pending, is_own)
-        return self._execute(plan)
+            parts = split(plan, [row in plan.capture_layers for row in plan.rows])
+        elif self._splits_prompts and 0 < plan.num_decodes < len(plan.rows) and self._prompts.size(plan) is None:
+            new_rows = {new.row for new in plan.new_rows}
+            parts = split(plan, [i >= plan.num_decodes or row in new_rows for i, row in enumerate(plan.rows)])
+            if parts.own.prompt_logprobs or self._prompts.size(parts.own) is None:
+                return None
+        else:
+            return None
+        is_decode = bool(parts.rest.rows) and self._decodes.size(parts.rest) is not None
+        return parts if is_decode and not parts.rest.prompt_logprobs else None
 
     def _execute(self, plan: SchedulerOutput) -> PendingTokens:
         needs_hidden_states = plan.prompt_logprobs or plan.capture_layers  # a graph leaves none

@@ -11,7 +11,9 @@ import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.runner.captured_steps import PromptLayout
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.step_parts import split
 from nanovllm.sampling.sampler import Sampler
 from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
@@ -103,6 +105,28 @@ def test_mixed_batches_replay_graphs_and_give_what_they_give_without(
             assert fake.num_uncaptured == 0
         check_equal(llm.generate(PROMPTS[::-1], REQUESTS[::-1], use_tqdm=False), expected[::-1])
         assert (llm.get_metrics()["num_preemptions"] > 0) == ("num_gpu_blocks_override" in way)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2])
+@pytest.mark.parametrize("is_light", [True, False])
+def test_prompts_beside_many_decodes_run_apart(
+    folder: Path,
+    expected: list[RequestOutput],
+    monkeypatch: pytest.MonkeyPatch,
+    is_light: bool,
+    overlap_depth: int,
+) -> None:
+    """With more requests than are captured with prompts; where weights are many, they are not read twice."""
+    fake = fake_graphs(monkeypatch)
+    splits = []
+    monkeypatch.setattr("nanovllm.runner.model_runner.split", lambda *parts: splits.append(parts) or split(*parts))
+    monkeypatch.setattr(PromptLayout, "num_reqs", (4,))
+    if not is_light:
+        monkeypatch.setattr("nanovllm.runner.model_runner.LIGHT_BYTES", 0)
+    with make_llm(folder, overlap_depth=overlap_depth, max_num_batched_tokens=35) as llm:
+        check_equal(llm.generate(PROMPTS, REQUESTS, use_tqdm=False), expected)
+        check_equal(llm.generate(PROMPTS[::-1], REQUESTS[::-1], use_tqdm=False), expected[::-1])
+    assert (len(splits) > 3) == is_light
 
 
 @pytest.mark.parametrize("overlap_depth", [1, 2])
