@@ -23,6 +23,8 @@ from contextvars import ContextVar
 
 import torch
 
+from nanovllm.kernels.device_limits import compute_capability
+
 # Of the thread (or task) that launches, so that engines may differ; other threads begin with the default.
 _is_allowed: ContextVar[bool] = ContextVar("dependent_launch", default=True)
 
@@ -39,4 +41,4 @@ def dependent_launch(is_allowed: bool) -> Iterator[None]:
 
 def has_dependent_launch(device: torch.device) -> bool:
     """True from compute capability 9.0 on, unless `dependent_launch(False)` forbids it."""
-    return _is_allowed.get() and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return _is_allowed.get() and device.type == "cuda" and compute_capability(device)[0] >= 9

@@ -1,13 +1,22 @@
 """What GPUs of one compute capability have more of than others, where a kernel's shape depends on it.
 
-Owns the table. Invariant: the answer depends on the capability alone, never on the name of a GPU.
+Owns the table, and asks PyTorch for each device once: a step asks for each kernel. Invariant: the answer depends on the
+capability alone, never on the name of a GPU.
 """
+
+from functools import cache
 
 import torch
 
 _LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}  # CUDA Programming Guide, table of compute capabilities
 
 
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
 def has_large_shared_memory(device: torch.device) -> bool:
     """Can a program have 160 KB? GPUs for data centres have as much, others (8.6, 8.9, 12.0) 99 KB."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) in _LARGE_SHARED_MEMORY
+    return device.type != "cuda" or compute_capability(device) in _LARGE_SHARED_MEMORY

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.sizes import cdiv
+
 TILE_ROWS, TILE_COLS, DEPTH = 64, 64, 64
 
 
@@ -47,7 +49,7 @@ def fixed_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     """See `fixed_linear.fixed_linear`; rows of x may be strided, its last dimension and the weight may not."""
     num_rows, (out_features, in_features) = x.shape[0], weight.shape
     out = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(out_features, TILE_COLS), triton.cdiv(num_rows, TILE_ROWS))
+    grid = (cdiv(out_features, TILE_COLS), cdiv(num_rows, TILE_ROWS))
     if num_rows:
         _fixed_linear_kernel[grid](
             x, weight, bias, out, num_rows, x.stride(0), OUT_FEATURES=out_features, IN_FEATURES=in_features,

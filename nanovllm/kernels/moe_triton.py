@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.moe import align, num_blocks
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 MAX_ROWS_OF_ALIGN = 4096  # every program of the kernel looks at all rows; more are sorted by PyTorch
 SUM_BLOCK = 1024
@@ -99,8 +100,8 @@ def fused_topk_triton(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Te
         pdl = has_dependent_launch(logits.device)
         _topk_kernel[(num_tokens,)](
             logits, weights, expert_ids, logits.stride(0),
-            EXPERTS=num_experts, EXPERTS_PADDED=triton.next_power_of_2(num_experts),
-            TOP_K=top_k, TOP_K_PADDED=triton.next_power_of_2(top_k), RENORMALIZE=renormalize,
+            EXPERTS=num_experts, EXPERTS_PADDED=next_power_of_2(num_experts),
+            TOP_K=top_k, TOP_K_PADDED=next_power_of_2(top_k), RENORMALIZE=renormalize,
             PDL=pdl, num_warps=1, launch_pdl=pdl,
         )  # fmt: skip
     return weights, expert_ids
@@ -158,8 +159,8 @@ def align_triton(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple
     _align_kernel[(num_experts,)](
         expert_ids, rows, block_experts, num_rows, blocks,
         # At least one for each thread, of which each then counts its own.
-        EXPERTS=num_experts, EXPERTS_PADDED=max(128, triton.next_power_of_2(num_experts + 1)),
-        ROWS_PADDED=max(128, triton.next_power_of_2(num_rows)), BLOCKS_PADDED=triton.next_power_of_2(blocks),
+        EXPERTS=num_experts, EXPERTS_PADDED=max(128, next_power_of_2(num_experts + 1)),
+        ROWS_PADDED=max(128, next_power_of_2(num_rows)), BLOCKS_PADDED=next_power_of_2(blocks),
         BLOCK=block_size, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return rows, block_experts
@@ -274,7 +275,7 @@ def fused_experts_triton(
     _multiply(x, gate_up, None, rows, block_experts, block_size, gated, top_k)
     _multiply(gated, down, weights, rows, block_experts, block_size, chosen, 1)
     pdl = has_dependent_launch(x.device)
-    _sum_kernel[(num_tokens, triton.cdiv(hidden_size, SUM_BLOCK))](
+    _sum_kernel[(num_tokens, cdiv(hidden_size, SUM_BLOCK))](
         chosen, out, WIDTH=hidden_size, TOP_K=top_k, BLOCK=SUM_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
     )
     return out
@@ -296,7 +297,7 @@ def _multiply(
     chunk = config.chunk // x.element_size()
     stage_bytes = config.chunk * (block_size + config.tile * (2 if scale is None else 1))
     pdl = has_dependent_launch(x.device)
-    _grouped_kernel[(block_experts.numel() * triton.cdiv(num_outputs, config.tile),)](
+    _grouped_kernel[(block_experts.numel() * cdiv(num_outputs, config.tile),)](
         x, weight, scale, rows, block_experts, out, num_rows,
         INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, GATED=scale is None, SORTED=rows is not None,
         BLOCK=block_size, TILE=config.tile, CHUNK=chunk, PDL=pdl,

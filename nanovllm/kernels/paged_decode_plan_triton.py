@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.paged_tiles_triton import num_multiprocessors
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 PLAN_PROGRAMS = 32  # ranges that one program of the planning kernel finds
 FEW_REQUESTS = 16
@@ -166,10 +167,10 @@ def plan_decode(
         config=config,
     )
     pdl = has_dependent_launch(out.device)
-    _plan_decode_kernel[(triton.cdiv(num_programs, PLAN_PROGRAMS),)](
+    _plan_decode_kernel[(cdiv(num_programs, PLAN_PROGRAMS),)](
         seq_lens, block_table, plan.num_tiles, plan.starts, plan.arrived, num_reqs, num_programs, block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=kv_cache.shape[3], WINDOW=window or 0, TILE=config.tile,
-        BLOCK_REQS=triton.next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
+        BLOCK_REQS=next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
         launch_pdl=pdl,
     )  # fmt: skip
     return plan

@@ -29,6 +29,7 @@ from torch import Tensor
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.paged_decode_plan_triton import DecodePlan, block_at, next_item, range_of_program, tiles_of
 from nanovllm.kernels.paged_tiles_triton import LOWEST, attend, blocks_of_tile, exponents, max_registers
+from nanovllm.kernels.sizes import next_power_of_2
 
 COMBINE_ELEMENTS = 2048  # floats of partial outputs in flight at a time
 
@@ -230,12 +231,12 @@ def shape_of_heads(out: Tensor, kv_cache: Tensor) -> dict[str, int]:
     """The constants of a decode kernel that follow from the shapes of its output and of the cache."""
     num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
     group = out.shape[1] // num_kv_heads
-    block_dim = max(16, triton.next_power_of_2(head_dim))  # tl.dot takes no less
-    combine_cols = triton.next_power_of_2(group) * block_dim
+    block_dim = max(16, next_power_of_2(head_dim))  # tl.dot takes no less
+    combine_cols = next_power_of_2(group) * block_dim
     return {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
-        "BLOCK_GROUP": max(16, triton.next_power_of_2(group)),
+        "BLOCK_GROUP": max(16, next_power_of_2(group)),
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": block_dim,
         "BLOCK_SIZE": block_size,

@@ -29,6 +29,7 @@ from nanovllm.kernels.paged_tiles_triton import (
     max_registers,
     tile_descriptor,
 )
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 PLAN_PROGRAMS = 32  # tiles of queries that one program of the planning kernel puts in order
 LONG_PROMPT = 1024  # tokens to compute, in the mean of a step's prompts
@@ -138,16 +139,16 @@ def plan_prefill(
     num_programs = (q.shape[0] - first_req) // tokens + num_reqs - first_req  # a tile less than full for each request
     order = torch.empty((num_programs, 2), dtype=torch.int32, device=q.device)
     pdl = has_dependent_launch(q.device)
-    _plan_prefill_kernel[(triton.cdiv(num_programs, PLAN_PROGRAMS),)](
+    _plan_prefill_kernel[(cdiv(num_programs, PLAN_PROGRAMS),)](
         query_start_loc, seq_lens, order, first_req, num_reqs, num_programs, TOKENS=tokens,
-        BLOCK_REQS=triton.next_power_of_2(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
+        BLOCK_REQS=next_power_of_2(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
         launch_pdl=pdl,
     )  # fmt: skip
     return PrefillPlan(order, first_req, config)
 
 
 def _rows_of_program(config: PrefillConfig, group: int) -> int:
-    return max(config.rows, triton.next_power_of_2(group))
+    return max(config.rows, next_power_of_2(group))
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -256,7 +257,7 @@ def prefill_attention(
         q, kv_cache, tile_descriptor(kv_cache, config.tile) if config.tile_loads else None, out, query_start_loc,
         seq_lens, block_table, plan.order, block_table.stride(0), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
         exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
         ROWS=_rows_of_program(config, group), TILE=config.tile, WINDOW=window or 0,
         SOFTCAP=exponent_cap, NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
         maxnreg=max_registers(config.occupancy, config.num_warps),

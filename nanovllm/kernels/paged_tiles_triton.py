@@ -7,11 +7,16 @@ A tile is loaded through pointers, or, where the device has a tensor memory acce
 by that unit: one thread asks for all of it, and no register holds an address. That unit knows no mask inside a tile.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nanovllm.kernels.device_limits import compute_capability
+from nanovllm.kernels.sizes import next_power_of_2
 
 LOG2_E = 1.4426950408889634
 # A running maximum starts here rather than at -inf, so that differences of maxima are never inf - inf.
@@ -84,13 +89,13 @@ def tile_descriptor(kv_cache: Tensor, tile: int) -> TensorDescriptor | None:
     is_in_rows = kv_cache.is_contiguous() and row_bytes % 16 == 0 and kv_cache.numel() // head_dim < 2**31
     if not is_in_rows or block_size % tile or not has_tile_loads(kv_cache.device):
         return None
-    columns = max(16, triton.next_power_of_2(head_dim))  # those beyond head_dim are loaded as zeros
+    columns = max(16, next_power_of_2(head_dim))  # those beyond head_dim are loaded as zeros
     return TensorDescriptor.from_tensor(kv_cache.view(-1, head_dim), [tile, columns])
 
 
 def has_tile_loads(device: torch.device) -> bool:
     """True from compute capability 9.0 on, and in the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type != "cuda" or compute_capability(device)[0] >= 9
 
 
 @triton.jit
@@ -221,6 +226,7 @@ def max_registers(occupancy: int, num_warps: int) -> int:
     return min(REGISTERS // (occupancy * num_warps * 32) // 8 * 8, 255)
 
 
+@cache
 def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 # Heads per program times half a head: elements of each half that a program holds.
 ELEMENTS = 1024
@@ -117,10 +118,10 @@ def qkv_rope_store_triton(
     if not num_tokens:
         return q
     heads = num_heads + 2 * num_kv_heads
-    block_half = triton.next_power_of_2(head_dim // 2)
-    block_heads = min(max(ELEMENTS // block_half, 1), triton.next_power_of_2(heads))
+    block_half = next_power_of_2(head_dim // 2)
+    block_heads = min(max(ELEMENTS // block_half, 1), next_power_of_2(heads))
     pdl = has_dependent_launch(qkv.device)
-    _qkv_rope_store_kernel[(num_tokens, triton.cdiv(heads, block_heads))](
+    _qkv_rope_store_kernel[(num_tokens, cdiv(heads, block_heads))](
         qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, kv_cache,
         qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_cache.stride()[:4], eps,
         ROPE=cos_sin is not None, Q_NORM=q_norm_weight is not None, K_NORM=k_norm_weight is not None,

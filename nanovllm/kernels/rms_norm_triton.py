@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 # Elements that a program holds at a time. Enough for a short row to fill 16-byte accesses, few enough for registers.
 ELEMENTS = 2048
@@ -94,7 +95,7 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def _tiling(num_rows: int, dim: int) -> tuple[tuple[int], int, int, int]:
-    block_dim = triton.next_power_of_2(dim)
+    block_dim = next_power_of_2(dim)
     block_rows = max(1, ELEMENTS // block_dim) if dim <= 256 else 1
     num_warps = min(max(block_rows * block_dim // 512, 2), 16)
-    return (triton.cdiv(num_rows, block_rows),), block_rows, block_dim, num_warps
+    return (cdiv(num_rows, block_rows),), block_rows, block_dim, num_warps

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 GROUP = tl.constexpr(128)
@@ -413,7 +414,7 @@ def sample_triton(
     in the same order for any number of rows.
     """
     num_rows, vocab_size = logits.shape
-    num_groups = triton.cdiv(vocab_size, GROUP.value)
+    num_groups = cdiv(vocab_size, GROUP.value)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
         return tokens
@@ -424,13 +425,13 @@ def sample_triton(
     )
     pdl = has_dependent_launch(logits.device)
     per_program = 8 if num_rows <= FEW_ROWS and not is_deterministic else 32
-    _stats_kernel[(triton.cdiv(num_groups, per_program), num_rows)](
+    _stats_kernel[(cdiv(num_groups, per_program), num_rows)](
         logits, logits.stride(0), rows, columns, columns.stride(0), tops, weights, vocab_size, num_groups,
         NUM_GROUPS=per_program, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     _pick_kernel[(num_rows,)](
         logits, logits.stride(0), rows, positions, columns, columns.stride(0), tops, weights, listed, ties, tokens,
-        last_token, vocab_size, num_groups, MAX_GROUPS=triton.next_power_of_2(num_groups),
+        last_token, vocab_size, num_groups, MAX_GROUPS=next_power_of_2(num_groups),
         SEARCH_GROUPS=SEARCH_GROUPS, UNKNOWN=UNKNOWN_BITS[logits.dtype], PDL=pdl, num_warps=PICK_WARPS,
         maxnreg=PICK_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv
 
 BLOCK = 1024
 
@@ -38,7 +39,7 @@ def silu_and_mul_triton(gate_up: Tensor, gelu: bool = False) -> Tensor:
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens:
-        grid = (num_tokens, triton.cdiv(width, BLOCK))
+        grid = (num_tokens, cdiv(width, BLOCK))
         pdl = has_dependent_launch(gate_up.device)
         _silu_and_mul_kernel[grid](
             gate_up, out, gate_up.stride(0), WIDTH=width, GELU=gelu, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl

@@ -15,10 +15,10 @@ The norm needs all of a row before its first product; every program computes it,
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from nanovllm.kernels.device_limits import has_large_shared_memory
+from nanovllm.kernels.sizes import cdiv
 from nanovllm.kernels.small_tile_triton import TileConfig, launch_tile
 from nanovllm.kernels.small_vector_triton import VectorConfig, launch_vector
 
@@ -83,7 +83,7 @@ def choose_by_size(
 
 
 def _vector_config(num_rows: int, num_outputs: int, num_inputs: int, planes: int) -> VectorConfig:
-    chunks = triton.cdiv(num_inputs, 256)
+    chunks = cdiv(num_inputs, 256)
     # As many outputs per warp as there are registers for their weights, as long as all multiprocessors have work.
     loads = 16 if num_rows == 1 else 8
     per_warp = 1
@@ -106,7 +106,7 @@ def _sliced_config(num_inputs: int, gated: bool) -> TileConfig | None:
     if gated:
         return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3, x_ahead=1)
     if num_inputs <= 3072:
-        chunks = triton.cdiv(num_inputs, 1024)
+        chunks = cdiv(num_inputs, 1024)
         return TileConfig(outputs=16, num_warps=4, slices=4, chunk=1024, ahead=chunks, x_ahead=chunks)
     return TileConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)
 
@@ -121,7 +121,7 @@ def _split_config(num_rows: int, num_inputs: int, gated: bool, is_roomy: bool) -
         return None
     is_half = is_short and (num_rows > 16 or not gated)
     span = 256 if is_half or (gated and not is_roomy) else 512
-    fewest = triton.cdiv(num_inputs, span)
+    fewest = cdiv(num_inputs, span)
     splits = next((n for n in range(fewest, MAX_SPLITS + 1) if num_inputs % (16 * n) == 0), None)
     if splits is None:
         return None

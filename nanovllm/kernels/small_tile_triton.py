@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.small_linear_parts_triton import add_residual, finish, load_chunk, normalize
 
 MAX_TILES = 4096  # of outputs, in one product whose inputs are split
@@ -236,8 +237,8 @@ def launch_tile(
     """
     num_rows, num_outputs = out.shape
     is_joined = gated and config.slices == 1
-    num_tiles = triton.cdiv(num_outputs, config.outputs // 2 if is_joined else config.outputs)
-    rows = max(8, triton.next_power_of_2(num_rows))
+    num_tiles = cdiv(num_outputs, config.outputs // 2 if is_joined else config.outputs)
+    rows = max(8, next_power_of_2(num_rows))
     parts = None
     if config.splits > 1:
         size = num_tiles * config.splits * config.outputs * rows

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv
 from nanovllm.kernels.small_linear_parts_triton import add_residual, finish, load_chunk, normalize
 
 
@@ -155,7 +156,7 @@ def launch_vector(
     """Writes out [num_rows, outputs], and x + residual into total if there is a residual."""
     num_rows, num_outputs = out.shape
     pdl = has_dependent_launch(x.device)
-    _vector_kernel[(triton.cdiv(num_outputs, config.outputs),)](
+    _vector_kernel[(cdiv(num_outputs, config.outputs),)](
         x, residual, norm_weight, weight, bias, out, total, num_outputs,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         ROWS=num_rows, INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
 
@@ -34,9 +35,9 @@ def take_rows_triton(table: Tensor, index: Tensor) -> Tensor:
     num_rows, width = index.shape[0], table.shape[1]
     out = torch.empty((num_rows, width), dtype=table.dtype, device=table.device)
     if num_rows:
-        block = min(triton.next_power_of_2(width), BLOCK)
+        block = min(next_power_of_2(width), BLOCK)
         pdl = has_dependent_launch(table.device)
-        _take_rows_kernel[(num_rows, triton.cdiv(width, block))](
+        _take_rows_kernel[(num_rows, cdiv(width, block))](
             table, table.stride(0), index, out, WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
         )
     return out

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.paged_tiles_triton import LOWEST, exponents, scores_of_tile, take_in
+from nanovllm.kernels.sizes import next_power_of_2
 
 TILE = 32  # keys at a time
 
@@ -82,8 +83,8 @@ def tokenwise_attention_triton(
     _tokenwise_kernel[(num_tokens, num_kv_heads)](
         q, kv_cache, out, seq_lens, block_table, block_table.stride(0), q.stride(0), q.stride(1),
         *kv_cache.stride()[:4], exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group,
-        BLOCK_GROUP=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=kv_cache.shape[3], TILE=TILE,
+        BLOCK_GROUP=max(16, next_power_of_2(group)), HEAD_DIM=head_dim,
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=kv_cache.shape[3], TILE=TILE,
         WINDOW=window or 0, SOFTCAP=exponent_cap, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

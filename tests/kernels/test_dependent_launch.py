@@ -12,14 +12,14 @@ GPU = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: (9, 0))
 
 
 def test_the_device_decides_where_the_switch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_dependent_launch(GPU) and not has_dependent_launch(torch.device("cpu"))
     with dependent_launch(True):
         assert has_dependent_launch(GPU) and not has_dependent_launch(torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: (8, 9))
     with dependent_launch(True):
         assert not has_dependent_launch(GPU)
 

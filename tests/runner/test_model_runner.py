@@ -117,7 +117,7 @@ def test_prompts_beside_many_decodes_run_apart(
     overlap_depth: int,
 ) -> None:
     """With more requests than are captured with prompts; where weights are many, they are not read twice."""
-    fake = fake_graphs(monkeypatch)
+    fake_graphs(monkeypatch)
     splits = []
     monkeypatch.setattr("nanovllm.runner.model_runner.split", lambda *parts: splits.append(parts) or split(*parts))
     monkeypatch.setattr(PromptLayout, "num_reqs", (4,))
@@ -213,7 +213,7 @@ def test_each_engine_launches_as_it_was_told(folder: Path, monkeypatch: pytest.M
         answers.add(has_dependent_launch(torch.device("cuda")))
         return run_model(*arguments)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(ModelRunner, "_run_model", noted)
     fake = fake_graphs(monkeypatch)
     with make_llm(folder) as on:
