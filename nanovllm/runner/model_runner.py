@@ -29,7 +29,7 @@ from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling.state import upload
 
-# Of weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
+# Of the layers' weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
 LIGHT_BYTES = 8 * 2**30
 
 
@@ -100,7 +100,8 @@ class ModelRunner:
         self._can_capture = can_capture(device) and not is_dynamic
         self._has_graphs = self._can_capture and not config.enforce_eager
         self.splits_captures = self._has_graphs
-        weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        # Of the layers alone: their share is the same on every rank, and all ranks must decide alike.
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.layers.parameters())
         self._splits_prompts = self._has_graphs and not self._needs_rope_lens and weight_bytes <= LIGHT_BYTES
         # NCCL connects at the first sum, and torch.compile compiles what it is about to run.
         self._runs_first = config.tensor_parallel_size > 1 or config.compilation == "inductor"
