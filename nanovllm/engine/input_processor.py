@@ -215,29 +215,24 @@ class InputProcessor:
         token_ids = list(token_ids)
         if not token_ids:
             raise ValueError(f"{name} is empty; give at least one token id")
-        return self._known_token_ids(token_ids) or self._check_each_token_id(token_ids, name)
-
-    def _known_token_ids(self, token_ids: list[Any]) -> list[int] | None:
-        """All of them as plain integers, if a look at all at once finds nothing wrong: that takes half as long."""
         try:
-            values = np.frombuffer(array("q", token_ids), dtype=np.int64)
+            values = np.frombuffer(array("q", token_ids), dtype=np.int64)  # all at once: half the time of one by one
+            is_known = values.min() >= 0 and values.max() < self._vocab_size
+            if is_known and not any(isinstance(token_ids[index], bool) for index in np.flatnonzero(values <= 1)):
+                return values.tolist()
         except (TypeError, OverflowError):
-            return None
-        if values.min() < 0 or values.max() >= self._vocab_size:
-            return None
-        if any(isinstance(token_ids[index], bool) for index in np.flatnonzero(values <= 1)):
-            return None
-        return values.tolist()
+            pass
+        raise self._token_id_error(token_ids, name)
 
-    def _check_each_token_id(self, token_ids: list[Any], name: str) -> list[int]:
+    def _token_id_error(self, token_ids: list[Any], name: str) -> Exception:
+        """What is wrong with the first of them that is."""
         for index, token_id in enumerate(token_ids):
-            if type(token_id) is not int:
-                if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-                    raise TypeError(f"{name}[{index}] must be an integer token id, got {token_id!r}")
-                token_ids[index] = token_id = token_id.__index__()
+            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+                return TypeError(f"{name}[{index}] must be an integer token id, got {token_id!r}")
+            token_id = token_id.__index__()
             if not 0 <= token_id < self._vocab_size:
-                raise ValueError(f"{name}[{index}] = {token_id} is outside the vocabulary [0, {self._vocab_size})")
-        return token_ids
+                return ValueError(f"{name}[{index}] = {token_id} is outside the vocabulary [0, {self._vocab_size})")
+        return TypeError(f"{name} must hold integer token ids, got {token_ids!r}")
 
     def _fit(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
         """Most tokens that prompt and output may have together; ValueError if not even one output token fits."""

@@ -235,6 +235,7 @@ def launch_tile(
 
     arrived: `new_arrived`'s; without it a config with splits makes and clears some, a kernel more.
     """
+    assert config.splits == 1 or config.slices == 1, "the kernel adds up one operand's parts"
     num_rows, num_outputs = out.shape
     is_joined = gated and config.slices == 1
     num_tiles = cdiv(num_outputs, config.outputs // 2 if is_joined else config.outputs)

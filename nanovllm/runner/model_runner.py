@@ -136,25 +136,28 @@ class ModelRunner:
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
         """Queue one step."""
         with dependent_launch(self._dependent_launch):
-            return self._execute_parts(plan)
-
-    def _execute_parts(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
-        self.state.enter(plan)
-        parts = self._parts(plan)
-        if parts is None:
-            return self._execute(plan)
-        rest = self._execute(parts.rest)
-        return PendingParts(self._execute(parts.own), rest, parts.is_own_token)
+            self.state.enter(plan)
+            parts = self._parts(plan)
+            if parts is None:
+                return self._execute(plan)
+            rest = self._execute(parts.rest)
+            return PendingParts(self._execute(parts.own), rest, parts.is_own_token)
 
     def _parts(self, plan: SchedulerOutput) -> StepParts | None:
-        """Two parts, if the decodes can have their CUDA graph by themselves and not with what runs beside them:
+        """Two parts, if the decodes can have their CUDA graph by themselves and not with what runs beside them.
 
-        requests that capture hidden states, or prompts that are captured without so many requests, or such long ones,
-        beside them. Then reading the weights twice takes less time than launching every kernel, unless they are many.
+        That is requests that capture hidden states; or prompts, which are captured, but not beside so many requests or
+        such long ones. There, reading the weights twice takes less time than launching every kernel, if they are few.
         """
+        num_prompt_tokens = len(plan.token_ids) - plan.num_decodes
         if plan.capture_layers and self.splits_captures:
             parts = split(plan, [row in plan.capture_layers for row in plan.rows])
-        elif self._splits_prompts and 0 < plan.num_decodes < len(plan.rows) and self._prompts.size(plan) is None:
+        elif (
+            self._splits_prompts
+            and plan.num_decodes
+            and 0 < num_prompt_tokens <= self._prompts.num_tokens[-1]
+            and self._prompts.size(plan) is None
+        ):
             new_rows = {new.row for new in plan.new_rows}
             parts = split(plan, [i >= plan.num_decodes or row in new_rows for i, row in enumerate(plan.rows)])
             if parts.own.prompt_logprobs or self._prompts.size(parts.own) is None:

@@ -140,6 +140,7 @@ def test_choice_covers_what_the_kernels_can_do() -> None:
     ]  # fmt: skip
     assert [twin.choose(*case) for case in left_to_cublas] == [None] * len(left_to_cublas)
     assert twin.choose(x[:16], weight, normed=True) is None
+    assert twin.choose_by_size(17, 64, 128, gated=False, normed=False, is_roomy=False) is None
     longer = torch.empty(64, 1280, dtype=torch.bfloat16)
     assert twin.choose(longer[:16], longer) and twin.choose(longer[:17], longer) is None
     wide = torch.empty(4096, 4096, dtype=torch.bfloat16)
