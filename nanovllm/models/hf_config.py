@@ -5,6 +5,7 @@ those before it. Invariant: each field is read, known to change nothing, or refu
 result is skipped.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from math import log, sqrt
 from typing import Any
@@ -71,6 +72,7 @@ _ROPE_PARAMETERS = {
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
 }
+_DEFAULT_THETA = 10000.0
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -205,17 +207,29 @@ def _read_has_rope(hf: Mapping[str, Any]) -> Sequence[bool]:
 def _read_ropes(
     hf: Mapping[str, Any], layer_types: Sequence[str], max_position_embeddings: int, head_dim: int
 ) -> tuple[RopeConfig | None, ...]:
-    """RoPE from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    by_type: dict[str, dict[str, Any]] = dict.fromkeys(_LAYER_TYPES, given)
+    """RoPE from `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before), or both.
+
+    A `rope_scaling` beside `rope_parameters` was added by hand, and wins as in transformers: it takes the whole place
+    of the other, or with one rotation a layer type, is laid over that of the layers that see all.
+    """
+    saved, added = dict(hf.get("rope_parameters") or {}), dict(hf.get("rope_scaling") or {})
     if "rope_local_base_freq" in hf:  # the layers with a window have a base of their own, and are never stretched
-        if not any(layer_type in given for layer_type in _LAYER_TYPES):
-            given = {"full_attention": given}
+        if not any(layer_type in saved for layer_type in _LAYER_TYPES):
+            saved = {"full_attention": saved}
         local = {"rope_theta": hf["rope_local_base_freq"]}
         by_type = {
-            "full_attention": given.get("full_attention") or {},
-            "sliding_attention": {**local, **(given.get("sliding_attention") or {})},
+            "full_attention": {**(saved.get("full_attention") or {}), **added},
+            "sliding_attention": {**local, **(saved.get("sliding_attention") or {})},
         }
+    else:
+        by_type = dict.fromkeys(_LAYER_TYPES, added or saved)
+        lost = saved.get("rope_theta") if added else None
+        if lost is not None and lost != (added.get("rope_theta") or hf.get("rope_theta") or _DEFAULT_THETA):
+            warnings.warn(
+                f"config.json: rope_scaling takes the place of rope_parameters, as in transformers, and with it of "
+                f"rope_theta={lost}; repeat rope_theta in rope_scaling if the model was trained with it",
+                stacklevel=2,
+            )
     ropes = {
         layer_type: _read_rope(hf, by_type[layer_type], max_position_embeddings, head_dim)
         for layer_type in set(layer_types)
@@ -230,7 +244,7 @@ def _read_rope(
     parameters = {name: value for name, value in given.items() if value is not None}
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
-    theta = parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    theta = parameters.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_THETA
     share = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
     if rope_type in ("su", "yarn") and "short_factor" in parameters:
         rope_type = "longrope"  # what Phi-3's first configs called it

@@ -1,5 +1,6 @@
 """config.json files with the fields that released models have, as old and new versions of transformers wrote them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -103,3 +104,57 @@ def test_values_that_would_be_run_wrongly_are_refused_by_name(architecture: str,
     """W1"""
     with pytest.raises(ValueError, match=name):
         read(architecture, **{name: value})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+SAVED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+
+
+@pytest.mark.filterwarnings("ignore:config.json. rope_scaling takes the place")
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "fields"),
+    [
+        ("qwen3", "Qwen3ForCausalLM", {"rope_parameters": SAVED}),
+        ("qwen3", "Qwen3ForCausalLM", {"rope_parameters": SAVED, "rope_scaling": YARN}),
+        ("qwen3", "Qwen3ForCausalLM", {"rope_parameters": SAVED, "rope_scaling": YARN, "rope_theta": 7e5}),
+        ("qwen3", "Qwen3ForCausalLM", {"rope_parameters": SAVED, "rope_scaling": {**YARN, "rope_theta": 3e5}}),
+        ("qwen3", "Qwen3ForCausalLM", {"rope_parameters": SAVED, "rope_scaling": {}, "rope_theta": 7e5}),
+        ("qwen3", "Qwen3ForCausalLM", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e5}),
+        ("mixtral", "MixtralForCausalLM", {"rope_parameters": SAVED, "rope_scaling": YARN}),
+        (
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            {"rope_parameters": SAVED, "rope_scaling": {"type": "dynamic", "factor": 3.0}},
+        ),
+        ("gemma3_text", "Gemma3ForCausalLM", {"rope_scaling": YARN, "rope_theta": 7e5, "rope_local_base_freq": 3e3}),
+        (
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            {
+                "rope_parameters": {"full_attention": SAVED, "sliding_attention": {"rope_type": "default"}},
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_local_base_freq": 3e3,
+            },
+        ),
+    ],
+)
+def test_which_rope_field_wins_is_as_in_transformers(
+    model_type: str, architecture: str, fields: dict[str, Any]
+) -> None:
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(model_type, **copy.deepcopy({**SIZES, **fields})).rope_parameters
+    config = read(architecture, **fields)
+    by_type = theirs if "full_attention" in theirs else dict.fromkeys(("full_attention", "sliding_attention"), theirs)
+    for window, rope in zip(config.windows, config.ropes, strict=True):
+        if rope is None:
+            continue
+        expected = by_type["full_attention" if window is None else "sliding_attention"]
+        assert (rope.rope_type, rope.theta) == (expected["rope_type"], expected["rope_theta"])
+        if rope.rope_type != "default":
+            assert rope.parameters["factor"] == expected["factor"]
+
+
+def test_theta_that_rope_scaling_drops_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"rope_theta=500000\.0; repeat rope_theta in rope_scaling"):
+        read("Qwen3ForCausalLM", rope_parameters=SAVED, rope_scaling=YARN)
