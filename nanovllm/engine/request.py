@@ -62,6 +62,7 @@ class Request:
     num_captured_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # why it could not go on, where finish_reason is "error"
 
     @property
     def num_tokens(self) -> int:

@@ -303,7 +303,7 @@ class Scheduler:
     # -- after a step --
 
     def update(self, output: ModelRunnerOutput) -> list[Request]:
-        """Take in the oldest step in flight; returns the requests that got a token, some of them now finished."""
+        """Take in the oldest step in flight; returns the requests that got a token or ended, some of them both."""
         sampled = self._planned.popleft()
         if output.logprobs or output.prompt_logprobs:
             self._take_logprobs(sampled, output)
@@ -312,15 +312,20 @@ class Scheduler:
                 self._take_hidden_states(request, start, states)
         steady = self._steady
         if steady is not None and sampled is steady.requests:
-            if steady.ends_nobody(output.token_ids):
+            if not output.failures and steady.ends_nobody(output.token_ids):
                 for request in steady.take_result(output.token_ids):
                     self._publish(request, request.num_computed_tokens)
                 return list(sampled)
             self._steady = None
         changed: list[Request] = []
-        for request, token_id in zip(sampled, output.token_ids, strict=True):
+        for index, (request, token_id) in enumerate(zip(sampled, output.token_ids, strict=True)):
             request.num_pending_tokens -= 1
             if request.is_finished:
+                continue
+            if index in output.failures:
+                request.error = output.failures[index]
+                self.finish(request, "error")
+                changed.append(request)
                 continue
             request.token_ids.append(token_id)
             changed.append(request)

@@ -82,10 +82,12 @@ class ModelRunnerOutput:
 
     logprobs: for each of them its entry, or None for a request that did not ask; empty if nobody did. prompt_logprobs:
     for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's requests that
-    captures, layer -> its tokens' [num_tokens, hidden_size].
+    captures, layer -> its tokens' [num_tokens, hidden_size]. failures: index into token_ids -> why nothing could be
+    sampled there; that request ends, and the token that stands there means nothing.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     hidden_states: list[dict[int, Any]] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)

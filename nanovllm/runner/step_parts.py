@@ -39,6 +39,9 @@ class PendingParts:
         own, rest = self.own.result(), self.rest.result()
         if own.logprobs or rest.logprobs:
             own.logprobs = self._in_order(*(part.logprobs or [None] * len(part.token_ids) for part in (own, rest)))
+        if own.failures or rest.failures:
+            reasons = self._in_order(*([p.failures.get(i) for i in range(len(p.token_ids))] for p in (own, rest)))
+            own.failures = {index: reason for index, reason in enumerate(reasons) if reason is not None}
         own.token_ids = self._in_order(own.token_ids, rest.token_ids)
         return own
 

@@ -6,7 +6,7 @@ A slot that is stale, foreign, unwritten or overwritten changes the token, and t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -46,9 +46,10 @@ def expected_output(prompt: Sequence[int], max_total_tokens: int, stop_token_ids
 @dataclass
 class Done:
     token_ids: list[int]
+    failures: dict[int, str] = field(default_factory=dict)
 
     def result(self) -> ModelRunnerOutput:
-        return ModelRunnerOutput(token_ids=self.token_ids)
+        return ModelRunnerOutput(token_ids=self.token_ids, failures=self.failures)
 
 
 class FakeDevice:

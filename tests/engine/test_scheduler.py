@@ -1,11 +1,13 @@
 """The scheduler's promises one by one, on a device without a model."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.request import RequestStatus
+from nanovllm.engine.scheduler_output import SchedulerOutput
 from tests.engine.fake_device import check_nothing_leaked, check_output, expected_output, make_engine, make_request, run
 
 
@@ -294,4 +296,31 @@ def test_without_chunked_prefill_a_prompt_is_computed_whole() -> None:
     assert [len(plan.new_rows) for plan in device.plans if plan.new_rows] == [2, 1, 1]
     for request in requests:
         check_output(request)
+    check_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2, 3])
+def test_a_request_that_failed_ends_and_the_others_go_on(overlap_depth: int) -> None:
+    engine, device = make_engine(overlap_depth=overlap_depth)
+    failing, other = make_request(range(5), 20, name="failing"), make_request(range(5, 9), 20, name="other")
+    engine.add_request(failing)
+    engine.add_request(other)
+    execute = device.execute
+
+    def fail_once(plan: SchedulerOutput) -> Any:
+        done = execute(plan)
+        if len(device.plans) == 6:
+            done.failures = {plan.rows.index(0): "the processor raised KeyError: 'x'"}
+        return done
+
+    device.execute = fail_once  # type: ignore[method-assign]
+    ended = []
+    while engine.has_work():
+        ended += [request for request in engine.step() if request.is_finished]
+    assert ended == [failing, other]
+    assert (failing.finish_reason, failing.error) == ("error", "the processor raised KeyError: 'x'")
+    expected = expected_output(range(5), 25, frozenset())
+    assert failing.output_token_ids == expected[:5], "what the failed step would have sampled is not a token of it"
+    assert (other.finish_reason, other.error) == ("length", None)
+    check_output(other)
     check_nothing_leaked(engine)
