@@ -1,4 +1,4 @@
-"""One check that every options object shares: a misspelt name is refused, with the nearest right one."""
+"""What error messages share: a misspelt name is refused with the nearest right one, and what callers brought is cut."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -12,3 +12,15 @@ def reject_unknown_options(owner: str, options: Iterable[str], known: Iterable[s
             nearest = get_close_matches(option, names, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"options are: {', '.join(names)}"
             raise TypeError(f"{owner} has no option {option!r}: {hint}")
+
+
+def cut(text: str, limit: int = 300) -> str:
+    """The text, or its beginning and its end, so that no message is longer for what a caller brought."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]} ({len(text):,} characters)"
+
+
+def brief(value: object) -> str:
+    """A value as messages show it: its repr, cut."""
+    return cut(repr(value), 120)

@@ -77,20 +77,19 @@ class Tokenizer:
     def _adds_bos(self) -> bool:
         return self.bos_token_id is not None and self._encode("")[:1] == [self.bos_token_id]
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **options: Any
-    ) -> list[int]:
-        """Token ids of a conversation ({"role", "content"} each). `options` go to the template, e.g. `tools=`.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The text of a conversation, special tokens and all. `options` and errors are `chat_template.render_chat`'s.
 
-        Raises ValueError if the tokenizer has no chat template and none is given with `chat_template=`.
+        Its token ids are those of `encode(text, add_special_tokens=False)`.
         """
-        if self.hf.chat_template is None and options.get("chat_template") is None:
-            raise ValueError(
-                "this model's tokenizer has no chat template: use generate() with a prompt, or chat_template="
-            )
-        return self.hf.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False, **options
-        )
+        # A leaf: transformers and jinja2 are slow to import, and nothing but conversations needs them.
+        from nanovllm.chat_template import render_chat
+
+        return render_chat(self.hf, messages, **options)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of `render_chat`."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids. Bytes that are no UTF-8 become U+FFFD; ids that are no token become nothing."""
