@@ -1,10 +1,15 @@
-"""Where Triton twins are tested: on a GPU, or on the CPU in Triton's interpreter when TRITON_INTERPRET=1 is set."""
+"""Where Triton twins are tested: on a GPU, or on the CPU in Triton's interpreter when TRITON_INTERPRET=1 is set.
+
+In the interpreter `tl.dot` sums in one order wherever a row lies in its tile: what tests to the bit see is the kernel,
+not what NumPy's BLAS does on this processor.
+"""
 
 import importlib
 import os
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,17 +40,31 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
 
 
+def ordered_dot(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+    """a @ b without a BLAS, which may pick the order of a sum by where its row lies in the tile.
+
+    OpenBLAS's kernels for AVX2 do: of twelve rows of a tile, the last six get other bits than the first six.
+    """
+    return np.einsum("...ij,...jk->...ik", np.ascontiguousarray(a, dtype), np.ascontiguousarray(b, dtype))
+
+
 def _repair_interpreter() -> None:
-    """Triton 3.6 turns one-element arrays into loop bounds with int(), which NumPy 2.4 refuses."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
-    if getattr(patch, "repaired", False):
+    builder = interpreter.InterpreterBuilder
+    if builder.create_dot is _create_dot:
         return
+    patch = interpreter._patch_lang_tensor
 
-    def repaired_patch(tensor: Any, scope: Any) -> None:
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        """Triton 3.6 turns one-element arrays into loop bounds with int(), which NumPy 2.4 refuses."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    repaired_patch.repaired = True  # type: ignore[attr-defined]
-    interpreter._patch_lang_tensor = repaired_patch
+    interpreter._patch_lang_tensor = patch_with_index
+    builder.create_dot = _create_dot
+
+
+def _create_dot(builder: Any, a: Any, b: Any, accumulator: Any, precision: Any, max_num_imprecise_acc: Any) -> Any:
+    product = ordered_dot(a.data, b.data, accumulator.data.dtype)
+    return type(accumulator)(product + accumulator.data, accumulator.dtype.scalar)
