@@ -161,7 +161,8 @@ def test_soak_with_poisoned_blocks(folder: Path) -> None:
     options = {"num_gpu_blocks_override": 14, "max_num_seqs": 8}
     with make_llm(folder, **options) as llm:
         pool = llm._engine.scheduler.pool
-        caches = llm._engine.executor._runner.kv_caches  # type: ignore[attr-defined]
+        runner = llm._engine.executor._runner  # type: ignore[attr-defined]
+        caches = [cache.data for cache in runner.kv_caches]
         shared = random_prompts([70])[0]
         live: dict[str, tuple[list[int], int]] = {}  # prompt and number of tokens
         ended: dict[str, tuple[list[int], int]] = {}

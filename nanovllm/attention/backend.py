@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.attention.metadata import AttentionMetadata
-from nanovllm.kernels.qkv_rope_store import HeadInputs
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
 
 
 class AttentionBackend(Protocol):
@@ -21,33 +20,12 @@ class AttentionBackend(Protocol):
         """Called once a step; what it returns is handed to every layer's `forward`."""
         ...
 
-    def forward(
-        self,
-        layer_idx: int,
-        q: Tensor,
-        kv_cache: Tensor,
-        prepared: Any,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache.
-
-        scale, window, softcap: as in `kernels/paged_attention.py`.
-        """
+    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: Any) -> Tensor:
+        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache."""
         ...
 
     def forward_qkv(
-        self,
-        layer_idx: int,
-        qkv: Tensor,
-        heads: HeadInputs,
-        num_heads: int,
-        kv_cache: Tensor,
-        prepared: Any,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
+        self, shape: AttentionShape, qkv: Tensor, heads: HeadInputs, cache: LayerCache, prepared: Any
     ) -> Tensor | None:
         """`kernels.qkv_rope_store`, then `forward`, in one; None, and nothing done, where the two are apart."""
         return None
@@ -55,9 +33,9 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
-    """kv_caches: per layer, [2, num_blocks, num_kv_heads, block_size, head_dim]. rope_lens: see `layers/rotary.py`."""
+    """kv_caches: by layer. rope_lens: see `layers/rotary.py`."""
 
-    kv_caches: Sequence[Tensor]
+    kv_caches: Sequence[LayerCache]
     backend: AttentionBackend
     prepared: Any
     slot_mapping: Tensor  # [num_tokens]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.metadata import AttentionMetadata
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.native import NativeKernels
 
 MIN_BATCHED_DECODES = 4  # below this, a call per request costs less than the batched path's fixed price
@@ -64,23 +64,11 @@ class CpuPagedBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
 
-    def forward(
-        self,
-        layer_idx: int,
-        q: Tensor,
-        kv_cache: Tensor,
-        prepared: PreparedStep,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape; kv_cache contiguous is fastest.
-
-        A soft-cap takes PyTorch's paths.
-        """
-        meta = prepared.meta
+    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
+        """A contiguous cache is fastest. A soft-cap takes PyTorch's paths."""
+        meta, window = prepared.meta, shape.window
         outputs, start = [], 0
-        decoded = self._decode_natively(q, kv_cache, meta, scale, window) if softcap is None else None
+        decoded = self._decode_natively(shape, q, cache, meta)
         if decoded is not None:
             if meta.num_decodes == meta.num_reqs:
                 return decoded
@@ -89,43 +77,43 @@ class CpuPagedBackend(AttentionBackend):
         elif meta.num_decodes >= MIN_BATCHED_DECODES:
             start = meta.num_decodes
             if window not in prepared.decode_plans:
-                prepared.decode_plans[window] = _plan_decodes(meta, window, q.shape[1], kv_cache)
-            outputs.append(_decode(q[:start], kv_cache, prepared.decode_plans[window], scale, softcap))
+                prepared.decode_plans[window] = _plan_decodes(meta, shape, cache)
+            outputs.append(_decode(shape, q[:start], cache, prepared.decode_plans[window]))
         lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
         for (query_len, seq_len), group in groupby(list(enumerate(lens))[start:], key=lambda item: item[1]):
             requests = [i for i, _ in group]
             stop = start + len(requests) * query_len
             table = meta.block_table[requests[0] : requests[-1] + 1]
             mask = _mask(prepared, query_len, seq_len, window)
-            outputs.append(_attend(q[start:stop], kv_cache, table, query_len, seq_len, mask, scale, softcap))
+            outputs.append(_attend(shape, q[start:stop], cache, table, query_len, seq_len, mask))
             start = stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode_natively(
-        self, q: Tensor, kv_cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, meta: AttentionMetadata
     ) -> Tensor | None:
         n, table, seq_lens = meta.num_decodes, meta.block_table, meta.seq_lens
         if self._native is None or n == 0:
             return None
         if n < meta.num_reqs:
             q, table, seq_lens = q[:n], table[:n], seq_lens[:n]
-        return self._native.decode_attention(q, kv_cache, table, seq_lens, scale, window)
+        return self._native.decode_attention(q, cache, table, seq_lens, shape)
 
 
 def _attend(
+    shape: AttentionShape,
     q: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     table: Tensor,
     query_len: int,
     seq_len: int,
     mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
 ) -> Tensor:
     """Requests of equal lengths, together: q [n * query_len, num_heads, head_dim]; mask [query_len, seq_len]."""
-    num_blocks = -(-seq_len // kv_cache.shape[3])
+    scale, softcap = shape.scale, shape.softcap
+    num_blocks = -(-seq_len // cache.block_size)
     blocks = table[:, :num_blocks].flatten()
-    n, by_head = table.shape[0], kv_cache.transpose(1, 2)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
+    n, by_head = table.shape[0], cache.data.transpose(1, 2)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
     copied = by_head.index_select(2, blocks)
     context = copied.view(*by_head.shape[:2], n, -1, by_head.shape[4])[:, :, :, :seq_len]
     keys, values = context.transpose(1, 2)  # each [n, num_kv_heads, seq_len, head_dim]
@@ -170,16 +158,16 @@ def _mask(prepared: PreparedStep, query_len: int, seq_len: int, window: int | No
     return prepared.masks[key]
 
 
-def _decode(q: Tensor, kv_cache: Tensor, plan: _DecodePlan, scale: float, softcap: float | None) -> Tensor:
-    n, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = kv_cache.shape[2:4]
-    cache = kv_cache[:, plan.blocks] if isinstance(plan.blocks, slice) else kv_cache.index_select(1, plan.blocks)
-    keys, values = cache.flatten(1, 2)  # each [P * num_kv_heads, block_size, head_dim]
-    q_pairs = (q.reshape(n, -1) * scale).index_select(0, plan.owners)
+def _decode(shape: AttentionShape, q: Tensor, cache: LayerCache, plan: _DecodePlan) -> Tensor:
+    (n, num_heads, head_dim), num_kv_heads, block_size = q.shape, shape.num_kv_heads, cache.block_size
+    blocks = plan.blocks
+    read = cache.data[:, blocks] if isinstance(blocks, slice) else cache.data.index_select(1, blocks)
+    keys, values = read.flatten(1, 2)  # each [P * num_kv_heads, block_size, head_dim]
+    q_pairs = (q.reshape(n, -1) * shape.scale).index_select(0, plan.owners)
     q_pairs = q_pairs.view(-1, num_heads // num_kv_heads, head_dim)  # [P * num_kv_heads, group, head_dim]
     scores = torch.bmm(q_pairs, keys.transpose(1, 2)).view(-1, block_size)  # [P * num_heads, block_size]
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if shape.softcap is not None:
+        scores = scores.div_(shape.softcap).tanh_().mul_(shape.softcap)
     weights = []
     for bucket in plan.buckets:
         rows = scores.index_select(0, bucket.rows).view(bucket.mask.shape[0], num_heads, -1)
@@ -190,8 +178,8 @@ def _decode(q: Tensor, kv_cache: Tensor, plan: _DecodePlan, scale: float, softca
     return F.embedding_bag(plan.members, partial, plan.offsets, mode="sum").view(q.shape)
 
 
-def _plan_decodes(meta: AttentionMetadata, window: int | None, num_heads: int, kv_cache: Tensor) -> _DecodePlan:
-    n, block_size = meta.num_decodes, kv_cache.shape[3]
+def _plan_decodes(meta: AttentionMetadata, shape: AttentionShape, cache: LayerCache) -> _DecodePlan:
+    n, block_size, num_heads, window = meta.num_decodes, cache.block_size, shape.num_heads, shape.window
     seq_lens = np.array(meta.seq_lens_host[:n])
     starts = np.maximum(seq_lens - window, 0) if window is not None else np.zeros_like(seq_lens)  # first position seen
     first = starts // block_size
@@ -218,7 +206,7 @@ def _plan_decodes(meta: AttentionMetadata, window: int | None, num_heads: int, k
         rows = grid[:, None] * num_heads + heads  # [requests, num_heads, width]
         positions = first[requests, None] * block_size + np.arange(width * block_size)
         hidden = (positions >= seq_lens[requests, None]) | (positions < starts[requests, None])
-        mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
+        mask = torch.zeros(hidden.shape, dtype=cache.data.dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
         buckets.append(_Bucket(torch.from_numpy(rows.ravel()), mask.unsqueeze(1)))
         places = base + np.arange(rows.size).reshape(rows.shape).transpose(0, 2, 1)  # [requests, width, num_heads]
         unsort[grid[inside]] = places[inside]

@@ -7,27 +7,25 @@ prompt.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.metadata import AttentionMetadata
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.native import NativeKernels
 from nanovllm.kernels.paged_attention import paged_attention_reference
 
-# (q, kv_cache, block_table [num_tokens, max_blocks], seq_lens [num_tokens] int32, scale, window, softcap) -> output
-DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, float, int | None, float | None], Tensor]
+DecodeAttention = Callable[[Tensor, LayerCache, AttentionMetadata, AttentionShape], Tensor]
 
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """By number of tokens, each token's block table and length: worked out once for all layers."""
+    """By number of tokens, the batch in which each is a decode: worked out once for all layers."""
 
     meta: AttentionMetadata
-    tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    decodes: dict[int, AttentionMetadata] = field(default_factory=dict)
 
 
 class TokenwiseBackend(AttentionBackend):
@@ -38,52 +36,42 @@ class TokenwiseBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
 
-    def forward(
-        self,
-        layer_idx: int,
-        q: Tensor,
-        kv_cache: Tensor,
-        prepared: PreparedStep,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape."""
+    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
         num_tokens = q.shape[0]
-        if num_tokens not in prepared.tokens:
-            prepared.tokens[num_tokens] = _as_decodes(prepared.meta, num_tokens)
-        block_table, seq_lens = prepared.tokens[num_tokens]
-        return self._decode_attention(q, kv_cache, block_table, seq_lens, scale, window, softcap)
+        if num_tokens not in prepared.decodes:
+            prepared.decodes[num_tokens] = _as_decodes(prepared.meta, num_tokens)
+        return self._decode_attention(q, cache, prepared.decodes[num_tokens], shape)
 
 
-def _as_decodes(meta: AttentionMetadata, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Each token's block table and length; padding has no length. Waits for nothing, so it can be captured."""
+def _as_decodes(meta: AttentionMetadata, num_tokens: int) -> AttentionMetadata:
+    """A request for each token; padding has no length. Waits for nothing, so it can be captured."""
     starts = meta.query_start_loc
     query_lens = starts[1:] - starts[:-1]
     request = torch.repeat_interleave(query_lens, output_size=num_tokens)
     place = torch.arange(num_tokens, dtype=torch.int32, device=starts.device) - starts[request]
     seq_lens = (meta.seq_lens - query_lens)[request] + place + 1
-    return meta.block_table[request].contiguous(), seq_lens.clamp(min=0).int()
+    lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
+    return replace(
+        meta,
+        query_start_loc=torch.arange(num_tokens + 1, dtype=torch.int32, device=starts.device),
+        seq_lens=seq_lens.clamp(min=0).int(),
+        block_table=meta.block_table[request].contiguous(),
+        num_decodes=num_tokens,
+        num_reqs=num_tokens,
+        max_query_len=1,
+        query_lens_host=[1] * num_tokens,
+        seq_lens_host=[n for query_len, seq_len in lens for n in range(seq_len - query_len + 1, seq_len + 1)],
+    )
 
 
 def native_or_reference(native: NativeKernels | None) -> DecodeAttention:
     """The C++ kernel where it applies, else one request at a time in plain PyTorch: right, and slow."""
 
-    def decode_attention(
-        q: Tensor,
-        kv_cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        if native is not None and softcap is None:
-            out = native.decode_attention(q, kv_cache, block_table, seq_lens, scale, window)
+    def decode_attention(q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape) -> Tensor:
+        if native is not None:
+            out = native.decode_attention(q, cache, meta.block_table, meta.seq_lens, shape)
             if out is not None:
                 return out
-        starts = torch.arange(len(q) + 1)
-        batch = SimpleNamespace(query_start_loc=starts, seq_lens=seq_lens, block_table=block_table)
-        return paged_attention_reference(q, kv_cache, batch, scale, window, softcap)
+        return paged_attention_reference(q, cache, meta, shape)
 
     return decode_attention

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
@@ -110,28 +111,18 @@ class NativeKernels:
         run(gate_up.data_ptr(), out.data_ptr(), rows, dim)
         return out
 
-    def qkv_rope_store(
-        self,
-        qkv: Tensor,
-        cos_sin: Tensor | None,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        q_norm_weight: Tensor | None,
-        k_norm_weight: Tensor | None,
-        eps: float,
-    ) -> Tensor:
+    def qkv_rope_store(self, qkv: Tensor, heads: HeadInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
         """See `kernels.qkv_rope_store.qkv_rope_store`; slots are below num_blocks * block_size."""
+        cos_sin, slot_mapping, q_norm_weight, k_norm_weight, eps = heads
+        num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         dtype, num_tokens = qkv.dtype, qkv.shape[0]
-        _, num_blocks, cache_heads, block_size, cache_dim = kv_cache.shape
+        _, num_blocks, cache_heads, block_size, cache_dim = cache.data.shape
         run = self._qkv_rope_store.get(dtype)
         if run is None or not (
             qkv.is_contiguous()
             and qkv.numel() == num_tokens * (num_heads + 2 * num_kv_heads) * head_dim
-            and kv_cache.dtype == dtype
-            and kv_cache.is_contiguous()
+            and cache.data.dtype == dtype
+            and cache.data.is_contiguous()
             and cache_heads == num_kv_heads
             and cache_dim == head_dim <= _MAX_HEAD_DIM
             and head_dim % 2 == 0
@@ -141,15 +132,12 @@ class NativeKernels:
             and (q_norm_weight is None or _is_packed(q_norm_weight, head_dim, dtype))
             and (k_norm_weight is None or _is_packed(k_norm_weight, head_dim, dtype))
         ):
-            return qkv_rope_store(
-                qkv, cos_sin, kv_cache, slot_mapping, num_heads, num_kv_heads, head_dim, q_norm_weight, k_norm_weight,
-                eps,
-            )  # fmt: skip
+            return qkv_rope_store(qkv, heads, cache, shape)
         q = qkv.new_empty(num_tokens, num_heads, head_dim)
         run(
             qkv.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
-            kv_cache.data_ptr(),
+            cache.data.data_ptr(),
             slot_mapping.data_ptr(),
             None if q_norm_weight is None else q_norm_weight.data_ptr(),
             None if k_norm_weight is None else k_norm_weight.data_ptr(),
@@ -159,20 +147,21 @@ class NativeKernels:
         return q
 
     def decode_attention(
-        self, q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, scale: float, window: int | None
+        self, q: Tensor, cache: LayerCache, block_table: Tensor, seq_lens: Tensor, shape: AttentionShape
     ) -> Tensor | None:
         """Attention of one query token per request: q [n, num_heads, head_dim] -> the same shape, contiguous.
 
         block_table [n, max_blocks], seq_lens [n] int32; a length of 0 gives zeros. Scores and weights stay in float32,
-        as in `kernels.paged_attention`. None where the C++ does not apply: another dtype, a cache that is not
-        contiguous, a head_dim that is not a multiple of 16, more than 16 query heads to a KV head.
+        as in `kernels.paged_attention`. None where the C++ does not apply: a soft-cap, another dtype, a cache that is
+        not contiguous, a head_dim that is not a multiple of 16, more than 16 query heads to a KV head.
         """
         (n, num_heads, head_dim), dtype = q.shape, q.dtype
-        _, num_blocks, num_kv_heads, block_size, cache_dim = kv_cache.shape
+        _, num_blocks, num_kv_heads, block_size, cache_dim = cache.data.shape
         run, max_blocks = self._decode_attention.get(dtype), block_table.shape[1]
         if run is None or not (
-            kv_cache.dtype == dtype
-            and kv_cache.is_contiguous()
+            shape.softcap is None
+            and cache.data.dtype == dtype
+            and cache.data.is_contiguous()
             and cache_dim == head_dim <= _MAX_HEAD_DIM
             and head_dim % 16 == 0
             and num_heads % num_kv_heads == 0
@@ -184,8 +173,9 @@ class NativeKernels:
         q = q.contiguous()
         out = torch.empty_like(q)
         run(
-            q.data_ptr(), kv_cache.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
-            n, num_heads, num_kv_heads, head_dim, num_blocks, block_size, max_blocks, window or 0, scale,
+            q.data_ptr(), cache.data.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
+            n, num_heads, num_kv_heads, head_dim, num_blocks, block_size, max_blocks,
+            shape.window or 0, shape.scale,
         )  # fmt: skip
         return out
 

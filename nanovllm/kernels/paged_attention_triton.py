@@ -8,19 +8,15 @@ with other lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.paged_decode_few_triton import decode_few
 from nanovllm.kernels.paged_decode_plan_triton import FEW_REQUESTS, DecodePlan, plan_decode
 from nanovllm.kernels.paged_decode_triton import decode_attention
 from nanovllm.kernels.paged_prefill_triton import PrefillPlan, plan_prefill, prefill_attention
-
-if TYPE_CHECKING:
-    from nanovllm.kernels.paged_attention import PagedBatch
-    from nanovllm.kernels.qkv_rope_store import HeadInputs
 
 
 @dataclass
@@ -33,45 +29,36 @@ class StepPlans:
 
 
 def paged_attention_triton(
-    q: Tensor,
-    kv_cache: Tensor,
-    meta: PagedBatch,
-    scale: float,
-    window: int | None,
-    softcap: float | None = None,
-    plans: StepPlans | None = None,
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans | None = None
 ) -> Tensor:
-    """See `paged_attention.paged_attention_reference`; scale > 0. plans: of this step, whose layers have one shape.
+    """See `paged_attention.paged_attention_reference`. plans: of this step, whose layers differ in windows alone.
 
-    The last dimension of `q` and `kv_cache` is contiguous. Rows of q that belong to no request give zeros.
+    The last dimension of `q` and of the cache is contiguous. Rows of q that belong to no request give zeros.
     """
     plans = plans or StepPlans()
     covered = meta.num_decodes + sum(meta.query_lens_host[meta.num_decodes :])
     out = (torch.empty if covered == q.shape[0] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     if meta.num_decodes:
-        plan, is_settled = _decode_plan(plans, meta, out, kv_cache, window)
-        decode_attention(q, kv_cache, out, meta.seq_lens, meta.block_table, plan, scale, softcap, is_settled)
+        plan, is_settled = _decode_plan(plans, meta, out, cache, shape.window)
+        decode_attention(q, cache, out, meta, plan, shape, is_settled)
     if meta.num_reqs > meta.num_decodes:
         if plans.prefill is None:
-            plans.prefill = plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, q, kv_cache)
-        prefill_attention(
-            q, kv_cache, out, meta.query_start_loc, meta.seq_lens, meta.block_table, plans.prefill, scale, window,
-            softcap,
-        )  # fmt: skip
+            plans.prefill = plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, q, cache)
+        prefill_attention(q, cache, out, meta, plans.prefill, shape)
     return out
 
 
 def _decode_plan(
-    plans: StepPlans, meta: PagedBatch, out: Tensor, kv_cache: Tensor, window: int | None
+    plans: StepPlans, meta: AttentionMetadata, out: Tensor, cache: LayerCache, window: int | None
 ) -> tuple[DecodePlan, bool]:
     """The plan, and whether a layer before this one made it."""
     is_settled = window in plans.decode
     if not is_settled:
-        plans.decode[window] = plan_decode(meta.seq_lens[: meta.num_decodes], meta.block_table, out, kv_cache, window)
+        plans.decode[window] = plan_decode(meta.seq_lens[: meta.num_decodes], meta.block_table, out, cache, window)
     return plans.decode[window], is_settled
 
 
-def takes_qkv(meta: PagedBatch, window: int | None) -> bool:
+def takes_qkv(meta: AttentionMetadata, window: int | None) -> bool:
     """May `decode_qkv_triton` be called for this step? It is for a few decodes and nothing else."""
     return meta.num_decodes == meta.num_reqs <= FEW_REQUESTS and window != 1
 
@@ -79,19 +66,16 @@ def takes_qkv(meta: PagedBatch, window: int | None) -> bool:
 def decode_qkv_triton(
     qkv: Tensor,
     heads: HeadInputs,
-    num_heads: int,
-    kv_cache: Tensor,
-    meta: PagedBatch,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    cache: LayerCache,
+    meta: AttentionMetadata,
+    shape: AttentionShape,
     plans: StepPlans,
 ) -> Tensor:
     """`qkv_rope_store.qkv_rope_store`, then `paged_attention_triton`, in one kernel; where `takes_qkv` says so.
 
     qkv [n, (num_heads + 2 num_kv_heads) * head_dim] of n decodes -> [n, num_heads, head_dim].
     """
-    out = torch.empty((qkv.shape[0], num_heads, kv_cache.shape[4]), dtype=qkv.dtype, device=qkv.device)
-    plan, is_settled = _decode_plan(plans, meta, out, kv_cache, window)
-    decode_few(qkv, heads, kv_cache, out, meta.seq_lens, meta.block_table, plan, scale, softcap, is_settled)
+    out = torch.empty((qkv.shape[0], shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
+    plan, is_settled = _decode_plan(plans, meta, out, cache, shape.window)
+    decode_few(qkv, heads, cache, out, meta, plan, shape, is_settled)
     return out

@@ -10,17 +10,14 @@ end of an item makes the new token's key and value, too: it stores them, and tak
 they are.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.paged_decode_plan_triton import DecodePlan, block_at, next_item, range_of_program, tiles_of
-from nanovllm.kernels.paged_decode_triton import leave, shape_of_heads
+from nanovllm.kernels.paged_decode_triton import leave, sizes_of_heads
 from nanovllm.kernels.paged_tiles_triton import (
     LOWEST,
     attend,
@@ -32,9 +29,6 @@ from nanovllm.kernels.paged_tiles_triton import (
     max_registers,
 )
 from nanovllm.kernels.small_linear_parts_triton import normalize
-
-if TYPE_CHECKING:
-    from nanovllm.kernels.qkv_rope_store import HeadInputs
 
 
 @triton.jit
@@ -211,13 +205,11 @@ def _decode_few_kernel(
 def decode_few(
     qkv: Tensor,
     heads: HeadInputs,
-    kv_cache: Tensor,
+    cache: LayerCache,
     out: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
+    meta: AttentionMetadata,
     plan: DecodePlan,
-    scale: float,
-    softcap: float | None,
+    shape: AttentionShape,
     is_settled: bool,
 ) -> None:
     """Writes the contiguous out [n, num_heads, head_dim], and the new keys and values, for the n requests planned.
@@ -226,16 +218,17 @@ def decode_few(
     so that this one may read it, and the step's lengths and blocks, before it waits for the kernel ahead.
     """
     config = plan.config
-    exponent_scale, exponent_cap = exponents(scale, softcap)
+    exponent_scale, exponent_cap = exponents(shape.scale, shape.softcap)
     pdl = has_dependent_launch(qkv.device)
+    data, block_table = cache.data, meta.block_table
     cos_sin, slots, q_weight, k_weight, eps = heads
     _decode_few_kernel[(plan.starts.shape[0],)](
-        qkv, kv_cache, out, seq_lens, block_table, plan.num_tiles, plan.starts,
+        qkv, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.arrived, plan.partial_out, plan.partial_stats, cos_sin, slots, q_weight, k_weight, plan.num_reqs,
-        block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_cache.stride()[:4],
+        block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4],
         exponent_scale, eps,
         ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        **shape_of_heads(out, kv_cache), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
+        **sizes_of_heads(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
         NUM_STAGES=config.num_stages, EARLY=is_settled and pdl, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
         maxnreg=max_registers(config.occupancy, config.num_warps),
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import LayerCache
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.paged_tiles_triton import num_multiprocessors
 from nanovllm.kernels.sizes import cdiv, next_power_of_2
@@ -139,16 +140,16 @@ def plan_decode(
     seq_lens: Tensor,
     block_table: Tensor,
     out: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     window: int | None,
     config: DecodeConfig | None = None,
 ) -> DecodePlan:
     """Plans one step of decodes for layers that share this `window`. seq_lens [n] int32, read on the device.
 
-    Of out [.., num_heads, head_dim] and kv_cache only shapes, dtype and device count. Calls in one stream may share the
-    plan, concurrent ones not.
+    Of out [.., num_heads, head_dim] and the cache only shapes, dtype and device count. Calls in one stream may share
+    the plan, concurrent ones not.
     """
-    num_reqs, num_kv_heads = seq_lens.shape[0], kv_cache.shape[2]
+    num_reqs, num_kv_heads = seq_lens.shape[0], cache.data.shape[2]
     group, head_dim = out.shape[1] // num_kv_heads, out.shape[2]
     config = config or decode_config(head_dim, out.dtype, num_reqs)
     num_programs = config.occupancy * num_multiprocessors(out.device)
@@ -169,7 +170,7 @@ def plan_decode(
     pdl = has_dependent_launch(out.device)
     _plan_decode_kernel[(cdiv(num_programs, PLAN_PROGRAMS),)](
         seq_lens, block_table, plan.num_tiles, plan.starts, plan.arrived, num_reqs, num_programs, block_table.stride(0),
-        NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=kv_cache.shape[3], WINDOW=window or 0, TILE=config.tile,
+        NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=cache.block_size, WINDOW=window or 0, TILE=config.tile,
         BLOCK_REQS=next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
         launch_pdl=pdl,
     )  # fmt: skip

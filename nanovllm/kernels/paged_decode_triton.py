@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.paged_decode_plan_triton import DecodePlan, block_at, next_item, range_of_program, tiles_of
 from nanovllm.kernels.paged_tiles_triton import LOWEST, attend, blocks_of_tile, exponents, max_registers
@@ -200,13 +201,11 @@ def _combine(
 
 def decode_attention(
     q: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     out: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
+    meta: AttentionMetadata,
     plan: DecodePlan,
-    scale: float,
-    softcap: float | None = None,
+    shape: AttentionShape,
     is_settled: bool = False,
 ) -> None:
     """Writes rows 0 .. n - 1 of the contiguous `out` for the n requests planned; query i belongs to request i.
@@ -215,22 +214,23 @@ def decode_attention(
     for the kernel ahead.
     """
     config = plan.config
-    exponent_scale, exponent_cap = exponents(scale, softcap)
+    exponent_scale, exponent_cap = exponents(shape.scale, shape.softcap)
     pdl = has_dependent_launch(q.device)
+    data, block_table = cache.data, meta.block_table
     _decode_kernel[(plan.starts.shape[0],)](
-        q, kv_cache, out, seq_lens, block_table, plan.num_tiles, plan.starts,
+        q, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.arrived, plan.partial_out, plan.partial_stats, plan.num_reqs,
-        block_table.stride(0), q.stride(0), q.stride(1), *kv_cache.stride()[:4], exponent_scale,
-        **shape_of_heads(out, kv_cache), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
+        block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4], exponent_scale,
+        **sizes_of_heads(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
         NUM_STAGES=config.num_stages, EARLY=is_settled and pdl, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
         maxnreg=max_registers(config.occupancy, config.num_warps),
     )  # fmt: skip
 
 
-def shape_of_heads(out: Tensor, kv_cache: Tensor) -> dict[str, int]:
-    """The constants of a decode kernel that follow from the shapes of its output and of the cache."""
-    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
-    group = out.shape[1] // num_kv_heads
+def sizes_of_heads(shape: AttentionShape, block_size: int) -> dict[str, int]:
+    """The constants of a decode kernel that follow from the layer's shape and the cache."""
+    num_kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
+    group = shape.num_heads // num_kv_heads
     block_dim = max(16, next_power_of_2(head_dim))  # tl.dot takes no less
     combine_cols = next_power_of_2(group) * block_dim
     return {

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.device_limits import has_large_shared_memory
 from nanovllm.kernels.paged_tiles_triton import (
@@ -125,16 +126,16 @@ def plan_prefill(
     seq_lens: Tensor,
     first_req: int,
     q: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     config: PrefillConfig | None = None,
 ) -> PrefillPlan:
     """Plans requests first_req .. n - 1 of a step. query_start_loc [n + 1], seq_lens [n] int32, read on the device.
 
-    Of q and kv_cache only shapes, strides, dtype and device count.
+    Of q and the cache only shapes, strides, dtype and device count.
     """
     num_reqs = seq_lens.shape[0]
-    config = config or prefill_config(kv_cache, (q.shape[0] - first_req) // (num_reqs - first_req))
-    group = q.shape[1] // kv_cache.shape[2]
+    config = config or prefill_config(cache.data, (q.shape[0] - first_req) // (num_reqs - first_req))
+    group = q.shape[1] // cache.data.shape[2]
     tokens = _rows_of_program(config, group) // group
     num_programs = (q.shape[0] - first_req) // tokens + num_reqs - first_req  # a tile less than full for each request
     order = torch.empty((num_programs, 2), dtype=torch.int32, device=q.device)
@@ -237,28 +238,24 @@ def _prefill_kernel(
 
 def prefill_attention(
     q: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     out: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
+    meta: AttentionMetadata,
     plan: PrefillPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None = None,
+    shape: AttentionShape,
 ) -> None:
     """Writes the rows of the requests planned in the contiguous `out`."""
     config = plan.config
-    num_kv_heads, block_size, head_dim = kv_cache.shape[2:]
-    group = q.shape[1] // num_kv_heads
-    exponent_scale, exponent_cap = exponents(scale, softcap)
+    num_kv_heads, head_dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
+    data, block_table = cache.data, meta.block_table
+    exponent_scale, exponent_cap = exponents(shape.scale, shape.softcap)
     pdl = has_dependent_launch(q.device)
     _prefill_kernel[(plan.order.shape[0] * num_kv_heads,)](
-        q, kv_cache, tile_descriptor(kv_cache, config.tile) if config.tile_loads else None, out, query_start_loc,
-        seq_lens, block_table, plan.order, block_table.stride(0), q.stride(0), q.stride(1), *kv_cache.stride()[:4],
+        q, data, tile_descriptor(data, config.tile) if config.tile_loads else None, out, meta.query_start_loc,
+        meta.seq_lens, block_table, plan.order, block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
         exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
-        ROWS=_rows_of_program(config, group), TILE=config.tile, WINDOW=window or 0,
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=cache.block_size,
+        ROWS=_rows_of_program(config, group), TILE=config.tile, WINDOW=shape.window or 0,
         SOFTCAP=exponent_cap, NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
         maxnreg=max_registers(config.occupancy, config.num_warps),
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.sizes import cdiv, next_power_of_2
 
@@ -100,32 +101,23 @@ def _qkv_rope_store_kernel(
     tl.store(kv_ptr + HALF, second.to(cache_ptr.dtype.element_ty), mask=stored)
 
 
-def qkv_rope_store_triton(
-    qkv: Tensor,
-    cos_sin: Tensor | None,
-    kv_cache: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm_weight: Tensor | None,
-    k_norm_weight: Tensor | None,
-    eps: float,
-) -> Tensor:
+def qkv_rope_store_triton(qkv: Tensor, heads: HeadInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
     """See `qkv_rope_store.qkv_rope_store`; the last dimension of every tensor is contiguous."""
+    cos_sin, slot_mapping, q_norm_weight, k_norm_weight, eps = heads
+    num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     num_tokens = qkv.shape[0]
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if not num_tokens:
         return q
-    heads = num_heads + 2 * num_kv_heads
+    all_heads = num_heads + 2 * num_kv_heads
     block_half = next_power_of_2(head_dim // 2)
-    block_heads = min(max(ELEMENTS // block_half, 1), next_power_of_2(heads))
+    block_heads = min(max(ELEMENTS // block_half, 1), next_power_of_2(all_heads))
     pdl = has_dependent_launch(qkv.device)
-    _qkv_rope_store_kernel[(num_tokens, cdiv(heads, block_heads))](
-        qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, kv_cache,
-        qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_cache.stride()[:4], eps,
+    _qkv_rope_store_kernel[(num_tokens, cdiv(all_heads, block_heads))](
+        qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, cache.data,
+        qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *cache.data.stride()[:4], eps,
         ROPE=cos_sin is not None, Q_NORM=q_norm_weight is not None, K_NORM=k_norm_weight is not None,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=kv_cache.shape[3],
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=cache.block_size,
         BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return q

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.paged_tiles_triton import LOWEST, exponents, scores_of_tile, take_in
 from nanovllm.kernels.sizes import next_power_of_2
 
@@ -66,25 +67,17 @@ def _tokenwise_kernel(
     tl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), mask=row_mask)
 
 
-def tokenwise_attention_triton(
-    q: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """As `attention.tokenwise.DecodeAttention`; the last dimensions of q and kv_cache are contiguous."""
-    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, kv_cache.shape[2]
-    group = num_heads // num_kv_heads
+def tokenwise_attention_triton(q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape) -> Tensor:
+    """As `attention.tokenwise.DecodeAttention`; the last dimensions of q and the cache are contiguous."""
+    num_tokens, head_dim, num_kv_heads = q.shape[0], shape.head_dim, shape.num_kv_heads
+    group = shape.num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    exponent_scale, exponent_cap = exponents(scale, softcap)
+    exponent_scale, exponent_cap = exponents(shape.scale, shape.softcap)
     _tokenwise_kernel[(num_tokens, num_kv_heads)](
-        q, kv_cache, out, seq_lens, block_table, block_table.stride(0), q.stride(0), q.stride(1),
-        *kv_cache.stride()[:4], exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group,
+        q, cache.data, out, meta.seq_lens, meta.block_table, meta.block_table.stride(0), q.stride(0), q.stride(1),
+        *cache.data.stride()[:4], exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group,
         BLOCK_GROUP=max(16, next_power_of_2(group)), HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=kv_cache.shape[3], TILE=TILE,
-        WINDOW=window or 0, SOFTCAP=exponent_cap, num_warps=4, num_stages=2,
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=cache.block_size, TILE=TILE,
+        WINDOW=shape.window or 0, SOFTCAP=exponent_cap, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.config import ModelConfig, RopeConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
@@ -53,12 +54,14 @@ class SelfAttention(nn.Module):
         self.parts = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         self.attention = Attention(
             layer_idx,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            config.attention_scale,
-            config.windows[layer_idx],
-            config.attention_softcap,
+            AttentionShape(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                scale=config.attention_scale,
+                window=config.windows[layer_idx],
+                softcap=config.attention_softcap,
+            ),
             ops,
         )
         rope = config.ropes[layer_idx]

@@ -1,6 +1,6 @@
 """The KV cache's tensors: how many blocks fit into a budget of bytes, and their layout.
 
-Owns both. Invariant: every layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values),
+Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values),
 contiguous: the tokens of a block lie side by side under each head, so that a head reads a block in one piece.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.attention_types import LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,10 @@ class KVCacheSpec:
     def num_blocks_in(self, num_bytes: int) -> int:
         return num_bytes // self.bytes_per_block
 
-    def allocate(self, num_blocks: int, device: torch.device) -> list[Tensor]:
-        """One tensor per layer, zeroed: kernels may read a whole block of which only a part was written."""
+    def allocate(self, num_blocks: int, device: torch.device) -> list[LayerCache]:
+        """One per layer, zeroed: kernels may read a whole block of which only a part was written."""
         shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        return [_zeros(shape, self.dtype, device) for _ in range(self.num_layers)]
+        return [LayerCache(_zeros(shape, self.dtype, device)) for _ in range(self.num_layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

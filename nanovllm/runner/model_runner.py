@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, ForwardContext
-from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
 from nanovllm.kernels.dependent_launch import dependent_launch
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.take_rows import take_rows
@@ -73,7 +73,7 @@ class ModelRunner:
         config: EngineConfig,
         model_config: ModelConfig,
         model: Any,
-        kv_caches: list[Tensor],
+        kv_caches: list[LayerCache],
         backend: AttentionBackend,
         device: torch.device,
     ) -> None:
@@ -85,7 +85,7 @@ class ModelRunner:
         self.device = device
         self._dependent_launch = config.dependent_launch
         self.block_size = config.block_size
-        self.num_blocks = kv_caches[0].shape[1]
+        self.num_blocks = kv_caches[0].num_blocks
         is_dynamic = model_config.length_dependent_from is not None
         self._needs_rope_lens = is_dynamic or model_config.long_from is not None
         max_blocks = -(-config.max_model_len // config.block_size)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.attention.metadata import AttentionMetadata
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 
 LAYOUTS = ("heads outside", "tokens outside", "k and v adjacent")
 
@@ -15,6 +15,13 @@ class PagedCase:
     kv_cache: torch.Tensor  # [2, num_blocks, num_kv_heads, block_size, head_dim]
     meta: AttentionMetadata
     contexts: list[torch.Tensor]  # per request [2, num_kv_heads, seq_len, head_dim]
+
+    @property
+    def cache(self) -> LayerCache:
+        return LayerCache(self.kv_cache)
+
+    def shape(self, scale: float, window: int | None = None, softcap: float | None = None) -> AttentionShape:
+        return AttentionShape(self.q.shape[1], self.kv_cache.shape[2], self.q.shape[2], scale, window, softcap)
 
 
 def make_cache(

@@ -17,13 +17,13 @@ HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 def check(case: PagedCase, window: int | None, tolerance: float, softcap: float | None = None) -> None:
-    scale = case.q.shape[2] ** -0.5
-    expected = paged_attention_reference(case.q, case.kv_cache, case.meta, scale, window, softcap)
+    shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
+    expected = paged_attention_reference(case.q, case.cache, case.meta, shape)
     for native in (None, load_native()) if HAS_COMPILER else (None,):
         backend = CpuPagedBackend(native)
         prepared = backend.prepare(case.meta)
-        for layer_idx in range(2):  # the second layer reuses the first one's indices
-            out = backend.forward(layer_idx, case.q, case.kv_cache, prepared, scale, window, softcap)
+        for _layer in range(2):  # the second layer reuses the first one's indices
+            out = backend.forward(shape, case.q, case.cache, prepared)
             assert out.shape == case.q.shape and out.dtype == case.q.dtype
             torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
@@ -92,9 +92,9 @@ def test_decodes_of_a_mixed_batch_are_those_of_a_decode_batch() -> None:
     """The C++ kernel takes the decodes of any batch; their bits do not depend on the other requests."""
     mixed = make_case([1] * 3 + [6], [40, 7, 90, 11], layout="heads outside", dtype=torch.bfloat16)
     backend = CpuPagedBackend(load_native())
-    out = backend.forward(0, mixed.q, mixed.kv_cache, backend.prepare(mixed.meta), 0.25, None)
+    out = backend.forward(mixed.shape(0.25), mixed.q, mixed.cache, backend.prepare(mixed.meta))
     for i in range(3):
         meta = make_metadata([1], mixed.meta.seq_lens_host[i : i + 1], mixed.meta.block_table[i : i + 1],
                              mixed.meta.slot_mapping[i : i + 1])  # fmt: skip
-        alone = backend.forward(0, mixed.q[i : i + 1], mixed.kv_cache, backend.prepare(meta), 0.25, None)
+        alone = backend.forward(mixed.shape(0.25), mixed.q[i : i + 1], mixed.cache, backend.prepare(meta))
         assert torch.equal(alone, out[i : i + 1])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,12 +18,12 @@ def test_it_equals_the_reference_and_a_chunk_equals_its_tokens(
     """Close to attention over whole prompts; to the bit, the same for a chunk and for its last token as a decode."""
     case = make_case(query_lens, seq_lens, layout="heads outside")
     backend = TokenwiseBackend(native_or_reference(load_native() if is_native else None))
-    out = backend.forward(0, case.q, case.kv_cache, backend.prepare(case.meta), 0.3, window)
-    expected = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.3, window)
+    shape = case.shape(0.3, window)
+    out = backend.forward(shape, case.q, case.cache, backend.prepare(case.meta))
+    expected = paged_attention_reference(case.q, case.cache, case.meta, shape)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     decode = native_or_reference(load_native() if is_native else None)
     ends = torch.tensor(query_lens).cumsum(0) - 1
-    last = decode(
-        case.q[ends], case.kv_cache, case.meta.block_table.contiguous(), case.meta.seq_lens, 0.3, window, None
-    )
+    starts = torch.arange(len(ends) + 1)
+    last = decode(case.q[ends], case.cache, replace(case.meta, query_start_loc=starts), shape)
     assert torch.equal(out[ends], last)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.kernels import native as native_module
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.native import NativeKernels, build, load_native
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
@@ -117,9 +118,10 @@ def test_qkv_rope_store(
     slots[::5] = -1
     cache = random(2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
     want_cache = cache.clone()
-    sizes = (num_heads, num_kv_heads, head_dim, q_weight, k_weight, 1e-6)
-    want = qkv_rope_store_reference(qkv, cos_sin, want_cache, slots, *sizes)
-    check(kernels.qkv_rope_store(qkv, cos_sin, cache, slots, *sizes), want, 4.0)
+    inputs = HeadInputs(cos_sin, slots, q_weight, k_weight, 1e-6)
+    shape = AttentionShape(num_heads, num_kv_heads, head_dim, scale=1.0)
+    want = qkv_rope_store_reference(qkv, inputs, LayerCache(want_cache), shape)
+    check(kernels.qkv_rope_store(qkv, inputs, LayerCache(cache), shape), want, 4.0)
     check(cache, want_cache, 4.0)
     if not (rope or norm):
         assert torch.equal(cache, want_cache)
@@ -151,9 +153,11 @@ def test_decode_attention(
     case = make_case([1] * len(lens), lens, num_heads=group * num_kv_heads, num_kv_heads=num_kv_heads, dtype=dtype,
                      head_dim=head_dim, block_size=block_size, layout="heads outside", seed=seed)  # fmt: skip
     scale = head_dim**-0.5
-    got = kernels.decode_attention(case.q, case.kv_cache, case.meta.block_table, case.meta.seq_lens, scale, window)
+    got = kernels.decode_attention(
+        case.q, case.cache, case.meta.block_table, case.meta.seq_lens, case.shape(scale, window)
+    )
     assert got is not None
-    check(got, paged_attention_reference(case.q, case.kv_cache, case.meta, scale, window))
+    check(got, paged_attention_reference(case.q, case.cache, case.meta, case.shape(scale, window)))
 
 
 @needs_compiler
@@ -162,10 +166,10 @@ def test_decode_attention_is_stable_for_extreme_scores(kernels: NativeKernels) -
     case = make_case([1] * 2, [300, 70], layout="heads outside", head_dim=64)
     for factor in (30.0, 1e4):
         got = kernels.decode_attention(
-            case.q * factor, case.kv_cache, case.meta.block_table, case.meta.seq_lens, 1.0, None
+            case.q * factor, case.cache, case.meta.block_table, case.meta.seq_lens, case.shape(1.0)
         )
         assert got is not None
-        want = paged_attention_reference(case.q * factor, case.kv_cache, case.meta, 1.0, None)
+        want = paged_attention_reference(case.q * factor, case.cache, case.meta, case.shape(1.0, None))
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)  # rounding of the scores themselves
 
 
@@ -174,9 +178,9 @@ def test_padding_gives_zeros_and_unwritten_slots_are_not_read(kernels: NativeKer
     """A request of length 0 gives zeros; what lies behind a request's last token, even NaN, has no effect."""
     case = make_case([1, 1], [20, 9], layout="heads outside", head_dim=32, block_size=16)
     lens = torch.tensor([20, 0], dtype=torch.int32)
-    clean = kernels.decode_attention(case.q, case.kv_cache, case.meta.block_table, lens, 0.2, None)
+    clean = kernels.decode_attention(case.q, case.cache, case.meta.block_table, lens, case.shape(0.2, None))
     case.kv_cache[:, case.meta.block_table[0, 1], :, 4:] = float("nan")
-    dirty = kernels.decode_attention(case.q, case.kv_cache, case.meta.block_table, lens, 0.2, None)
+    dirty = kernels.decode_attention(case.q, case.cache, case.meta.block_table, lens, case.shape(0.2, None))
     assert clean is not None and dirty is not None
     assert torch.equal(clean, dirty) and not clean[1].any() and clean[0].all()
 
@@ -189,7 +193,7 @@ def test_results_do_not_depend_on_threads_or_batch(kernels: NativeKernels, dtype
 
     def attend(rows: slice) -> torch.Tensor:
         out = kernels.decode_attention(
-            case.q[rows], case.kv_cache, case.meta.block_table[rows], case.meta.seq_lens[rows], 0.2, None
+            case.q[rows], case.cache, case.meta.block_table[rows], case.meta.seq_lens[rows], case.shape(0.2)
         )
         assert out is not None
         return out
@@ -225,12 +229,13 @@ def test_other_inputs_go_to_pytorch(kernels: NativeKernels) -> None:
         case = make_case([1, 1], [9, 20], layout=layout, dtype=dtype)
         qkv = random(2, 10 * 16, dtype=dtype)
         cache, slots = case.kv_cache.clone(), case.meta.slot_mapping.to(slot_dtype)
-        args = (slots, 6, 2, 16, None, None, 1e-6)
-        q = kernels.qkv_rope_store(qkv, None, cache, *args)
-        assert torch.equal(q, qkv_rope_store_reference(qkv, None, case.kv_cache, *args))
+        shape, heads = case.shape(0.2), HeadInputs(None, slots)
+        q = kernels.qkv_rope_store(qkv, heads, LayerCache(cache), shape)
+        assert torch.equal(q, qkv_rope_store_reference(qkv, heads, case.cache, shape))
         assert torch.equal(cache, case.kv_cache)
-        args = (case.meta.block_table, case.meta.seq_lens, 0.2, None)
-        refused = kernels.decode_attention(q.contiguous(), cache, *args) is None
+        args = (LayerCache(cache), case.meta.block_table, case.meta.seq_lens)
+        assert kernels.decode_attention(q.contiguous(), *args, shape._replace(softcap=5.0)) is None
+        refused = kernels.decode_attention(q.contiguous(), *args, shape) is None
         assert refused == (layout != "heads outside" or dtype == torch.float16)
 
 
@@ -246,7 +251,8 @@ def test_sizes_that_do_not_fit_never_reach_a_pointer(kernels: NativeKernels, wro
         else:
             slots = torch.arange(3 if wrong == "slots" else 4)
             cos_sin = torch.ones(3, 8) if wrong == "cos_sin" else None
-            kernels.qkv_rope_store(x, cos_sin, torch.zeros(2, 2, 1, 8, 8), slots, 2, 1, 8, None, None, 1e-6)
+            cache, shape = LayerCache(torch.zeros(2, 2, 1, 8, 8)), AttentionShape(2, 1, 8, scale=1.0)
+            kernels.qkv_rope_store(x, HeadInputs(cos_sin, slots), cache, shape)
 
 
 # --- building ------------------------------------------------------------
@@ -331,6 +337,8 @@ def test_narrower_vectors(march: str, tmp_path: Path) -> None:
         check(narrow.silu_and_mul(gate_up), silu_and_mul_reference(gate_up), 1e-4)
         case = make_case([1] * 4, [100, 1, 7, 33], num_heads=10, num_kv_heads=2, head_dim=80, dtype=dtype,
                          layout="heads outside")  # fmt: skip
-        got = narrow.decode_attention(case.q, case.kv_cache, case.meta.block_table, case.meta.seq_lens, 0.1, 50)
+        got = narrow.decode_attention(
+            case.q, case.cache, case.meta.block_table, case.meta.seq_lens, case.shape(0.1, 50)
+        )
         assert got is not None
-        check(got, paged_attention_reference(case.q, case.kv_cache, case.meta, 0.1, 50))
+        check(got, paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.1, 50)))

@@ -35,23 +35,23 @@ def unpaged(case: PagedCase, scale: float, window: int | None, softcap: float | 
 @pytest.mark.parametrize("window", [None, 1, 5, 1000])
 def test_mixed_batch(layout: str, window: int | None) -> None:
     case = make_case([1, 1, 1, 4, 17, 2], [1, 9, 30, 4, 40, 8], layout=layout)
-    out = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.3, window)
+    out = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.3, window))
     torch.testing.assert_close(out, unpaged(case, 0.3, window), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_soft_cap(window: int | None) -> None:
     case = make_case([1, 1, 4, 17], [1, 9, 4, 40])
-    out = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.7, window, 1.5)
+    out = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.7, window, 1.5))
     torch.testing.assert_close(out, unpaged(case, 0.7, window, 1.5), atol=2e-6, rtol=1e-5)
-    loose = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.7, window, 1e4)
+    loose = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.7, window, 1e4))
     torch.testing.assert_close(loose, unpaged(case, 0.7, window), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 64), (7, 1, 80), (14, 2, 96), (4, 4, 128)])
 def test_head_shapes(heads: int, kv_heads: int, dim: int) -> None:
     case = make_case([1, 3], [12, 5], num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-    out = paged_attention_reference(case.q, case.kv_cache, case.meta, dim**-0.5, None)
+    out = paged_attention_reference(case.q, case.cache, case.meta, case.shape(dim**-0.5))
     torch.testing.assert_close(out, unpaged(case, dim**-0.5, None), atol=2e-6, rtol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_bfloat16_rounds_once() -> None:
     """Scores and weights stay in float32: the result is that of float32 data, rounded."""
     case = make_case([1, 6], [20, 6], dtype=torch.bfloat16)
     exact = PagedCase(case.q.float(), case.kv_cache.float(), case.meta, [c.float() for c in case.contexts])
-    out = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.25, None)
+    out = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.25))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), unpaged(exact, 0.25, None), atol=1e-2, rtol=1e-2)
 
@@ -69,13 +69,13 @@ def test_padding_gives_zeros() -> None:
     case = make_case([1], [10])
     table = torch.cat((case.meta.block_table, torch.zeros_like(case.meta.block_table)))
     padded = make_metadata([1, 1], [10, 0], table, torch.tensor([*case.meta.slot_mapping.tolist(), -1]))
-    out = paged_attention_reference(torch.cat((case.q, case.q)), case.kv_cache, padded, 0.25, None)
-    assert torch.equal(out[:1], paged_attention_reference(case.q, case.kv_cache, case.meta, 0.25, None))
+    out = paged_attention_reference(torch.cat((case.q, case.q)), case.cache, padded, case.shape(0.25))
+    assert torch.equal(out[:1], paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.25)))
     assert not out[1].any()
 
 
 def test_strided_queries() -> None:
     case = make_case([1, 3], [7, 9])
     wide = torch.cat((case.q, torch.randn(4, 2, 16)), dim=1)
-    out = paged_attention_reference(wide[:, :6], case.kv_cache, case.meta, 0.25, None)
-    assert torch.equal(out, paged_attention_reference(case.q, case.kv_cache, case.meta, 0.25, None))
+    out = paged_attention_reference(wide[:, :6], case.cache, case.meta, case.shape(0.25))
+    assert torch.equal(out, paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.25)))

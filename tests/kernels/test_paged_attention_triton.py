@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.kernels.attention_types import HeadInputs, LayerCache
 from nanovllm.kernels.paged_attention import paged_attention_reference
-from nanovllm.kernels.qkv_rope_store import HeadInputs, qkv_rope_store_reference
+from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, relative_error, twin_test
 
@@ -42,10 +43,10 @@ def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) ->
     """
     meta, plans = case.meta, twin.StepPlans()
     plans.decode[window] = decode.plan_decode(
-        meta.seq_lens[: meta.num_decodes], meta.block_table, case.q, case.kv_cache, window, decodes
+        meta.seq_lens[: meta.num_decodes], meta.block_table, case.q, case.cache, window, decodes
     )
     plans.prefill = prefill.plan_prefill(
-        meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.kv_cache, prefills
+        meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.cache, prefills
     )
     if not INTERPRETED:
         torch.cuda.synchronize()
@@ -61,11 +62,10 @@ def check(
 ) -> None:
     case = on_device(case)
     poison_unused(case)
-    scale = case.q.shape[2] ** -0.5
+    shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
     plans = planned(case, window, *configs) if configs else None
-    got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, scale, window, softcap, plans)
-    q, kv_cache = case.q.float(), case.kv_cache.float()
-    want = paged_attention_reference(q, kv_cache, case.meta, scale, window, softcap)
+    got = twin.paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
+    want = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
     assert got.shape == case.q.shape and got.dtype == dtype
     assert relative_error(got, want) < TOLERANCE[dtype]
 
@@ -114,7 +114,6 @@ def test_decodes_from_the_qkv_product(
 ) -> None:  # fmt: skip
     """Equals the two kernels apart: what comes out, and what is in the cache. The new tokens' cells hold NaN before."""
     lengths = [1, 64, 65, block_size + 1, 130 * LENGTHS, 0]
-    sizes = num_heads, num_kv_heads, head_dim
     case = on_device(
         make_case(
             [1] * len(lengths), [max(n, 1) for n in lengths],
@@ -129,12 +128,13 @@ def test_decodes_from_the_qkv_product(
     cos_sin = torch.rand(len(lengths), head_dim, device=DEVICE) if has_rotation else None
     norms = [torch.rand(head_dim, device=DEVICE).to(dtype) if has_norm else None for _ in range(2)]
     want_cache = case.kv_cache.clone()
-    q = qkv_rope_store_reference(qkv, cos_sin, want_cache, case.meta.slot_mapping, *sizes, *norms, 1e-6)
-    want = paged_attention_reference(q.float(), want_cache.float(), case.meta, 0.2, window, softcap)
+    shape, heads = case.shape(0.2, window, softcap), HeadInputs(cos_sin, case.meta.slot_mapping, *norms, 1e-6)
+    q = qkv_rope_store_reference(qkv, heads, LayerCache(want_cache), shape)
+    want = paged_attention_reference(q.float(), LayerCache(want_cache.float()), case.meta, shape)
 
-    heads, plans = HeadInputs(cos_sin, case.meta.slot_mapping, *norms, 1e-6), twin.StepPlans()
+    plans = twin.StepPlans()
     for _ in range(2):  # the second time, as a later layer
-        got = twin.decode_qkv_triton(qkv, heads, num_heads, case.kv_cache, case.meta, 0.2, window, softcap, plans)
+        got = twin.decode_qkv_triton(qkv, heads, case.cache, case.meta, shape, plans)
         assert relative_error(got, want) < TOLERANCE[dtype]
         stored, wanted = (c[:, slots // block_size, :, slots % block_size] for c in (case.kv_cache, want_cache))
         assert relative_error(stored, wanted.float()) < TOLERANCE[dtype]
@@ -177,9 +177,9 @@ def test_padding_gives_zeros() -> None:
     case.meta.seq_lens[[1, 3]] = 0
     case.meta.block_table[[1, 3]] = 1_000_000
     q = torch.cat((case.q, torch.full_like(case.q[:3], float("nan"))))
-    got = twin.paged_attention_triton(q, case.kv_cache, case.meta, 0.1, None)
+    got = twin.paged_attention_triton(q, case.cache, case.meta, case.shape(0.1))
     assert not got[[1, 3, 9, 10, 11]].any()
-    want = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.1, None)
+    want = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.1))
     assert relative_error(got[:9], want) < TOLERANCE[torch.float32]
 
 
@@ -189,8 +189,8 @@ def test_plans_serve_many_layers() -> None:
     plans = twin.StepPlans()
     for layer in range(3):
         q = torch.randn_like(case.q) * (layer + 1)
-        got = twin.paged_attention_triton(q, case.kv_cache, case.meta, 0.1, None, None, plans)
-        want = paged_attention_reference(q, case.kv_cache, case.meta, 0.1, None)
+        got = twin.paged_attention_triton(q, case.cache, case.meta, case.shape(0.1), plans)
+        want = paged_attention_reference(q, case.cache, case.meta, case.shape(0.1))
         assert relative_error(got, want) < TOLERANCE[torch.float32]
     assert not plans.decode[None].arrived.any()
 
@@ -236,7 +236,7 @@ def test_order_of_prompts(query_lens: list[int], seq_lens: list[int]) -> None:
     case = on_device(make_case(query_lens, seq_lens, num_heads=4, num_kv_heads=2, head_dim=16, block_size=16))
     meta, tokens = case.meta, 8
     config = prefill.PrefillConfig(rows=2 * tokens, tile=16)
-    plan = prefill.plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.kv_cache, config)
+    plan = prefill.plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.cache, config)
     tiles_of_queries = [
         (-(seq_len - query_len + min(first + tokens, query_len)), req, first)
         for req, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True))
@@ -253,12 +253,12 @@ def test_order_of_prompts(query_lens: list[int], seq_lens: list[int]) -> None:
 def test_graph_replays_with_other_lengths() -> None:
     """W12: a captured step reads its lengths and blocks anew."""
     case = on_device(make_case([1] * 16, [random.Random(i).randint(1, 900) for i in range(16)], block_size=64))
-    twin.paged_attention_triton(case.q, case.kv_cache, case.meta, 0.2, None)
+    twin.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = twin.paged_attention_triton(case.q, case.kv_cache, case.meta, 0.2, None)
+        got = twin.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.2))
     for _ in range(3):
         graph.replay()
-        want = paged_attention_reference(case.q, case.kv_cache, case.meta, 0.2, None)
+        want = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.2))
         assert relative_error(got, want) < TOLERANCE[torch.float32]
         case.meta.seq_lens.copy_((case.meta.seq_lens * torch.rand(16, device=DEVICE)).int())

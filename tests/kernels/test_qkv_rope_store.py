@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.rope import apply_rope_reference
@@ -33,7 +34,8 @@ def test_composes_norm_rope_and_store(layout: str, rope: bool, norm: bool, dtype
     q_weight, k_weight = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if norm else (None, None)
     cache = empty_cache(layout, kv_heads, dim, dtype)
 
-    q = qkv_rope_store(qkv, cos_sin, cache, torch.tensor(slots), heads, kv_heads, dim, q_weight, k_weight, 1e-6)
+    inputs = HeadInputs(cos_sin, torch.tensor(slots), q_weight, k_weight, 1e-6)
+    q = qkv_rope_store(qkv, inputs, LayerCache(cache), AttentionShape(heads, kv_heads, dim, scale=1.0))
 
     want_q, want_k, want_v = qkv.view(len(slots), -1, dim).split((heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None and k_weight is not None:
@@ -53,5 +55,6 @@ def test_composes_norm_rope_and_store(layout: str, rope: bool, norm: bool, dtype
 def test_all_slots_negative_writes_nothing() -> None:
     cache = empty_cache("heads outside", 1, 8, torch.float32)
     slots = torch.full((3,), -1, dtype=torch.int32)
-    qkv_rope_store(torch.randn(3, 24), None, cache, slots, 1, 1, 8, None, None, 1e-6)
+    shape = AttentionShape(1, 1, 8, scale=1.0)
+    qkv_rope_store(torch.randn(3, 24), HeadInputs(None, slots), LayerCache(cache), shape)
     assert not cache.any()

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
+from nanovllm.kernels.attention_types import LayerCache
 from tests.attention.paged_cases import make_case
 from tests.kernels.twins import DEVICE, DTYPES, TOLERANCE, load_twin, relative_error, twin_test
 
@@ -19,16 +22,19 @@ def test_twin_equals_the_reference_and_a_token_is_the_same_in_any_batch(
     """To the bit: a whole prompt against its tokens one by one, and beside others."""
     case = make_case([1, 1, 5, 17], [40, 3, 40, 17], dtype=dtype, block_size=block_size, head_dim=head_dim)
     reference = TokenwiseBackend(native_or_reference(None))
-    expected = reference.forward(0, case.q, case.kv_cache, reference.prepare(case.meta), 0.3, window, softcap)
+    shape = case.shape(0.3, window, softcap)
+    expected = reference.forward(shape, case.q, case.cache, reference.prepare(case.meta))
     table = case.meta.block_table.repeat_interleave(torch.tensor([1, 1, 5, 17]), 0).to(DEVICE)
     lens = torch.tensor([40, 3, *range(36, 41), *range(1, 18)], dtype=torch.int32, device=DEVICE)
-    q, cache = case.q.to(DEVICE), case.kv_cache.to(DEVICE)
-    out = twin.tokenwise_attention_triton(q, cache, table, lens, 0.3, window, softcap)
+    q, cache = case.q.to(DEVICE), LayerCache(case.kv_cache.to(DEVICE))
+    meta = replace(case.meta, block_table=table, seq_lens=lens)
+    out = twin.tokenwise_attention_triton(q, cache, meta, shape)
     assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
     for token in (0, 1, 6, 22):
         part = slice(token, token + 1)
-        alone = twin.tokenwise_attention_triton(q[part], cache, table[part], lens[part], 0.3, window, softcap)
+        one = replace(meta, block_table=table[part], seq_lens=lens[part])
+        alone = twin.tokenwise_attention_triton(q[part], cache, one, shape)
         assert torch.equal(alone[0], out[token])
     lens[3] = 0
-    out = twin.tokenwise_attention_triton(q, cache, table, lens, 0.3, window, softcap)
+    out = twin.tokenwise_attention_triton(q, cache, meta, shape)
     assert not out[3].any(), "padding"

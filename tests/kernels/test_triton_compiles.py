@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.kernels.qkv_rope_store import HeadInputs
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.sampling.state import SamplingState
 from tests.attention.paged_cases import make_case
 from tests.kernels.test_moe import random_ids
@@ -73,20 +73,18 @@ def attend(
         [1, 1, prompt_len], [90, 7, prompt_len + 20], num_heads=8, head_dim=head_dim, block_size=block_size,
         dtype=dtype, layout="heads outside",
     )  # fmt: skip
-    q, cache, meta = case.q, case.kv_cache, case.meta
+    shape, q, cache, meta = case.shape(0.1, window, softcap), case.q, case.cache, case.meta
     plans = MODULES["paged_attention"].StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].paged_attention_triton(q, cache, meta, 0.1, window, softcap, plans)
-    MODULES["tokenwise_attention"].tokenwise_attention_triton(
-        q[:3], cache, meta.block_table, meta.seq_lens, 0.1, window, softcap
-    )
+        MODULES["paged_attention"].paged_attention_triton(q, cache, meta, shape, plans)
+    MODULES["tokenwise_attention"].tokenwise_attention_triton(q[:3], cache, meta, shape)
 
 
 def decode_many(num_reqs: int) -> None:
     case = make_case([1] * num_reqs, [90] * num_reqs, num_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16)
-    plans = MODULES["paged_attention"].StepPlans()
+    shape, plans = case.shape(0.1), MODULES["paged_attention"].StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].paged_attention_triton(case.q, case.kv_cache, case.meta, 0.1, None, None, plans)
+        MODULES["paged_attention"].paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
 
 
 def decode_from_qkv(
@@ -99,22 +97,20 @@ def decode_from_qkv(
 ) -> None:
     """Two layers. has_more: norms and rotation."""
     case = make_case([1, 1], [90, 7], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype)
-    meta, num_heads, num_kv_heads = case.meta, 8, case.kv_cache.shape[2]
-    qkv = torch.randn(2, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    meta, shape = case.meta, case.shape(0.1, window, softcap)
+    qkv = torch.randn(2, (shape.num_heads + 2 * shape.num_kv_heads) * head_dim).to(dtype)
     cos_sin = torch.randn(2, head_dim) if has_more else None
     norm = torch.randn(head_dim).to(dtype) if has_more else None
     heads, plans = HeadInputs(cos_sin, meta.slot_mapping, norm, norm, 1e-6), MODULES["paged_attention"].StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].decode_qkv_triton(
-            qkv, heads, num_heads, case.kv_cache, meta, 0.1, window, softcap, plans
-        )
+        MODULES["paged_attention"].decode_qkv_triton(qkv, heads, case.cache, meta, shape, plans)
 
 
 def rotate_and_store(has_norm: bool, has_rotation: bool) -> None:
     norm, cos_sin = bf16(128) if has_norm else None, torch.randn(5, 128) if has_rotation else None
-    MODULES["qkv_rope_store"].qkv_rope_store_triton(
-        bf16(5, 12 * 128), cos_sin, bf16(2, 4, 2, 64, 128), torch.arange(5), 8, 2, 128, norm, norm, 1e-6
-    )
+    heads, cache = HeadInputs(cos_sin, torch.arange(5), norm, norm, 1e-6), LayerCache(bf16(2, 4, 2, 64, 128))
+    shape = AttentionShape(8, 2, 128, scale=0.1)
+    MODULES["qkv_rope_store"].qkv_rope_store_triton(bf16(5, 12 * 128), heads, cache, shape)
 
 
 def multiply(num_rows: int, inputs: int, has_bias: bool = False, gated: bool = False, gelu: bool = False) -> None:

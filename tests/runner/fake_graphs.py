@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.metadata import AttentionMetadata
 from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
@@ -72,17 +72,8 @@ class ReferenceBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> AttentionMetadata:
         return meta
 
-    def forward(
-        self,
-        layer_idx: int,
-        q: Tensor,
-        kv_cache: Tensor,
-        prepared: AttentionMetadata,
-        scale: float,
-        window: int | None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        return paged_attention_reference(q, kv_cache, prepared, scale, window, softcap)
+    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: AttentionMetadata) -> Tensor:
+        return paged_attention_reference(q, cache, prepared, shape)
 
 
 def sample_on_cpu(sampler: Sampler, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""What attention is told: the shape of a layer, its KV cache, what comes before the store, and the batch of a step.
+
+Owns the four descriptions, computes nothing. Invariant: each is plain data, made once (shape, cache: with the model;
+head inputs, metadata: each step) and read by every form of attention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionShape(NamedTuple):
+    """One layer's attention, for the heads of this rank. num_heads is a multiple of num_kv_heads.
+
+    scale: of the scores, positive. window: how many of the last keys a query sees, its own token's among them; None for
+    all. softcap: a score s, times `scale`, becomes softcap * tanh(s / softcap) before the softmax.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: data [2, num_blocks, num_kv_heads, block_size, head_dim], with any strides.
+
+    k_scale, v_scale [num_blocks, num_kv_heads, block_size]: what a cell's keys or values are multiplied by when they
+    are read; None where the cache holds them as they are.
+    """
+
+    data: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.data.shape[3]
+
+
+class HeadInputs(NamedTuple):
+    """What turns a row of the QKV product into queries, keys and values, beside that row: see `qkv_rope_store`.
+
+    cos_sin [num_tokens, head_dim] float32, None for a layer without rotation; slot_mapping [num_tokens] integers; norm
+    weights [head_dim], both None where the model has no such norm.
+    """
+
+    cos_sin: Tensor | None
+    slot_mapping: Tensor
+    q_norm_weight: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """One step's batch. Tensors are int32 on the device, `slot_mapping` int64; T is the number of query tokens.
+
+    query_start_loc [n + 1]: where each request's queries begin. seq_lens [n]: context including this step's tokens; 0
+    for a row of padding. block_table [n, max_blocks]: block ids in context order. slot_mapping [T]: where each token's
+    key and value go, -1 for padding.
+
+    Requests with exactly one query token come first, so a backend may treat the first `num_decodes` rows alike. Host
+    numbers are upper bounds of the device's, and exact on the CPU.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    num_decodes: int
+    num_reqs: int
+    max_query_len: int
+    max_seq_len: int
+    query_lens_host: Sequence[int]
+    seq_lens_host: Sequence[int]
