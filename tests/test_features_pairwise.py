@@ -21,6 +21,7 @@ import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from tests.test_llm_outputs import check_nothing_is_left
+from tests.test_llm_sampling import forbid_repeats
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs" / "features.md"
@@ -28,6 +29,11 @@ STOPS = set("acegikmoqsuwy02468ACEGIKMOQSUWY!#%')+-/;=?")
 WORDS = "[a-f]{3,9} [a-f]{9}"
 PROMPTS = ["the same long beginning of all, one", "the same long beginning of all, two"]
 PLAIN = ["the same long beginning of all, three", "something else"]
+FAVOURED = {ord("b"): 6.0, ord("c"): 5.0, ord("B"): 6.0, ord("x"): 6.0, ord(" "): -100.0}
+BAD_WORDS = ["a", "b", "x", "ff"]
+ALLOWED = [ord(character) for character in "abcdegh ABCDEFGHIJKLMNOP"]
+NUM_HELD_BACK = 8  # tokens that nothing ends
+ENDS = [byte for byte in range(128, 256) if byte % 4 == 2]
 
 
 Outputs = list[RequestOutput]
@@ -51,10 +57,17 @@ def each(outputs: Outputs, holds: Callable[[Any], bool]) -> bool:
     return all(holds(completion) for output in outputs for completion in output.outputs)
 
 
+def never_repeats(outputs: Outputs) -> bool:
+    """For as long as the other features leave it a choice, which they do at first."""
+    return each(outputs, lambda completion: len(set(completion.token_ids[:4])) == len(completion.token_ids[:4]))
+
+
 FEATURES = {
     "n": Feature({"n": 3}, shows=lambda outputs: all(len(output.outputs) == 3 for output in outputs)),
     "stop": Feature(
-        {"stop": sorted(STOPS)}, shows=lambda outputs: each(outputs, lambda c: STOPS.isdisjoint(c.text)), changes=True
+        {"stop": sorted(STOPS)},  # after the tokens that min_tokens holds back, none but the one that ends it
+        shows=lambda outputs: each(outputs, lambda c: STOPS.isdisjoint(map(chr, c.token_ids[NUM_HELD_BACK:-1]))),
+        changes=True,
     ),
     "logprobs": Feature({"logprobs": 2}, shows=lambda outputs: each(outputs, lambda c: len(c.logprobs[0]) in (2, 3))),
     "prompt_logprobs": Feature(
@@ -62,6 +75,22 @@ FEATURES = {
         shows=lambda outputs: all(len(o.prompt_logprobs) == len(o.prompt_token_ids) for o in outputs),
     ),
     "penalties": Feature({"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.5}, changes=True),
+    "logit_bias": Feature({"logit_bias": FAVOURED}, changes=True),
+    "bad_words": Feature(
+        {"bad_words": BAD_WORDS},
+        shows=lambda outputs: each(outputs, lambda c: not any(word in c.text for word in BAD_WORDS)),
+        changes=True,
+    ),
+    "min_tokens": Feature(
+        {"min_tokens": NUM_HELD_BACK, "stop_token_ids": ENDS},
+        shows=lambda outputs: each(outputs, lambda c: len(c.token_ids) > NUM_HELD_BACK),
+    ),
+    "allowed_token_ids": Feature(
+        {"allowed_token_ids": ALLOWED},
+        shows=lambda outputs: each(outputs, lambda c: set(c.token_ids) <= set(ALLOWED)),
+        changes=True,
+    ),
+    "processors": Feature({"logits_processors": [forbid_repeats]}, shows=never_repeats, changes=True),
     "grammar": Feature(
         {"structured_outputs": StructuredOutputsParams(regex=WORDS)},
         shows=lambda outputs: each(outputs, lambda c: c.stop_reason or re.fullmatch(WORDS, c.text)),
@@ -88,6 +117,7 @@ class Engines:
         save_tokenizer(folder)
         self._folder = folder
         self._engines: dict[str, LLM] = {}
+        self._alone: dict[tuple[str, str], RequestOutput] = {}
 
     def get(self, **options: Any) -> LLM:
         key = repr(sorted(options.items()))
@@ -96,6 +126,13 @@ class Engines:
             defaults["enable_prefix_caching"] = False
             self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
         return self._engines[key]
+
+    def alone(self, prompt: str, params: SamplingParams) -> RequestOutput:
+        """What the reference returns for this request, which is computed once."""
+        key = prompt, repr(params)
+        if key not in self._alone:
+            (self._alone[key],) = self.get().generate(prompt, params, use_tqdm=False)
+        return self._alone[key]
 
     def close(self) -> None:
         self._stack.close()
@@ -123,11 +160,7 @@ def make_params(names: Iterable[str], index: int) -> SamplingParams:
 def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
     params = [make_params(names, index) for index in range(2)]
     plain = [make_params((), index) for index in (2, 3)]
-    reference = engines.get()
-    expected = [
-        reference.generate(prompt, p, use_tqdm=False)[0]
-        for prompt, p in zip(PROMPTS + PLAIN, params + plain, strict=True)
-    ]
+    expected = [engines.alone(prompt, p) for prompt, p in zip(PROMPTS + PLAIN, params + plain, strict=True)]
     llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()})
     llm.reset_prefix_cache()
     before = llm.get_metrics()
@@ -139,7 +172,7 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
         assert feature.shows(outputs[:2]), f"{name} was not in use"
         assert not feature.counts or after[feature.counts] > before[feature.counts], f"{name} did not happen"
         if feature.changes:
-            (other,) = reference.generate(PROMPTS[0], make_params(set(names) - {name}, 0), use_tqdm=False)
+            other = engines.alone(PROMPTS[0], make_params(set(names) - {name}, 0))
             assert tokens(other) != tokens(outputs[0]), f"{name} changed nothing"
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.prompt_token_ids == wanted.prompt_token_ids

@@ -30,6 +30,7 @@ ROW = np.dtype(  # 4-byte columns after an 8-byte one, so that one int32 matrix 
     ]
 )
 _NO_IDS = np.zeros(0, dtype=np.int64)
+_NO_BIAS = np.zeros(0, dtype=np.float32)  # rows' biases are joined: one of another dtype would change all of them
 
 
 class RowParams(NamedTuple):
@@ -50,7 +51,7 @@ class RowEdits(NamedTuple):
 
     stop_ids: np.ndarray = _NO_IDS  # held back while the row is shorter than its min_length
     bias_ids: np.ndarray = _NO_IDS
-    bias: np.ndarray = _NO_IDS
+    bias: np.ndarray = _NO_BIAS
     allowed_ids: np.ndarray = _NO_IDS  # none: all
     bad_words: tuple[tuple[int, ...], ...] = ()
     processors: tuple[LogitsProcessor, ...] = ()

@@ -1,4 +1,6 @@
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +134,68 @@ def test_mixed_batches_agree_with_numpy(
             reached = p.cumsum()
             fits |= p[token] > 0 and reached[token] - p[token] - 3e-6 <= u <= reached[token] + 3e-6
         assert fits, (param, token, u)
+
+
+EDITS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "allowed_token_ids": {"allowed_token_ids": [1, 2, 3, 5, 8, 13, 21, 34]},
+    "bad_words": {},  # their tokens, and a grammar's mask, come from elsewhere
+    "min_tokens": {"min_tokens": 9},
+    "logit_bias": {"logit_bias": {3: 9.5, 8: 9.0, 40: 12.0}},
+    "logits_processors": {"logits_processors": [halve_odd_tokens]},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "frequency_penalty": {"frequency_penalty": 2.0},
+    "presence_penalty": {"presence_penalty": -2.0},
+    "grammar": {},
+}
+MASK = np.array([0b1101_0010_1100_1010_0110_1010_1110, 0b1_1000_0000], dtype=np.int32)  # 50 tokens, some allowed
+
+
+def test_every_two_edits_on_two_rows_and_on_one_agree_with_numpy() -> None:
+    """C8, W12: what a row asks for changes neither its neighbour's tokens nor, by what it leaves empty, their dtype."""
+    logits = make_logits(5, 2, 50, torch.float32)
+    history = [[4, 9, 8], [8, 3, 3, 5, 21]]
+    bad_words, stop_ids = ((7, 8), (21,), (5, 21, 3)), (8, 34)
+
+    def run(asked: list[tuple[str, ...]], which: list[int]) -> list[int]:
+        state = SamplingState(len(asked), logits.shape[1], "cpu")
+        for row, names in enumerate(asked):
+            options = {key: value for name in names for key, value in EDITS[name].items()}
+            tokens = [token for part in history for token in part]
+            words = bad_words if "bad_words" in names else ()
+            state.set_row(row, SamplingParams(**options, temperature=0), 0, 3, stop_ids, tokens, words)
+        state.bitmasks = {row: MASK for row, names in enumerate(asked) if "grammar" in names}
+        rows, positions = np.arange(len(asked), dtype=np.int32), np.full(len(asked), 8)
+        return (
+            Sampler(state)
+            .sample(logits[which], rows, torch.from_numpy(rows), positions, torch.from_numpy(positions))
+            .tolist()
+        )
+
+    def wanted(names: tuple[str, ...], which: int) -> int:
+        options = {key: value for name in names for key, value in EDITS[name].items()}
+        row = edited(
+            logits[which].numpy(),
+            *history,
+            SamplingParams(**options),
+            stop_ids=stop_ids,
+            bad_words=bad_words if "bad_words" in names else (),
+        )
+        if "grammar" in names:
+            allowed = np.array([MASK[token // 32] >> token % 32 & 1 for token in range(50)], dtype=bool)
+            row = np.where(allowed, row if np.isfinite(row[allowed]).any() else 0, -np.inf)
+        return int(row.argmax())
+
+    for one, other in itertools.product(EDITS, EDITS):
+        alone = [*run([(one,)], [0]), *run([(other,)], [1])]
+        assert alone == [wanted((one,), 0), wanted((other,), 1)]
+        assert run([(one,), (other,)], [0, 1]) == alone, f"{one} beside {other}"
+        assert run([(one, other)], [1]) == [wanted((one, other), 1)], f"{one} and {other} on one row"
+        assert run([(one, other), ("none",), (other,)], [0, 1, 1]) == [
+            wanted((one, other), 0),
+            wanted(("none",), 1),
+            alone[1],
+        ]
 
 
 @pytest.mark.parametrize("vocab_size", [2000, 16384, 20011])
