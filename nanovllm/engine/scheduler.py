@@ -158,11 +158,11 @@ class Scheduler:
         return plan
 
     def _schedule_running(self, scheduled: list[tuple[Request, int]], new_blocks: list[tuple[int, int, int]]) -> int:
-        """Give each running request its tokens, oldest first; return the budget that is left."""
+        """Give each running request its tokens, oldest first; return the budget that is left.
+
+        Each gets one at least: nobody is admitted behind a prompt that is cut, so all but the newest need only one.
+        """
         budget = self.max_num_batched_tokens
-        reserved = sum(
-            request.num_uncomputed_tokens > 0 for request in self.running
-        )  # one token for each, whatever comes
         index = 0
         while index < len(self.running):
             request = self.running[index]
@@ -170,10 +170,9 @@ class Scheduler:
             if num_uncomputed == 0:
                 index += 1
                 continue
-            num_new = min(num_uncomputed, budget - reserved + 1)
+            num_new = min(num_uncomputed, budget)
             while (block_ids := self._allocate(request, num_new)) is None:
                 newest = self.running[-1]
-                reserved -= newest.num_uncomputed_tokens > 0
                 self._preempt(newest)
                 if newest is request:
                     return budget
@@ -183,7 +182,6 @@ class Scheduler:
             new_blocks.extend((request.row, first + i, block_id) for i, block_id in enumerate(block_ids))
             scheduled.append((request, num_new))
             budget -= num_new
-            reserved -= 1
             index += 1
         return budget
 

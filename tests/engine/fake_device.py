@@ -5,7 +5,7 @@ A slot that is stale, foreign, unwritten or overwritten changes the token, and t
 `expected_output`, which knows no blocks at all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -15,7 +15,7 @@ from nanovllm.engine.engine import Engine
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 97
@@ -47,9 +47,18 @@ def expected_output(prompt: Sequence[int], max_total_tokens: int, stop_token_ids
 class Done:
     token_ids: list[int]
     failures: dict[int, str] = field(default_factory=dict)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
+    hidden_states: list[dict[int, Any]] = field(default_factory=list)
 
     def result(self) -> ModelRunnerOutput:
-        return ModelRunnerOutput(token_ids=self.token_ids, failures=self.failures)
+        return ModelRunnerOutput(
+            token_ids=self.token_ids,
+            failures=self.failures,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            hidden_states=self.hidden_states,
+        )
 
 
 class FakeDevice:
@@ -157,12 +166,18 @@ def make_request(
     )
 
 
-def run(engine: Engine) -> None:
-    for _ in range(100_000):
+def steps(engine: Engine, limit: int = 10_000) -> Iterator[list[Request]]:
+    """Step by step until nothing is left to do, what each step changed."""
+    for _ in range(limit):
         if not engine.has_work():
             return
-        engine.step()
+        yield engine.step()
     raise AssertionError("the engine does not come to an end")
+
+
+def run(engine: Engine) -> None:
+    for _ in steps(engine):
+        pass
 
 
 def check_output(request: Request) -> None:

@@ -41,6 +41,35 @@ def test_cached_blocks_are_reused_last_and_oldest_first() -> None:
     assert pool.find_prefix([b"a", b"b", b"c"]) == blocks[:2]
 
 
+def test_what_caches_nothing_is_handed_out_before_what_does() -> None:
+    pool = BlockPool(3)
+    cached, other = pool.allocate(1), pool.allocate(1)
+    assert cached is not None and other is not None
+    pool.publish(cached[0], b"a")
+    pool.release(cached)
+    pool.release(other)
+    assert pool.allocate(2) == [other[0], 2]
+    assert pool.find_prefix([b"a"]) == cached
+
+
+def test_a_block_keeps_the_hash_that_it_was_published_with() -> None:
+    pool = BlockPool(2)
+    pool.publish(0, b"a")
+    pool.publish(0, b"b")
+    assert pool.find_prefix([b"b"]) == []
+    assert pool.find_prefix([b"a"]) == [0]
+
+
+def test_a_cache_that_was_emptied_fills_again() -> None:
+    pool = BlockPool(1)
+    pool.publish(0, b"a")
+    pool.forget_cached()
+    pool.publish(0, b"b")
+    assert pool.find_prefix([b"b"]) == [0]
+    assert pool.allocate(1) == [0]
+    assert pool.find_prefix([b"b"]) == []
+
+
 def test_of_equal_blocks_the_first_is_found() -> None:
     pool = BlockPool(2)
     pool.publish(0, b"a")
@@ -53,5 +82,6 @@ def test_of_equal_blocks_the_first_is_found() -> None:
 def test_a_hash_covers_the_whole_history() -> None:
     one = hash_block(b"", [1, 2])
     assert one == hash_block(b"", (1, 2))
+    assert len(one) == 16, "128 bits: a collision is out of reach"
     assert len({one, hash_block(b"", [2, 1]), hash_block(b"salt", [1, 2]), hash_block(one, [1, 2])}) == 4
     assert hash_block(b"", [1 << 32]) != hash_block(b"", [0])

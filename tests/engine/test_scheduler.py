@@ -8,7 +8,15 @@ import pytest
 from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.request import RequestStatus
 from nanovllm.engine.scheduler_output import SchedulerOutput
-from tests.engine.fake_device import check_nothing_leaked, check_output, expected_output, make_engine, make_request, run
+from tests.engine.fake_device import (
+    check_nothing_leaked,
+    check_output,
+    expected_output,
+    make_engine,
+    make_request,
+    run,
+    steps,
+)
 
 
 @pytest.mark.parametrize("overlap_depth", [1, 2, 3])
@@ -19,8 +27,7 @@ def test_preempted_newest_comes_back_with_the_same_tokens(overlap_depth: int) ->
     engine.add_request(old)
     engine.add_request(new)
     preempted = set()
-    while engine.has_work():
-        engine.step()
+    for _ in steps(engine):
         preempted |= {r.request_id for r in (old, new) if r.status is RequestStatus.WAITING and r.row < 0}
     assert preempted == {"new"}
     for request in (old, new):
@@ -34,8 +41,9 @@ def test_preempted_request_finds_its_own_blocks_again() -> None:
     first, second = make_request(range(40), 24), make_request(range(40, 52), 24)
     engine.add_request(first)
     engine.add_request(second)
-    while not engine.scheduler.stats.num_preemptions:
-        engine.step()
+    for _ in steps(engine):
+        if engine.scheduler.stats.num_preemptions:
+            break
     assert second.status is RequestStatus.WAITING
     num_tokens = second.num_tokens
     first_blocks_end = len(device.plans)
@@ -151,8 +159,8 @@ def test_waiting_requests_hold_no_blocks_and_come_in_order() -> None:
     order = []
     for request in requests:
         engine.add_request(request)
-    while engine.has_work():
-        order += [request.request_id for request in engine.step() if request.is_finished]
+    for changed in steps(engine):
+        order += [request.request_id for request in changed if request.is_finished]
         assert sum(bool(request.block_ids) for request in requests) <= 2
     assert order == sorted(order)
 
@@ -202,8 +210,7 @@ def test_a_request_that_needs_its_tokens_on_the_host_waits_and_nobody_else_does(
     other = make_request(range(5, 9), 30, name="other")
     engine.add_request(careful)
     engine.add_request(other)
-    while engine.has_work():
-        engine.step()
+    for _ in steps(engine):
         assert careful.num_pending_tokens <= 1
     assert all(-1 not in plan.token_ids for plan in device.plans) == (overlap_depth == 1)
     assert len(device.plans) == 30, "the other one ran in every step"
@@ -315,8 +322,8 @@ def test_a_request_that_failed_ends_and_the_others_go_on(overlap_depth: int) -> 
 
     device.execute = fail_once  # type: ignore[method-assign]
     ended = []
-    while engine.has_work():
-        ended += [request for request in engine.step() if request.is_finished]
+    for changed in steps(engine):
+        ended += [request for request in changed if request.is_finished]
     assert ended == [failing, other]
     assert (failing.finish_reason, failing.error) == ("error", "the processor raised KeyError: 'x'")
     expected = expected_output(range(5), 25, frozenset())

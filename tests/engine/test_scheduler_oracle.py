@@ -82,6 +82,8 @@ def run_random_workload(seed: int) -> tuple[int, int]:
         assert device.num_tokens_per_step[-1:] <= [engine.scheduler.max_num_batched_tokens]
         holders = [r for r in requests if r.block_ids]
         assert len(holders) <= max_num_seqs
+        assert all(r.num_published_blocks <= len(r.block_ids) for r in requests)
+        assert all(r.num_uncomputed_tokens <= 1 for r in engine.scheduler.running[:-1]), "only the newest is cut"
     assert not engine.has_work(), "the engine does not come to an end"
     for request in requests:
         assert request.is_finished
