@@ -1,15 +1,12 @@
-"""Tokenizer: text to token ids and back, by a Hugging Face tokenizer; DetokenizerStream: the same back, token by token.
+"""Tokenizer: text to token ids and back, by a Hugging Face tokenizer.
 
-Owns special tokens around prompts, chat templates and incremental text. Does not own where tokenizers come from
-(`model_files/`). Invariant: the pieces of a DetokenizerStream, `flush` included, add up to `Tokenizer.decode` of all
-ids, and no piece but the last ends inside a character.
+Owns special tokens around prompts. Does not own where tokenizers come from (`model_files/`), how ids become text
+(`detokenizer.py`) and conversations a prompt (`chat_template.py`). Invariant: `decode` gives what a stream would.
 
 transformers is imported only where it is needed (a chat template, a model folder): importing it takes longer than
 building a tokenizer.
 """
 
-import codecs
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +14,14 @@ from typing import Any
 
 import tokenizers
 
+from nanovllm.detokenizer import (
+    BytesOfTokens,
+    DetokenizerStream,
+    FixedScheme,
+    TextsOfTokens,
+    TokenTables,
+    find_fixed_scheme,
+)
 from nanovllm.model_files.locate import locate_model, only_gguf_file
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -41,7 +46,7 @@ class Tokenizer:
         self._backend = backend
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
-        self._token_bytes: dict[int, bytes] = {}
+        self._token_tables: dict[bool, TokenTables] = {}  # by skip_special_tokens
 
     @cached_property
     def hf(self) -> Any:
@@ -93,11 +98,17 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids. Bytes that are no UTF-8 become U+FFFD; ids that are no token become nothing."""
+        stream = DetokenizerStream(self, skip_special_tokens)
+        return stream.feed(token_ids) + stream.flush()
+
+    def decode_whole(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """As the package that the tokenizer comes from decodes it. For schemes that are no fixed ones."""
         if self._backend is None:
-            return self.hf.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            text: str = self.hf.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            return text
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def to_json(self) -> str:
         """All of it as text in the format of the tokenizers package. Raises ValueError if it is not one of those."""
@@ -106,11 +117,17 @@ class Tokenizer:
         return self._backend.to_str()
 
     @cached_property
-    def is_byte_level(self) -> bool:
-        """Whether a token's text is a fixed string of bytes, as in GPT-2's scheme."""
-        if self._backend is None or self._backend.decoder is None:
-            return False
-        return json.loads(self._backend.decoder.__getstate__())["type"] == "ByteLevel"
+    def fixed_scheme(self) -> FixedScheme | None:
+        return find_fixed_scheme(self._backend)
+
+    def token_tables(self, skip_special_tokens: bool) -> TokenTables:
+        """Only where there is a `fixed_scheme`."""
+        if skip_special_tokens not in self._token_tables:
+            assert self._backend is not None and self.fixed_scheme is not None
+            left_out = self.special_ids if skip_special_tokens else frozenset[int]()
+            bytes_of = BytesOfTokens(self._backend, self.fixed_scheme.to_bytes, left_out)
+            self._token_tables[skip_special_tokens] = TokenTables(bytes_of, TextsOfTokens(bytes_of))
+        return self._token_tables[skip_special_tokens]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -118,72 +135,6 @@ class Tokenizer:
         if self._backend is None:
             return frozenset(self.hf.all_special_ids)
         return frozenset(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 bytes of one token; only for byte-level tokenizers."""
-        token_bytes = self._token_bytes.get(token_id)
-        if token_bytes is None:
-            token = (self._backend.id_to_token(token_id) if self._backend is not None else None) or ""
-            try:
-                token_bytes = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-            except KeyError:  # an added token, which is stored as it is
-                token_bytes = token.encode()
-            self._token_bytes[token_id] = token_bytes
-        return token_bytes
-
-
-class DetokenizerStream:
-    """Text of one request's output, as its tokens arrive."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool, spaces_between_special_tokens: bool = True
-    ) -> None:
-        self._tokenizer = tokenizer
-        # Ids that stand beside each other without a space.
-        self._joined_ids = frozenset() if spaces_between_special_tokens else tokenizer.special_ids
-        self._is_after_joined = False
-        self._skip_special_tokens = skip_special_tokens
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._is_byte_level = tokenizer.is_byte_level
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # Without byte-level tokens, text depends on neighbours: decode a short window twice, with and without its end.
-        #     [ ids whose text was the last piece | ids without text yet ]
-        self._window: list[int] = []
-        self._window_text = ""
-        self._num_emitted = 0  # leading ids of the window whose text, `_window_text`, is out
-
-    def step(self, token_id: int) -> str:
-        """Take the next token. Returns the new text, "" while a character is incomplete."""
-        if token_id in self._skipped_ids:
-            return ""
-        is_joined = token_id in self._joined_ids
-        piece = self._piece(token_id)
-        if is_joined and self._is_after_joined:
-            piece = piece.removeprefix(" ")
-        self._is_after_joined = is_joined
-        return piece
-
-    def _piece(self, token_id: int) -> str:
-        if self._is_byte_level:
-            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if text.endswith("\ufffd") or len(text) <= len(self._window_text):
-            return ""
-        piece = text[len(self._window_text) :]
-        del self._window[: self._num_emitted]
-        self._num_emitted = len(self._window)
-        self._window_text = self._decode(self._window)
-        return piece
-
-    def flush(self) -> str:
-        """End of the output. Returns what an incomplete character leaves: U+FFFD, or nothing."""
-        if self._is_byte_level:
-            return self._utf8.decode(b"", final=True)
-        return self._decode(self._window)[len(self._window_text) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
 
 def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:
@@ -232,14 +183,3 @@ def _from_folder(path: Path) -> Tokenizer:
         backend.no_truncation()
         backend.no_padding()
     return Tokenizer(lambda: hf, backend, eos_token_id=hf.eos_token_id, bos_token_id=hf.bos_token_id)
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: bytes that print stand for themselves, the other 68 for the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in printable)
-    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_of_character()

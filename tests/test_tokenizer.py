@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.tokenizer import DetokenizerStream, Tokenizer, load_tokenizer
+from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.tokenizer import Tokenizer, load_tokenizer
 from tests.gguf_files import byte_level_keys, sentencepiece_keys, write_gguf
 
 TEMPLATE = (

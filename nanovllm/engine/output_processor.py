@@ -7,11 +7,12 @@ queues belong to the scheduler. Invariant: text only ever grows, and is cut at a
 from collections.abc import Sequence
 from typing import Any
 
+from nanovllm.detokenizer import DetokenizerStream
 from nanovllm.engine.logprobs import LogprobsDecoder, cumulative_logprob
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind
-from nanovllm.tokenizer import DetokenizerStream, Tokenizer
+from nanovllm.tokenizer import Tokenizer
 
 
 class _PartialText:

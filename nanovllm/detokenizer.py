@@ -1,0 +1,252 @@
+"""DetokenizerStream: token ids become text as they arrive, and there is no other way: a text is what its stream gave.
+
+Owns incremental text. In the schemes that nearly all language models use (GPT-2's byte-level tokens, SentencePiece's
+with byte fallback) a token stands for the same bytes wherever it is, so a text is these bytes as UTF-8. For any other
+scheme a short window is decoded with and without its newest token. Invariant: pieces only ever add up, and no piece but
+the last ends inside a character; bytes that are no UTF-8 become U+FFFD.
+
+As vLLM's, the text of an output goes on where its prompt ended: SentencePiece's first space is taken off a text that
+stands alone, and kept where a prompt is before it.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import tokenizers
+
+if TYPE_CHECKING:
+    from nanovllm.tokenizer import Tokenizer
+
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_MAX_WAITING = 16  # tokens of one character, and then some: a window without text for longer holds no character
+
+
+class BytesOfTokens(dict[int, bytes]):
+    """Token id -> UTF-8 bytes, found when asked for; nothing for ids that are no token, or left out."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, to_bytes: Callable[[str], bytes], left_out: frozenset[int]):
+        super().__init__(dict.fromkeys(left_out, b""))
+        self._backend = backend
+        self._to_bytes = to_bytes
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        value = self[token_id] = b"" if token is None else self._to_bytes(token)
+        return value
+
+
+class TextsOfTokens(dict[int, str | None]):
+    """Token id -> its text, where that begins and ends with a character; else None."""
+
+    def __init__(self, bytes_of: BytesOfTokens) -> None:
+        super().__init__()
+        self._bytes_of = bytes_of
+
+    def __missing__(self, token_id: int) -> str | None:
+        value: str | None
+        try:
+            value = self._bytes_of[token_id].decode()
+        except UnicodeDecodeError:
+            value = None
+        self[token_id] = value
+        return value
+
+
+class TokenTables(NamedTuple):
+    """What each token stands for, shared by all streams of a tokenizer that leave out the same tokens."""
+
+    bytes_of: BytesOfTokens
+    text_of: TextsOfTokens
+
+
+class FixedScheme(NamedTuple):
+    """How a token becomes bytes; num_spaces: how many a text that stands alone loses at its beginning."""
+
+    to_bytes: Callable[[str], bytes]
+    num_spaces: int
+
+
+def find_fixed_scheme(backend: tokenizers.Tokenizer | None) -> FixedScheme | None:
+    """The scheme of a tokenizer's decoder; None where a token's text depends on the tokens beside it."""
+    if backend is None or backend.decoder is None:
+        return None
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    replaced: list[tuple[str, str]] = []
+    is_byte_level = has_byte_tokens = False
+    num_spaces = 0
+    for index, step in enumerate(steps):
+        match step:
+            case {"type": "ByteLevel"}:
+                is_byte_level = True
+            case {"type": "ByteFallback"}:
+                has_byte_tokens = True
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if len(old) == 1:
+                replaced.append((old, new))
+            case {"type": "Fuse"}:
+                pass
+            case {"type": "Strip", "content": " ", "start": int(num_spaces), "stop": 0} if (
+                index == len(steps) - 1 and steps[index - 1]["type"] == "Fuse"
+            ):
+                pass
+            case _:
+                return None
+    if is_byte_level:
+        return FixedScheme(_byte_level, 0) if len(steps) == 1 else None
+
+    def to_bytes(token: str) -> bytes:
+        for old, new in replaced:
+            token = token.replace(old, new)
+        byte = _BYTE_TOKEN.fullmatch(token) if has_byte_tokens else None
+        return bytes([int(byte[1], 16)]) if byte else token.encode()
+
+    return FixedScheme(to_bytes, num_spaces) if "Fuse" in [step["type"] for step in steps] else None
+
+
+class DetokenizerStream:
+    """Text of one sequence of tokens, as they arrive.
+
+    spaces_between_special_tokens=False puts special tokens beside each other without a space. follows_text: the
+    sequence goes on after a prompt; otherwise it is a text by itself.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool = True,
+        *,
+        follows_text: bool = False,
+    ) -> None:
+        self._joined_ids = frozenset() if spaces_between_special_tokens else tokenizer.special_ids
+        self._is_after_joined = False
+        scheme = tokenizer.fixed_scheme
+        self._pieces: _FixedPieces | _WindowPieces
+        if scheme is not None:
+            num_spaces = 0 if follows_text else scheme.num_spaces
+            self._pieces = _FixedPieces(tokenizer.token_tables(skip_special_tokens), num_spaces)
+        else:
+            left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
+            self._pieces = _WindowPieces(lambda ids: tokenizer.decode_whole(ids, skip_special_tokens), left_out)
+        self._step, self._feed = self._pieces.step, self._pieces.feed
+
+    def step(self, token_id: int) -> str:
+        """Take the next token. Returns the new text, "" while a character is incomplete."""
+        if not self._joined_ids:
+            return self._step(token_id)
+        is_joined = token_id in self._joined_ids
+        piece = self._step(token_id)
+        if is_joined and self._is_after_joined:
+            piece = piece.removeprefix(" ")
+        self._is_after_joined = is_joined
+        return piece
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Take the next tokens; the new text."""
+        return "".join([self.step(token_id) for token_id in token_ids]) if self._joined_ids else self._feed(token_ids)
+
+    def peek(self, token_id: int) -> str:
+        """What `step` would return, without taking the token."""
+        return self._pieces.peek(token_id)
+
+    def flush(self) -> str:
+        """End of the sequence. Returns what an incomplete character leaves: U+FFFD, or nothing."""
+        return self._pieces.flush()
+
+
+class _FixedPieces:
+    def __init__(self, tables: TokenTables, num_spaces: int) -> None:
+        self._bytes_of, self._text_of = tables
+        self._num_spaces = num_spaces  # that the text may still lose at its beginning
+        self._utf8 = _UTF8("replace")
+        self._is_inside = False  # a character, whose first bytes the decoder holds
+
+    def step(self, token_id: int) -> str:
+        text = None if self._is_inside else self._text_of[token_id]
+        if text is None:
+            return self.feed((token_id,))
+        return self._without_first_spaces(text) if self._num_spaces else text
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        bytes_of = self._bytes_of
+        text = self._utf8.decode(b"".join([bytes_of[token_id] for token_id in token_ids]))
+        self._is_inside = bool(self._utf8.getstate()[0])
+        return self._without_first_spaces(text) if self._num_spaces else text
+
+    def peek(self, token_id: int) -> str:
+        text = None if self._is_inside else self._text_of[token_id]
+        if text is not None:
+            return text
+        utf8 = _UTF8("replace")
+        utf8.setstate(self._utf8.getstate())
+        return utf8.decode(self._bytes_of[token_id])
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _without_first_spaces(self, text: str) -> str:
+        while text.startswith(" ") and self._num_spaces:
+            text = text[1:]
+            self._num_spaces -= 1
+        if text:
+            self._num_spaces = 0
+        return text
+
+
+class _WindowPieces:
+    """[ ids whose text was the last piece | ids without text yet ]"""
+
+    def __init__(self, decode: Callable[[list[int]], str], left_out: frozenset[int]) -> None:
+        self._decode = decode
+        self._left_out = left_out
+        self._window: list[int] = []
+        self._window_text = ""
+        self._num_emitted = 0  # leading ids of the window whose text, `_window_text`, is out
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        return "".join([self.step(token_id) for token_id in token_ids])
+
+    def step(self, token_id: int) -> str:
+        if token_id in self._left_out:
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        is_waiting = text.endswith("\ufffd") and len(self._window) - self._num_emitted < _MAX_WAITING
+        if is_waiting or len(text) <= len(self._window_text):
+            return ""
+        piece = text[len(self._window_text) :]
+        del self._window[: self._num_emitted]
+        self._num_emitted = len(self._window)
+        self._window_text = self._decode(self._window)
+        return piece
+
+    def peek(self, token_id: int) -> str:
+        if token_id in self._left_out:
+            return ""
+        text = self._decode([*self._window, token_id])
+        return "" if text.endswith("\ufffd") else text[len(self._window_text) :]
+
+    def flush(self) -> str:
+        return self._decode(self._window)[len(self._window_text) :]
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+    except KeyError:  # an added token, which is stored as it is
+        return token.encode()
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table: bytes that print stand for themselves, the other 68 for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
