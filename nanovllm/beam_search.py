@@ -7,11 +7,36 @@ is more likely than one that was kept.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from nanovllm.options import accepting, check_fields, option, takes_options
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
-from nanovllm.sampling_params import BeamSearchParams, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 
 Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
+
+
+@takes_options
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """Parameters of `LLM.beam_search`. Raises TypeError for a wrong type or name and ValueError out of range.
+
+    beam_width: sequences that are kept at a time, and returned.
+    max_tokens: at most this many output tokens.
+    ignore_eos: go on past the model's end-of-sequence tokens.
+    temperature: logits are divided by it; 0 and 1 leave them as they are.
+    length_penalty: sequences are compared by their log-probability divided by this power of their length, prompt
+        included; above 0 it favours long ones.
+    """
+
+    beam_width: int = field(metadata=accepting(low=1))
+    max_tokens: int = field(metadata=accepting(low=1))
+    ignore_eos: bool = False
+    temperature: float = option(0.0, low=0, words="0 or more")
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def beam_search(

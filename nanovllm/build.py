@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.config import DTYPES, EngineConfig, ModelConfig
+from nanovllm.config import DTYPES, EngineConfig, ModelConfig, ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.engine import Engine
@@ -26,7 +26,7 @@ from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner
 from nanovllm.kernels.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
-from nanovllm.sampling_params import StructuredOutputsParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -49,7 +49,7 @@ class StartTimes:
 class EngineParts:
     """What `LLM` works with. config: resolved. generation_config: the model's generation_config.json."""
 
-    config: EngineConfig
+    config: ResolvedConfig
     model_config: ModelConfig
     engine: Engine | DataParallelEngine
     num_blocks: int  # of the smallest KV cache
@@ -88,9 +88,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
             encode=tokenizer.encode if tokenizer else None,
             vocab_size=model_config.vocab_size,
             num_layers=model_config.num_layers,
-            max_model_len=_known(config.max_model_len),
+            max_model_len=config.max_model_len,
             eos_token_ids=eos_token_ids,
-            num_cache_tokens=num_blocks * _known(config.block_size),
+            num_cache_tokens=num_blocks * config.block_size,
             seed=config.seed,
             length_dependent_from=model_config.length_dependent_from,
             long_from=model_config.long_from,
@@ -104,13 +104,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     )
 
 
-def _known(value: int | None) -> int:
-    assert value is not None, "EngineConfig.resolve decides this"
-    return value
-
-
 def _start_engine(
-    config: EngineConfig,
+    config: ResolvedConfig,
     model_config: ModelConfig,
     checkpoint: Checkpoint,
     device: torch.device,
@@ -134,23 +129,22 @@ def _start_engine(
     executor, times = _start_executor(config, model_config, checkpoint, device)
     scheduler = Scheduler(
         num_blocks=executor.num_blocks,
-        block_size=_known(config.block_size),
-        max_num_seqs=_known(config.max_num_seqs),
-        max_num_batched_tokens=_known(config.max_num_batched_tokens),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
     )
-    engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), _known(config.overlap_depth))
+    engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
     return engine, executor.num_blocks, times
 
 
-def _replica_setups(config: EngineConfig, device: torch.device) -> list[ReplicaSetup]:
+def _replica_setups(config: ResolvedConfig, device: torch.device) -> list[ReplicaSetup]:
     """One engine on each device, or on each group of tensor-parallel devices; on a CPU they share its memory."""
     size, tp_size = config.data_parallel_size, config.tensor_parallel_size
     num_threads = max(1, torch.get_num_threads() // size)
     config = replace(config, data_parallel_size=1, revision=None)
     if device.type == "cpu":
-        assert config.gpu_memory_utilization is not None
         config = replace(config, gpu_memory_utilization=config.gpu_memory_utilization / size)
         return [ReplicaSetup(config, num_threads)] * size
     first = device.index or 0
@@ -158,7 +152,7 @@ def _replica_setups(config: EngineConfig, device: torch.device) -> list[ReplicaS
 
 
 def _start_executor(
-    config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device
+    config: ResolvedConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device
 ) -> tuple[Executor, RunnerTimes]:
     """Who computes, with model and KV cache: this process, workers of its own, or this one of a launcher's ranks."""
     backend = config.distributed_executor_backend

@@ -1,33 +1,47 @@
-"""EngineConfig (what the user chose) and ModelConfig (what a Hugging Face config.json says); both frozen.
+"""EngineConfig (what the user chose), ResolvedConfig (what runs) and ModelConfig (what a config.json says); all frozen.
 
 Owns the options and their bounds; `models/hf_config.py` reads a config.json. Invariant: nothing measured is ever
 written back here; the number of KV blocks, say, is a result of loading and lives with the engine. Dtypes are strings,
 so that this file needs no torch.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.errors import reject_unknown_options
+from nanovllm.options import accepting, check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-EXECUTOR_BACKENDS = ("uni", "mp", "external_launcher")
-COMPILATIONS = ("kernels", "inductor", "none")
-_POSITIVE_INTEGERS = (
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "kv_cache_memory_bytes",
-    "num_gpu_blocks_override",
-    "overlap_depth",
-    "tensor_parallel_size",
-    "data_parallel_size",
-)
 
 
+def _read_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _read_model(value: Any) -> str:
+    value = _read_path(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"model must be a folder, a .gguf file, a Hub name or 'demo', got {value!r}")
+    return value
+
+
+def _read_torch_name(value: Any) -> Any:
+    """The name of a torch.dtype or torch.device."""
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+
+
+def _read_dtype(value: Any) -> Any:
+    name = _read_torch_name(value)
+    return {"half": "float16", "float": "float32"}.get(name, name) if isinstance(name, str) else name
+
+
+def _read_max_model_len(value: Any) -> Any:
+    return None if isinstance(value, int) and value == -1 else value  # vLLM's other word for "the model's own"
+
+
+@takes_options
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Options of `LLM(model, ...)`, with vLLM's names. Raises TypeError or ValueError that names option and value.
@@ -73,94 +87,37 @@ class EngineConfig:
         every request before its own `SamplingParams.logits_processors`.
     """
 
-    model: str
-    tokenizer: str | None = None
+    model: str = field(metadata=accepting(read=_read_model, has_flag=False))  # each command takes it in its own way
+    tokenizer: str | None = option(None, read=_read_path)
     revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    gpu_memory_utilization: float | None = None
-    kv_cache_memory_bytes: int | None = None
-    num_gpu_blocks_override: int | None = None
-    block_size: int | None = None
+    dtype: str = option("auto", choices=("auto", *DTYPES), read=_read_dtype)
+    device: str = option("auto", read=_read_torch_name)
+    max_model_len: int | None = option(None, low=1, read=_read_max_model_len)
+    max_num_seqs: int | None = option(None, low=1)
+    max_num_batched_tokens: int | None = option(None, low=1)
+    gpu_memory_utilization: float | None = option(None, above=0, high=1)
+    kv_cache_memory_bytes: int | None = option(None, low=1)
+    num_gpu_blocks_override: int | None = option(None, low=1)
+    block_size: int | None = option(None, choices=(None, 8, 16, 32, 64))
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
-    compilation: str = "kernels"
+    compilation: str = option("kernels", choices=("kernels", "inductor", "none"))
     dependent_launch: bool = True
-    overlap_depth: int | None = None
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    distributed_executor_backend: str | None = None
+    overlap_depth: int | None = option(None, low=1)
+    tensor_parallel_size: int = option(1, low=1)
+    data_parallel_size: int = option(1, low=1)
+    distributed_executor_backend: str | None = option(None, choices=(None, "uni", "mp", "external_launcher"))
     disable_custom_all_reduce: bool = False
-    distributed_timeout_seconds: float = 300.0
-    seed: int = 0
-    load_format: str = "auto"
+    distributed_timeout_seconds: float = option(300.0, above=0, words="more than 0 and finite")
+    seed: int = option(0, read=lambda seed: 0 if seed is None else seed)
+    load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))
     skip_tokenizer_init: bool = False
     deterministic: bool = False
-    logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = ()
-
-    def __new__(cls, *args: object, **options: object) -> "EngineConfig":
-        if "trust_remote_code" in options:
-            raise TypeError("EngineConfig has no option 'trust_remote_code': remote code is never run, drop the option")
-        reject_unknown_options("EngineConfig", options, [option.name for option in fields(cls)])
-        return super().__new__(cls)
+    logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = option((), has_flag=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"model must be a folder, a .gguf file, a Hub name or 'demo', got {self.model!r}")
-        for name, allowed in (
-            ("dtype", ("auto", *DTYPES)),
-            ("load_format", LOAD_FORMATS),
-            ("compilation", COMPILATIONS),
-            ("block_size", (None, 8, 16, 32, 64)),
-            ("distributed_executor_backend", (None, *EXECUTOR_BACKENDS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name in _POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in (
-            "enable_prefix_caching",
-            "enable_chunked_prefill",
-            "enforce_eager",
-            "dependent_launch",
-            "disable_custom_all_reduce",
-            "skip_tokenizer_init",
-            "deterministic",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("device", "tokenizer", "revision"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name == "device"):
-                raise TypeError(f"{name} must be a string, got {value!r}")
-        utilization = self.gpu_memory_utilization
-        if utilization is not None and (isinstance(utilization, bool) or not isinstance(utilization, (int, float))):
-            raise TypeError(f"gpu_memory_utilization must be a number, got {utilization!r}")
-        if utilization is not None and not 0 < utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {utilization}")
-        if not isinstance(self.logits_processors, (list, tuple)) or not all(map(callable, self.logits_processors)):
-            raise TypeError(
-                f"logits_processors must be a list of functions (token_ids, logits) -> logits, got "
-                f"{self.logits_processors!r}"
-            )
-        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {self.seed!r}")
-        timeout = self.distributed_timeout_seconds
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise TypeError(f"distributed_timeout_seconds must be a number, got {timeout!r}")
-        if not 0 < timeout < float("inf"):
-            raise ValueError(f"distributed_timeout_seconds must be more than 0 and finite, got {timeout}")
+        check_fields(self)
         if self.data_parallel_size > 1 and self.distributed_executor_backend == "external_launcher":
             raise ValueError(
                 f"data_parallel_size must be 1 with distributed_executor_backend='external_launcher', got "
@@ -187,8 +144,8 @@ class EngineConfig:
                 f"({self.max_num_seqs}), so that every running request gets a token in every step"
             )
 
-    def resolve(self, model_config: "ModelConfig", device_type: str) -> "EngineConfig":
-        """A new config with every None decided for this model and device ("cpu" or "cuda").
+    def resolve(self, model_config: "ModelConfig", device_type: str) -> "ResolvedConfig":
+        """The config with everything that was left open decided for this model and device ("cpu" or "cuda").
 
         Raises ValueError if max_model_len is more than the model was made for, or if the model has a part that cannot
         be computed as `deterministic` asks.
@@ -211,19 +168,33 @@ class EngineConfig:
                 "enable_chunked_prefill=False; raise it, lower max_model_len, or leave chunked prefill on"
             )
         batched = self.max_num_batched_tokens or max(16384 if on_gpu else 2048, self.max_num_seqs or 1, whole)
-        return replace(
-            self,
-            dtype=model_config.dtype,
-            device=device_type if self.device == "auto" else self.device,
-            max_model_len=self.max_model_len or model_len,
-            max_num_batched_tokens=batched,
-            max_num_seqs=self.max_num_seqs or min(batched, 512 if on_gpu else 64),
-            gpu_memory_utilization=self.gpu_memory_utilization or (0.9 if on_gpu else 0.3),
-            block_size=self.block_size or (64 if on_gpu else 16),
-            distributed_executor_backend=self.distributed_executor_backend
+        decided = {
+            "dtype": model_config.dtype,
+            "device": device_type if self.device == "auto" else self.device,
+            "max_model_len": self.max_model_len or model_len,
+            "max_num_batched_tokens": batched,
+            "max_num_seqs": self.max_num_seqs or min(batched, 512 if on_gpu else 64),
+            "gpu_memory_utilization": self.gpu_memory_utilization or (0.9 if on_gpu else 0.3),
+            "block_size": self.block_size or (64 if on_gpu else 16),
+            "distributed_executor_backend": self.distributed_executor_backend
             or ("uni" if self.tensor_parallel_size == 1 else "mp"),
-            overlap_depth=self.overlap_depth or (2 if on_gpu else 1),
-        )
+            "overlap_depth": self.overlap_depth or (2 if on_gpu else 1),
+        }
+        return ResolvedConfig(**{**vars(self), **decided})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig in which nothing is left open: what `EngineConfig.resolve` makes, and all parts work with."""
+
+    dtype: str = field()
+    max_model_len: int = field()
+    max_num_seqs: int = field()
+    max_num_batched_tokens: int = field()
+    gpu_memory_utilization: float = field()
+    block_size: int = field()
+    overlap_depth: int = field()
+    distributed_executor_backend: str = field()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.block_pool import hash_block
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request, RequestStatus
@@ -28,7 +28,7 @@ from nanovllm.executor.worker import RunnerTimes
 class ReplicaSetup:
     """config: of one replica, resolved, its model a path. num_threads: for a CPU."""
 
-    config: EngineConfig
+    config: ResolvedConfig
     num_threads: int
 
 
@@ -85,9 +85,8 @@ class _Placed(NamedTuple):
 
 
 class DataParallelEngine:
-    def __init__(self, config: EngineConfig, setups: list[ReplicaSetup], output_processor: OutputProcessor) -> None:
+    def __init__(self, config: ResolvedConfig, setups: list[ReplicaSetup], output_processor: OutputProcessor) -> None:
         """config: of the whole, resolved. Raises what the replicas raise while they start."""
-        assert config.block_size is not None
         self.output_processor = output_processor
         self._block_size = config.block_size
         self._timeout = config.distributed_timeout_seconds

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanovllm.beam_search import beam_search
+from nanovllm.beam_search import BeamSearchParams, beam_search
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Request
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
-from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, skip_prefix
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
@@ -187,7 +187,6 @@ class LLM:
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, got {params!r}")
         max_model_len = self.config.max_model_len
-        assert max_model_len is not None, "EngineConfig.resolve decides this"
         longest = max_model_len - params.max_tokens
         token_ids = [self._input_processor.read_prompt(p, f"prompts[{i}]") for i, p in enumerate(_as_list(prompts))]
         for i, ids in enumerate(token_ids):

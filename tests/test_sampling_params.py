@@ -2,8 +2,10 @@
 
 import dataclasses
 import pickle
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import SamplingParams, StructuredOutputsParams
@@ -11,7 +13,7 @@ from nanovllm import SamplingParams, StructuredOutputsParams
 WRONG_VALUES: list[tuple[str, Any]] = [
     *[("temperature", value) for value in (-0.1, float("nan"), float("inf"), -float("inf"))],
     *[("top_k", value) for value in (-2, -100)],
-    *[("top_p", value) for value in (0, -0.5, 1.0001, float("nan"), float("inf"))],
+    *[("top_p", value) for value in (0, 1e-50, -0.5, 1.0001, float("nan"), float("inf"))],
     *[("min_p", value) for value in (-0.001, 1.5, float("nan"))],
     *[("max_tokens", value) for value in (0, -1)],
     *[("n", value) for value in (0, -1, 16_385)],
@@ -19,17 +21,19 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *[("min_tokens", value) for value in (-1, 17)],
     *[("seed", value) for value in (2**64, -(2**63) - 1)],
     *[(f"{kind}_penalty", value) for kind in ("presence", "frequency") for value in (-2.01, 2.5, float("nan"))],
-    *[("repetition_penalty", value) for value in (0, -1.0, float("nan"), float("inf"))],
+    *[("repetition_penalty", value) for value in (0, -1.0, float("nan"), float("inf"), 1e-50, 1e4)],
     *[(name, value) for name in ("logprobs", "prompt_logprobs") for value in (-2, -100)],
-    *[("logit_bias", {3: value}) for value in (float("nan"), float("-inf"))],
+    *[("logit_bias", {3: value}) for value in (float("nan"), float("-inf"), 1e39, -1e31, 10**400)],
+    ("temperature", 1e39),
+    ("min_tokens", 2**40),
     ("allowed_token_ids", []),
     *[("bad_words", words) for words in (["ok", ""], [" "])],
     ("stop", ""),
     ("stop", ["ok", ""]),
 ]
 WRONG_TYPES: list[tuple[str, Any]] = [
-    *[("temperature", value) for value in ("0.5", None, True, [0.5])],
-    *[("top_k", value) for value in (1.5, "3", None, True)],
+    *[("temperature", value) for value in ("0.5", None, True, [0.5], 1j, np.True_, np.ones(1))],
+    *[("top_k", value) for value in (1.5, "3", None, True, np.True_, np.float64(3), np.ones(2, dtype=int))],
     *[("top_p", value) for value in ("1", None, False)],
     *[("min_p", value) for value in ("0", None)],
     *[("max_tokens", value) for value in (1.0, "16", True)],
@@ -169,11 +173,63 @@ def test_an_instance_stays_what_was_checked() -> None:
     bias[-1] = 0.0
     assert params.logit_bias == {1: 2.0}
     assert params.stop == ("a",)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.temperature = -1  # type: ignore[misc]
+    with pytest.raises(ValueError, match="temperature"):
+        params.temperature = -1
+    assert params.temperature == 0.5
     with pytest.raises(ValueError, match="temperature"):
         dataclasses.replace(params, temperature=-1.0)
     assert dataclasses.replace(params, temperature=1.0).stop == ("a",)
+
+
+def test_a_field_can_be_assigned_with_the_same_checks() -> None:
+    params = SamplingParams(temperature=0.5, max_tokens=4)
+    params.stop = "a"
+    params.stop_token_ids = [np.int64(3)]
+    assert params == SamplingParams(temperature=0.5, max_tokens=4, stop=["a"], stop_token_ids=[3])
+    with pytest.raises(ValueError, match="min_tokens"):
+        params.min_tokens = 5  # what belongs together is checked together
+    with pytest.raises(TypeError, match=r"'temprature'.*'temperature'"):
+        params.temprature = 1.0  # type: ignore[attr-defined]
+    assert params.min_tokens == 0 and not hasattr(params, "temprature")
+
+
+def test_a_clone_is_another_object() -> None:
+    params = SamplingParams(seed=3, stop="a", logit_bias={1: 2.0})
+    clone = params.clone()
+    assert clone == params and clone is not params
+    clone.max_tokens = 5
+    assert params.max_tokens == 16 and clone != params
+    assert pickle.loads(pickle.dumps(clone)) == clone
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        ({"max_tokens": np.int64(5)}, {"max_tokens": 5}),
+        ({"seed": np.uint64(2**64 - 1)}, {"seed": 2**64 - 1}),
+        ({"temperature": np.float32(0.5)}, {"temperature": 0.5}),
+        ({"temperature": np.int8(0)}, {"temperature": 0.0}),
+        ({"top_p": Fraction(1, 2)}, {"top_p": 0.5}),
+        ({"stop_token_ids": list(np.array([3, 4]))}, {"stop_token_ids": (3, 4)}),
+        ({"logit_bias": {np.int64(3): np.float16(1)}}, {"logit_bias": {3: 1.0}}),
+        ({"capture": {"layers": [np.int64(1)]}}, {"capture": {"layers": (1,)}}),
+    ],
+)
+def test_numbers_of_numpy_are_numbers(options: dict[str, Any], meant: dict[str, Any]) -> None:
+    """And plain ones afterwards, which are compared, hashed and sent."""
+    params = SamplingParams(**options)
+    assert params == SamplingParams(**meant)
+    assert repr(params) == repr(SamplingParams(**meant))
+
+
+@pytest.mark.parametrize("bias", [1e30, -1e30])
+@pytest.mark.parametrize("repetition_penalty", [1e-3, 1e3])
+def test_what_is_accepted_stays_finite_in_float32(bias: float, repetition_penalty: float) -> None:
+    """The bounds belong together: a biased logit, penalised, divided by the smallest temperature that is not greedy."""
+    params = SamplingParams(temperature=1.00001e-5, repetition_penalty=repetition_penalty, logit_bias={3: bias})
+    assert not params.is_greedy
+    largest = np.float32(bias) * np.float32(max(repetition_penalty, 1 / repetition_penalty))
+    assert np.isfinite(largest / np.float32(params.temperature))
 
 
 def test_it_travels_to_other_processes() -> None:

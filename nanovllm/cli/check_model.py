@@ -95,7 +95,6 @@ def _report(number: int, num_tokens: int, differences: list[Difference], toleran
 def _random_prompts(llm: LLM) -> list[list[int]]:
     """Some short ones, and one that leaves the smallest sliding window if that is not too long for a CPU."""
     rng = random.Random(0)
-    assert llm.config.max_model_len is not None
     longest = llm.config.max_model_len - 1
     windows = [window for window in llm.model_config.windows if window is not None and window <= _LONGEST_WINDOW]
     lengths = [*_RANDOM_PROMPT_LENGTHS, *(window + _RANDOM_PROMPT_LENGTHS[-1] for window in set(windows))]

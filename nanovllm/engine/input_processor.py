@@ -15,7 +15,8 @@ import numpy as np
 
 from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.request import LONG_SALT, Request
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -86,6 +87,7 @@ class InputProcessor:
         """
         if not isinstance(params, SamplingParams):
             raise TypeError(f"{name}: sampling_params must be SamplingParams, got {type(params).__name__}")
+        params = params.clone()  # the caller may assign to its own
         text, token_ids = self._read_prompt(prompt, name)
         max_total_tokens = self._fit(token_ids, params, name)
         self._check_vocabulary(params, name)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.distributed.process_group import join_group, leave_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 
@@ -19,7 +19,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def join_launched_ranks(
-    config: EngineConfig, device: torch.device
+    config: ResolvedConfig, device: torch.device
 ) -> tuple[TensorParallel, torch.device, Callable[[], None]]:
     """This rank's place, its device, and how to leave. Raises ValueError if the launcher's ranks are not the config's.
 

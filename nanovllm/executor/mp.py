@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.process_group import open_store
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.executor.calls import CallFailed, pickle_function
@@ -36,7 +36,7 @@ class PendingPlan(NamedTuple):
 
 
 class MultiprocessExecutor:
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ResolvedConfig, model_config: ModelConfig, device: torch.device) -> None:
         """config is resolved, its model a path; device: that of rank 0, on a GPU the first of several.
 
         Raises what the workers raise while they load the model.

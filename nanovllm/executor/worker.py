@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.cpu_paged import CpuPagedBackend
 from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.all_reduce import OneShotAllReduce
@@ -47,10 +47,9 @@ class RunnerTimes(NamedTuple):
 
 
 def build_runner(
-    config: EngineConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device, tp: TensorParallel
+    config: ResolvedConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device, tp: TensorParallel
 ) -> tuple[ModelRunner, RunnerTimes]:
     """config is resolved. Raises ValueError for a checkpoint that does not fit, or memory that does not suffice."""
-    assert config.max_model_len and config.block_size
     times = [perf_counter()]
     # Ranks of a launcher have nobody who ends them when one is missing, as NCCL does: a kernel would wait for ever.
     if device.type == "cuda" and config.distributed_executor_backend == "mp" and not config.disable_custom_all_reduce:
@@ -66,7 +65,7 @@ def build_runner(
     )
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
-    def make_runner(config: EngineConfig, num_blocks: int) -> ModelRunner:
+    def make_runner(config: ResolvedConfig, num_blocks: int) -> ModelRunner:
         return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
@@ -91,7 +90,7 @@ def _with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
 
 
 def _load_model(
-    config: EngineConfig,
+    config: ResolvedConfig,
     max_len: int,
     model_config: ModelConfig,
     checkpoint: Checkpoint,
@@ -131,15 +130,14 @@ def _choose_backend(device: torch.device, compilation: str, is_deterministic: bo
 
 
 def plan_num_blocks(
-    config: EngineConfig,
+    config: ResolvedConfig,
     model_config: ModelConfig,
     spec: KVCacheSpec,
     device: torch.device,
     tp: TensorParallel,
-    make_runner: Callable[[EngineConfig, int], ModelRunner],
+    make_runner: Callable[[ResolvedConfig, int], ModelRunner],
 ) -> int:
     """KV blocks that fit beside the model on this rank's device."""
-    assert config.gpu_memory_utilization is not None
     if device.type == "cpu":
         # Pages of host memory are taken when they are first written, so only what requests can use is worth reserving.
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // tp.size  # the ranks share the memory

@@ -5,7 +5,7 @@ Owns nothing but fields. Invariant: everything here can be pickled.
 
 from dataclasses import dataclass
 
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.executor.worker import RunnerTimes
 
 
@@ -16,7 +16,7 @@ class WorkerSetup:
     first_device: the CUDA device of rank 0. num_threads: for a CPU.
     """
 
-    config: EngineConfig
+    config: ResolvedConfig
     model_config: ModelConfig
     device_type: str
     first_device: int

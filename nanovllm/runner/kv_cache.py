@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import LayerCache
 
 
@@ -46,7 +46,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def choose_num_blocks(config: EngineConfig, spec: KVCacheSpec, free_bytes: int) -> int:
+def choose_num_blocks(config: ResolvedConfig, spec: KVCacheSpec, free_bytes: int) -> int:
     """Blocks to allocate. free_bytes: what is left of the memory the engine may use once weights and work space are in.
 
     config is resolved. Raises ValueError if not even one block of the budget fits.
@@ -64,7 +64,6 @@ def choose_num_blocks(config: EngineConfig, spec: KVCacheSpec, free_bytes: int) 
     return num_blocks
 
 
-def useful_num_blocks(config: EngineConfig) -> int:
+def useful_num_blocks(config: ResolvedConfig) -> int:
     """Blocks that max_num_seqs requests of max_model_len can hold; more would only serve the prefix cache."""
-    assert config.max_model_len and config.block_size and config.max_num_seqs
     return -(-config.max_model_len // config.block_size) * config.max_num_seqs

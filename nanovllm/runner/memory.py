@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
 from nanovllm.runner.captured_steps import PromptLayout
 from nanovllm.runner.kv_cache import KVCacheSpec
@@ -19,9 +19,8 @@ from nanovllm.sampling_params import SamplingParams
 _GRAPH_OVERHEAD = 256 * 2**20  # what the driver and the graphs' own pool take beyond the logits
 
 
-def largest_step(config: EngineConfig) -> SchedulerOutput:
+def largest_step(config: ResolvedConfig) -> SchedulerOutput:
     """max_num_seqs requests that fill the token budget and are all sampled, with every stage on; all in KV block 0."""
-    assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len and config.block_size
     num_reqs = config.max_num_seqs
     length = max(1, min(config.max_num_batched_tokens // num_reqs, config.max_model_len))
     params = SamplingParams(
@@ -54,14 +53,13 @@ def largest_step(config: EngineConfig) -> SchedulerOutput:
 
 
 def measure_free_bytes(
-    config: EngineConfig,
+    config: ResolvedConfig,
     model_config: ModelConfig,
     spec: KVCacheSpec,
     device: torch.device,
-    make_runner: Callable[[EngineConfig, int], ModelRunner],
+    make_runner: Callable[[ResolvedConfig, int], ModelRunner],
 ) -> int:
     """Bytes for the KV cache on this CUDA device. make_runner(config, num_blocks): a runner with its own cache."""
-    assert config.gpu_memory_utilization is not None and config.max_num_seqs is not None
     weights = torch.cuda.memory_allocated(device)
     runner = make_runner(replace(config, enforce_eager=True, logits_processors=()), 1)
     runner.compile_ahead()
@@ -76,7 +74,6 @@ def measure_free_bytes(
     elsewhere = total - free - torch.cuda.memory_reserved(device)  # the CUDA context, and other processes
     graphs = 0
     if not config.enforce_eager:
-        assert config.max_num_batched_tokens
         most_tokens, _ = PromptLayout().largest
         work_space = (peak - weights) * min(1.0, most_tokens / config.max_num_batched_tokens)
         logits = config.max_num_seqs * model_config.vocab_size * spec.dtype.itemsize

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, ForwardContext
-from nanovllm.config import EngineConfig, ModelConfig
+from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
 from nanovllm.kernels.dependent_launch import dependent_launch
@@ -70,7 +70,7 @@ def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
 class ModelRunner:
     def __init__(
         self,
-        config: EngineConfig,
+        config: ResolvedConfig,
         model_config: ModelConfig,
         model: Any,
         kv_caches: list[LayerCache],
@@ -78,7 +78,6 @@ class ModelRunner:
         device: torch.device,
     ) -> None:
         """config is resolved; kv_caches as `runner/kv_cache.py` allocates them."""
-        assert config.max_model_len and config.block_size and config.max_num_seqs and config.overlap_depth
         self.model = model
         self.kv_caches = kv_caches
         self.backend = backend

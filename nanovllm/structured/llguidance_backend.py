@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from nanovllm.sampling_params import StructuredOutputsParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 try:
     import llguidance
