@@ -65,12 +65,18 @@ def accepts(of: "Field[Any]") -> Accepts:
 
 
 def takes_options(owner: Owner) -> Owner:
-    """Class decorator of an options dataclass: a name that it does not have raises TypeError with the right one."""
+    """Class decorator of an options dataclass: a name that it does not have raises TypeError with the right one.
+
+    An option of vLLM that is not here may be given with the value that asks for nothing.
+    """
     initialise, known = owner.__init__, {option.name: None for option in fields(owner)}  # type: ignore[misc]
 
     @wraps(initialise)
     def init(self: Any, *args: Any, **given: Any) -> None:
         if not given.keys() <= known.keys():
+            from nanovllm.vllm_options import drop_absent  # a leaf: most options are known
+
+            given = drop_absent(owner.__name__, given)
             reject_unknown_options(owner.__name__, given, known)
         initialise(self, *args, **given)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import EngineConfig
+from nanovllm import EngineConfig, SamplingParams, vllm_options
 from nanovllm.config import ModelConfig, ResolvedConfig, RopeConfig
 from nanovllm.models.registry import read_model_config
 
@@ -61,11 +61,41 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
         EngineConfig(model="m", **{misspelt: 1})
 
 
-@pytest.mark.parametrize("name", ["quantization", "swap_space", "cpu_offload_gb", "trust_remote_code", "max_logprobs"])
-def test_an_unsupported_option_of_vllm_is_refused(name: str) -> None:
-    """W13: never accepted and ignored."""
-    with pytest.raises(TypeError, match=name):
-        EngineConfig(model="m", **{name: None})
+VLLM_OPTIONS: list[tuple[str, list[Any], Any, str]] = [  # (option, what asks for nothing, what asks, what is missing)
+    ("trust_remote_code", [None, False], True, "remote code is never run"),
+    ("quantization", [None], "awq", "quantized weights are not supported"),
+    ("enable_lora", [None, False], True, "LoRA is not supported"),
+    ("swap_space", [None, 0], 16, "nothing is swapped"),
+    ("cpu_offload_gb", [None, 0, 0.0], 4, "weights are not offloaded"),
+    ("tokenizer_mode", ["auto"], "mistral", "one kind of tokenizer"),
+    ("pipeline_parallel_size", [1], 2, "use tensor_parallel_size"),
+    ("enable_sleep_mode", [False], True, "sleeping is not supported"),
+    ("logprobs_mode", ["raw_logprobs"], "processed_logprobs", "are raw"),
+    ("limit_mm_per_prompt", [None, {}], {"image": 1}, "only text"),
+    ("speculative_config", [None], {"num_speculative_tokens": 3}, "speculative decoding is not supported"),
+    ("disable_log_stats", [True], False, r"get_metrics\(\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "nothing", "value", "missing"), VLLM_OPTIONS, ids=str)
+def test_an_option_of_vllm_that_is_not_here(name: str, nothing: list[Any], value: Any, missing: str) -> None:
+    """W13: taken where it asks for nothing, else refused by what it asks for, and not by letters like another's."""
+    for off in nothing:
+        assert EngineConfig(model="m", **{name: off}) == EngineConfig(model="m")
+    with pytest.raises(TypeError, match=rf"{name}=.* is not supported: .*{missing}") as error:
+        EngineConfig(model="m", **{name: value})
+    assert "did you mean" not in str(error.value)
+
+
+def test_how_of_an_option_that_is_off_is_taken() -> None:
+    assert EngineConfig(model="m", enable_lora=False, max_lora_rank=16, max_loras=2) == EngineConfig(model="m")
+
+
+def test_every_option_of_vllm_that_is_not_here_is_really_not_here() -> None:
+    """What has come since is in the class, and out of the table."""
+    for owner in (EngineConfig, SamplingParams):
+        names = {field.name for field in dataclasses.fields(owner)}
+        assert not names & set(vllm_options._ABSENT[owner.__name__])
 
 
 @pytest.mark.parametrize("name", POSITIVE_INTEGERS)

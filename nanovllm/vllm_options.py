@@ -1,0 +1,121 @@
+"""vLLM's options that this engine does not have: the values that ask for nothing, and what the others would ask for.
+
+Owns the table. A leaf: read only where an option is unknown. Invariant: a value is taken only where doing nothing is
+what it asks for; any other is refused with what is missing, or what to use instead.
+"""
+
+from collections.abc import Mapping
+from reprlib import repr as shorten
+from typing import Any
+
+_OFF = (None, False)
+_ANY = None  # says how, where another option says whether
+
+_ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
+    "EngineConfig": {
+        "trust_remote_code": (_OFF, "remote code is never run; leave it out"),
+        "code_revision": ((None,), "remote code is never run"),
+        "quantization": ((None,), "quantized weights are not supported, but for GGUF files, which load_format decides"),
+        "kv_cache_dtype": ((None, "auto"), "the KV cache has the dtype of the model"),
+        "calculate_kv_scales": (_OFF, "a quantized KV cache is not supported"),
+        "enable_lora": (_OFF, "LoRA is not supported; merge the adapter into the weights"),
+        **dict.fromkeys(
+            ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "fully_sharded_loras"), (_ANY, "")
+        ),
+        "default_mm_loras": ((None, {}), "LoRA is not supported"),
+        "speculative_config": ((None, {}), "speculative decoding is not supported"),
+        "enable_sleep_mode": (_OFF, "sleeping is not supported; close() frees the device"),
+        "pipeline_parallel_size": ((None, 1), "pipeline parallelism is not supported; use tensor_parallel_size"),
+        "enable_expert_parallel": (_OFF, "experts are split by tensor_parallel_size only"),
+        "cpu_offload_gb": ((None, 0), "weights are not offloaded; use tensor_parallel_size or a smaller model"),
+        "swap_space": ((None, 0, 4), "nothing is swapped: what is preempted is computed again"),
+        "preemption_mode": ((None, "recompute"), "what is preempted is computed again"),
+        "tokenizer_mode": ((None, "auto", "hf"), "there is one kind of tokenizer, transformers' fast ones"),
+        "tokenizer_revision": ((None,), "a tokenizer is read at the model's revision"),
+        "download_dir": ((None,), "downloads go where HF_HOME says"),
+        "hf_token": (_OFF, "the Hub is asked with the token of HF_TOKEN or `hf auth login`"),
+        "hf_overrides": ((None, {}), "a model is what its config.json says; edit a copy of it"),
+        "hf_config_path": ((None,), "a model is what its config.json says; edit a copy of it"),
+        "config_format": ((None, "auto", "hf"), "only config.json and GGUF files are read"),
+        "rope_scaling": ((None, {}), "set rope scaling in the model's config.json"),
+        "rope_theta": ((None,), "set rope_theta in the model's config.json"),
+        "generation_config": ((None, "auto"), "the model's own gives defaults; pass SamplingParams"),
+        "override_generation_config": ((None, {}), "pass SamplingParams"),
+        "model_loader_extra_config": ((None, {}), "there is one way to load weights"),
+        "ignore_patterns": ((None,), "only the files that are needed are downloaded"),
+        "max_parallel_loading_workers": ((None,), "there is one way to load weights"),
+        "model_impl": ((None, "auto", "vllm"), "models of transformers are not run; see `nanovllm models`"),
+        "runner": ((None, "auto", "generate"), "pooling models are not supported"),
+        "task": ((None, "auto", "generate"), "pooling models are not supported"),
+        "convert": ((None, "auto", "none"), "pooling models are not supported"),
+        "pooler_config": ((None,), "pooling models are not supported"),
+        "override_pooler_config": ((None,), "pooling models are not supported"),
+        "limit_mm_per_prompt": ((None, {}), "only text is supported"),
+        "mm_processor_kwargs": ((None, {}), "only text is supported"),
+        "allowed_local_media_path": ((None, ""), "only text is supported"),
+        "enable_prompt_embeds": (_OFF, "prompts are text or token ids"),
+        "logprobs_mode": (
+            (None, "raw_logprobs"),
+            "log-probabilities are raw: before all filters",
+        ),
+        "compilation_config": ((None, {}), "use compilation and enforce_eager"),
+        "optimization_level": ((None,), "use compilation and enforce_eager"),
+        "cuda_graph_sizes": ((None, []), "use enforce_eager"),
+        "max_seq_len_to_capture": (_ANY, ""),
+        "attention_backend": ((None,), "there is one for each device"),
+        "async_scheduling": (_OFF, "use overlap_depth=2, the default on a GPU"),
+        "scheduling_policy": ((None, "fcfs"), "requests run in the order of their arrival"),
+        "scheduler_cls": ((None,), "there is one scheduler"),
+        "worker_cls": ((None, "auto"), "there is one worker"),
+        "worker_extension_cls": ((None, ""), "there is one worker; LLM.apply_model reaches its model"),
+        "max_num_partial_prefills": ((None, 1), "prompts are computed in the order of their arrival"),
+        "max_long_partial_prefills": ((None, 1), "prompts are computed in the order of their arrival"),
+        "long_prefill_token_threshold": ((None, 0), "prompts are computed in the order of their arrival"),
+        "disable_sliding_window": (_OFF, "windows are part of the model"),
+        "disable_cascade_attn": (_ANY, ""),
+        "prefix_caching_hash_algo": (_ANY, ""),
+        "structured_outputs_config": ((None, {}), "forms are llguidance's"),
+        "guided_decoding_backend": ((None, "auto", "guidance"), "forms are llguidance's"),
+        "reasoning_parser": ((None, ""), "outputs are not parsed"),
+        "kv_transfer_config": ((None,), "the KV cache stays on its device"),
+        "kv_events_config": ((None,), "the KV cache tells nobody what it holds"),
+        "served_model_name": ((None,), "there is no server"),
+        "disable_log_stats": ((None, True), "statistics are not logged; LLM.get_metrics() has them"),
+        "disable_log_requests": ((None, True), "requests are not logged"),
+        "enable_log_requests": (_OFF, "requests are not logged"),
+        "otlp_traces_endpoint": ((None,), "there are no traces; LLM.get_metrics() has the counters"),
+        "collect_detailed_traces": ((None,), "there are no traces; LLM.get_metrics() has the counters"),
+        "additional_config": ((None, {}), "there is nothing it could reach"),
+    },
+    "SamplingParams": {
+        "best_of": ((None,), "all n outputs are returned; compare their cumulative_logprob"),
+        "use_beam_search": (_OFF, "call LLM.beam_search"),
+        "length_penalty": ((None, 1), "call LLM.beam_search"),
+        "early_stopping": (_OFF, "call LLM.beam_search"),
+        "guided_decoding": ((None,), "it is called structured_outputs"),
+        "truncate_prompt_tokens": ((None,), "a prompt is computed whole; cut its token ids"),
+        "flat_logprobs": (_OFF, "log-probabilities come as one dict for each token"),
+        "skip_reading_prefix_cache": (_OFF, "use enable_prefix_caching=False, or LLM.reset_prefix_cache()"),
+        "thinking_token_budget": ((None,), "thinking is not told apart; use max_tokens"),
+        "repetition_detection": ((None,), "use repetition_penalty"),
+        "extra_args": ((None, {}), "there is nothing they could reach"),
+        "skip_clone": (_ANY, ""),
+    },
+}
+
+
+def drop_absent(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those of vLLM that ask for nothing. Raises TypeError for one that asks for what is not here.
+
+    owner: the name of the class that they are for.
+    """
+    kept = {}
+    absent = _ABSENT.get(owner, {})
+    for name, value in options.items():
+        if name not in absent:
+            kept[name] = value
+            continue
+        off, reason = absent[name]
+        if off is not _ANY and value not in off:
+            raise TypeError(f"{owner}: {name}={shorten(value)} is not supported: {reason}")
+    return kept
