@@ -24,7 +24,7 @@ from nanovllm.executor.external import join_launched_ranks
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner
-from nanovllm.kernels.ops import PLAIN
+from nanovllm.layers.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer, load_tokenizer

@@ -19,16 +19,16 @@ _NUM_STEPS = 20
 
 def time_collectives(num_rows: int, model: Any) -> float:
     """Milliseconds, the median of several steps of `num_rows` requests; on a GPU from a CUDA graph, as steps run."""
-    tp, weight = model.lm_head.tp, model.embed_tokens.weight
+    head, table = model.lm_head, model.embed_tokens.spec
+    tp, device = head.tp, next(model.parameters()).device
     num_sums = sum(isinstance(module, (RowParallelLinear, Experts, Embedding)) for module in model.modules())
-    dtype, device = weight.dtype, weight.device
-    hidden = torch.zeros(num_rows, weight.shape[1], dtype=dtype, device=device)
-    logits = torch.zeros(num_rows, weight.shape[0], dtype=dtype, device=device)
+    hidden = torch.zeros(num_rows, table.in_features, dtype=table.dtype, device=device)
+    logits = torch.zeros(num_rows, table.num_outputs, dtype=table.dtype, device=device)
 
     def step() -> None:
         for _ in range(num_sums):
             tp.all_reduce(hidden)
-        tp.all_gather(logits, model.lm_head.vocab_size)
+        tp.all_gather(logits, head.vocab_size)
 
     run: Callable[[], None] = step
     if device.type == "cuda":

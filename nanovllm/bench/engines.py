@@ -10,7 +10,6 @@ import json
 import subprocess
 from collections import Counter
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -23,8 +22,9 @@ from nanovllm.bench.roofline import ModelSize
 from nanovllm.bench.workload import Workload
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import PLAIN
 from nanovllm.layers.experts import Experts
+from nanovllm.layers.linear import LinearBase
+from nanovllm.layers.ops import PLAIN
 from nanovllm.llm import LLM
 from nanovllm.models.registry import model_class
 from nanovllm.sampling_params import SamplingParams
@@ -226,20 +226,23 @@ class OriginalNanoVLLM:
 
 
 def model_size(config: ModelConfig) -> ModelSize:
-    """What a roofline has to know of a model, from the tensors that a checkpoint of it has."""
+    """What a roofline has to know of a model, from its layers on no device."""
     with torch.device("meta"):
-        model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel(), PLAIN)
-    sizes = {name: prod(slot.shape) for name, slot in model.slots() if len(slot.shape) > 1 and not slot.instead_of}
-    idle = sum(
-        (module.gate_up.numel() + module.down.numel()) * (1 - module.top_k / module.down.shape[0])
-        for module in model.modules()
-        if isinstance(module, Experts)
-    )
-    tables = [sizes.pop(name) for name in list(sizes) if "embed" in name or name == "lm_head.weight"]
+        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), PLAIN)
+        dict(model.slots())  # makes the weights
+    num_weights, num_bytes = 0, 0.0
+    for layer in model.modules():
+        if isinstance(layer, LinearBase) and layer not in (model.embed_tokens, model.lm_head):
+            num_weights += layer.spec.num_outputs * layer.spec.in_features
+            num_bytes += sum(p.nbytes for p in layer.method.parameters())
+        elif isinstance(layer, Experts):
+            num_weights += sum(p.numel() for p in layer.method.parameters()) * layer.top_k // layer.num_experts
+            num_bytes += sum(p.nbytes for p in layer.method.parameters()) * layer.top_k / layer.num_experts
+    head = model.lm_head
     return ModelSize(
-        num_weights=sum(sizes.values()) - round(idle),
-        num_head_weights=tables[-1],  # the embedding, where it is the head as well
-        bytes_per_weight=getattr(torch, config.dtype).itemsize,
+        num_weights=num_weights,
+        num_head_weights=head.spec.num_outputs * head.spec.in_features,
+        weight_bytes=round(num_bytes) + sum(p.nbytes for p in head.method.parameters()),
         kv_bytes_per_token=config.kv_bytes_per_token,
         num_layers=config.num_layers,
         num_heads=config.num_heads,

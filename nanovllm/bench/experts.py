@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import choose_ops
 from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.ops import choose_ops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def _make_layer(
             hidden_size, intermediate_size, num_experts, top_k, True, ExpertNames(), dtype, TensorParallel(), ops
         )
         norm = RMSNorm(hidden_size, 1e-6, dtype, ops)
+        dict(layer.slots("mlp"))  # makes the router's weights
     for parameter in (*layer.parameters(), *norm.parameters()):
         parameter.data.normal_(std=hidden_size**-0.5)
     norm.weight.data.fill_(1.0)

@@ -19,11 +19,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """num_weights: elements of the matrices that every token passes, without the head and the embedding table."""
+    """num_weights: elements of the matrices that every token passes, without the head and the embedding table.
+
+    weight_bytes: of these matrices and the head, as they are kept.
+    """
 
     num_weights: int
     num_head_weights: int
-    bytes_per_weight: int
+    weight_bytes: int
     kv_bytes_per_token: int
     num_layers: int
     num_heads: int
@@ -56,7 +59,7 @@ class Work:
 
 def count_bytes(work: Work, size: ModelSize) -> int:
     """Bytes that had to move. The head is read in every step: steps that sample nothing are rare."""
-    weights = work.num_steps * (size.num_weights + size.num_head_weights) * size.bytes_per_weight
+    weights = work.num_steps * size.weight_bytes
     return weights + (work.num_context_tokens_read + work.num_tokens_computed) * size.kv_bytes_per_token
 
 

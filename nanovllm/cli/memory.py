@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.config import DTYPES, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import PLAIN
+from nanovllm.layers.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 
@@ -30,8 +30,7 @@ def run(args: Namespace) -> int:
     if length > config.max_model_len:
         raise ValueError(f"--max-model-len {length} is more than the model's {config.max_model_len} positions")
 
-    num_parameters = count_parameters(config)
-    weight_bytes = num_parameters * getattr(torch, dtype).itemsize
+    num_parameters, weight_bytes = count_parameters(config)
     kv_bytes = config.kv_bytes_per_token * length * args.max_num_seqs
     needed = weight_bytes + kv_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
@@ -50,11 +49,13 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Numbers in the checkpoint of such a model; tied weights count once."""
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Numbers in the checkpoint of such a model, and bytes of the weights it has here; tied weights count once."""
     with torch.device("meta"):
-        model = model_class(config.architecture)(config, 1, torch.bfloat16, TensorParallel(), PLAIN)
-    return sum(prod(slot.shape) for _, slot in model.slots() if not slot.instead_of)
+        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), PLAIN)
+        slots = dict(model.slots())
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return sum(prod(slot.shape) for slot in slots.values() if not slot.instead_of), num_bytes
 
 
 def _room(num_bytes: int, config: ModelConfig, length: int) -> str:

@@ -24,7 +24,8 @@ from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.native import load_native
-from nanovllm.kernels.ops import choose_ops
+from nanovllm.layers.linear import LinearBase
+from nanovllm.layers.ops import choose_ops
 from nanovllm.models.registry import model_class
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
 from nanovllm.runner.memory import measure_free_bytes
@@ -101,17 +102,17 @@ def _load_model(
     with device:
         ops = choose_ops(device, config.compilation, config.deterministic)
         model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
+        num_tensors = len(dict(model.slots()))  # this makes the weights
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     else:
-        total = sum(1 for _ in model.slots())
         is_silent = None if tp.rank == 0 else True  # None: shown on a terminal
-        progress = tqdm(checkpoint.tensors(), "Loading weights", total, unit=" tensors", disable=is_silent)
+        progress = tqdm(checkpoint.tensors(), "Loading weights", num_tensors, unit=" tensors", disable=is_silent)
         load_weights(model, progress)
     model.requires_grad_(False).eval()
     for module in model.modules():
-        if hasattr(module, "optimize"):
-            module.optimize()
+        if isinstance(module, LinearBase):
+            module.finish()
     return model
 
 

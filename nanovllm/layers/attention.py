@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs
-from nanovllm.kernels.ops import Ops
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.ops import Ops
 
 
 class Attention:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import Ops
+from nanovllm.layers.ops import Ops
 from nanovllm.layers.slots import Slots, WeightSlot, parameter_slot
 
 

@@ -1,30 +1,53 @@
-"""pack_linear: a linear layer whose weight is laid out once for oneDNN's matrix kernels, on a CPU.
+"""PackedLinear: a linear layer whose weight is laid out once for oneDNN's matrix kernels, on a CPU.
 
 Owns the decision whether that pays and the packed copy. Invariant: the result of `F.linear` up to the order of
 additions.
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nanovllm.layers.linear_method import DenseLinear, LinearSpec
 
 # oneDNN lays a weight out for an expected number of rows. The layout for 64 is as good for one row as one made for it,
 # and no worse for thousands.
 EXPECTED_ROWS = 64
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """weight [out_features, in_features], bias [out_features] -> x [rows, in_features] -> [rows, out_features].
+class PackedLinear(DenseLinear):
+    """Dense until `finish`; then in oneDNN's layout alone, if it has a fast kernel for the dtype on this CPU."""
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
+        self._packed: Tensor | None = None
+
+    def finish(self) -> None:
+        self._packed = pack(self.weight)
+        if self._packed is not None:
+            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # frees the plain copy
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._packed is None:
+            return super().multiply(x, bias)
+        return multiply_packed(x, self._packed, bias)
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """weight [out_features, in_features] in oneDNN's layout, a copy; the caller may free the original.
 
     None if the plain product is to be kept: not on a CPU, oneDNN not built in, or no fast kernel for the dtype on this
-    CPU. The function holds its own copy of the weight; the caller may free the original.
+    CPU.
     """
     if weight.is_cpu and torch._C._has_mkldnn and _has_fast_kernel(weight.dtype):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)
-        product = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: product(x, packed, bias, "none", [], "")
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)
+        return packed
     return None
+
+
+def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x [rows, in_features] -> [rows, out_features]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return product
 
 
 def _has_fast_kernel(dtype: torch.dtype) -> bool:

@@ -23,11 +23,11 @@ from nanovllm.attention.backend import ForwardContext
 from nanovllm.config import ModelConfig, RopeConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape
-from nanovllm.kernels.ops import Ops
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
 from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm, ShardedRMSNorm
+from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding, halves_order
 from nanovllm.layers.slots import Slots, reordered_slot, with_joined
 
@@ -168,7 +168,7 @@ class LlamaForCausalLM(nn.Module):
         mlp: MakeMLP = MLP,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, tp)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, tp, ops)
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops, mlp) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops, config.norm_offset)
         distinct: list[RopeConfig] = []

@@ -12,8 +12,8 @@ from torch import nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import Ops
 from nanovllm.layers.experts import ExpertNames, Experts
+from nanovllm.layers.ops import Ops
 from nanovllm.models.llama import MLP
 
 

@@ -46,9 +46,10 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def fill_random(model: Any, seed: int) -> None:
     """Random weights of a sane scale, for load_format="dummy": norms 1, biases 0, matrices with variance 1 / inputs."""
-    device = model.embed_tokens.weight.device
+    slots = dict(model.slots())
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    for name, slot in model.slots():
+    for name, slot in slots.items():
         if slot.instead_of:
             continue
         if len(slot.shape) == 1:

@@ -13,7 +13,7 @@ from tests.tiny_models import save_random
 SIZE = ModelSize(
     num_weights=1000,
     num_head_weights=100,
-    bytes_per_weight=2,
+    weight_bytes=2200,
     kv_bytes_per_token=16,
     num_layers=3,
     num_heads=4,
@@ -53,7 +53,8 @@ def test_size_and_work_of_a_real_model(tmp_path: Path, tied: bool) -> None:
     qkv, out, mlp = 32 * (4 + 2 * 2) * 8, 32 * 32, 3 * 32 * 48
     assert size.num_weights == 2 * (qkv + out + mlp)
     assert size.num_head_weights == 128 * 32
-    assert (size.num_layers, size.num_heads, size.head_dim, size.bytes_per_weight) == (2, 4, 8, 4)
+    assert size.weight_bytes == 4 * (size.num_weights + size.num_head_weights)
+    assert (size.num_layers, size.num_heads, size.head_dim) == (2, 4, 8)
     assert size.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
     assert work == Work(
         num_steps=3,

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import PLAIN
 from nanovllm.layers.norm import NoNorm, RMSNorm, ShardedRMSNorm
+from nanovllm.layers.ops import PLAIN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

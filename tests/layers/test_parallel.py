@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import PLAIN
 from nanovllm.layers.embedding import Embedding, LMHead, vocab_rows
 from nanovllm.layers.linear import GatedLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.ops import PLAIN
 
 
 class Alone(TensorParallel):
@@ -106,8 +106,8 @@ def test_query_heads_meet_their_key_value_heads(size: int, kv_heads: int) -> Non
 def test_a_vocabulary_that_ranks_do_not_divide(size: int, vocab_size: int) -> None:
     """C18: every id is looked up by one rank, and the ranks' logits side by side are the whole's and then padding."""
     ids = torch.arange(vocab_size)
-    (whole,) = outputs(lambda tp: Embedding(vocab_size, 24, torch.float32, tp), ["e"], lambda tp: ids, 1)
-    parts = outputs(lambda tp: Embedding(vocab_size, 24, torch.float32, tp), ["e"], lambda tp: ids, size)
+    (whole,) = outputs(lambda tp: Embedding(vocab_size, 24, torch.float32, tp, PLAIN), ["e"], lambda tp: ids, 1)
+    parts = outputs(lambda tp: Embedding(vocab_size, 24, torch.float32, tp, PLAIN), ["e"], lambda tp: ids, size)
     torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=0, atol=0)
 
     def make_head(tp: TensorParallel) -> Any:
@@ -123,7 +123,7 @@ def test_a_vocabulary_that_ranks_do_not_divide(size: int, vocab_size: int) -> No
 def test_a_tied_head_is_compared_part_by_part() -> None:
     tensor = torch.randn(100, 24)
     for tp in ranks(4):
-        embedding = Embedding(100, 24, torch.float32, tp)
+        embedding = Embedding(100, 24, torch.float32, tp, PLAIN)
         next(iter(embedding.slots("e")))[1].fill(tensor)
         assert embedding.equals(tensor)
         assert not embedding.equals(tensor[:99])

@@ -7,7 +7,7 @@ import torch
 
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import PLAIN
+from nanovllm.layers.ops import PLAIN
 from nanovllm.models.llama import MLP, SelfAttention
 from nanovllm.models.registry import read_model_config
 
@@ -38,7 +38,7 @@ def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(share: float, size:
             for name, tensor in names.items():
                 assert slots[f"{name}.weight"].shape == tensor.shape
                 slots[f"{name}.weight"].fill(tensor)
-            weights.append(attention.qkv_proj.weight)
+            weights.append(attention.qkv_proj.method.weight)
         assert torch.equal(*weights)
         held = tp.part(HEADS, "heads"), tp.kv_heads(KV_HEADS), tp.kv_heads(KV_HEADS)
         orders = (order, order, list(range(DIM)))
@@ -54,4 +54,4 @@ def test_gate_and_up_in_one_tensor(size: int) -> None:
         mlp = MLP(replace(config(1.0), activation="gelu_tanh"), 0, torch.float32, TensorParallel(rank, size), PLAIN)
         dict(mlp.slots("m"))["m.gate_up_proj.weight"].fill(torch.cat((gate, up)))
         rows = slice(rank * 16 // size, (rank + 1) * 16 // size)
-        assert torch.equal(mlp.gate_up_proj.weight, torch.cat((gate[rows], up[rows])))
+        assert torch.equal(mlp.gate_up_proj.method.weight, torch.cat((gate[rows], up[rows])))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm import LLM
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.ops import PLAIN
+from nanovllm.layers.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.loader import fill_random, load_weights
@@ -29,6 +29,7 @@ def new_model(folder: Path, tp: TensorParallel | None = None) -> tuple[Any, dict
     checkpoint = open_checkpoint(str(folder), load_format="auto", revision=None)
     config = read_model_config(checkpoint.config, "float32")
     model = model_class(config.architecture)(config, 64, torch.float32, tp or TensorParallel(), PLAIN)
+    dict(model.slots())  # makes the weights
     for parameter in model.parameters():
         parameter.data.fill_(NAN)
     return model, dict(checkpoint.tensors())
@@ -171,8 +172,10 @@ def test_ranks_take_their_parts_of_the_same_checkpoint(untied: Path, rank: int) 
     assert not any(parameter.isnan().any() for parameter in model.parameters())
     q, k, v = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"].chunk(2)[rank] for name in "qkv")
     attention = model.layers[0].self_attn
-    assert torch.equal(attention.qkv_proj.weight, torch.cat((q, k, v)))
-    assert torch.equal(attention.o_proj.weight, tensors["model.layers.0.self_attn.o_proj.weight"].chunk(2, dim=1)[rank])
+    assert torch.equal(attention.qkv_proj.method.weight, torch.cat((q, k, v)))
+    assert torch.equal(
+        attention.o_proj.method.weight, tensors["model.layers.0.self_attn.o_proj.weight"].chunk(2, dim=1)[rank]
+    )
     o_bias = tensors["model.layers.0.self_attn.o_proj.bias"]
     assert torch.equal(attention.o_proj.bias, o_bias if rank == 0 else torch.zeros_like(o_bias))
 

@@ -1,13 +1,15 @@
-"""Ops: the operations between a model's matrix products, in the form that suits device and `compilation`.
+"""Ops: the operations of a model's layers, and how their weights are held, as suits device and `compilation`.
 
 Owns the choice, made once when a model is built and handed to its layers. Invariant: every form computes what the
 references beside it define, up to rounding, so a model is written once and runs in all of them.
 
-    compilation    norms and activation                      products                      rotation and KV store
+    compilation    norms and activation                      products on a GPU             rotation and KV store
     "kernels"      Triton on a GPU, C++ on a CPU             with norm and activation,     Triton or C++
-                                                             for few rows on a GPU
+                                                             for few rows
     "inductor"     the references, fused by torch.compile    PyTorch's                     as "kernels"
     "none"         the references, one PyTorch call each     PyTorch's                     as "kernels" on a GPU
+
+On a CPU, products are oneDNN's in all of them, from weights that are packed for it.
 
 What stands around the layers (a step's inputs, rows of tables, attention, sampling) is the same in all of them.
 """
@@ -17,9 +19,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.fixed_linear import fixed_linear
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.native import load_native
@@ -31,24 +33,22 @@ from nanovllm.kernels.silu_and_mul import (
     silu_and_mul,
     silu_and_mul_reference,
 )
-from nanovllm.kernels.small_linear import rms_norm_gated_linear, rms_norm_linear, small_linear
+from nanovllm.layers.batch_invariant_linear import BatchInvariantLinear
+from nanovllm.layers.fused_linear import FusedLinear
+from nanovllm.layers.linear_method import DenseLinear, LinearMethod, LinearSpec
+from nanovllm.layers.packed_linear import PackedLinear
 
 
 class Ops(NamedTuple):
-    """See the function of the same name in `kernels/` for each contract."""
+    """See the function of the same name in `kernels/` for each contract. linear_method: see `linear_method.py`."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
-    qkv_rope_store: Callable[..., Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
-    # (x, residual, norm weight, eps, weight, bias) -> (product, x + residual); None: norm and product apart
-    rms_norm_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
-    # (..., activation)
-    rms_norm_gated_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
+    qkv_rope_store: Callable[[Tensor, HeadInputs, LayerCache, AttentionShape], Tensor]
     fused_experts: Callable[..., Tensor] = fused_experts
-    is_deterministic: bool = False  # `linear` is `fixed_linear`, and products by other means go `in_tiles`
+    linear_method: Callable[[LinearSpec], LinearMethod] = DenseLinear
 
 
 PLAIN = Ops(
@@ -65,10 +65,20 @@ def _on_gpu(device: torch.device) -> Ops:
     from nanovllm.kernels.small_tile_triton import new_arrived
 
     arrived = new_arrived(device)  # one for the model: its products run one after the other
-    return BY_DEVICE._replace(
-        linear=partial(small_linear, arrived=arrived),
-        rms_norm_linear=partial(rms_norm_linear, arrived=arrived),
-        rms_norm_gated_linear=partial(rms_norm_gated_linear, arrived=arrived),
+    return BY_DEVICE._replace(linear_method=partial(FusedLinear, arrived=arrived))
+
+
+def _on_cpu() -> Ops:
+    native = load_native()
+    if native is None:
+        return BY_DEVICE._replace(linear_method=PackedLinear)
+    return Ops(
+        native.rms_norm,
+        native.add_rms_norm,
+        native.silu_and_mul,
+        native.gelu_and_mul,
+        native.qkv_rope_store,
+        linear_method=PackedLinear,
     )
 
 
@@ -86,33 +96,20 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
             experts = partial(fused_experts, block_size=64)
         else:
             experts = partial(fused_experts_reference, linear=fixed_linear, gate=ops.silu_and_mul)
-        return ops._replace(
-            linear=fixed_linear,
-            rms_norm_linear=None,
-            rms_norm_gated_linear=None,
-            fused_experts=experts,
-            is_deterministic=True,
-        )
-    kernels = _on_gpu(device) if device.type == "cuda" else BY_DEVICE
-    if device.type == "cpu" and compilation != "none":
-        native = load_native()
-        if native is not None:
-            kernels = Ops(
-                native.rms_norm,
-                native.add_rms_norm,
-                native.silu_and_mul,
-                native.gelu_and_mul,
-                native.qkv_rope_store,
-            )
+        return ops._replace(fused_experts=experts, linear_method=BatchInvariantLinear)
+    is_on_cpu = device.type == "cpu"
+    linear_method = PackedLinear if is_on_cpu else DenseLinear
+    if compilation == "none":
+        store = qkv_rope_store_reference if is_on_cpu else qkv_rope_store
+        return PLAIN._replace(qkv_rope_store=store, linear_method=linear_method)
+    kernels = _on_cpu() if is_on_cpu else _on_gpu(device)
     if compilation == "kernels":
         return kernels
-    store = kernels.qkv_rope_store
-    if compilation == "none":
-        return PLAIN._replace(qkv_rope_store=store if device.type == "cuda" else qkv_rope_store_reference)
     return Ops(
         torch.compile(rms_norm_reference, dynamic=True),
         torch.compile(add_rms_norm_reference, dynamic=True),
         torch.compile(silu_and_mul_reference, dynamic=True),
         torch.compile(gelu_and_mul_reference, dynamic=True),
-        store,
+        kernels.qkv_rope_store,
+        linear_method=linear_method,
     )
