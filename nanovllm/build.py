@@ -25,10 +25,12 @@ from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner
 from nanovllm.layers.ops import PLAIN
+from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer, load_tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
+from nanovllm.weights.loader import load_weights
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         else:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
-    eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
+    eos_token_ids = _eos_token_ids(checkpoint, tokenizer, model_config.vocab_size)
     is_remote = config.data_parallel_size > 1 or config.distributed_executor_backend == "mp"
     if is_remote:
         check_importable(config.logits_processors, "logits_processors")
@@ -118,10 +120,7 @@ def _start_engine(
             f"tensor_parallel_size {config.tensor_parallel_size} times data_parallel_size {config.data_parallel_size}, "
             f"from {device} on, needs more than the {torch.cuda.device_count()} CUDA devices that are visible"
         )
-    if config.tensor_parallel_size > 1:
-        with torch.device("meta"):  # rank 0's part without memory: raises ValueError for sizes that do not divide
-            make_model = model_class(model_config.architecture)
-            make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), PLAIN)
+    _rehearse_loading(config, model_config, checkpoint)
     if config.data_parallel_size > 1:
         setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)
         replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
@@ -137,6 +136,18 @@ def _start_engine(
     )
     engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
     return engine, executor.num_blocks, times
+
+
+def _rehearse_loading(config: ResolvedConfig, model_config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise ValueError for sizes that do not divide among the ranks, or that the checkpoint does not have.
+
+    It is loading itself, of rank 0's part, with tensors that have no memory.
+    """
+    with torch.device("meta"):
+        make_model = model_class(model_config.architecture)
+        model = make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), PLAIN)
+    if config.load_format != "dummy":
+        load_weights(model, checkpoint.headers())
 
 
 def _replica_setups(config: ResolvedConfig, device: torch.device) -> list[ReplicaSetup]:
@@ -217,10 +228,10 @@ def _constraint_compiler(
     return lambda params, ignore_eos: compiler().compile(params, ignore_eos)
 
 
-def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
     """Every id that generation_config.json (or else config.json) or the tokenizer calls end of sequence."""
-    stated = checkpoint.generation_config.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    ids = list(stated) if isinstance(stated, (list, tuple)) else [stated]
-    if tokenizer is not None:
+    stated = checkpoint.generation_config if "eos_token_id" in checkpoint.generation_config else checkpoint.config
+    ids = read_eos_token_ids(stated, vocab_size)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
-    return sorted({token_id for token_id in ids if token_id is not None})
+    return sorted(set(ids))

@@ -1,16 +1,16 @@
 """From a Hugging Face config.json to ModelConfig.
 
 Owns what the fields of a config.json mean, in the spelling of transformers 5 (`rope_parameters`, `layer_types`) and in
-those before it. Invariant: each field is read, known to change nothing, or refused by name; none that could change the
-result is skipped.
+those before it; RoPE's are in `hf_rope.py`, types and bounds of single fields in `hf_fields.py`. Invariant: each field
+is read, known to change nothing, or refused by name; none that could change the result is skipped.
 """
 
-import warnings
-from collections.abc import Mapping, Sequence
-from math import log, sqrt
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanovllm.config import ModelConfig, RopeConfig
+from nanovllm.config import ModelConfig
+from nanovllm.models.hf_fields import MAX_LAYERS, MAX_SIZE, flag, integer, items, number
+from nanovllm.models.hf_rope import LAYER_TYPES, read_ropes
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -35,7 +35,8 @@ _WITHOUT_EFFECT = frozenset(
     "chunk_size_feed_forward do_sample temperature top_k top_p typical_p repetition_penalty length_penalty "
     "no_repeat_ngram_size encoder_no_repeat_ngram_size num_beams num_beam_groups num_return_sequences "
     "diversity_penalty early_stopping max_length min_length output_scores remove_invalid_values pruned_heads "
-    "tie_encoder_decoder".split()
+    "tie_encoder_decoder attn_pdrop gradient_checkpointing max_sequence_length model_max_length neftune_noise_alpha "
+    "seq_length tie_last_hidden_states use_flash_attn".split()
 )
 
 # Fields that change the result, except at this value.
@@ -53,27 +54,22 @@ _NEUTRAL: Mapping[str, Any] = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
+    "num_nextn_predict_layers": 0,
+    "shared_expert_intermediate_size": 0,
     "use_bidirectional_attention": False,
     "use_mrope": False,
-    "use_sliding_window": False,
 }
 
 _ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-_ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-    "longrope": (),
+# Fields that state what the architecture does anyway, beside what the ModelConfig says it does.
+_STATEMENTS: Mapping[str, Callable[[ModelConfig], Any]] = {
+    "qkv_bias": lambda config: config.qkv_bias,
+    "attention_out_bias": lambda config: config.o_bias,
+    "use_qk_norm": lambda config: config.qk_norm is not None,
+    "qk_norm": lambda config: config.qk_norm is not None,
+    "use_sliding_window": lambda config: any(window is not None for window in config.windows),
 }
-_ROPE_PARAMETERS = {
-    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
-}
-_DEFAULT_THETA = 10000.0
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def from_hf(
@@ -86,42 +82,46 @@ def from_hf(
     Raises ValueError for a missing field, and for one that changes the result in a way that is not implemented.
     """
     architecture = hf["architectures"][0]
-    _refuse_unknown_fields(architecture, hf, fields)
+    given = hf
     hf = {**fields, **hf}
-    for name in _SIZES:
-        if not isinstance(hf.get(name), int):
-            raise ValueError(f"config.json of {architecture}: {name} must be an integer, got {hf.get(name)!r}")
-    num_heads = hf["num_attention_heads"]
-    num_kv_heads = hf.get("num_key_value_heads") or num_heads
+    num_heads = integer(hf, "num_attention_heads")
+    num_kv_heads = num_heads if hf.get("num_key_value_heads") is None else integer(hf, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}")
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // num_heads
-    max_position_embeddings = hf.get("max_position_embeddings") or 2048
+    hidden_size = integer(hf, "hidden_size")
+    if hf.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_attention_heads {num_heads}")
+    head_dim = hidden_size // num_heads if hf.get("head_dim") is None else integer(hf, "head_dim")
+    if num_heads * head_dim > MAX_SIZE:
+        raise ValueError(f"num_attention_heads {num_heads} times head_dim {head_dim} is more than {MAX_SIZE}")
+    has_length = hf.get("max_position_embeddings") is not None
+    max_position_embeddings = integer(hf, "max_position_embeddings") if has_length else 2048
+    integer(hf, "num_hidden_layers", high=MAX_LAYERS)
     layer_types = _read_layer_types(hf)
-    ropes = _read_ropes(hf, layer_types, max_position_embeddings, head_dim)
-    attention_bias = bool(hf.get("attention_bias", False))
+    ropes = read_ropes(hf, layer_types, _read_has_rope(hf), max_position_embeddings, head_dim)
+    attention_bias = flag(hf, "attention_bias")
     read = {
         "architecture": architecture,
         "dtype": dtype,
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
+        "vocab_size": integer(hf, "vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": integer(hf, "intermediate_size"),
         "num_layers": hf["num_hidden_layers"],
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": hf.get("rms_norm_eps") or 1e-6,
+        "rms_norm_eps": 1e-6 if hf.get("rms_norm_eps") is None else number(hf, "rms_norm_eps", at_least=0.0),
         "max_model_len": min(
             (rope.max_positions(max_position_embeddings) for rope in ropes if rope is not None),
             default=max_position_embeddings,
         ),
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": flag(hf, "tie_word_embeddings"),
         "windows": _read_windows(hf, layer_types),
         "ropes": ropes,
         "attention_scale": _read_attention_scale(hf, head_dim),
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
-        "mlp_bias": bool(hf.get("mlp_bias", False)),
+        "mlp_bias": flag(hf, "mlp_bias"),
         "activation": switches["activation"] if "activation" in switches else _read_activation(hf),
         "attention_softcap": _read_number(hf, "attn_logit_softcapping"),
         "logits_softcap": _read_number(hf, "final_logit_softcapping"),
@@ -131,25 +131,34 @@ def from_hf(
         "extra": {name: hf[name] for name in fields},
     }
     set_by_architecture = {name: value(hf) if callable(value) else value for name, value in switches.items()}
-    return ModelConfig(**{**read, **set_by_architecture})
+    config = ModelConfig(**{**read, **set_by_architecture})
+    _refuse_unknown_fields(config, given, fields)
+    return config
 
 
-def _refuse_unknown_fields(architecture: str, hf: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+def read_eos_token_ids(hf: Mapping[str, Any], vocab_size: int) -> list[int]:
+    """`eos_token_id` of a config.json or generation_config.json: an id of the vocabulary, several, or none."""
+    given = hf.get("eos_token_id")
+    ids = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise ValueError(f"eos_token_id {given!r} of the model is not in its vocabulary of {vocab_size} tokens")
+    return list(ids)
+
+
+def _refuse_unknown_fields(config: ModelConfig, hf: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     for name, value in hf.items():
         if value is None or name in fields or name in _COMMON or name in _WITHOUT_EFFECT:
             continue
+        if name in _STATEMENTS and value == _STATEMENTS[name](config):
+            continue
         if name not in _NEUTRAL or value != _NEUTRAL[name]:
             only = f"; only {_NEUTRAL[name]!r} is" if name in _NEUTRAL else ", so the model would be run wrongly"
-            raise ValueError(f"config.json of {architecture}: {name}={value!r} is not supported{only}")
+            raise ValueError(f"config.json of {config.architecture}: {name}={value!r} is not supported{only}")
 
 
 def _read_number(hf: Mapping[str, Any], name: str) -> float | None:
-    value = hf.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"config.json: {name} must be a positive number, got {value!r}")
-    return float(value)
+    return None if hf.get(name) is None else number(hf, name)
 
 
 def _read_attention_scale(hf: Mapping[str, Any], head_dim: int) -> float:
@@ -161,7 +170,7 @@ def _read_attention_scale(hf: Mapping[str, Any], head_dim: int) -> float:
 def _read_activation(hf: Mapping[str, Any]) -> str:
     field = "hidden_activation" if "hidden_activation" in hf else "hidden_act"
     name = hf.get(field) or "silu"
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"config.json: {field}={name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -171,117 +180,39 @@ def _read_activation(hf: Mapping[str, Any]) -> str:
 
 def _read_layer_types(hf: Mapping[str, Any]) -> Sequence[str]:
     """`layer_types`, or what the older switches of an architecture make of them."""
-    num_layers, given = hf["num_hidden_layers"], hf.get("layer_types")
-    if given is not None:
+    num_layers = hf["num_hidden_layers"]
+    if hf.get("layer_types") is not None:
+        given = items(hf, "layer_types", LAYER_TYPES.__contains__, f"supported layer types ({', '.join(LAYER_TYPES)})")
         if len(given) != num_layers:
             raise ValueError(f"config.json has {len(given)} layer_types for {num_layers} layers")
-        for layer_type in given:
-            if layer_type not in _LAYER_TYPES:
-                raise ValueError(f"layer type {layer_type!r} is not supported; supported are {', '.join(_LAYER_TYPES)}")
         return list(given)
     is_full = [False] * num_layers
-    if hf.get("sliding_window_pattern"):  # Gemma: every so many layers, one sees all
-        is_full = [(layer + 1) % hf["sliding_window_pattern"] == 0 for layer in range(num_layers)]
+    if hf.get("sliding_window_pattern") is not None:  # Gemma: every so many layers, one sees all
+        pattern = integer(hf, "sliding_window_pattern")
+        is_full = [(layer + 1) % pattern == 0 for layer in range(num_layers)]
     elif "no_rope_layer_interval" in hf:  # SmolLM3
-        is_full = [bool(has_rope) for has_rope in _read_has_rope(hf)]
-    elif hf.get("use_sliding_window"):  # Qwen
-        is_full = [layer < hf.get("max_window_layers", num_layers) for layer in range(num_layers)]
+        is_full = list(_read_has_rope(hf))
+    elif flag(hf, "use_sliding_window"):  # Qwen
+        is_given = hf.get("max_window_layers") is not None
+        first = integer(hf, "max_window_layers", low=0) if is_given else num_layers
+        is_full = [layer < first for layer in range(num_layers)]
     return ["full_attention" if full else "sliding_attention" for full in is_full]
 
 
 def _read_windows(hf: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int | None, ...]:
-    window = None if hf.get("use_sliding_window") is False else hf.get("sliding_window")
+    has_window = hf.get("sliding_window") is not None and hf.get("use_sliding_window") is not False
+    window = integer(hf, "sliding_window") if has_window else None
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
 
 
 def _read_has_rope(hf: Mapping[str, Any]) -> Sequence[bool]:
-    num_layers, given = hf["num_hidden_layers"], hf.get("no_rope_layers")
-    if given is not None:  # 1 for a layer that has it, in spite of the name
+    num_layers = hf["num_hidden_layers"]
+    if hf.get("no_rope_layers") is not None:  # 1 for a layer that has it, in spite of the name
+        given = items(hf, "no_rope_layers", (0, 1).__contains__, "zeros and ones")
         if len(given) < num_layers:
             raise ValueError(f"config.json has {len(given)} no_rope_layers for {num_layers} layers")
-        return [bool(flag) for flag in given[:num_layers]]
-    interval = hf.get("no_rope_layer_interval")
-    return [interval is None or (layer + 1) % interval != 0 for layer in range(num_layers)]
-
-
-def _read_ropes(
-    hf: Mapping[str, Any], layer_types: Sequence[str], max_position_embeddings: int, head_dim: int
-) -> tuple[RopeConfig | None, ...]:
-    """RoPE from `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before), or both.
-
-    A `rope_scaling` beside `rope_parameters` was added by hand, and wins as in transformers: it takes the whole place
-    of the other, or with one rotation a layer type, is laid over that of the layers that see all.
-    """
-    saved, added = dict(hf.get("rope_parameters") or {}), dict(hf.get("rope_scaling") or {})
-    if "rope_local_base_freq" in hf:  # the layers with a window have a base of their own, and are never stretched
-        if not any(layer_type in saved for layer_type in _LAYER_TYPES):
-            saved = {"full_attention": saved}
-        local = {"rope_theta": hf["rope_local_base_freq"]}
-        by_type = {
-            "full_attention": {**(saved.get("full_attention") or {}), **added},
-            "sliding_attention": {**local, **(saved.get("sliding_attention") or {})},
-        }
-    else:
-        by_type = dict.fromkeys(_LAYER_TYPES, added or saved)
-        lost = saved.get("rope_theta") if added else None
-        if lost is not None and lost != (added.get("rope_theta") or hf.get("rope_theta") or _DEFAULT_THETA):
-            warnings.warn(
-                f"config.json: rope_scaling takes the place of rope_parameters, as in transformers, and with it of "
-                f"rope_theta={lost}; repeat rope_theta in rope_scaling if the model was trained with it",
-                stacklevel=2,
-            )
-    ropes = {
-        layer_type: _read_rope(hf, by_type[layer_type], max_position_embeddings, head_dim)
-        for layer_type in set(layer_types)
-    }
-    has_rope = _read_has_rope(hf)
-    return tuple(ropes[layer_type] if has else None for layer_type, has in zip(layer_types, has_rope, strict=True))
-
-
-def _read_rope(
-    hf: Mapping[str, Any], given: Mapping[str, Any], max_position_embeddings: int, head_dim: int
-) -> RopeConfig:
-    parameters = {name: value for name, value in given.items() if value is not None}
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    theta = parameters.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_THETA
-    share = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
-    if rope_type in ("su", "yarn") and "short_factor" in parameters:
-        rope_type = "longrope"  # what Phi-3's first configs called it
-    if rope_type not in _ROPE_NUMBERS:
-        raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(_ROPE_NUMBERS)}")
-    if share != 1.0 and "partial_rotary_factor" not in hf:
-        raise ValueError(f"partial_rotary_factor={share} is not supported for this architecture; only 1.0 is")
-    for name in _ROPE_NUMBERS[rope_type]:
-        if not isinstance(parameters.get(name), (int, float)):
-            raise ValueError(f"rope type {rope_type!r} needs a number {name!r} in rope_parameters, got {parameters}")
-    for name in parameters:
-        if name not in _ROPE_PARAMETERS:
-            raise ValueError(f"{name!r} in rope_parameters is not understood, so the model would be run wrongly")
-    if rope_type == "default":
-        parameters = {}
-    original = parameters.get("original_max_position_embeddings")
-    if rope_type == "dynamic" or (rope_type == "yarn" and original is None):  # dynamic never looks at it, as in HF
-        parameters["original_max_position_embeddings"] = max_position_embeddings
-    if rope_type == "longrope":
-        parameters = _read_longrope(hf, parameters, max_position_embeddings, int(head_dim * share))
-    return RopeConfig(rope_type=rope_type, theta=float(theta), share=float(share), parameters=parameters)
-
-
-def _read_longrope(
-    hf: Mapping[str, Any], parameters: Mapping[str, Any], max_position_embeddings: int, rotary_dim: int
-) -> dict[str, Any]:
-    for name in ("short_factor", "long_factor"):
-        factors = parameters.get(name)
-        if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
-            raise ValueError(f"rope type 'longrope' needs {name!r}, a list of {rotary_dim // 2} numbers, got {factors}")
-    original = hf.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    original = original or max_position_embeddings
-    factor = parameters.get("factor") or max_position_embeddings / original
-    sharper = sqrt(1 + log(factor) / log(original)) if factor > 1 else 1.0
-    return {
-        "short_factor": parameters["short_factor"],
-        "long_factor": parameters["long_factor"],
-        "original_max_position_embeddings": original,
-        "attention_factor": parameters.get("attention_factor", sharper),
-    }
+        return [bool(has_rope) for has_rope in given[:num_layers]]
+    if hf.get("no_rope_layer_interval") is None:
+        return [True] * num_layers
+    interval = integer(hf, "no_rope_layer_interval")
+    return [(layer + 1) % interval != 0 for layer in range(num_layers)]

@@ -4,9 +4,6 @@ Owns the reading of those fields and their bounds; the layer is `layers/experts.
 `llama.py`. Invariant: each function takes the arguments of `llama.MLP` and returns a block that is called like it.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -14,6 +11,7 @@ from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.ops import Ops
+from nanovllm.models.hf_fields import MAX_EXPERTS, flag, integer, items
 from nanovllm.models.llama import MLP
 
 
@@ -25,12 +23,15 @@ def qwen3_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Tenso
             f"{config.architecture} with use_sliding_window and max_window_layers={fields['max_window_layers']} is not "
             "supported: transformers gives every layer the window; remove max_window_layers for that"
         )
-    step = _count(config, "decoder_sparse_step")
-    if layer_idx in (fields["mlp_only_layers"] or ()) or (layer_idx + 1) % step != 0:
+    step = integer(config.extra, "decoder_sparse_step")
+    plain = fields["mlp_only_layers"] and items(
+        fields, "mlp_only_layers", lambda layer: isinstance(layer, int), "layers"
+    )
+    if layer_idx in (plain or ()) or (layer_idx + 1) % step != 0:
         return MLP(config, layer_idx, dtype, tp, ops)
     num_experts = "num_experts" if fields["num_local_experts"] is None else "num_local_experts"
-    size = _count(config, "moe_intermediate_size")
-    return _experts(config, size, num_experts, bool(fields["norm_topk_prob"]), ExpertNames(), dtype, tp, ops)
+    size = integer(config.extra, "moe_intermediate_size")
+    return _experts(config, size, num_experts, flag(fields, "norm_topk_prob"), ExpertNames(), dtype, tp, ops)
 
 
 def mixtral(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
@@ -39,7 +40,7 @@ def mixtral(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorP
 
 
 def olmoe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
-    renormalize = bool(config.extra["norm_topk_prob"])
+    renormalize = flag(config.extra, "norm_topk_prob")
     return _experts(config, config.intermediate_size, "num_experts", renormalize, ExpertNames(), dtype, tp, ops)
 
 
@@ -53,17 +54,10 @@ def _experts(
     tp: TensorParallel,
     ops: Ops,
 ) -> Experts:
-    num_experts, top_k = _count(config, count_name), _count(config, "num_experts_per_tok")
+    num_experts = integer(config.extra, count_name, high=MAX_EXPERTS)
+    top_k = integer(config.extra, "num_experts_per_tok")
     if top_k > num_experts:
         raise ValueError(f"config.json: num_experts_per_tok={top_k} is more than {count_name}={num_experts}")
     if config.activation != "silu":
         raise ValueError(f"{config.architecture} with another hidden_act than 'silu' is not supported")
     return Experts(config.hidden_size, intermediate_size, num_experts, top_k, renormalize, names, dtype, tp, ops)
-
-
-def _count(config: ModelConfig, name: str) -> int:
-    fields: Mapping[str, Any] = config.extra
-    value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json of {config.architecture}: {name} must be a positive integer, got {value!r}")
-    return value

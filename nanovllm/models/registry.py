@@ -198,7 +198,10 @@ def all_architectures() -> dict[str, Architecture]:
 
 def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
     """ModelConfig of a config.json dict; ValueError names an architecture or field that is not supported."""
-    row = _architecture((hf.get("architectures") or [None])[0])
+    given = hf.get("architectures") or [None]
+    if not isinstance(given, (list, tuple)) or not isinstance(given[0], (str, type(None))):
+        raise ValueError(f"config.json: architectures must be a list of names, got {given!r}")
+    row = _architecture(given[0])
     return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches)
 
 

@@ -8,7 +8,7 @@ one is refused before memory is taken; tensors are memory-mapped and come one by
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,9 @@ class Checkpoint(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, CPU tensor), each name once. Never write to one: it may be the file itself."""
+
+    def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what `tensors` does as tensors of the meta device: names, shapes and dtypes, and nothing is read."""
 
 
 def open_checkpoint(model: str, *, load_format: str, revision: str | None) -> Checkpoint:
@@ -75,6 +78,10 @@ class SafetensorsCheckpoint:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     yield name, tensors.get_tensor(name)
 
+    def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        # A mapped tensor takes no memory before somebody looks at its numbers.
+        return ((name, tensor.to("meta")) for name, tensor in self.tensors())
+
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, checked for completeness by the index or by their numbering.
@@ -87,6 +94,12 @@ def _weight_files(folder: Path) -> list[Path]:
         index = _read_json(folder / _INDEX_NAME, required=True)
         if not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{folder / _INDEX_NAME} has no weight_map")
+        for tensor, name in index["weight_map"].items():
+            # By its name alone: in the Hub's cache, files are links that lead out of the folder.
+            if not isinstance(name, str) or not name.endswith(".safetensors") or not _is_below(name):
+                raise ValueError(
+                    f"{folder / _INDEX_NAME}: weight_map puts {tensor} into {name!r}, no file of its folder"
+                )
         names = sorted(set(index["weight_map"].values()))
         for name in names:
             if not (folder / name).is_file():
@@ -102,6 +115,11 @@ def _weight_files(folder: Path) -> list[Path]:
                 if not (name := folder / f"{stem}-{number:05}-of-{count}.safetensors").exists():
                     raise ValueError(f"{name} is missing beside {file.name}: fetch the model again")
     return files
+
+
+def _is_below(name: str) -> bool:
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _no_weights_message(folder: Path) -> str:
@@ -137,7 +155,9 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
         if required:
             raise ValueError(f"{path} is missing: a model folder needs {path.name}") from None
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits, brackets without end
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")

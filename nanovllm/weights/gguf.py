@@ -134,15 +134,30 @@ class GGUFCheckpoint:
                 rows = _undo_row_permutation(rows.reshape(info.shape[0], -1), heads[layer_tensor[2]])
             name = self._hf_name(info.name)
             if "{}" in name:
-                if len(info.shape) != 3:
-                    raise ValueError(f"{self.path}: tensor {info.name} of shape {info.shape} does not hold experts")
                 expert_info = replace(info, shape=info.shape[1:])
-                for expert, expert_rows in enumerate(np.split(rows, info.shape[0])):
+                for expert, expert_rows in enumerate(np.split(rows, self._num_experts(info))):
                     yield name.format(expert), dequantize(expert_rows, expert_info)
             elif self._prefix == "gemma3" and info.name.endswith("norm.weight"):
                 yield name, dequantize(rows, info) - 1
             else:
                 yield name, dequantize(rows, info)
+
+    def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `tensors`, on the meta device."""
+        for info in self._file.tensors.values():
+            if info.name == _ROPE_FREQS:
+                continue
+            name, dtype = self._hf_name(info.name), _TORCH_DTYPES.get(info.quantization, torch.float32)
+            if "{}" not in name:
+                yield name, torch.empty(info.shape, dtype=dtype, device="meta")
+                continue
+            for expert in range(self._num_experts(info)):
+                yield name.format(expert), torch.empty(info.shape[1:], dtype=dtype, device="meta")
+
+    def _num_experts(self, info: TensorInfo) -> int:
+        if len(info.shape) != 3:
+            raise ValueError(f"{self.path}: tensor {info.name} of shape {info.shape} does not hold experts")
+        return info.shape[0]
 
     def _check_architecture(self) -> str:
         metadata = self._file.metadata

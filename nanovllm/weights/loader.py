@@ -12,36 +12,53 @@ from torch import Tensor
 
 from nanovllm.layers.slots import WeightSlot
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """model: has `slots()`; tensors: (checkpoint name, whole tensor). Raises ValueError naming the tensors at fault."""
+    """model: has `slots()`; tensors: (checkpoint name, whole tensor). Raises ValueError naming the tensors at fault.
+
+    Names may lack the "model." in front, as in checkpoints of a model without its head; a tied matrix may go by either
+    of its names, or both. With model and tensors on the meta device it is the same check, without memory or numbers.
+    """
     slots: dict[str, WeightSlot] = dict(model.slots())
     filled: set[str] = set()
-    redundant_head: Tensor | None = None
-    for name, tensor in tensors:
-        if name not in slots:
-            if name == "lm_head.weight" and model.lm_head.is_tied:
-                redundant_head = tensor
-            elif not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints carry and nobody reads
-                raise ValueError(f"the checkpoint holds {name!r}, which this model does not have")
-            continue
-        slot = slots[name]
-        parts = slot.instead_of or (name,)
-        for part in parts:
-            if part in filled:
-                raise ValueError(f"the checkpoint holds {part!r} twice{f', once in {name!r}' if part != name else ''}")
-        if tuple(tensor.shape) != slot.shape:
-            raise ValueError(
-                f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; the config says {slot.shape}"
-            )
-        slot.fill(tensor)
-        filled.update(parts)
+    tied_head: Tensor | None = None
+    for given_name, tensor in tensors:
+        name = given_name if given_name in slots or f"model.{given_name}" not in slots else f"model.{given_name}"
+        if name in slots:
+            _fill(slots[name], name, tensor, filled)
+        elif name == _HEAD and model.lm_head.is_tied:
+            tied_head = tensor
+        elif not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints carry and nobody reads
+            raise ValueError(f"the checkpoint holds {name!r}, which this model does not have")
+    if tied_head is not None and _EMBEDDING in slots and _EMBEDDING not in filled:
+        _fill(slots[_EMBEDDING], _EMBEDDING, tied_head, filled)
+        tied_head = None
     missing = [name for name, slot in slots.items() if not slot.instead_of and name not in filled]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(f"the checkpoint has no tensor {', '.join(map(repr, missing[:5]))}{more}")
-    if redundant_head is not None and not model.embed_tokens.equals(redundant_head):
+    if tied_head is not None and not tied_head.is_meta and not model.embed_tokens.equals(tied_head):
         raise ValueError("the config ties the head to the embedding, but the checkpoint's 'lm_head.weight' differs")
+
+
+def _fill(slot: WeightSlot, name: str, tensor: Tensor, filled: set[str]) -> None:
+    """Check and fill one slot, and note in `filled` which slots now are."""
+    parts = slot.instead_of or (name,)
+    for part in parts:
+        if part in filled:
+            raise ValueError(f"the checkpoint holds {part!r} twice{f', once in {name!r}' if part != name else ''}")
+    if tuple(tensor.shape) != slot.shape:
+        raise ValueError(f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; the config says {slot.shape}")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name!r} has dtype {str(tensor.dtype).removeprefix('torch.')} in the checkpoint; weights are read as "
+            "float32, bfloat16 or float16, and no quantized format but GGUF"
+        )
+    slot.fill(tensor)
+    filled.update(parts)
 
 
 def fill_random(model: Any, seed: int) -> None:

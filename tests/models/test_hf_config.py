@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from nanovllm.config import RopeConfig
+from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import read_model_config
 
 SIZES = {
@@ -158,3 +159,81 @@ def test_which_rope_field_wins_is_as_in_transformers(
 def test_theta_that_rope_scaling_drops_is_said() -> None:
     with pytest.warns(UserWarning, match=r"rope_theta=500000\.0; repeat rope_theta in rope_scaling"):
         read("Qwen3ForCausalLM", rope_parameters=SAVED, rope_scaling=YARN)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("Qwen3MoeForCausalLM", {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}),
+        ("Qwen2ForCausalLM", {"qkv_bias": True, "use_qk_norm": False}),
+        ("LlamaForCausalLM", {"use_sliding_window": False, "num_nextn_predict_layers": 0, "seq_length": 4096}),
+    ],
+)
+def test_fields_that_say_what_is_done_anyway_are_read(architecture: str, fields: dict[str, Any]) -> None:
+    read(architecture, **fields)
+    for name, value in fields.items():
+        if name != "seq_length":
+            with pytest.raises(ValueError, match=name):
+                read(architecture, **{name: not value})
+
+
+NAN, INF, HUGE = float("nan"), float("inf"), 2**40
+ROPE = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+LLAMA3 = {**ROPE, "rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *((name, (0, -1, 2.0, True, "8", [8], HUGE)) for name in ("vocab_size", "hidden_size", "intermediate_size")),
+        *((name, (0, -4, True, HUGE)) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")),
+        ("head_dim", (-1, 0, 7, HUGE, {})),
+        ("rms_norm_eps", ("64", -1.0, NAN, INF, [64], 10**400)),
+        ("rope_theta", (-1, 0, NAN, INF, "x", True)),
+        ("max_position_embeddings", (-1, 1.5, True, NAN, HUGE)),
+        ("partial_rotary_factor", (0.0, -1, 2.0, "x")),
+        ("factor", [{"rope_type": "linear", "factor": factor} for factor in (0, -2, NAN, "2", 1e308)]),
+        ("factor", [{**ROPE, "factor": 1e6}, {**LLAMA3}, {"rope_type": "dynamic"}]),
+        ("original_max_position_embeddings", [{**ROPE, "original_max_position_embeddings": x} for x in (0, 1, "x")]),
+        ("beta_fast", [{**ROPE, "beta_fast": x} for x in (-1, NAN, "x")]),
+        ("rope_type", [{"rope_type": x} for x in ("mrope", [], 1)]),
+        ("rope_scaling", ("linear", [1])),
+        ("tie_word_embeddings", ("false", 3, [])),
+        ("attention_bias", ("true", 1)),
+        ("hidden_act", (["silu"], 1, "relu")),
+        ("architectures", ("LlamaForCausalLM", 1, {"a": 1}, [3])),
+    ],
+)
+def test_impossible_values_are_refused_by_name(name: str, values: Any) -> None:
+    for value in values:
+        field = "rope_scaling" if isinstance(value, dict) and "rope_type" in value else name
+        with pytest.raises(ValueError, match=name):
+            read("LlamaForCausalLM", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "values"),
+    [
+        ("MistralForCausalLM", "sliding_window", (0, -1, "x", 2.5)),
+        ("Gemma2ForCausalLM", "sliding_window_pattern", (0, -1, "x")),
+        ("Gemma3ForCausalLM", "layer_types", ("full_attention", [1] * 8, ["full_attention"])),
+        ("SmolLM3ForCausalLM", "no_rope_layers", (1, [2] * 8, ["x"] * 8)),
+        ("SmolLM3ForCausalLM", "no_rope_layer_interval", (0, "x")),
+        ("GraniteForCausalLM", "embedding_multiplier", (NAN, INF, -1)),
+        ("Phi3ForCausalLM", "original_max_position_embeddings", (0, "x")),
+    ],
+)
+def test_impossible_values_of_own_fields_are_refused_by_name(architecture: str, name: str, values: Any) -> None:
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    scaling = {"rope_scaling": {"rope_type": "longrope", **factors}} if architecture == "Phi3ForCausalLM" else {}
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            read(architecture, **scaling, **{name: value})
+
+
+@pytest.mark.parametrize("value", [-5, 1000, "x", [2, -1], True, 1.0])
+def test_end_of_sequence_outside_the_vocabulary_is_refused(value: Any) -> None:
+    assert read_eos_token_ids({"eos_token_id": [2, 3]}, 1000) == [2, 3]
+    assert read_eos_token_ids({}, 1000) == []
+    with pytest.raises(ValueError, match="eos_token_id"):
+        read_eos_token_ids({"eos_token_id": value}, 1000)

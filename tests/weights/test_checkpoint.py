@@ -96,6 +96,23 @@ def test_index_that_disagrees_with_its_shards(sharded: Path) -> None:
         _open(sharded)
 
 
+@pytest.mark.parametrize(
+    "outside", ["../secret.safetensors", "/etc/x.safetensors", "a/../../b.safetensors", "x.bin", 3]
+)
+def test_index_that_leads_out_of_its_folder_is_refused_before_a_file_is_opened(folder: Path, outside: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"t1": outside}}))
+    with pytest.raises(ValueError, match=r"index\.json: weight_map puts t1 into"):
+        _open(folder)
+
+
+def test_headers_are_what_tensors_gives_without_the_numbers(sharded: Path) -> None:
+    headers = dict(_open(sharded).headers())
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in headers.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in _open(sharded).tensors()
+    }
+    assert all(tensor.is_meta for tensor in headers.values())
+
+
 def test_truncated_file_is_named(sharded: Path) -> None:
     path = sharded / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
@@ -116,7 +133,10 @@ def test_broken_config(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         _open(tmp_path)
-    for text, complaint in (("{", "not valid JSON"), ("[]", "JSON object")):
+    nested, digits = "[" * 100_000, "1" * 5000
+    for text, complaint in (
+        *(("{", "not valid JSON"), ("[]", "JSON object"), (nested, "not valid JSON"), (digits, "not valid JSON")),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=rf"config\.json.*{complaint}"):
             _open(tmp_path)

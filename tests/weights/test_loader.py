@@ -17,7 +17,7 @@ from nanovllm.layers.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.loader import fill_random, load_weights
-from tests.tiny_models import save_random
+from tests.tiny_models import edit_json, save_random
 
 # Every kind of tensor: biases everywhere, norms of heads, a head of its own.
 EVERYTHING: dict[str, Any] = {"attention_bias": True, "head_dim": 16}
@@ -139,6 +139,38 @@ def test_a_tied_head_may_be_stored_again_but_not_differ(tied: Path, comes_first:
             load_weights(model, with_head(wrong))
 
 
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_a_tied_matrix_may_have_the_name_of_the_head_alone(tied: Path, is_bare: bool) -> None:
+    """Savers that drop one of two names of the same memory choose either; a model without a head has bare names."""
+    model, tensors = new_model(tied)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    if is_bare:
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    load_weights(model, {**tensors, "lm_head.weight": embedding}.items())
+    assert torch.equal(model.embed_tokens.weight, embedding)
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight' has shape"):
+        load_weights(model, {**tensors, "lm_head.weight": embedding[:-1]}.items())
+
+
+def test_bare_names_need_a_head_where_it_is_not_tied(untied: Path) -> None:
+    model, tensors = new_model(untied)
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    load_weights(model, bare.items())
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight'"):
+        load_weights(model, [(name, tensor) for name, tensor in bare.items() if name != "lm_head.weight"])
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' twice"):
+        load_weights(model, [*bare.items(), ("model.norm.weight", bare["norm.weight"])])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "bool", "complex64", "float8_e4m3fn"])
+def test_a_dtype_that_no_weight_has_is_named(untied: Path, dtype: str) -> None:
+    model, tensors = new_model(untied)
+    tensors["model.norm.weight"] = torch.ones(32).to(getattr(torch, dtype))
+    with pytest.raises(ValueError, match=rf"'model\.norm\.weight' has dtype {dtype}"):
+        load_weights(model, tensors.items())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_no_memory_beside_the_weights(tmp_path: Path) -> None:
     """Each tensor is copied once, from the mapped file to its place."""
@@ -222,6 +254,13 @@ def test_a_bad_file_is_an_error_of_llm(
     open_llm(folder)
     edit_tensors(folder, edit)
     with pytest.raises(ValueError, match=message):
+        open_llm(folder)
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    folder = save_random(tmp_path)
+    edit_json(folder / "config.json", hidden_size=2**22, intermediate_size=2**22)  # 256 TiB
+    with pytest.raises(ValueError, match=r"\.weight' has shape .*4194304"):
         open_llm(folder)
 
 
