@@ -5,14 +5,13 @@ and building this takes milliseconds, so `--help` never waits for torch.
 """
 
 import argparse
-import shutil
-from typing import TypeAlias
+from collections.abc import Sequence
 
 from nanovllm import __version__
+from nanovllm.cli.bench import add_bench
 from nanovllm.cli.options import add_engine_options, add_sampling_options
+from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command, make_parser, refuse_unknown
 from nanovllm.config import DTYPES
-
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _EXAMPLES = """\
 examples:
@@ -26,20 +25,31 @@ examples:
 A MODEL is a folder with config.json and safetensors, a .gguf file, a Hugging Face Hub name, or "demo".
 `nanovllm COMMAND --help` shows a command's options.
 """
-_MODEL_HELP = 'a folder, a .gguf file, a Hugging Face Hub name, or "demo"'
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What was typed. Ends the program, with the usage of the command, where that cannot be understood."""
+    parser = build_parser()
+    if argv[:1] == ["serve"]:
+        parser.error("there is no server here; use `nanovllm chat`, `nanovllm complete`, or LLM(...) in Python")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        refuse_unknown(args.parser, unknown)
+    args.argv = list(argv)
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _parser("nanovllm", "LLM inference that a person can read in an afternoon.", _EXAMPLES)
+    parser = make_parser("nanovllm", "LLM inference that a person can read in an afternoon.", _EXAMPLES)
     parser.add_argument("-V", "--version", action="version", version=f"nanovllm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     _add_complete(commands)
     _add_chat(commands)
     _add_demo(commands)
-    _add_bench(commands)
+    add_bench(commands)
     _add_check_model(commands)
-    _command(
+    add_command(
         commands,
         "models",
         "which architectures run, and what proves it",
@@ -52,8 +62,8 @@ add are listed too. `nanovllm check-model` proves one checkpoint.
     return parser
 
 
-def _add_complete(commands: _Commands) -> None:
-    parser = _command(
+def _add_complete(commands: Commands) -> None:
+    parser = add_command(
         commands,
         "complete",
         "continue prompts and print the text",
@@ -69,15 +79,15 @@ examples:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="text to continue; without any, standard input is one prompt"
     )
-    parser.add_argument("--model", "-m", default="demo", help=f"{_MODEL_HELP} (default: demo)")
+    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
     parser.add_argument("--file", "-f", help='read prompts from a file, one a line; "-" is standard input')
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_sampling_options(parser, max_tokens="256")
     add_engine_options(parser, exclude=["skip_tokenizer_init"])
 
 
-def _add_chat(commands: _Commands) -> None:
-    parser = _command(
+def _add_chat(commands: Commands) -> None:
+    parser = add_command(
         commands,
         "chat",
         "talk to a model in the terminal",
@@ -90,14 +100,14 @@ examples:
   echo "Why is the sky blue?" | nanovllm chat --temperature 0
 """,
     )
-    parser.add_argument("--model", "-m", default="demo", help=f"{_MODEL_HELP} (default: demo)")
+    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
     parser.add_argument("--system", help="the system message that every conversation starts with")
     add_sampling_options(parser, max_tokens="what the model's length leaves")
     add_engine_options(parser, exclude=["skip_tokenizer_init"])
 
 
-def _add_demo(commands: _Commands) -> None:
-    parser = _command(
+def _add_demo(commands: Commands) -> None:
+    parser = add_command(
         commands,
         "demo",
         "generate with a small model that is fetched for you",
@@ -110,269 +120,8 @@ A second run needs no network.
     add_engine_options(parser, exclude=["skip_tokenizer_init", "tokenizer", "revision", "load_format"])
 
 
-def _add_bench(commands: _Commands) -> None:
-    parser = _command(
-        commands,
-        "bench",
-        "measure speed, and what each part of it is worth",
-        """\
-A table, then one JSON line with hardware, versions and every single run. Prompts are random token ids;
-every run starts with an empty prefix cache, unless its workload is about a shared prefix.
-""",
-        " KIND",
-    )
-    kinds = parser.add_subparsers(prog="nanovllm bench", dest="kind", metavar="KIND", required=True, title="kinds")
-    for add in (_add_throughput, _add_latency, _add_prefill, _add_prefix):
-        kind = add(kinds)
-        _add_measuring_options(kind)
-        add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
-    start = _add_start(kinds)
-    _add_record_options(start)
-    add_engine_options(start, exclude=["tokenizer"])
-    ablation = _add_ablation(kinds)
-    _add_record_options(ablation)
-    add_engine_options(ablation, exclude=["skip_tokenizer_init", "tokenizer"])
-    parallel = _add_parallel(kinds)
-    _add_record_options(parallel)
-    add_engine_options(
-        parallel, exclude=["skip_tokenizer_init", "tokenizer", "tensor_parallel_size", "data_parallel_size"]
-    )
-    _add_chart(kinds)
-
-
-def _add_throughput(kinds: _Commands) -> argparse.ArgumentParser:
-    throughput = _command(
-        kinds,
-        "throughput",
-        "tokens a second when all prompts are there at once",
-        """\
-examples:
-  nanovllm bench throughput --batch-sizes 1 16 64 --compare hf
-  nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload offline
-  nanovllm bench throughput --num-prompts 64 --output-len 128 --mixed
-""",
-    )
-    size = throughput.add_mutually_exclusive_group()
-    size.add_argument("--num-prompts", type=int, metavar="N", help="prompts in the run (default: 64)")
-    size.add_argument(
-        "--batch-sizes", type=int, nargs="+", metavar="N", help="one run for each of these numbers of prompts"
-    )
-    size.add_argument(
-        "--workload",
-        nargs="+",
-        metavar="NAME",
-        help="fixed workloads: offline and offline_1024 are 256 and 1024 prompts of 100 to 1024 tokens with 100 to "
-        "1024 output tokens each at temperature 0.6; also those of the other kinds",
-    )
-    throughput.add_argument(
-        "--mixed", action="store_true", help="draw lengths between a quarter of the given ones and all of it"
-    )
-    throughput.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
-    throughput.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
-    return throughput
-
-
-def _add_latency(kinds: _Commands) -> argparse.ArgumentParser:
-    latency = _command(
-        kinds,
-        "latency",
-        "time to the first token, from token to token, and beside arriving prompts",
-        """\
-examples:
-  nanovllm bench latency --batch-sizes 1 8 64
-  nanovllm bench latency --model Qwen/Qwen3-0.6B --workload decode_1 decode_8 decode_64 ttft
-  nanovllm bench latency --model Qwen/Qwen3-0.6B --arrivals --num-streams 32 --arrival-len 2048
-""",
-    )
-    size = latency.add_mutually_exclusive_group()
-    size.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="prompts at once (default: 1)")
-    size.add_argument(
-        "--workload",
-        nargs="+",
-        metavar="NAME",
-        help="fixed workloads: decode_N is N prompts of 128 tokens with 512 output tokens, ttft the first token of a "
-        "prompt of 128",
-    )
-    size.add_argument(
-        "--arrivals",
-        action="store_true",
-        help="the gaps between the tokens of running streams while prompts that want one token arrive",
-    )
-    latency.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
-    latency.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
-    group = latency.add_argument_group("with --arrivals")
-    group.add_argument("--num-streams", type=int, default=32, metavar="N", help="running streams (default: 32)")
-    group.add_argument("--arrival-len", type=int, default=2048, metavar="N", help="tokens of a prompt (default: 2048)")
-    group.add_argument("--arrival-ms", type=float, default=100, metavar="X", help="time between two (default: 100)")
-    group.add_argument("--seconds", type=float, default=10, metavar="X", help="length of a run (default: 10)")
-    return latency
-
-
-def _add_prefill(kinds: _Commands) -> argparse.ArgumentParser:
-    prefill = _command(
-        kinds,
-        "prefill",
-        "prompt tokens a second",
-        """\
-examples:
-  nanovllm bench prefill --model Qwen/Qwen3-0.6B
-  nanovllm bench prefill --num-prompts 4 --input-len 512
-""",
-    )
-    _add_workload_sizes(prefill, num_prompts=32, input_len=2048)
-    return prefill
-
-
-def _add_prefix(kinds: _Commands) -> argparse.ArgumentParser:
-    prefix = _command(
-        kinds,
-        "prefix",
-        "output tokens a second of prompts with a common beginning that is in the prefix cache",
-        """\
-examples:
-  nanovllm bench prefix --model Qwen/Qwen3-0.6B
-  nanovllm bench prefix --num-prompts 16 --prefix-len 256 --output-len 32
-""",
-    )
-    _add_workload_sizes(prefix, num_prompts=512, prefix_len=2048, input_len=64, output_len=128)
-    return prefix
-
-
-def _add_start(kinds: _Commands) -> argparse.ArgumentParser:
-    return _command(
-        kinds,
-        "start",
-        "where the time goes from the start of a process to its first token",
-        """\
-Cold is a start with empty caches of compiled kernels, warm one with what the cold start left there.
-
-examples:
-  nanovllm bench start
-  nanovllm bench start --model Qwen/Qwen3-0.6B --repeat 3
-  nanovllm bench start --model ./only-a-config --load-format dummy --skip-tokenizer-init
-""",
-    )
-
-
-def _add_ablation(kinds: _Commands) -> argparse.ArgumentParser:
-    ablation = _command(
-        kinds,
-        "ablation",
-        "what each optimization is worth: each is switched off alone",
-        """\
-Every measurement is a process of its own. What a device does not have is left out.
-
-examples:
-  nanovllm bench ablation
-  nanovllm bench ablation --model Qwen/Qwen3-0.6B --repeat 3
-  nanovllm bench ablation --only "CUDA graphs" overlap
-""",
-    )
-    ablation.add_argument(
-        "--only", nargs="+", metavar="NAME", help="these optimizations, by name or a part of it (default: all)"
-    )
-    return ablation
-
-
-def _add_parallel(kinds: _Commands) -> argparse.ArgumentParser:
-    parallel = _command(
-        kinds,
-        "parallel",
-        "several devices beside one, by tensor and by data parallelism",
-        """\
-Each layout runs the same workloads as one device, and its greedy tokens in float32 must be the same.
-
-examples:
-  nanovllm bench parallel --model Qwen/Qwen3-8B --tensor-parallel-sizes 1 2 4 --data-parallel-sizes 2 4
-  nanovllm bench parallel --device cpu --tensor-parallel-sizes 1 3 --batch-sizes 1 8
-""",
-    )
-    for name, default, text in (
-        ("tensor", [1, 2], "devices that share the model"),
-        ("data", [], "engines that share the requests"),
-    ):
-        parallel.add_argument(
-            f"--{name}-parallel-sizes",
-            type=int,
-            nargs="+",
-            default=default,
-            metavar="N",
-            help=f"numbers of {text} (default: {' '.join(map(str, default)) or 'none'})",
-        )
-    parallel.add_argument(
-        "--workload", nargs="+", metavar="NAME", help="fixed workloads (default: offline prefill decode_1 decode_64)"
-    )
-    parallel.add_argument(
-        "--batch-sizes", type=int, nargs="+", metavar="N", help="instead, so many prompts of the lengths below"
-    )
-    parallel.add_argument("--input-len", type=int, default=64, metavar="N", help="prompt tokens (default: 64)")
-    parallel.add_argument("--output-len", type=int, default=32, metavar="N", help="output tokens (default: 32)")
-    return parallel
-
-
-def _add_chart(kinds: _Commands) -> None:
-    chart = _command(
-        kinds,
-        "chart",
-        "draw engines beside each other, from the JSON lines of other kinds",
-        """\
-Needs matplotlib: pip install "nanovllm[bench]"
-
-examples:
-  nanovllm bench chart benchmarks/h200*.jsonl --compared-only -o benchmarks/h200.svg
-""",
-        " FILE [FILE ...]",
-    )
-    chart.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, as the other kinds print them")
-    chart.add_argument("--output", "-o", required=True, metavar="FILE", help="the picture: .svg or .png")
-    chart.add_argument("--compared-only", action="store_true", help="leave out what only one engine has a figure of")
-
-
-def _add_workload_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """Flags for the sizes of a kind's one workload, which has its name with the default ones."""
-    texts = {
-        "num_prompts": "prompts in the run",
-        "prefix_len": "tokens that all prompts begin with",
-        "input_len": "prompt tokens of each prompt's own",
-        "output_len": "output tokens",
-    }
-    for name, default in defaults.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{texts[name]} (default: {default})")
-    parser.set_defaults(workload_defaults=defaults)
-
-
-def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
-    _add_record_options(parser)
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        choices=("hf", "vllm", "nano-vllm"),
-        default=[],
-        metavar="ENGINE",
-        help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm, nano-vllm",
-    )
-    parser.add_argument(
-        "--nano-vllm-python", metavar="PATH", help="the Python of the environment that nano-vllm is installed in"
-    )
-
-
-def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "-m", default="demo", help=f"{_MODEL_HELP} (default: demo)")
-    parser.add_argument(
-        "--repeat",
-        "--repeats",
-        dest="repeats",
-        type=int,
-        default=3,
-        metavar="N",
-        help="measured runs, after one to warm up (default: 3)",
-    )
-    parser.add_argument("--output", "-o", metavar="FILE", help="also append the JSON line to this file")
-
-
-def _add_check_model(commands: _Commands) -> None:
-    parser = _command(
+def _add_check_model(commands: Commands) -> None:
+    parser = add_command(
         commands,
         "check-model",
         "compare a model's logits with Hugging Face's",
@@ -386,7 +135,7 @@ examples:
 """,
         " MODEL",
     )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt to compare on; may be given again")
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, metavar="X", help="largest difference of a logit (default: 0.001)"
@@ -394,8 +143,8 @@ examples:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub name")
 
 
-def _add_memory(commands: _Commands) -> None:
-    parser = _command(
+def _add_memory(commands: Commands) -> None:
+    parser = add_command(
         commands,
         "memory",
         "what a model would need, before loading it",
@@ -408,37 +157,10 @@ examples:
 """,
         " MODEL",
     )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--max-model-len", type=int, metavar="N", help="prompt plus output in tokens (default: the model's own)"
     )
     parser.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="requests at once (default: 1)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="(default: auto)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub name")
-
-
-def _command(
-    commands: _Commands,
-    name: str,
-    summary: str,
-    epilog: str,
-    arguments: str = "",
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, formatter_class=_formatter)
-    parser.usage = f"{parser.prog} [options]{arguments}"
-    parser.description = summary[0].upper() + summary[1:] + "."
-    parser.epilog = epilog
-    return parser
-
-
-def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=name, description=description, epilog=epilog, formatter_class=_formatter)
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    width = min(shutil.get_terminal_size().columns, 110)
-    formatter = argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width)
-    formatter._action_max_length = (
-        14  # argparse forgets the indentation of subcommands when it measures the left column
-    )
-    return formatter

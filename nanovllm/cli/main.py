@@ -7,17 +7,18 @@ Invariant: torch is imported only by the module of the command that runs.
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 from time import perf_counter
 
-from nanovllm.cli.arguments import build_parser
+_START_TIME = perf_counter()
 
 _COMMANDS = {
     "complete": "nanovllm.cli.complete",
     "chat": "nanovllm.cli.chat",
     "demo": "nanovllm.cli.demo",
-    "bench": "nanovllm.bench.run",
+    "bench": "nanovllm.cli.bench",
     "check-model": "nanovllm.cli.check_model",
     "models": "nanovllm.cli.models",
     "memory": "nanovllm.cli.memory",
@@ -26,23 +27,36 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name, by default the process's. Returns the exit status."""
-    start_time = perf_counter()
-    args = build_parser().parse_args(argv)
-    args.start_time = start_time
-    args.argv = list(sys.argv[1:] if argv is None else argv)
+    start_time = _START_TIME if argv is None else perf_counter()
     try:
-        return int(import_module(_COMMANDS[args.command]).run(args))
+        from nanovllm.cli.arguments import parse_arguments  # here, so that Ctrl-C finds the line below at any time
+
+        args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+        args.start_time = start_time
+        return _run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def _run(args: Namespace) -> int:
+    try:
+        return int(import_module(_COMMANDS[args.command]).run(args))
     except BrokenPipeError:  # the reader, say `head`, has seen enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, NotImplementedError, ImportError, RuntimeError, OSError) as error:
         if args.debug:
             raise
-        print(f"nanovllm {args.command}: error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+        print(f"nanovllm {args.command}: error: {_in_words(error)}", file=sys.stderr)
         return 2
+
+
+def _in_words(error: Exception) -> str:
+    """The message, without the number that the operating system's errors begin with."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip() or type(error).__name__
 
 
 if __name__ == "__main__":

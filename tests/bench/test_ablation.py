@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from nanovllm.bench import ablation
-from nanovllm.bench.ablation import ABLATIONS, MEASURES
 from nanovllm.cli.arguments import build_parser
 from nanovllm.cli.main import main
 from nanovllm.cli.options import engine_options
 from nanovllm.config import EngineConfig
+from nanovllm_bench import ablation
+from nanovllm_bench.ablation import ABLATIONS, MEASURES
 from tests.tiny_models import save_random
 
 

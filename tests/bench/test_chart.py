@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm.bench.chart import Bar, Panel, collect, read_records
 from nanovllm.cli.main import main
+from nanovllm_bench.chart import Bar, Panel, collect, read_records
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

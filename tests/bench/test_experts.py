@@ -1,6 +1,6 @@
 import pytest
 
-from nanovllm.bench.experts import main
+from nanovllm_bench.experts import main
 
 
 def test_prints_a_row_for_each_batch_size(capsys: pytest.CaptureFixture[str]) -> None:

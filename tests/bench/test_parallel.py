@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.bench.parallel import plan_message_cost
 from nanovllm.cli.main import main
+from nanovllm_bench.parallel import plan_message_cost
 from tests.tiny_models import save_random
 
 

@@ -126,6 +126,6 @@ def test_nano_vllm_runs_in_a_python_of_its_own(
 def test_an_engine_that_is_not_installed_is_refused_before_measuring(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.bench.engines.find_spec", lambda name: None)
+    monkeypatch.setattr("nanovllm_bench.engines.find_spec", lambda name: None)
     assert main(["bench", "throughput", "--model", model, "--compare", "vllm", *SMALL]) == 2
     assert "pip install vllm" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanovllm.bench.sampling import VARIANTS, main, measure
+from nanovllm_bench.sampling import VARIANTS, main, measure
 
 
 def test_every_variant_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

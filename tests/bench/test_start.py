@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm.bench import start_probe
 from nanovllm.cli.main import main
 from nanovllm.kernels import native
+from nanovllm_bench import start_probe
 from tests.tiny_models import save_random, save_tokenizer
 
 

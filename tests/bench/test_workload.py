@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nanovllm.bench.workload import named, shared_prefix, uniform
+from nanovllm_bench.workload import named, shared_prefix, uniform
 
 
 def test_offline_follows_its_published_definition() -> None:

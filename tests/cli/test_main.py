@@ -62,6 +62,19 @@ def test_every_command_has_help_with_examples_or_notes(command: list[str], capsy
     assert max(map(len, shown.splitlines())) <= 110
 
 
+def test_without_the_benchmarks_the_command_says_where_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a package of their own, which a wheel does not bring."""
+    monkeypatch.setattr("nanovllm.cli.bench.find_spec", lambda name: None)
+    assert main(["bench", "throughput", "--num-prompts", "4"]) == 2
+    assert "pip install -e" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", "--help"])
+    assert exit_info.value.code == 0
+    assert "come with the source" in capsys.readouterr().out
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -138,6 +151,7 @@ def test_a_mistake_is_one_clear_line(argv: list[str], message: str, capsys: pyte
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"nanovllm {argv[0]}: error: ")
+    assert "[Errno" not in captured.err
     assert message in captured.err
     assert "Traceback" not in captured.err
 
@@ -148,11 +162,34 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """W13"""
-    with pytest.raises(SystemExit) as exit_info:
-        main(["complete", "hi", "--temprature", "0"])
-    assert exit_info.value.code == 2
-    assert "--temprature" in capsys.readouterr().err
+    """W13: with the right one, and the usage of the command it was typed for."""
+    for argv, usage, right in (
+        (["complete", "hi", "--temprature", "0"], "nanovllm complete", "--temperature"),
+        (["bench", "latency", "--ouput-len=3"], "nanovllm bench latency", "--output-len"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main(argv)
+        assert exit_info.value.code == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"usage: {usage} ")
+        assert f"did you mean {right}?" in shown
+
+
+def test_there_is_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "demo"])
+    assert "there is no server" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_command_is_still_being_imported(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanovllm.cli.arguments.parse_arguments", interrupted)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "\n"
 
 
 @pytest.mark.slow

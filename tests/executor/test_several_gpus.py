@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bench.collectives import time_collectives
+from nanovllm_bench.collectives import time_collectives
 from tests.executor.test_mp import is_alive, pid_of
 from tests.tiny_models import random_prompts, save_random
 

@@ -13,13 +13,13 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from nanovllm.bench.ceilings import measure_ceilings
-from nanovllm.bench.engines import VLLM, BenchEngine, HuggingFace, NanoVLLM, OriginalNanoVLLM, check_installed
-from nanovllm.bench.mixed import run_mixed
-from nanovllm.bench.report import print_record, print_table
-from nanovllm.bench.roofline import Ceilings, Work, report
-from nanovllm.bench.workload import Workload, named, shared_prefix, uniform
 from nanovllm.cli.options import engine_options
+from nanovllm_bench.ceilings import measure_ceilings
+from nanovllm_bench.engines import VLLM, BenchEngine, HuggingFace, NanoVLLM, OriginalNanoVLLM, check_installed
+from nanovllm_bench.mixed import run_mixed
+from nanovllm_bench.report import print_record, print_table
+from nanovllm_bench.roofline import Ceilings, Work, report
+from nanovllm_bench.workload import Workload, named, shared_prefix, uniform
 
 _Row = dict[str, Any]
 _SCORES = {"prefill": "prompt_tokens_per_second"}  # what engines are compared by, if not the output tokens a second

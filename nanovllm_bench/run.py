@@ -7,14 +7,14 @@ from argparse import Namespace
 from importlib import import_module
 
 _KINDS = {
-    "throughput": "nanovllm.bench.measure",
-    "prefill": "nanovllm.bench.measure",
-    "prefix": "nanovllm.bench.measure",
-    "latency": "nanovllm.bench.measure",
-    "start": "nanovllm.bench.start",
-    "ablation": "nanovllm.bench.ablation",
-    "parallel": "nanovllm.bench.parallel",
-    "chart": "nanovllm.bench.chart",
+    "throughput": "nanovllm_bench.measure",
+    "prefill": "nanovllm_bench.measure",
+    "prefix": "nanovllm_bench.measure",
+    "latency": "nanovllm_bench.measure",
+    "start": "nanovllm_bench.start",
+    "ablation": "nanovllm_bench.ablation",
+    "parallel": "nanovllm_bench.parallel",
+    "chart": "nanovllm_bench.chart",
 }
 
 

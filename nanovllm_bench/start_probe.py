@@ -4,7 +4,7 @@ Owns the order: import, LLM(...), a first token, a second one; and the watch on 
 (reading its cache counts too) and the one of the C++ kernels. Worker processes and torch.compile are not watched.
 Invariant: nothing heavy is imported before the clock.
 
-    python -m nanovllm.bench.start_probe SPAWNED_AT MODEL OPTIONS      time.time() of the parent; engine options as JSON
+    python -m nanovllm_bench.start_probe SPAWNED_AT MODEL OPTIONS      time.time() of the parent; engine options as JSON
 """
 
 import json

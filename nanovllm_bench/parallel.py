@@ -18,17 +18,17 @@ from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from nanovllm.bench.ceilings import measure_ceilings
-from nanovllm.bench.collectives import time_collectives
-from nanovllm.bench.engines import NanoVLLM
-from nanovllm.bench.measure import measure_latency, measure_throughput
-from nanovllm.bench.report import print_record, print_table
-from nanovllm.bench.roofline import Ceilings, Work, report
-from nanovllm.bench.workload import Workload, named, uniform
 from nanovllm.cli.options import engine_options
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.executor.children import Children, start_child
 from nanovllm.executor.ring import RingWriter
+from nanovllm_bench.ceilings import measure_ceilings
+from nanovllm_bench.collectives import time_collectives
+from nanovllm_bench.engines import NanoVLLM
+from nanovllm_bench.measure import measure_latency, measure_throughput
+from nanovllm_bench.report import print_record, print_table
+from nanovllm_bench.roofline import Ceilings, Work, report
+from nanovllm_bench.workload import Workload, named, uniform
 
 _WORKLOADS = ("offline", "prefill", "decode_1", "decode_64")
 _NUM_MESSAGES = 2000
@@ -156,7 +156,7 @@ def plan_message_cost(num_ranks: int, num_requests: int) -> _Row:
     for rank in range(num_ranks):
         fds = ring.reader_fds(rank)
         arguments = (rank, num_ranks, *fds)
-        children.add(start_child(f"reader {rank}", "nanovllm.bench.plan_reader", arguments, fds))
+        children.add(start_child(f"reader {rank}", "nanovllm_bench.plan_reader", arguments, fds))
     ring.release_reader_fds()
     sends, trips, num_bytes = [], [], 0
     for _ in range(_NUM_MESSAGES):

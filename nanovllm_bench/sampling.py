@@ -1,4 +1,4 @@
-"""`python -m nanovllm.bench.sampling`: one step of the sampler, with the stages that requests may ask for.
+"""`python -m nanovllm_bench.sampling`: one step of the sampler, with the stages that requests may ask for.
 
 Owns that measurement: what plain temperature costs, and what each stage adds when all rows of the batch ask for it.
 Invariant: all variants see the same logits, in turn, and the median of their runs is reported; each run comes right
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m nanovllm.bench.sampling", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = ArgumentParser(prog="python -m nanovllm_bench.sampling", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--runs", type=int, default=10, help="the median of so many is reported")

@@ -20,9 +20,9 @@ from time import time
 from typing import Any
 
 from nanovllm import __version__
-from nanovllm.bench.report import print_record, print_table
 from nanovllm.cli.options import engine_options
 from nanovllm.model_files.demo_model import demo_cache_dir
+from nanovllm_bench.report import print_record, print_table
 
 _PARTS = {
     "python_seconds": "Python itself",
@@ -84,7 +84,7 @@ def _empty_caches(folder: Path) -> dict[str, str]:
 
 
 def _start(model: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "nanovllm.bench.start_probe", str(time()), model, json.dumps(options)]
+    command = [sys.executable, "-m", "nanovllm_bench.start_probe", str(time()), model, json.dumps(options)]
     result = subprocess.run(command, env=dict(environment), stdout=subprocess.PIPE, text=True)
     if result.returncode:
         raise RuntimeError(f"the start failed with status {result.returncode}; its own message is above")

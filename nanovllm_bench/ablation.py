@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from nanovllm.bench.report import print_record, print_table
 from nanovllm.cli.options import engine_options
 from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm_bench.report import print_record, print_table
 
 
 def _everywhere(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""`python -m nanovllm.bench.experts`: one mixture-of-experts layer, against the time its weights need from memory.
+"""`python -m nanovllm_bench.experts`: one mixture-of-experts layer, against the time its weights need from memory.
 
 Owns that measurement. The default shape is that of Qwen3-30B-A3B. Invariant: repetitions choose experts of their own,
 so that weights come from memory and not from a cache; on a GPU all of them are one CUDA graph, as in decoding.
@@ -21,7 +21,7 @@ from nanovllm.layers.ops import choose_ops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m nanovllm.bench.experts", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = ArgumentParser(prog="python -m nanovllm_bench.experts", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--intermediate-size", type=int, default=768, help="of one expert")
     parser.add_argument("--num-experts", type=int, default=128)

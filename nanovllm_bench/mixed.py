@@ -13,11 +13,11 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from nanovllm.bench.engines import NanoVLLM
-from nanovllm.bench.report import print_record, print_table
 from nanovllm.cli.options import engine_options
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm_bench.engines import NanoVLLM
+from nanovllm_bench.report import print_record, print_table
 
 _COLUMNS = {
     "streams": "num_streams",

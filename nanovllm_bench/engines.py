@@ -18,8 +18,6 @@ import torch
 import transformers
 
 from nanovllm import __version__
-from nanovllm.bench.roofline import ModelSize
-from nanovllm.bench.workload import Workload
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.experts import Experts
@@ -29,6 +27,8 @@ from nanovllm.llm import LLM
 from nanovllm.models.registry import model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.weights.checkpoint import open_checkpoint
+from nanovllm_bench.roofline import ModelSize
+from nanovllm_bench.workload import Workload
 
 
 class BenchEngine(Protocol):

@@ -1,0 +1,271 @@
+"""The flags of `nanovllm bench`, kind by kind.
+
+Owns what can be typed; what happens then is in the module that `run.py` names for each kind. Invariant: importing and
+building this takes milliseconds, so `--help` never waits for torch.
+"""
+
+import argparse
+
+from nanovllm.cli.options import add_engine_options
+from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command
+
+
+def add_bench(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "bench",
+        "measure speed, and what each part of it is worth",
+        """\
+A table, then one JSON line with hardware, versions and every single run. Prompts are random token ids;
+every run starts with an empty prefix cache, unless its workload is about a shared prefix.
+""",
+        " KIND",
+    )
+    kinds = parser.add_subparsers(prog="nanovllm bench", dest="kind", metavar="KIND", required=True, title="kinds")
+    for add in (_add_throughput, _add_latency, _add_prefill, _add_prefix):
+        kind = add(kinds)
+        _add_measuring_options(kind)
+        add_engine_options(kind, exclude=["skip_tokenizer_init", "tokenizer"])
+    start = _add_start(kinds)
+    _add_record_options(start)
+    add_engine_options(start, exclude=["tokenizer"])
+    ablation = _add_ablation(kinds)
+    _add_record_options(ablation)
+    add_engine_options(ablation, exclude=["skip_tokenizer_init", "tokenizer"])
+    parallel = _add_parallel(kinds)
+    _add_record_options(parallel)
+    add_engine_options(
+        parallel, exclude=["skip_tokenizer_init", "tokenizer", "tensor_parallel_size", "data_parallel_size"]
+    )
+    _add_chart(kinds)
+
+
+def _add_throughput(kinds: Commands) -> argparse.ArgumentParser:
+    throughput = add_command(
+        kinds,
+        "throughput",
+        "tokens a second when all prompts are there at once",
+        """\
+examples:
+  nanovllm bench throughput --batch-sizes 1 16 64 --compare hf
+  nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload offline
+  nanovllm bench throughput --num-prompts 64 --output-len 128 --mixed
+""",
+    )
+    size = throughput.add_mutually_exclusive_group()
+    size.add_argument("--num-prompts", type=int, metavar="N", help="prompts in the run (default: 64)")
+    size.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N", help="one run for each of these numbers of prompts"
+    )
+    size.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        help="fixed workloads: offline and offline_1024 are 256 and 1024 prompts of 100 to 1024 tokens with 100 to "
+        "1024 output tokens each at temperature 0.6; also those of the other kinds",
+    )
+    throughput.add_argument(
+        "--mixed", action="store_true", help="draw lengths between a quarter of the given ones and all of it"
+    )
+    throughput.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
+    throughput.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
+    return throughput
+
+
+def _add_latency(kinds: Commands) -> argparse.ArgumentParser:
+    latency = add_command(
+        kinds,
+        "latency",
+        "time to the first token, from token to token, and beside arriving prompts",
+        """\
+examples:
+  nanovllm bench latency --batch-sizes 1 8 64
+  nanovllm bench latency --model Qwen/Qwen3-0.6B --workload decode_1 decode_8 decode_64 ttft
+  nanovllm bench latency --model Qwen/Qwen3-0.6B --arrivals --num-streams 32 --arrival-len 2048
+""",
+    )
+    size = latency.add_mutually_exclusive_group()
+    size.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="prompts at once (default: 1)")
+    size.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        help="fixed workloads: decode_N is N prompts of 128 tokens with 512 output tokens, ttft the first token of a "
+        "prompt of 128",
+    )
+    size.add_argument(
+        "--arrivals",
+        action="store_true",
+        help="the gaps between the tokens of running streams while prompts that want one token arrive",
+    )
+    latency.add_argument("--input-len", type=int, metavar="N", help="prompt tokens (default: 64)")
+    latency.add_argument("--output-len", type=int, metavar="N", help="output tokens (default: 128)")
+    group = latency.add_argument_group("with --arrivals")
+    group.add_argument("--num-streams", type=int, default=32, metavar="N", help="running streams (default: 32)")
+    group.add_argument("--arrival-len", type=int, default=2048, metavar="N", help="tokens of a prompt (default: 2048)")
+    group.add_argument("--arrival-ms", type=float, default=100, metavar="X", help="time between two (default: 100)")
+    group.add_argument("--seconds", type=float, default=10, metavar="X", help="length of a run (default: 10)")
+    return latency
+
+
+def _add_prefill(kinds: Commands) -> argparse.ArgumentParser:
+    prefill = add_command(
+        kinds,
+        "prefill",
+        "prompt tokens a second",
+        """\
+examples:
+  nanovllm bench prefill --model Qwen/Qwen3-0.6B
+  nanovllm bench prefill --num-prompts 4 --input-len 512
+""",
+    )
+    _add_workload_sizes(prefill, num_prompts=32, input_len=2048)
+    return prefill
+
+
+def _add_prefix(kinds: Commands) -> argparse.ArgumentParser:
+    prefix = add_command(
+        kinds,
+        "prefix",
+        "output tokens a second of prompts with a common beginning that is in the prefix cache",
+        """\
+examples:
+  nanovllm bench prefix --model Qwen/Qwen3-0.6B
+  nanovllm bench prefix --num-prompts 16 --prefix-len 256 --output-len 32
+""",
+    )
+    _add_workload_sizes(prefix, num_prompts=512, prefix_len=2048, input_len=64, output_len=128)
+    return prefix
+
+
+def _add_start(kinds: Commands) -> argparse.ArgumentParser:
+    return add_command(
+        kinds,
+        "start",
+        "where the time goes from the start of a process to its first token",
+        """\
+Cold is a start with empty caches of compiled kernels, warm one with what the cold start left there.
+
+examples:
+  nanovllm bench start
+  nanovllm bench start --model Qwen/Qwen3-0.6B --repeat 3
+  nanovllm bench start --model ./only-a-config --load-format dummy --skip-tokenizer-init
+""",
+    )
+
+
+def _add_ablation(kinds: Commands) -> argparse.ArgumentParser:
+    ablation = add_command(
+        kinds,
+        "ablation",
+        "what each optimization is worth: each is switched off alone",
+        """\
+Every measurement is a process of its own. What a device does not have is left out.
+
+examples:
+  nanovllm bench ablation
+  nanovllm bench ablation --model Qwen/Qwen3-0.6B --repeat 3
+  nanovllm bench ablation --only "CUDA graphs" overlap
+""",
+    )
+    ablation.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these optimizations, by name or a part of it (default: all)"
+    )
+    return ablation
+
+
+def _add_parallel(kinds: Commands) -> argparse.ArgumentParser:
+    parallel = add_command(
+        kinds,
+        "parallel",
+        "several devices beside one, by tensor and by data parallelism",
+        """\
+Each layout runs the same workloads as one device, and its greedy tokens in float32 must be the same.
+
+examples:
+  nanovllm bench parallel --model Qwen/Qwen3-8B --tensor-parallel-sizes 1 2 4 --data-parallel-sizes 2 4
+  nanovllm bench parallel --device cpu --tensor-parallel-sizes 1 3 --batch-sizes 1 8
+""",
+    )
+    for name, default, text in (
+        ("tensor", [1, 2], "devices that share the model"),
+        ("data", [], "engines that share the requests"),
+    ):
+        parallel.add_argument(
+            f"--{name}-parallel-sizes",
+            type=int,
+            nargs="+",
+            default=default,
+            metavar="N",
+            help=f"numbers of {text} (default: {' '.join(map(str, default)) or 'none'})",
+        )
+    parallel.add_argument(
+        "--workload", nargs="+", metavar="NAME", help="fixed workloads (default: offline prefill decode_1 decode_64)"
+    )
+    parallel.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N", help="instead, so many prompts of the lengths below"
+    )
+    parallel.add_argument("--input-len", type=int, default=64, metavar="N", help="prompt tokens (default: 64)")
+    parallel.add_argument("--output-len", type=int, default=32, metavar="N", help="output tokens (default: 32)")
+    return parallel
+
+
+def _add_chart(kinds: Commands) -> None:
+    chart = add_command(
+        kinds,
+        "chart",
+        "draw engines beside each other, from the JSON lines of other kinds",
+        """\
+Needs matplotlib: pip install "nanovllm[bench]"
+
+examples:
+  nanovllm bench chart benchmarks/h200*.jsonl --compared-only -o benchmarks/h200.svg
+""",
+        " FILE [FILE ...]",
+    )
+    chart.add_argument("files", nargs="+", metavar="FILE", help="JSON lines, as the other kinds print them")
+    chart.add_argument("--output", "-o", required=True, metavar="FILE", help="the picture: .svg or .png")
+    chart.add_argument("--compared-only", action="store_true", help="leave out what only one engine has a figure of")
+
+
+def _add_workload_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Flags for the sizes of a kind's one workload, which has its name with the default ones."""
+    texts = {
+        "num_prompts": "prompts in the run",
+        "prefix_len": "tokens that all prompts begin with",
+        "input_len": "prompt tokens of each prompt's own",
+        "output_len": "output tokens",
+    }
+    for name, default in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{texts[name]} (default: {default})")
+    parser.set_defaults(workload_defaults=defaults)
+
+
+def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    _add_record_options(parser)
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        choices=("hf", "vllm", "nano-vllm"),
+        default=[],
+        metavar="ENGINE",
+        help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm, nano-vllm",
+    )
+    parser.add_argument(
+        "--nano-vllm-python", metavar="PATH", help="the Python of the environment that nano-vllm is installed in"
+    )
+
+
+def _add_record_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
+    parser.add_argument(
+        "--repeat",
+        "--repeats",
+        dest="repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="measured runs, after one to warm up (default: 3)",
+    )
+    parser.add_argument("--output", "-o", metavar="FILE", help="also append the JSON line to this file")
