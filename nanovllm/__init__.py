@@ -22,6 +22,7 @@ _PUBLIC = {
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
+    "RequestError": "nanovllm.errors",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -4,6 +4,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+class RequestError(RuntimeError):
+    """A request could not go on, for a reason of its own: a Python logits processor of it failed, for example."""
+
+
 def reject_unknown_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for the first of `options` that is not in `known`, naming the nearest known one."""
     names = list(known)

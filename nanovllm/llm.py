@@ -19,6 +19,7 @@ from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Request
+from nanovllm.errors import RequestError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, skip_prefix
@@ -77,9 +78,11 @@ class LLM:
 
         prompts: one or a list of strings, token-id lists, or {"prompt_token_ids": [...]}. sampling_params: one for all,
         or one for each; None takes `get_default_sampling_params()`. Raises ValueError or TypeError that names the item
-        at fault before anything is queued.
+        at fault before anything is queued. A request that fails later, say in a Python logits processor, ends with
+        finish_reason "error" and its reason, and the others go on; where `prompts` is one prompt, that is RequestError.
         """
-        requests = self._process(prompts, sampling_params)
+        given: Any = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
+        requests = self._process(given, sampling_params)
         outputs: dict[str, RequestOutput] = {}
         with _Progress(len(requests), use_tqdm) as progress:
             for group in self._run(requests, only_ends=True):
@@ -87,7 +90,10 @@ class LLM:
                     output = self._make_output(group, RequestOutputKind.FINAL_ONLY)
                     outputs[output.request_id] = output
                     progress.count(output)
-        return [outputs[group[0].request_id] for group in requests]
+        results = [outputs[group[0].request_id] for group in requests]
+        if _is_one(given):
+            _raise_error_of(results)
+        return results
 
     def stream(
         self,
@@ -101,13 +107,16 @@ class LLM:
         or an exception cancels what is unfinished and frees its blocks. Several streams, `generate` and `step` may
         take turns: each sees its own requests only.
         """
-        return self._stream(self._process(prompts, sampling_params))
+        given: Any = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
+        return self._stream(self._process(given, sampling_params), _is_one(given))
 
-    def _stream(self, requests: list[list[Request]]) -> Iterator[RequestOutput]:
+    def _stream(self, requests: list[list[Request]], is_one: bool) -> Iterator[RequestOutput]:
         for group in self._run(requests, only_ends=False):
             output = self._make_output(group, RequestOutputKind.DELTA)
             if output.outputs:
                 yield output
+            if is_one:
+                _raise_error_of([output])
 
     def _process(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -153,7 +162,10 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        results = self.generate(prompts, sampling_params, use_tqdm)
+        if conversations is not messages:
+            _raise_error_of(results)
+        return results
 
     def _run(self, groups: list[list[Request]], only_ends: bool) -> Iterator[list[Request]]:
         """Queue these, yield each of them that has news until all have ended; whatever ends the loop cancels the rest.
@@ -199,7 +211,9 @@ class LLM:
 
             def generate(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
                 progress.update()
-                return self.generate(beams, step, use_tqdm=False)
+                results = self.generate(beams, step, use_tqdm=False)
+                _raise_error_of(results)
+                return results
 
             outputs = beam_search(generate, token_ids, params, self._input_processor.eos_token_ids)
         for sequence in (sequence for output in outputs for sequence in output.sequences):
@@ -408,11 +422,21 @@ class _Progress:
         self._bar.close()
 
 
+def _raise_error_of(outputs: Iterable[RequestOutput]) -> None:
+    for completion in (completion for output in outputs for completion in output.outputs):
+        if completion.error is not None:
+            raise RequestError(completion.error)
+
+
 def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or several -> several. A flat list of integers is one prompt."""
+    """One prompt or several -> several."""
+    prompts = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
+    return [prompts] if _is_one(prompts) else prompts
+
+
+def _is_one(prompts: Any) -> bool:
+    """Is this one prompt, and no list of them? A flat list of integers is one."""
     if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    prompts = list(prompts)
+        return True
     # An array has __index__ too: only one without dimensions is a number.
-    is_one = bool(prompts) and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in prompts)
-    return [prompts] if is_one else prompts
+    return bool(prompts) and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in prompts)

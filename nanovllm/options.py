@@ -183,6 +183,7 @@ def _read_member(name: str, value: Any, kind: Any) -> Any:
             raise TypeError(f"{name} must hold integers, got {value!r}") from None
     if kind is str and not isinstance(value, str):
         raise TypeError(f"{name} must hold strings, got {value!r}")
-    if kind is not str and not callable(value):
+    # A class, as vLLM has processors of a whole batch, can be called too, but for no logits.
+    if kind is not str and (not callable(value) or isinstance(value, type)):
         raise TypeError(f"{name} must hold functions (token_ids, logits) -> logits, got {value!r}")
     return value

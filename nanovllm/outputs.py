@@ -25,8 +25,10 @@ class CompletionOutput:
     """One generated sequence.
 
     text: decoded output, without special tokens by default; empty when detokenize=False.
-    finish_reason: "stop" (EOS, stop token or stop string), "length" (max_tokens or model length), "abort", or None.
+    finish_reason: "stop" (EOS, stop token or stop string), "length" (max_tokens or model length), "abort", "error", or
+        None.
     stop_reason: the stop string or stop token id that ended it; None for EOS and for every other reason.
+    error: why the sequence could not go on, where finish_reason is "error"; what it had until then is here.
     cumulative_logprob: sum of the log-probabilities of token_ids; logprobs: for each of token_ids, token id to Logprob
         of that token and of the most likely ones. Both are None unless SamplingParams.logprobs asks for them.
     hidden_states: for each layer that SamplingParams.capture names, a float32 tensor [tokens of prompt and output but
@@ -41,6 +43,7 @@ class CompletionOutput:
     hidden_states: dict[int, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
     @property
     def finished(self) -> bool:

@@ -92,7 +92,8 @@ class SamplingParams:
     allowed_token_ids: no other token can be drawn.
     bad_words: words that the output never holds; each is held back at its last token, with and without a space before.
     logits_processors: functions (token ids of prompt and output so far, logits [vocab_size] float32) -> logits, run in
-        turn. They need each token on the host, so the request is planned every other step where steps overlap.
+        turn. They need each token on the host, so the request is planned every other step where steps overlap. One that
+        raises, or returns anything but numbers of that shape, ends its request with finish_reason "error".
     logprobs: log-probabilities of each output token and of the most likely so many, over the whole vocabulary and
         before any of the above; -1 gives all tokens', 0 the drawn ones' alone.
     prompt_logprobs: the same for each prompt token; the request then computes its whole prompt, also where the prefix

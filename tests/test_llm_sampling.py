@@ -4,6 +4,7 @@ Each way of running has steps that overlap, chunks, a prefix cache, or a cache s
 batch mixes all features, so each of them meets the others.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, Logprob, SamplingParams
+from nanovllm import LLM, BeamSearchParams, Logprob, RequestError, SamplingParams
+from tests.llm_checks import check_nothing_is_left
 from tests.sampling.reference import edited
 from tests.tiny_models import (
     VOCAB_WITH_TOKENIZER,
@@ -190,9 +192,65 @@ def test_processors_of_the_engine_run_for_every_request_and_first(folder: Path, 
             assert prompt + output[:length] in seen
 
 
-def test_a_processor_that_returns_nonsense_is_named(folder: Path) -> None:
-    with make_llm(folder) as llm, pytest.raises(ValueError, match=r"logits processor.*\(272,\), got NoneType"):
-        llm.generate([PROMPTS[0]], greedy(logits_processors=[lambda token_ids, logits: None]), use_tqdm=False)
+def fail_later(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    if len(token_ids) < len(PROMPTS[1]) + 2:
+        return logits
+    raise KeyError("made up")
+
+
+def too_short(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return logits[1:]
+
+
+FAULTS: dict[str, tuple[Any, int]] = {  # what fails, and after how many tokens
+    r"processor fail_later failed: KeyError: 'made up' \(.*test_llm_sampling.py, line \d+\)": (fail_later, 2),
+    r"processor too_short failed: ValueError: .* shape \(272,\), got \(271,\)$": (too_short, 0),
+    r"processor .*<lambda> failed: TypeError: .* tensor, got NoneType$": (lambda token_ids, logits: None, 0),
+    r"processor .* failed: TypeError: .* floating-point numbers, got torch.int64$": (
+        lambda token_ids, logits: logits.long(),
+        0,
+    ),
+    r"processor .* failed: TypeError: .* positional argument": (lambda token_ids: token_ids, 0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_processor_that_fails_ends_its_own_request(folder: Path, hf: Any, way: dict[str, Any]) -> None:
+    """W13: with its reason and what it had; the others go on, each failure's neighbours included."""
+    faults = [greedy(logits_processors=[forbid_repeats, function], logprobs=1) for function, _ in FAULTS.values()]
+    with make_llm(folder, **way) as llm:
+        outputs = llm.generate([*PROMPTS, *[PROMPTS[1]] * len(faults)], [*REQUESTS, *faults], use_tqdm=False)
+        for output, prompt, params in zip(outputs, PROMPTS, REQUESTS, strict=False):
+            assert output.outputs[0].error is None
+            assert output.outputs[0].token_ids == expected_tokens(hf, prompt, params)
+        wanted = expected_tokens(hf, PROMPTS[1], greedy(logits_processors=[forbid_repeats]))
+        for output, (reason, (_, num_tokens)) in zip(outputs[len(PROMPTS) :], FAULTS.items(), strict=True):
+            (completion,) = output.outputs
+            assert output.finished and completion.finish_reason == "error"
+            assert completion.error is not None and re.search(reason, completion.error)
+            assert completion.token_ids == wanted[:num_tokens]
+            assert completion.logprobs is not None and len(completion.logprobs) == num_tokens
+        check_nothing_is_left(llm)
+        with pytest.raises(RequestError, match=next(iter(FAULTS))):
+            llm.generate(PROMPTS[1], faults[0], use_tqdm=False)
+        deltas = []
+        with pytest.raises(RequestError, match=next(iter(FAULTS))):
+            deltas.extend(llm.stream(PROMPTS[1], faults[0]))
+        assert llm.generate(PROMPTS[1], greedy(), use_tqdm=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_a_processor_of_the_engine_that_fails_ends_the_requests_it_fails_for(folder: Path) -> None:
+    def fail_for_long_prompts(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        assert len(token_ids) < 17, "long"
+        return logits
+
+    with make_llm(folder, logits_processors=[fail_for_long_prompts]) as llm:
+        outputs = llm.generate(PROMPTS[:4], greedy(max_tokens=2), use_tqdm=False)
+        assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "error", "length"]
+        with pytest.raises(RequestError, match="AssertionError: long"):
+            llm.beam_search(PROMPTS[1], BeamSearchParams(beam_width=2, max_tokens=2))
+    with pytest.raises(TypeError, match="functions"):
+        make_llm(folder, logits_processors=[dict])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     *[("logit_bias", value) for value in ([1], {"3": 1.0}, {3: "1"}, {True: 1.0}, {3: None})],
     *[("allowed_token_ids", value) for value in (5, "12", [1.5], [True], {1})],
     *[("bad_words", value) for value in ("word", [1], [None])],
-    *[("logits_processors", value) for value in (len, ["name"], [None])],
+    *[("logits_processors", value) for value in (len, ["name"], [None], [dict])],
     *[("n", value) for value in (1.0, None, "2", True)],
     *[("structured_outputs", value) for value in ({"regex": "a"}, "a", 5)],
     *[("capture", value) for value in ([0], {"layers": 0}, {"layers": [0.5]}, {"layers": None}, {"layer": [0]}, {})],

@@ -81,6 +81,12 @@ class TensorParallel:
         pieces = parts.view(self.size, *x.shape)
         return torch.cat([piece[:, : max(0, width - i * x.shape[1])] for i, piece in enumerate(pieces)], dim=1)
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, written into every other rank's."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
     def smallest(self, number: int, device: torch.device) -> int:
         """The smallest of the ranks' numbers. device: where this rank computes."""
         if self.size == 1:

@@ -109,6 +109,7 @@ class OutputProcessor:
             hidden_states=self._hidden_states(request),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            error=request.error,
         )
 
     @staticmethod

@@ -67,7 +67,7 @@ def build_runner(
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
     def make_runner(config: ResolvedConfig, num_blocks: int) -> ModelRunner:
-        return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device)
+        return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device, tp)
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())

@@ -5,7 +5,7 @@ Owns the model, its KV cache and the batch state. Invariant: a step is queued wi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, ForwardContext
 from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
 from nanovllm.kernels.dependent_launch import dependent_launch
@@ -42,16 +43,19 @@ class PendingTokens:
     logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = ()  # (which of the tokens, theirs)
     prompt_logprobs: Sequence[Sequence[TopLogprobs]] = ()  # per item of the plan's, in parts
     hidden_states: Captured = ()
+    failures: dict[int, str] = field(default_factory=dict)  # as in ModelRunnerOutput
 
     def result(self) -> ModelRunnerOutput:
         if self.event is not None:
             self.event.synchronize()
-        output = ModelRunnerOutput(token_ids=self.tokens.tolist(), hidden_states=list(self.hidden_states))
+        output = ModelRunnerOutput(
+            token_ids=self.tokens.tolist(), hidden_states=list(self.hidden_states), failures=self.failures
+        )
         if self.logprobs:
             output.logprobs = [None] * len(output.token_ids)
         for members, top in self.logprobs:
             for member, entry in zip(members, _entries(top), strict=True):
-                output.logprobs[member] = entry
+                output.logprobs[member] = None if member in self.failures else entry
         for parts in self.prompt_logprobs:
             output.prompt_logprobs.append([entry for top in parts for entry in _entries(top)])
         return output
@@ -76,8 +80,9 @@ class ModelRunner:
         kv_caches: list[LayerCache],
         backend: AttentionBackend,
         device: torch.device,
+        tp: TensorParallel | None = None,
     ) -> None:
-        """config is resolved; kv_caches as `runner/kv_cache.py` allocates them."""
+        """config is resolved; kv_caches as `runner/kv_cache.py` allocates them; tp: the ranks that share the model."""
         self.model = model
         self.kv_caches = kv_caches
         self.backend = backend
@@ -91,7 +96,7 @@ class ModelRunner:
         self.state = BatchState(
             config.max_num_seqs, max_blocks, model_config.vocab_size, device, config.logits_processors
         )
-        self.sampler = Sampler(self.state.sampling, config.deterministic)
+        self.sampler = Sampler(self.state.sampling, config.deterministic, tp)
         num_buffers = config.overlap_depth + 1
         self._stager = InputStager(max_blocks, num_buffers, device)
         self._decodes = DecodeLayout(config.max_num_seqs)
@@ -188,7 +193,8 @@ class ModelRunner:
         rows = batch.rows[batch.sampled]
         rows_host, positions_host = batch.rows_host[batch.sampled_host], _seq_lens(plan)[batch.sampled_host]
         tokens = self.sampler.sample(logits, rows_host, rows, positions_host, seq_lens[batch.sampled])
-        return self._read_back(tokens, self.sampler.logprobs(logits, tokens, rows_host), prompt_logprobs, captured)
+        logprobs = self.sampler.logprobs(logits, tokens, rows_host)
+        return self._read_back(tokens, logprobs, prompt_logprobs, captured, self.sampler.take_failures(rows_host))
 
     def _finish(self, plan: SchedulerOutput, tokens: Tensor, logits: Tensor) -> PendingTokens:
         """Queue what a graph cannot do for some rows, edits of logits and log-probabilities, behind its replay.
@@ -205,7 +211,8 @@ class ModelRunner:
         if len(edited):
             rows, positions = upload(np.stack((rows_host, positions_host)).astype(np.int32), self.device).unbind(0)
             self.sampler.redraw(logits, tokens, edited, rows_host, rows, positions_host, positions)
-        return self._read_back(tokens, self.sampler.logprobs(logits, tokens, rows_host))
+        logprobs = self.sampler.logprobs(logits, tokens, rows_host)
+        return self._read_back(tokens, logprobs, failures=self.sampler.take_failures(rows_host))
 
     def _score_prompt(
         self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int
@@ -328,6 +335,7 @@ class ModelRunner:
         logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = (),
         prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
         captured: Captured = (),
+        failures: dict[int, str] | None = None,
     ) -> PendingTokens:
         """tokens and logprobs are on the device, everything else is on its way to the host already."""
         host = self._to_host(tokens)
@@ -336,7 +344,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        return PendingTokens(host, event, logprobs, prompt_logprobs, captured)
+        return PendingTokens(host, event, logprobs, prompt_logprobs, captured, failures or {})
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         """A copy that the host does not wait for; the tensor itself on a CPU."""

@@ -18,10 +18,11 @@ The order of the stages, as in vLLM but for the grammar, which has the last word
     12. draw                lowest id where the CDF exceeds uniform(seed, position)    all sampled rows
 
 Owns the order and the choice of route; `logprobs.py` (0), `edits.py` (1 to 6), `bitmask.py` (7) and `logits.py` (8 to
-12) own the arithmetic, `state.py` the parameters. Rows that ask for an edit get a float32 copy of their logits; the
-others never see those stages. On a GPU, stages 8 to 12 are `kernels/sample_triton.py`, which reads the parameters
-there. On a CPU the host mirrors say which rows need what, so a stage that nobody asked for is not run. Invariant: a
-row's token depends on its logits, parameters, history, seed and position alone, and so does the route to it.
+12) own the arithmetic, `processors.py` (5) the user's functions, `state.py` the parameters. Rows that ask for an edit
+get a float32 copy of their logits; the others never see those stages. On a GPU, stages 8 to 12 are
+`kernels/sample_triton.py`, which reads the parameters there. On a CPU the host mirrors say which rows need what, so a
+stage that nobody asked for is not run. Invariant: a row's token depends on its logits, parameters, history, seed and
+position alone, and so does the route to it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.sampling.bitmask import apply_bitmask
 from nanovllm.sampling.edits import add_bias, allow_only, apply_penalties, rule_out
@@ -46,6 +48,7 @@ from nanovllm.sampling.logits import (
 )
 from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.philox import uniform
+from nanovllm.sampling.processors import run_processors
 from nanovllm.sampling.state import RowParams, SamplingState, upload
 
 _NUM_CANDIDATES = 128  # what the filters look at first; rows that keep more are filtered whole
@@ -53,9 +56,12 @@ _NO_IDS = np.zeros(0, dtype=np.int64)
 
 
 class Sampler:
-    def __init__(self, state: SamplingState, is_deterministic: bool = False) -> None:
+    def __init__(self, state: SamplingState, is_deterministic: bool = False, tp: TensorParallel | None = None) -> None:
+        """tp: the ranks that sample the same logits."""
         self._state = state
         self._is_deterministic = is_deterministic
+        self._tp = tp or TensorParallel()
+        self._failures: dict[int, str] = {}  # row -> why its edits failed
 
     def sample(
         self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray, positions: Tensor
@@ -100,6 +106,13 @@ class Sampler:
         asks = state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
         return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks
 
+    def take_failures(self, rows_host: np.ndarray) -> dict[int, str]:
+        """Which of these n rows, that were sampled last, have no token, and why: their Python processors failed."""
+        if not self._failures:
+            return {}
+        failures, self._failures = self._failures, {}
+        return {index: failures[row] for index, row in enumerate(rows_host.tolist()) if row in failures}
+
     def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, TopLogprobs]]:
         """Stage 0, for the tokens [n] that were drawn: (members, what they asked for), one of each size asked for.
 
@@ -139,9 +152,14 @@ class Sampler:
         if len(biases):
             bias_ids = [edits.bias_ids for edits in asked]
             logits = self._with_ids(add_bias, logits, bias_ids, upload(biases, logits.device))
-        for i, (row, edits) in enumerate(zip(rows_host, asked, strict=True)):
-            for processor in edits.processors:
-                logits[i] = _checked(processor(list(state.histories[row]), logits[i].clone()), logits[i], processor)
+        members = np.flatnonzero([bool(edits.processors) for edits in asked])
+        if len(members):
+            index = upload(members, logits.device)
+            values = logits[index]
+            functions = [asked[i].processors for i in members]
+            reasons = run_processors(values, [state.histories[rows_host[i]] for i in members], functions, self._tp)
+            self._failures.update((int(rows_host[members[i]]), reason) for i, reason in reasons.items())
+            logits = logits.index_copy(0, index, values)
         members = np.flatnonzero(state.has_penalties[rows_host])
         if len(members):
             assert state.counts is not None
@@ -237,15 +255,6 @@ class Sampler:
                 _filter_and_draw(scaled, RowParams(*(column[part] for column in params)), asked[part], noise[part])
             )
         return torch.cat(picked)
-
-
-def _checked(result: object, logits: Tensor, processor: object) -> Tensor:
-    if not isinstance(result, Tensor) or result.shape != logits.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(
-            f"logits processor {processor!r} must return a tensor of shape {tuple(logits.shape)}, got {got}"
-        )
-    return result
 
 
 def _asks_for_a_filter(asked: np.ndarray) -> np.ndarray:

@@ -150,6 +150,30 @@ def test_logits_processors_run_in_the_workers(llm: LLM, folder: Path) -> None:
     assert not llm.has_unfinished_requests()
 
 
+def count_and_fail_elsewhere(token_ids: list[int], logits: Any) -> Any:
+    """Other numbers in each call, and a failure in every process but the one of rank 0."""
+    assert sys.argv[-4] == "0"
+    return logits + torch.rand(logits.shape) * 10
+
+
+def fail_at_once(token_ids: list[int], logits: Any) -> Any:
+    raise ArithmeticError("ü" * 2000)
+
+
+def test_ranks_go_on_with_what_rank_0s_processors_made(llm: LLM, expected: list[list[int]]) -> None:
+    """A rank that went another way would spoil, or end, everyone's next steps."""
+    odd, bad = (
+        SamplingParams(temperature=0, max_tokens=8, logits_processors=[function])
+        for function in (count_and_fail_elsewhere, fail_at_once)
+    )
+    outputs = llm.generate(PROMPTS * 2, [GREEDY, odd, GREEDY, bad, odd, GREEDY, bad, GREEDY], use_tqdm=False)
+    assert [index for index, output in enumerate(outputs) if output.outputs[0].finish_reason == "error"] == [3, 6]
+    for index in (0, 2, 5, 7):
+        assert outputs[index].outputs[0].token_ids == expected[index % len(PROMPTS)]
+    assert outputs[3].outputs[0].error.startswith("logits processor fail_at_once failed: ArithmeticError: üüü")
+    assert tokens(llm) == expected
+
+
 def test_an_interrupted_call_leaves_the_workers_in_step(llm: LLM, expected: list[list[int]]) -> None:
     for delay in (0.0, 0.01, 0.03):
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
