@@ -142,11 +142,11 @@ def _align_kernel(
     place = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
     tl.store(rows_ptr + first * BLOCK + place, row, mask=is_mine)
     last = size // BLOCK * BLOCK + tl.arange(0, BLOCK)
-    tl.store(rows_ptr + first * BLOCK + last, num_rows, mask=(last >= size) & (size % BLOCK != 0))
+    tl.store(rows_ptr + first * BLOCK + last, num_rows, mask=(last >= size) & (last < (end - first) * BLOCK))
     block = tl.arange(0, BLOCKS_PADDED)
     tl.store(block_experts_ptr + block, expert, mask=(block >= first) & (block < end))
-    is_behind = (block >= end) & (block < blocks_in_all) & (expert == EXPERTS - 1)
-    tl.store(block_experts_ptr + block, -1, mask=is_behind)
+    if expert == EXPERTS - 1:
+        tl.store(block_experts_ptr + block, -1, mask=(block >= end) & (block < blocks_in_all))
 
 
 def align_triton(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor]:
