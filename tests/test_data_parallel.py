@@ -179,8 +179,8 @@ def test_engines_of_two_ranks_each_and_a_killed_one(folder: Path, one: LLM) -> N
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)replica 1 failed.*worker 1 was killed by SIGKILL"):
         generate(llm, GREEDY)
-    assert time.monotonic() - start < 5
-    deadline = time.monotonic() + 5
+    assert time.monotonic() - start < 60  # far from the 300 s that a message may take
+    deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, "a worker is still there"
         time.sleep(0.02)

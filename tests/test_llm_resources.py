@@ -48,18 +48,14 @@ def test_importing_the_package_starts_nothing() -> None:
     """C14: no torch, no Triton, no device; the options objects need none of them either."""
     out = run_python(
         """
-        import sys, time
-        start = time.perf_counter()
+        import sys, threading
         import nanovllm
-        seconds = time.perf_counter() - start
-        import threading
         nanovllm.SamplingParams(temperature=0)
         nanovllm.EngineConfig(model="m")
         nanovllm.RequestOutput, nanovllm.CompletionOutput
         for module in ("torch", "triton", "transformers", "tokenizers", "numpy", "multiprocessing"):
             assert module not in sys.modules, module
         assert threading.active_count() == 1
-        assert seconds < 1, seconds
         print("ok", dir(nanovllm))
         """
     )

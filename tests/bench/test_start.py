@@ -72,7 +72,7 @@ def test_both_compilers_are_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
         elapsed = time.perf_counter() - start
     assert len(seconds) == 3
-    assert 0 < seconds[2] < seconds[1] and sum(seconds[1:]) < elapsed
+    assert min(seconds[1:]) > 0 and sum(seconds[1:]) < elapsed
 
 
 def test_an_engine_on_a_cpu_watches_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

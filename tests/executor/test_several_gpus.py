@@ -97,5 +97,5 @@ def test_a_killed_rank_frees_the_memory_of_all(folder: Path) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="worker 1 was killed by SIGKILL"):
         tokens(llm)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # far from the 300 s that a message may take
     assert not any(map(is_alive, pids))
