@@ -146,8 +146,8 @@ def _rehearse_loading(config: ResolvedConfig, model_config: ModelConfig, checkpo
     with torch.device("meta"):
         make_model = model_class(model_config.architecture)
         model = make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), PLAIN)
-    if config.load_format != "dummy":
-        load_weights(model, checkpoint.headers())
+        if config.load_format != "dummy":
+            load_weights(model, checkpoint.headers())
 
 
 def _replica_setups(config: ResolvedConfig, device: torch.device) -> list[ReplicaSetup]:
