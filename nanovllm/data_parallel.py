@@ -133,6 +133,9 @@ class DataParallelEngine:
             _finish(request, "abort", None)
             self._send(placed[1].replica.child, "abort", placed[0])
 
+    def has_work(self) -> bool:
+        return bool(self._placed or self._news)
+
     def step(self) -> list[Request]:
         """Wait for news from any replica; returns the requests that got tokens or ended."""
         if not self._news and self._placed:

@@ -8,6 +8,10 @@ class RequestError(RuntimeError):
     """A request could not go on, for a reason of its own: a Python logits processor of it failed, for example."""
 
 
+class EngineDeadError(RuntimeError):
+    """A process that the engine needs has ended, or does not answer: nothing can be run any more."""
+
+
 def reject_unknown_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for the first of `options` that is not in `known`, naming the nearest known one."""
     names = list(known)

@@ -1,14 +1,14 @@
 """LLM: the whole engine behind one object, with vLLM's offline interface.
 
-Owns the user's view: prompts in, RequestOutputs out in order, progress, and the end of the engine's life. Invariant: a
-call that raises for bad input has queued nothing; a call that is interrupted leaves nothing of its own behind.
+Owns the user's view: prompts in, RequestOutputs out in order, progress, and the end of the engine's life; requests run
+in a `Session`, so any thread may call anything. Invariant: a call that raises for bad input has queued nothing; a call
+that is interrupted leaves nothing of its own behind.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,28 +17,16 @@ from tqdm import tqdm
 from nanovllm.beam_search import BeamSearchParams, beam_search
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
+from nanovllm.engine.deltas import delta
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Request
+from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import RequestError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, skip_prefix
+from nanovllm.scoring import score
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
-Inbox = dict[str, list[Request]]  # by request id, the sequences of those that changed and were not looked at since
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The sequences of one request, and where its caller looks for news of it: of every token, or of ends alone."""
-
-    requests: list[Request]
-    inbox: Inbox
-    only_ends: bool
-
-    @property
-    def is_finished(self) -> bool:
-        return all(request.is_finished for request in self.requests)
 
 
 class LLM:
@@ -49,7 +37,8 @@ class LLM:
                 print(output.outputs[0].text)
 
     model and options are the fields of `EngineConfig`. Raises TypeError for an unknown option, ValueError for a value,
-    model or checkpoint that cannot run, ConnectionError if a download fails.
+    model or checkpoint that cannot run, ConnectionError if a download fails. Any thread may call it; what several ask
+    for runs in one batch.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -57,14 +46,13 @@ class LLM:
         self.config = parts.config
         self.model_config = parts.model_config
         self._engine = parts.engine
+        self._session = Session(parts.engine)
         self._input_processor = parts.input_processor
         self._tokenizer = parts.tokenizer
         self._generation_config = parts.generation_config
         self._start_times = parts.start_times
-        self._next_number = 0
-        self._groups: dict[str, _Group] = {}  # unfinished ones
-        self._inbox: Inbox = {}  # of `add_request` and `step`
-        self._is_closed = False
+        self._inbox = Inbox(self._make_output)  # of `add_request` and `step`
+        self._returned: dict[Handle, RequestOutput] = {}  # the newest that `step` has returned, of each of the inbox
 
     # -- whole batches --
 
@@ -82,15 +70,14 @@ class LLM:
         finish_reason "error" and its reason, and the others go on; where `prompts` is one prompt, that is RequestError.
         """
         given: Any = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
-        requests = self._process(given, sampling_params)
-        outputs: dict[str, RequestOutput] = {}
-        with _Progress(len(requests), use_tqdm) as progress:
-            for group in self._run(requests, only_ends=True):
-                if all(request.is_finished for request in group):
-                    output = self._make_output(group, RequestOutputKind.FINAL_ONLY)
-                    outputs[output.request_id] = output
-                    progress.count(output)
-        results = [outputs[group[0].request_id] for group in requests]
+        inbox = Inbox(self._make_output)
+        handles = [Handle(group, inbox, only_ends=True) for group in self._process(given, sampling_params)]
+        outputs: dict[Handle, RequestOutput] = {}
+        with _Progress(len(handles), use_tqdm) as progress:
+            for handle, output in self._session.run(handles, inbox):
+                outputs[handle] = output
+                progress.count(output)
+        results = [outputs[handle] for handle in handles]
         if _is_one(given):
             _raise_error_of(results)
         return results
@@ -108,21 +95,25 @@ class LLM:
         take turns: each sees its own requests only.
         """
         given: Any = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
-        return self._stream(self._process(given, sampling_params), _is_one(given))
+        inbox = Inbox(self._make_output)
+        handles = [Handle(group, inbox, only_ends=False) for group in self._process(given, sampling_params)]
+        return self._stream(handles, inbox, _is_one(given))
 
-    def _stream(self, requests: list[list[Request]], is_one: bool) -> Iterator[RequestOutput]:
-        for group in self._run(requests, only_ends=False):
-            output = self._make_output(group, RequestOutputKind.DELTA)
-            if output.outputs:
-                yield output
+    def _stream(self, handles: list[Handle], inbox: Inbox[RequestOutput], is_one: bool) -> Iterator[RequestOutput]:
+        seen: dict[Handle, RequestOutput] = {}
+        for handle, output in self._session.run(handles, inbox):
+            new = delta(output, seen.get(handle))
+            seen[handle] = output
+            if new.outputs:
+                yield new
             if is_one:
-                _raise_error_of([output])
+                _raise_error_of([new])
 
     def _process(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[list[Request]]:
         """The sequences of each prompt, checked and not queued."""
-        self._check_open()
+        self._session.check_open()
         prompts = _as_list(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -134,13 +125,11 @@ class LLM:
             raise ValueError(
                 f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts; give one for all or one each"
             )
-        numbers = self._free_numbers()
-        requests = [
-            self._input_processor.process(prompt, params, f"prompts[{i}]", next(numbers))
-            for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
-        ]
-        self._next_number = next(numbers)
-        return requests
+        with self._session.numbers(len(prompts)) as numbers:
+            return [
+                self._input_processor.process(prompt, params, f"prompts[{i}]", number)
+                for i, (prompt, params, number) in enumerate(zip(prompts, sampling_params, numbers, strict=True))
+            ]
 
     def chat(
         self,
@@ -167,35 +156,13 @@ class LLM:
             _raise_error_of(results)
         return results
 
-    def _run(self, groups: list[list[Request]], only_ends: bool) -> Iterator[list[Request]]:
-        """Queue these, yield each of them that has news until all have ended; whatever ends the loop cancels the rest.
-
-        Generators end in `finally` when they are closed or forgotten, so nothing has to be called.
-        """
-        inbox: Inbox = {}
-        unfinished = deque(group[0].request_id for group in groups)
-        try:
-            for group in groups:
-                self._add(group, inbox, only_ends)
-            while True:
-                while inbox:
-                    yield inbox.pop(next(iter(inbox)))
-                while unfinished and unfinished[0] not in self._groups:
-                    unfinished.popleft()
-                if not unfinished:
-                    return
-                self._step()
-        finally:
-            for group in groups:
-                self._abort(group)
-
     # -- other questions than "what comes next" --
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
     ) -> list[BeamSearchOutput]:
         """For each prompt the `beam_width` most likely continuations that a beam search finds, best first."""
-        self._check_open()
+        self._session.check_open()
         if not isinstance(params, BeamSearchParams):
             raise TypeError(f"params must be BeamSearchParams, got {params!r}")
         max_model_len = self.config.max_model_len
@@ -227,20 +194,7 @@ class LLM:
         An option is a string or token ids. Strings are tokenized by themselves, so begin them with the space that a
         prefix without one calls for. With prefix caching, which is on by default, the prefix is computed once.
         """
-        self._check_open()
-        check_options(options)
-        prefix_ids = self._input_processor.read_prompt(prefix, "prefix")
-        groups = []
-        numbers = self._free_numbers()
-        for index, option in enumerate(options):
-            name = f"options[{index}]"
-            token_ids = prefix_ids + self._input_processor.read_continuation(option, name)
-            groups.append(self._input_processor.process(token_ids, SCORE_PARAMS, name, next(numbers)))
-            skip_prefix(groups[-1][0], len(prefix_ids))
-        self._next_number = next(numbers)
-        for _ in self._run(groups, only_ends=True):
-            pass
-        return [log_likelihood(request) for (request,) in groups]
+        return score(self._session, self._input_processor, prefix, options)
 
     # -- one step at a time --
 
@@ -248,12 +202,12 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> str:
         """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
-        self._check_open()
+        self._session.check_open()
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        numbers = self._free_numbers()
-        group = self._input_processor.process(prompt, params, "prompt", next(numbers), request_id)
-        self._add(group, self._inbox, only_ends=False)
-        self._next_number = next(numbers)
+        with self._session.numbers(1) as (number,):
+            group = self._input_processor.process(prompt, params, "prompt", number, request_id)
+            only_ends = params.output_kind is RequestOutputKind.FINAL_ONLY
+            self._session.submit(Handle(group, self._inbox, only_ends))
         return group[0].request_id
 
     def step(self) -> list[RequestOutput]:
@@ -261,74 +215,46 @@ class LLM:
 
         Each has what `SamplingParams.output_kind` says: all its output so far, what is new, or nothing before its end.
         """
-        self._step()
+        news = self._session.exclusively(self._step)
         outputs = []
-        while self._inbox:
-            group = self._inbox.pop(next(iter(self._inbox)))
-            kind = group[0].params.output_kind
-            if kind is RequestOutputKind.FINAL_ONLY and not all(request.is_finished for request in group):
-                continue
-            output = self._make_output(group, kind)
+        for handle, output in news.items():
+            if handle.requests[0].params.output_kind is RequestOutputKind.DELTA:
+                output = delta(output, self._returned.get(handle))
             if output.outputs:
                 outputs.append(output)
-        return outputs
+        # In the line that returns: what an interruption keeps from the caller is returned by the next call.
+        return self._returned.update(news) or outputs
+
+    def _step(self) -> dict[Handle, RequestOutput]:
+        """News of the inbox after one step; they stay there until the call after the one that returns them."""
+        inbox = self._inbox.news
+        for handle, output in list(self._returned.items()):
+            if handle in inbox and inbox[handle][0] is output:
+                del inbox[handle]
+            if output.finished:
+                del self._returned[handle]
+        self._session.step()
+        return {handle: output for handle, (output, _) in list(inbox.items())}
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._groups or self._inbox)
+        returned = self._returned
+        is_told = all(returned.get(handle) is output for handle, (output, _) in list(self._inbox.news.items()))
+        return self._session.has_unfinished_requests() or not is_told
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
-        """Stop and forget requests, each with all its sequences. An id that has ended, or never was, is passed over."""
+        """Stop requests, each with all its sequences. An id that has ended, or never was, is passed over.
+
+        Those of `add_request` are forgotten. A call that waits for one gets it with the finish reason "abort".
+        """
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
-            if name in self._groups:
-                self._abort(self._groups[name].requests)
+            handle = self._session.find(name)
+            if handle is not None and handle.inbox is self._inbox:
+                self._session.cancel([handle])
+            elif handle is not None:
+                self._session.abort(handle)
 
-    def _abort(self, requests: list[Request]) -> None:
-        """Stop and forget these; nothing if they have ended, even where another request has their id now."""
-        name = requests[0].request_id
-        group = self._groups.get(name)
-        if group is not None and group.requests is requests:
-            del self._groups[name]
-            group.inbox.pop(name, None)
-            for request in requests:
-                self._engine.abort(request)
-                self._engine.output_processor.forget(request)
-
-    def _free_numbers(self) -> Iterator[int]:
-        """Numbers for new requests; as ids, none of them is in use. A call that is refused uses none of them up."""
-        return (number for number in count(self._next_number) if str(number) not in self._groups)
-
-    def _add(self, requests: list[Request], inbox: Inbox, only_ends: bool) -> None:
-        request_id = requests[0].request_id
-        if request_id in self._groups:  # perhaps since the request was checked: a stream adds it at its first step
-            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
-        self._groups[request_id] = _Group(requests, inbox, only_ends)
-        for request in requests:
-            self._engine.add_request(request)
-
-    def _step(self) -> None:
-        """One step of the engine; what changed goes to the inboxes of those who asked for it."""
-        self._check_open()
-        try:
-            changed = self._engine.step()
-        except KeyboardInterrupt:
-            # Wherever it struck: what was in flight is dropped, the tokens that the host has are kept.
-            self._groups = {name: group for name, group in self._groups.items() if not group.is_finished}
-            self._engine.restart(
-                request for group in self._groups.values() for request in group.requests if not request.is_finished
-            )
-            raise
-        except Exception:
-            self.close()  # device state is unknown now: refuse further use instead of giving wrong answers
-            raise
-        for request in changed:
-            group = self._groups.get(request.request_id)
-            if group is not None and (request.is_finished or not group.only_ends):
-                group.inbox[request.request_id] = group.requests
-                if request.is_finished and group.is_finished:
-                    del self._groups[request.request_id]
-
-    def _make_output(self, group: list[Request], kind: RequestOutputKind) -> RequestOutput:
-        output = self._engine.output_processor.make_output(group, kind)
+    def _make_output(self, group: Sequence[Request]) -> RequestOutput:
+        output = self._engine.output_processor.make_output(group)
         for completion in output.outputs:
             if completion.hidden_states is not None:
                 parts = completion.hidden_states
@@ -343,8 +269,7 @@ class LLM:
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         """Call function(model) on each worker's model, to look inside; returns the results."""
-        self._check_open()
-        return self._engine.apply_model(function)
+        return self._session.exclusively(partial(self._engine.apply_model, function))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams with what the model's generation_config.json sets."""
@@ -365,28 +290,25 @@ class LLM:
         (attention). start_*_seconds: the parts of the start (`build.StartTimes`).
         """
         start = {f"start_{name}": seconds for name, seconds in asdict(self._start_times).items()}
-        return {**self._engine.get_metrics(), **start}
+        return {**self._session.exclusively(self._engine.get_metrics), **start}
 
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left in the KV cache."""
-        self._engine.reset_prefix_cache()
+        self._session.exclusively(self._engine.reset_prefix_cache)
 
     def close(self) -> None:
         """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._groups.clear()
-            self._engine.close()
+        self._session.close()
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._session.is_closed
 
     def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("this LLM is closed (by close(), or because a step failed); make a new one")
 
     def _known_tokenizer(self) -> Any:
         if self._tokenizer is None:

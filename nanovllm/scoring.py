@@ -7,11 +7,34 @@ option but the first. Invariant: what an option scores does not depend on the ot
 import math
 from collections.abc import Sequence
 
+from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.request import Request
+from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.sampling_params import SamplingParams
 
 # The one token that each request also draws is looked at by nobody.
 SCORE_PARAMS = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+
+def score(
+    session: Session, input_processor: InputProcessor, prefix: Prompt, options: Sequence[str | Sequence[int]]
+) -> list[float]:
+    """See `LLM.score`."""
+    session.check_open()
+    check_options(options)
+    prefix_ids = input_processor.read_prompt(prefix, "prefix")
+    inbox: Inbox[Sequence[Request]] = Inbox(lambda group: group)
+    handles = []
+    with session.numbers(len(options)) as numbers:
+        for index, (option, number) in enumerate(zip(options, numbers, strict=True)):
+            name = f"options[{index}]"
+            token_ids = prefix_ids + input_processor.read_continuation(option, name)
+            group = input_processor.process(token_ids, SCORE_PARAMS, name, number)
+            skip_prefix(group[0], len(prefix_ids))
+            handles.append(Handle(group, inbox, only_ends=True))
+    for _ in session.run(handles, inbox):
+        pass
+    return [log_likelihood(handle.requests[0]) for handle in handles]
 
 
 def skip_prefix(request: Request, num_prefix_tokens: int) -> None:

@@ -728,7 +728,7 @@ def test_an_interrupted_generate_leaves_nothing_behind(random_folder: Path, afte
 
 def test_an_interruption_between_steps_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = complete(llm, "a", GREEDY)
-    real_step = llm._step
+    real_step = llm._session.step
     calls = iter(range(100))
 
     def interrupted() -> Any:
@@ -736,7 +736,7 @@ def test_an_interruption_between_steps_leaves_nothing_behind(llm: LLM, monkeypat
             raise KeyboardInterrupt
         return real_step()
 
-    monkeypatch.setattr(llm, "_step", interrupted)
+    monkeypatch.setattr(llm._session, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b", "c"], GREEDY, use_tqdm=False)
     monkeypatch.undo()

@@ -219,7 +219,7 @@ def test_a_stream_that_is_left_cancels_and_frees(llm: LLM, leave: Callable[[Any]
     other = llm.add_request("other", sampled(max_tokens=20))
     with suppress(KeyError):
         leave(llm.stream(["abc", "def", "ghi"], sampled(n=2, max_tokens=40)))
-    assert list(llm._groups) == [other]
+    assert list(llm._session._handles) == [other]
     outputs = []
     while llm.has_unfinished_requests():
         outputs += llm.step()

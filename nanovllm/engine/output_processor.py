@@ -1,7 +1,7 @@
 """OutputProcessor: token ids to text, stop strings, and the RequestOutput a caller sees.
 
-Owns the decoding state of each request that needs text before it ends, and what of it has been sent; counters and
-queues belong to the scheduler. Invariant: text only ever grows, and is cut at a stop string before anyone sees it.
+Owns the decoding state of each request that needs text before it ends; counters and queues belong to the scheduler.
+Invariant: text only ever grows, and is cut at a stop string before anyone sees it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from nanovllm.detokenizer import DetokenizerStream
 from nanovllm.engine.logprobs import LogprobsDecoder, cumulative_logprob
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -23,8 +22,6 @@ class _PartialText:
         self.text = ""
         self.num_decoded_tokens = 0
         self.is_final = False
-        self.num_sent_tokens = self.num_sent_characters = 0
-        self.is_end_sent = False
 
     def catch_up(self, request: Request) -> int:
         """Decode the tokens that arrived since the last call; returns the length of the text before them."""
@@ -67,34 +64,22 @@ class OutputProcessor:
         partial.text = partial.text[:end]
         return found[1]
 
-    def make_output(self, group: Sequence[Request], kind: RequestOutputKind) -> RequestOutput:
-        """What the sequences of one prompt have produced: all so far, or (DELTA) what no output before this one held.
-
-        With DELTA, sequences without anything new are left out. The decoding state of a finished group is dropped.
-        """
+    def make_output(self, group: Sequence[Request]) -> RequestOutput:
+        """What the sequences of one prompt have produced so far."""
         first = group[0]
-        is_prompt_sent = kind is RequestOutputKind.DELTA and self._partial_text(first).num_sent_tokens > 0
-        prompt_logprobs = None if is_prompt_sent else self._logprobs.of_prompt(first)
-        if kind is RequestOutputKind.DELTA:
-            outputs = [output for request in group if (output := self._delta(request)) is not None]
-        else:
-            outputs = [self._completion(request) for request in group]
-        is_finished = all(request.is_finished for request in group)
-        if is_finished:
-            for request in group:
-                self.forget(request)
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
             prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
-            outputs=outputs,
-            finished=is_finished,
+            outputs=[self._completion(request) for request in group],
+            finished=all(request.is_finished for request in group),
             num_cached_tokens=first.num_cached_tokens or 0,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=self._logprobs.of_prompt(first),
             deterministic=self._is_deterministic,
         )
 
     def forget(self, request: Request) -> None:
+        """Drop the decoding state. A request that goes on is decoded anew; one that has ended must not be asked for."""
         self._partial.pop(request, None)
         self._logprobs.forget(request)
 
@@ -118,23 +103,6 @@ class OutputProcessor:
         if request.params.capture is None or not request.is_finished:
             return None
         return {layer: [part[layer] for part in request.hidden_states] for layer in request.params.capture["layers"]}
-
-    def _delta(self, request: Request) -> CompletionOutput | None:
-        """The part of `_completion` that was not sent yet; None if there is none."""
-        sent = self._partial_text(request)
-        if sent.is_end_sent:
-            return None
-        output = self._completion(request)
-        num_tokens, num_characters = len(output.token_ids), len(output.text)
-        output.token_ids = output.token_ids[sent.num_sent_tokens :]
-        output.text = output.text[sent.num_sent_characters :]
-        if output.logprobs is not None:
-            output.logprobs = output.logprobs[sent.num_sent_tokens :]
-        if not (output.token_ids or output.text or output.finished):
-            return None
-        sent.num_sent_tokens, sent.num_sent_characters = num_tokens, num_characters
-        sent.is_end_sent = output.finished
-        return output
 
     def _text(self, request: Request, token_ids: list[int]) -> str:
         if self._tokenizer is None or not request.params.detokenize:

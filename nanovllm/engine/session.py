@@ -1,0 +1,412 @@
+"""Session: requests from any thread, run together by one engine.
+
+Owns the unfinished requests, whose turn it is to step the engine, and what follows from an interruption or a failure.
+`LLM`, `AsyncLLM` and a data-parallel replica are its users.
+
+Rule for threads: any thread may call anything. What changes the engine happens inside the turn, which one thread holds
+at a time: whoever waits for news and finds the turn free steps the engine, for all. The others sleep until they have
+news or are called to take over. Submitting and cancelling never wait: they are commands in a queue, carried out at
+once if the turn is free, and else before the next step.
+
+Rule for interruptions: a step that did not come to its end has not happened. Whoever enters the turn and finds that the
+last one inside was interrupted restarts: what is in flight is dropped, and all unfinished requests compute their KV
+anew. An exception of the engine's own, after which the device's state is unknown, closes the session instead, and is
+told to everyone who waits. `is_from_outside` tells the two apart.
+"""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+from queue import Empty, SimpleQueue
+from types import CodeType
+from typing import Any, Generic, Protocol, TypeVar
+
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.request import Request
+from nanovllm.engine.turn import Turn
+from nanovllm.errors import EngineDeadError, cut
+
+_NAP_SECONDS = 1.0  # a call to take over that an interruption swallowed costs so much, and nothing else
+
+News = TypeVar("News")
+Result = TypeVar("Result")
+
+
+class SteppedEngine(Protocol):
+    """`Engine`, or `DataParallelEngine`."""
+
+    output_processor: OutputProcessor
+
+    def add_request(self, request: Request) -> None: ...
+
+    def abort(self, request: Request) -> None: ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[Request]: ...
+
+    def restart(self, requests: Iterable[Request]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Inbox(Generic[News]):
+    """Where one caller finds news of its requests. make: from a request's sequences, what the caller wants to know.
+
+    news: of each request that has changed since its caller took them, the newest, and whether they are the last. `make`
+    is called inside the turn, and may be called again for the same state. The bell wakes the caller; it can be rung
+    anywhere, even by the garbage collector.
+    """
+
+    def __init__(self, make: Callable[[Sequence[Request]], News]) -> None:
+        self.make = make
+        self.news: dict[Handle, tuple[News, bool]] = {}
+        self.bell: SimpleQueue[None] = SimpleQueue()
+
+
+@dataclass(eq=False, slots=True)
+class Handle:
+    """A request in a session: the sequences of one prompt. only_ends: its inbox wants no news before it has ended."""
+
+    requests: Sequence[Request]
+    inbox: Inbox[Any]
+    only_ends: bool
+    queued_in: int = field(default=-1, init=False)  # after how many restarts it was queued; -1: it never was
+
+    @property
+    def request_id(self) -> str:
+        return self.requests[0].request_id
+
+    @property
+    def is_finished(self) -> bool:
+        return all(request.is_finished for request in self.requests)
+
+
+class Session:
+    def __init__(self, engine: SteppedEngine) -> None:
+        self.engine = engine
+        self._handles: dict[str, Handle] = {}  # unfinished requests, by id
+        self._commands: deque[tuple[Callable[[Handle], None], Handle]] = deque()
+        self._turn = Turn()
+        self._is_torn = False  # something inside the turn has begun, and has not come to its end
+        self._num_restarts = 0
+        self._waiting: dict[Inbox[Any], None] = {}
+        self._guests: deque[SimpleQueue[None]] = deque()  # bells of threads that want the turn once, before others
+        self._process = os.getpid()
+        self._ending: str | None = None  # why it is closed
+        self._is_closing = False
+        self._next_number = 0
+        self._numbering = threading.RLock()
+
+    # -- from any thread, at any time --
+
+    @contextmanager
+    def numbers(self, size: int) -> Iterator[list[int]]:
+        """Numbers for new requests; as ids, none of them is in use. A block that raises uses none of them up."""
+        with self._numbering:
+            first = self._next_number
+            numbers = list(islice((number for number in count(first) if str(number) not in self._handles), size))
+            end = self._next_number = numbers[-1] + 1 if numbers else first
+        try:
+            yield numbers
+        except BaseException:
+            with self._numbering:
+                if self._next_number == end:  # nobody has got later ones meanwhile
+                    self._next_number = first
+            raise
+
+    def submit(self, handle: Handle) -> None:
+        """Queue a request. Raises ValueError if its id is in use, RuntimeError if the session is closed."""
+        self.check_open()
+        if self._handles.setdefault(handle.request_id, handle) is not handle:
+            raise ValueError(f"request_id {handle.request_id!r} is in use by an unfinished request; choose another")
+        try:
+            self._commands.append((self._add, handle))
+            self._carry_out_now()
+        except BaseException:
+            self.cancel([handle])
+            raise
+
+    def cancel(self, handles: Iterable[Handle]) -> None:
+        """Stop and forget requests, without news; those that have ended are passed over. In mid-step: after it."""
+        if os.getpid() != self._process:
+            return
+        for handle in handles:
+            if self._handles.get(handle.request_id) is handle:
+                self._commands.append((self._drop, handle))
+                del self._handles[handle.request_id]
+        self._carry_out_now()
+
+    def abort(self, handle: Handle) -> None:
+        """Stop a request; the news of its end have the finish reason "abort"."""
+        self._commands.append((self._end, handle))
+        self._carry_out_now()
+
+    def find(self, request_id: str) -> Handle | None:
+        """The unfinished request of that id."""
+        return self._handles.get(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._handles)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._ending is not None
+
+    def check_open(self) -> None:
+        """Raise RuntimeError where no request can be run."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this engine was made in process {self._process}, and a forked process cannot use it: make a new one"
+            )
+        if self._ending is not None:
+            raise RuntimeError(f"this engine is closed ({self._ending}); make a new one")
+        if self._turn.is_mine():
+            raise RuntimeError("this engine was called from inside one of its own steps, where requests can only end")
+
+    # -- who waits --
+
+    def run(self, handles: Sequence[Handle], inbox: Inbox[News]) -> Iterator[tuple[Handle, News]]:
+        """Submit these, which report to `inbox`; yield their news until all have ended.
+
+        Whatever ends the loop before cancels the rest: generators end in `finally` when they are closed or forgotten.
+        """
+        num_unfinished = len(handles)
+        try:
+            for handle in handles:
+                self.submit(handle)
+            while num_unfinished:
+                self.wait(inbox)
+                for handle in list(inbox.news):
+                    news, is_last = inbox.news.pop(handle)
+                    num_unfinished -= is_last
+                    yield handle, news
+        finally:
+            self.cancel(handles)
+
+    def wait(self, inbox: Inbox[Any]) -> None:
+        """Return when the inbox has news: step the engine, or sleep while another thread does.
+
+        Raises RuntimeError if the session is closed before.
+        """
+        try:
+            while not inbox.news:
+                self.check_open()
+                self._waiting[inbox] = None  # first: who leaves the turn from here on sees it
+                was_inside = not self._guests and self._turn.try_run(
+                    lambda: self._inside(lambda: self._step_for(inbox))
+                )
+                if not inbox.news:
+                    if was_inside:
+                        self._pass_on()
+                    _sleep(inbox.bell)
+        finally:
+            self._waiting.pop(inbox, None)
+            self._pass_on()
+
+    def exclusively(self, function: Callable[[], Result]) -> Result:
+        """What function() returns, called in this thread between two steps."""
+        self.check_open()
+        results: list[Result] = []
+
+        def call() -> None:
+            results.append(function())
+
+        bell: SimpleQueue[None] = SimpleQueue()
+        try:
+            if self._guests or not self._try_inside(call):
+                self._guests.append(bell)
+                while not self._try_inside(call):
+                    _sleep(bell)
+        finally:
+            if bell in self._guests:
+                self._guests.remove(bell)
+            self._pass_on()
+        return results[0]
+
+    def close(self) -> None:
+        """Close the engine, after the step that runs now; whoever waits gets an error. May be called twice."""
+        if os.getpid() != self._process or self._ending is not None:
+            return  # a forked process owns nothing of it
+        self._is_closing = True
+        if self._turn.is_mine():
+            return  # called by a signal handler, say; the step that it interrupted sees to it
+        try:
+            self.exclusively(lambda: None)
+        except RuntimeError:
+            if self._ending is None:
+                raise
+
+    def _carry_out_now(self) -> None:
+        """Carry out the commands, unless somebody is inside, who will."""
+        if self._ending is None:
+            self._try_inside(lambda: None)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """The turn may be free: wake who wants it once, or one of those who wait, if there is something to do."""
+        if self._guests:
+            bells = list(self._guests)
+        elif self._waiting and (self._commands or self.engine.has_work()):
+            bells = [inbox.bell for inbox in list(self._waiting)]
+        else:
+            return
+        for bell in bells[:1]:
+            _ring(bell)
+
+    def _try_inside(self, function: Callable[[], object]) -> bool:
+        """Call it inside the turn, unless that is taken; whether it was called."""
+        return self._turn.try_run(partial(self._inside, function))
+
+    # -- inside the turn --
+
+    def _inside(self, function: Callable[[], object]) -> None:
+        """Call it. All that happens inside the turn passes here: restarts, commands, and what an exception means."""
+        if self._is_closing:
+            self._shut("by close()")
+        if self._ending is not None:
+            self.check_open()
+        try:
+            if self._is_torn:
+                self._restart()
+            self._carry_out()
+            function()
+        except Exception as error:
+            is_ours = self._is_torn or isinstance(error, EngineDeadError)
+            if is_ours and not is_from_outside(error):
+                self._shut(f"because a step failed: {type(error).__name__}: {cut(str(error))}")
+            raise
+        if self._is_closing:
+            self._shut("by close()")
+
+    def _step_for(self, inbox: Inbox[Any]) -> None:
+        """Step until the inbox has news, somebody else wants the turn, or there is nothing to do."""
+        while self.step() and not (inbox.news or self._guests or self._is_closing):
+            pass
+
+    def step(self) -> bool:
+        """One step, for a function that runs `exclusively`; is there more to do?"""
+        self._carry_out()
+        self._is_torn = True
+        changed = self.engine.step()
+        told: dict[Handle, None] = {}
+        for request in changed:
+            handle = self._handles.get(request.request_id)
+            if handle is not None and (request.is_finished or not handle.only_ends):
+                told[handle] = None
+        for handle in told:
+            self._tell(handle)
+        self._is_torn = False
+        return bool(self._commands) or self.engine.has_work()
+
+    def _carry_out(self) -> None:
+        """Commands in order. One that is interrupted stays first, and does nothing twice."""
+        while self._commands:
+            self._is_torn = True
+            command, handle = self._commands[0]
+            command(handle)
+            self._commands.popleft()
+            self._is_torn = False
+
+    def _add(self, handle: Handle) -> None:
+        if self._handles.get(handle.request_id) is handle and handle.queued_in != self._num_restarts:
+            for request in handle.requests:
+                self.engine.add_request(request)
+            handle.queued_in = self._num_restarts
+
+    def _drop(self, handle: Handle) -> None:
+        if handle.queued_in == self._num_restarts:  # else it was left out when the engine restarted
+            for request in handle.requests:
+                self.engine.abort(request)
+        self._forget(handle)
+        handle.inbox.news.pop(handle, None)
+
+    def _end(self, handle: Handle) -> None:
+        if self._handles.get(handle.request_id) is handle:
+            for request in handle.requests:
+                self.engine.abort(request)
+            self._tell(handle)
+
+    def _tell(self, handle: Handle) -> None:
+        """Put the newest about a request into its inbox; one that has ended is forgotten."""
+        is_last = handle.is_finished
+        if handle.only_ends and not is_last:
+            return
+        if self._handles.get(handle.request_id) is handle:  # else it was cancelled in mid-step
+            handle.inbox.news[handle] = handle.inbox.make(handle.requests), is_last
+            _ring(handle.inbox.bell)
+            if is_last:
+                self._handles.pop(handle.request_id, None)
+                self._forget(handle)
+
+    def _forget(self, handle: Handle) -> None:
+        for request in handle.requests:
+            self.engine.output_processor.forget(request)
+
+    def _restart(self) -> None:
+        """Mend what an interruption left: the engine begins anew with all that is unfinished, and all is told again."""
+        self._num_restarts += 1
+        handles = list(self._handles.values())
+        for handle in handles:
+            handle.queued_in = self._num_restarts
+        self.engine.restart([request for handle in handles for request in handle.requests])
+        for handle in handles:
+            for request in handle.requests:
+                if not request.is_finished:
+                    self.engine.output_processor.forget(request)  # its text may be half decoded
+            if any(request.output_token_ids for request in handle.requests) or handle.is_finished:
+                self._tell(handle)
+        self._is_torn = False
+
+    def _shut(self, ending: str) -> None:
+        """The end: nothing is run any more, and everyone who waits is told."""
+        self._ending = ending
+        self._is_closing = False
+        self._handles.clear()
+        self._commands.clear()
+        try:
+            self.engine.close()
+        finally:
+            for bell in [*self._guests, *(inbox.bell for inbox in list(self._waiting))]:
+                _ring(bell)
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """Did something that is not the engine's raise this in the middle of a step?
+
+    That is what is no Exception, as KeyboardInterrupt and SystemExit, and what passed through the handler of a signal.
+    """
+    if not isinstance(error, Exception):
+        return True
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in handlers:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _code(handler: Any) -> CodeType | None:
+    """The Python code of a signal handler: a function, a method, or an object that can be called."""
+    handler = handler.func if isinstance(handler, partial) else handler
+    handler = getattr(handler, "__func__", handler)
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = type(handler).__call__
+    return getattr(handler, "__code__", None)
+
+
+def _ring(bell: "SimpleQueue[None]") -> None:
+    if bell.empty():
+        bell.put(None)
+
+
+def _sleep(bell: "SimpleQueue[None]") -> None:
+    with suppress(Empty):
+        bell.get(timeout=_NAP_SECONDS)
