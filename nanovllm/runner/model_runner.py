@@ -49,7 +49,7 @@ class PendingTokens:
         if self.event is not None:
             self.event.synchronize()
         output = ModelRunnerOutput(
-            token_ids=self.tokens.tolist(), hidden_states=list(self.hidden_states), failures=self.failures
+            token_ids=self.tokens.unsqueeze(1).tolist(), hidden_states=list(self.hidden_states), failures=self.failures
         )
         if self.logprobs:
             output.logprobs = [None] * len(output.token_ids)
@@ -201,11 +201,11 @@ class ModelRunner:
 
         tokens, logits: as the graph left them, padding's behind the others.
         """
-        num_sampled = sum(plan.samples)
+        num_sampled = sum(plan.num_samples)
         tokens, logits = tokens[:num_sampled], logits[:num_sampled]
         if self.state.sampling.is_plain(plan.rows):
             return self._read_back(tokens)
-        sampled = np.flatnonzero(plan.samples)
+        sampled = np.flatnonzero(plan.num_samples)
         rows_host, positions_host = np.array(plan.rows)[sampled], _seq_lens(plan)[sampled]
         edited = np.flatnonzero(self.sampler.needs_edits(rows_host, positions_host))
         if len(edited):
