@@ -13,7 +13,8 @@ import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
-TokenLogprobs = list[tuple[int, float, int]]  # (token id, log-probability, rank): the token itself, then the top ones
+TOKEN_LOGPROB = np.dtype([("token_id", np.int32), ("logprob", np.float32), ("rank", np.int32)])
+TokenLogprobs = bytes  # 1 + k of TOKEN_LOGPROB: the token itself, then the k most likely ones
 
 
 @dataclass(slots=True, kw_only=True)
