@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
+from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
 from nanovllm.engine.request import LONG_SALT, Request, RequestStatus
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
 from nanovllm.engine.steady_decode import SteadyDecode
@@ -302,7 +303,7 @@ class Scheduler:
 
     # -- after a step --
 
-    def update(self, output: ModelRunnerOutput) -> list[Request]:
+    def update(self, output: ModelRunnerOutput, find_stop_string: FindStopString = no_stop_string) -> list[Request]:
         """Take in the oldest step in flight; returns the requests that got a token or ended, some of them both."""
         step = self._planned.popleft()
         self._take_logprobs(step, output)
@@ -313,6 +314,8 @@ class Scheduler:
             if not output.failures and steady.ends_nobody(output.token_ids):
                 for request in steady.take_result(output.token_ids):
                     self._publish(request, request.num_computed_tokens)
+                for request in steady.with_stop_strings:
+                    self._end_if_due(request, find_stop_string)
                 return list(step.sampled)
             self._steady = None
         changed: list[Request] = []
@@ -321,30 +324,35 @@ class Scheduler:
             if request.is_finished:
                 continue
             changed.append(request)
-            if index in output.failures:
-                request.error = output.failures[index]
+            failure = output.failures.get(index) or (request.constraint and request.constraint.error)
+            if failure:
+                request.error = failure
                 self.finish(request, "error")
                 continue
             for token_id in token_ids:
-                self._take_token(request, token_id)
+                self._take_token(request, token_id, find_stop_string)
                 if request.is_finished:
                     break
         return changed
 
-    def _take_token(self, request: Request, token_id: int) -> None:
+    def _take_token(self, request: Request, token_id: int, find_stop_string: FindStopString) -> None:
         request.token_ids.append(token_id)
         num_tokens = len(request.token_ids)
-        if token_id in request.stop_token_ids:
-            is_own = token_id in (request.params.stop_token_ids or ())
-            self.finish(request, "stop", token_id if is_own else None)
-        elif request.constraint is not None and (reason := request.constraint.advance(token_id)) is not None:
-            self.finish(request, reason)
-        elif num_tokens >= request.max_total_tokens:
-            self.finish(request, "length")
-        elif request.recompute_from is not None and num_tokens > request.recompute_from:
+        if self._end_if_due(request, find_stop_string):
+            return
+        if request.recompute_from is not None and num_tokens > request.recompute_from:
             self._recompute(request)
         elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:
             self._publish(request, request.num_computed_tokens)  # a block has just become full and computed
+
+    def _end_if_due(self, request: Request, find_stop_string: FindStopString) -> bool:
+        """Finish the request if its newest token ends it; whether it did."""
+        end = find_end(request, find_stop_string)
+        if end is None:
+            return False
+        request.error = end.error
+        self.finish(request, end.finish_reason, end.stop_reason)
+        return True
 
     @staticmethod
     def _take_logprobs(step: PlannedStep, output: ModelRunnerOutput) -> None:

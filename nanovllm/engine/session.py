@@ -361,8 +361,7 @@ class Session:
         self.engine.restart([request for handle in handles for request in handle.requests])
         for handle in handles:
             for request in handle.requests:
-                if not request.is_finished:
-                    self.engine.output_processor.forget(request)  # its text may be half decoded
+                self.engine.output_processor.forget(request)  # its text may be half decoded
             if any(request.output_token_ids for request in handle.requests) or handle.is_finished:
                 self._tell(handle)
         self._is_torn = False

@@ -17,6 +17,7 @@ class SteadyDecode:
     def __init__(self, requests: list[Request], block_size: int) -> None:
         self.requests = requests
         self.rows = [request.row for request in requests]
+        self.with_stop_strings = [request for request in requests if request.params.stop]  # whose text is looked at
         self._stop_token_ids = frozenset[int]().union(*(request.stop_token_ids for request in requests))
         self.num_context_tokens = sum(request.num_computed_tokens for request in requests)  # that the last step read
         # how many more steps can be planned, and how many results taken in, before one request ends by its length
@@ -41,7 +42,7 @@ class SteadyDecode:
         self._num_steps += 1
 
     def ends_nobody(self, token_ids: Sequence[list[int]]) -> bool:
-        """Do all requests certainly go on after the oldest step's tokens?"""
+        """Do all requests go on after the oldest step's tokens, unless a stop string ends one?"""
         return self._num_results_left > 0 and self._stop_token_ids.isdisjoint(chain.from_iterable(token_ids))
 
     def take_result(self, token_ids: Sequence[list[int]]) -> list[Request]:

@@ -393,7 +393,7 @@ def test_an_end_of_text_is_no_stop_reason_and_a_stop_token_of_the_request_is() -
         engine, _ = make_engine()
         request = make_request(range(4), 8, own)
         request.stop_token_ids = frozenset(range(97))
-        request.params = SamplingParams(max_tokens=8, stop_token_ids=own and list(range(97)))
+        request.eos_token_ids = frozenset() if own else request.stop_token_ids
         engine.add_request(request)
         run(engine)
         (token_id,) = request.output_token_ids
@@ -406,11 +406,13 @@ def test_an_end_of_text_is_no_stop_reason_and_a_stop_token_of_the_request_is() -
 class Form:
     """A constraint that takes note."""
 
+    error = None
+
     def __init__(self) -> None:
         self.restarted: list[list[int]] = []
 
-    def advance(self, token_id: int) -> str | None:
-        return None
+    def advance(self, token_id: int) -> bool:
+        return False
 
     def restart(self, token_ids: Sequence[int]) -> None:
         self.restarted.append(list(token_ids))
