@@ -14,6 +14,7 @@ from nanovllm.options import accepting, check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
+GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
 
 
 def _read_path(value: Any) -> Any:
@@ -79,6 +80,7 @@ class EngineConfig:
     distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
+    use_tqdm_on_load: show a bar while weights are loaded, on a terminal.
     skip_tokenizer_init: work on token ids only.
     deterministic: make tokens and log-probabilities of a seeded (or greedy) request equal to the bit whatever else
         runs: alone or in any batch, in chunks, after a preemption, on a prefix-cache hit. Slower; see
@@ -112,6 +114,7 @@ class EngineConfig:
     distributed_timeout_seconds: float = option(300.0, above=0, words="more than 0 and finite")
     seed: int = option(0, read=lambda seed: 0 if seed is None else seed)
     load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))
+    use_tqdm_on_load: bool = option(True, has_flag=False)  # the commands' --quiet
     skip_tokenizer_init: bool = False
     deterministic: bool = False
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = option((), has_flag=False)
@@ -174,7 +177,8 @@ class EngineConfig:
             "max_model_len": self.max_model_len or model_len,
             "max_num_batched_tokens": batched,
             "max_num_seqs": self.max_num_seqs or min(batched, 512 if on_gpu else 64),
-            "gpu_memory_utilization": self.gpu_memory_utilization or (0.9 if on_gpu else 0.3),
+            "gpu_memory_utilization": self.gpu_memory_utilization
+            or (GPU_MEMORY_UTILIZATION if on_gpu else HOST_MEMORY_UTILIZATION),
             "block_size": self.block_size or (64 if on_gpu else 16),
             "distributed_executor_backend": self.distributed_executor_backend
             or ("uni" if self.tensor_parallel_size == 1 else "mp"),

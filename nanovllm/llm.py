@@ -45,6 +45,7 @@ class LLM:
         parts = build_engine(EngineConfig(model=model, **options))
         self.config = parts.config
         self.model_config = parts.model_config
+        self.num_kv_cache_tokens = parts.num_blocks * parts.config.block_size  # of one engine, where there are several
         self._engine = parts.engine
         self._session = Session(parts.engine)
         self._input_processor = parts.input_processor
@@ -272,6 +273,13 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer."""
         return self._known_tokenizer().hf
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"LLM({config.model!r}, device={config.device!r}, dtype={config.dtype!r}, "
+            f"max_model_len={config.max_model_len}, num_kv_cache_tokens={self.num_kv_cache_tokens})"
+        )
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         """Call function(model) on each worker's model, to look inside; returns the results."""

@@ -16,7 +16,7 @@ from nanovllm.config import DTYPES
 _EXAMPLES = """\
 examples:
   nanovllm demo                                     a small model writes; nothing to prepare
-  nanovllm chat --model Qwen/Qwen3-0.6B             talk to a model in the terminal
+  nanovllm chat Qwen/Qwen3-0.6B                     talk to a model in the terminal
   nanovllm complete "Once upon a time" --max-tokens 64
   nanovllm complete --model ./model.gguf --file prompts.txt --json > answers.jsonl
   nanovllm memory Qwen/Qwen3-8B --max-model-len 8192 --max-num-seqs 32
@@ -81,8 +81,11 @@ examples:
     )
     parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
     parser.add_argument("--file", "-f", help='read prompts from a file, one a line; "-" is standard input')
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a prompt, as each is done; index tells which it was"
+    )
     add_sampling_options(parser, max_tokens="256")
+    _add_quiet(parser)
     add_engine_options(parser, exclude=["skip_tokenizer_init"])
 
 
@@ -96,14 +99,22 @@ while chatting:
   /reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer
 
 examples:
+  nanovllm chat Qwen/Qwen3-0.6B
   nanovllm chat --system "Answer in one sentence."
   echo "Why is the sky blue?" | nanovllm chat --temperature 0
 """,
+        " [MODEL]",
     )
-    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: demo)")
+    parser.add_argument("--model", "-m", help="the same, as a flag")
     parser.add_argument("--system", help="the system message that every conversation starts with")
     add_sampling_options(parser, max_tokens="what the model's length leaves")
+    _add_quiet(parser)
     add_engine_options(parser, exclude=["skip_tokenizer_init"])
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", "-q", action="store_true", help="no progress and no line about the model at start")
 
 
 def _add_demo(commands: Commands) -> None:
@@ -117,6 +128,7 @@ A second run needs no network.
 """,
     )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="length of each answer (default: 64)")
+    _add_quiet(parser)
     add_engine_options(parser, exclude=["skip_tokenizer_init", "tokenizer", "revision", "load_format"])
 
 
@@ -163,4 +175,10 @@ examples:
     )
     parser.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="requests at once (default: 1)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="X",
+        help="share of a device's memory that the engine may use (default: 0.9 on a GPU, 0.3 of the host's)",
+    )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub name")

@@ -8,16 +8,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 
-from nanovllm.cli.options import engine_options
-from nanovllm.cli.streaming import make_sampling_params, render_chat, stream_answer
-from nanovllm.llm import LLM
+from nanovllm.cli.streaming import make_sampling_params, start_llm, stream_chat
 
 _HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
 
 def run(args: Namespace) -> int:
     interactive = sys.stdin.isatty()
-    with LLM(args.model, **engine_options(args)) as llm:
+    with start_llm(args, _chosen_model(args)) as llm:
         params = make_sampling_params(llm, args, max_tokens=None)
         opening = [{"role": "system", "content": args.system}] if args.system else []
         history = list(opening)
@@ -33,9 +31,12 @@ def run(args: Namespace) -> int:
                 print(_HELP)
                 continue
             turn = {"role": "user", "content": line}
+            answer = None
             try:
-                prompt = render_chat(llm, [*history, turn])
-                answer = stream_answer(llm, prompt, params, lambda text: print(text, end="", flush=True))
+                answer = stream_chat(llm, [*history, turn], params, lambda text: print(text, end="", flush=True))
+            except KeyboardInterrupt:  # a second one, before the first had taken effect
+                if not interactive:
+                    raise
             except ValueError as error:
                 if not interactive:
                     raise
@@ -45,6 +46,14 @@ def run(args: Namespace) -> int:
             if answer is not None:
                 history += [turn, {"role": "assistant", "content": answer.text}]
     return 0
+
+
+def _chosen_model(args: Namespace) -> str:
+    if args.model is not None and args.positional_model is not None:
+        raise ValueError(
+            f"give the model once: as an argument ({args.positional_model}) or with --model ({args.model})"
+        )
+    return args.model or args.positional_model or "demo"
 
 
 def _typed_lines() -> Iterator[str]:

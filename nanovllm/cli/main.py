@@ -6,11 +6,16 @@ Invariant: torch is imported only by the module of the command that runs.
 """
 
 import os
+import signal
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 from time import perf_counter
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 _START_TIME = perf_counter()
 
@@ -27,9 +32,12 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name, by default the process's. Returns the exit status."""
-    start_time = _START_TIME if argv is None else perf_counter()
+    is_program = argv is None
+    start_time = _START_TIME if is_program else perf_counter()
     try:
-        from nanovllm.cli.arguments import parse_arguments  # here, so that Ctrl-C finds the line below at any time
+        if is_program:
+            signal.signal(signal.SIGINT, _interrupt)
+        from nanovllm.cli.arguments import parse_arguments  # here, so that Ctrl-C finds the lines around it
 
         args = parse_arguments(sys.argv[1:] if argv is None else list(argv))
         args.start_time = start_time
@@ -39,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(args: Namespace) -> int:
+def _run(args: "Namespace") -> int:
     try:
         return int(import_module(_COMMANDS[args.command]).run(args))
     except BrokenPipeError:  # the reader, say `head`, has seen enough; what is still buffered has nowhere to go
@@ -50,6 +58,16 @@ def _run(args: Namespace) -> int:
             raise
         print(f"nanovllm {args.command}: error: {_in_words(error)}", file=sys.stderr)
         return 2
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. In the middle of an import it ends the process: packages have been seen to swallow KeyboardInterrupt."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(sys.stderr.fileno(), b"\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _in_words(error: Exception) -> str:

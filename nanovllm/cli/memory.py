@@ -4,16 +4,16 @@ Owns the arithmetic and the table. Invariant: reads no weight and takes no memor
 model itself would not. What it leaves out is the work space of a step and the framework itself.
 """
 
-import os
 from argparse import Namespace
 from math import prod
 
 import torch
 
-from nanovllm.config import DTYPES, ModelConfig
+from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
+from nanovllm.runner.host_memory import host_memory
 from nanovllm.weights.checkpoint import open_checkpoint
 
 
@@ -21,6 +21,8 @@ def run(args: Namespace) -> int:
     for name, value in (("--max-num-seqs", args.max_num_seqs), ("--max-model-len", args.max_model_len)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.gpu_memory_utilization is not None and not 0 < args.gpu_memory_utilization <= 1:
+        raise ValueError(f"--gpu-memory-utilization must be in (0, 1], got {args.gpu_memory_utilization}")
     hf = open_checkpoint(args.model, load_format="dummy", revision=args.revision).config
     dtype = args.dtype if args.dtype != "auto" else hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     if dtype not in DTYPES:
@@ -43,9 +45,11 @@ def run(args: Namespace) -> int:
     )
     _print_row("together", needed, "and the work space of a step")
     print()
-    for place, free in _free_memory():
+    for place, free, share in _devices(args.gpu_memory_utilization):
         _print_row("free", free, place)
-        _print_row("fits", "yes" if needed <= free else "no", _room(free - weight_bytes, config, length))
+        _print_row("may use", share, "of its memory, by --gpu-memory-utilization")
+        room = min(free, share)
+        _print_row("fits", "yes" if needed <= room else "no", _room(room - weight_bytes, config, length))
     return 0
 
 
@@ -65,14 +69,18 @@ def _room(num_bytes: int, config: ModelConfig, length: int) -> str:
     return f"beside the weights {num_tokens:,} tokens of KV cache, {num_tokens // length:,} x {length:,}"
 
 
-def _free_memory() -> list[tuple[str, int]]:
-    """(where, bytes) of each GPU that is visible, or of the host."""
+def _devices(utilization: float | None) -> list[tuple[str, int, int]]:
+    """(where, free bytes, bytes that an engine takes at most) of each GPU that is visible, or of the host."""
     if torch.cuda.is_available():
+        share = utilization or GPU_MEMORY_UTILIZATION
         return [
-            (f"on {torch.cuda.get_device_name(index)} (cuda:{index})", torch.cuda.mem_get_info(index)[0])
+            (f"on {torch.cuda.get_device_name(index)} (cuda:{index})", free, int(total * share))
             for index in range(torch.cuda.device_count())
+            for free, total in [torch.cuda.mem_get_info(index)]
         ]
-    return [("in this machine's memory", os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    memory = host_memory()
+    share = utilization or HOST_MEMORY_UTILIZATION
+    return [("in this machine, or in its container", memory.available, int(memory.total * share))]
 
 
 def _print_row(name: str, value: int | str, note: str) -> None:

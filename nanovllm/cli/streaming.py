@@ -1,17 +1,19 @@
 """One request whose text is written as it comes, and Ctrl-C that ends the answer instead of the program.
 
-Owns what `complete`, `chat` and `demo` share. Invariant: an interrupt takes effect between two steps, so the engine is
-never left in the middle of one.
+Owns what `complete`, `chat` and `demo` share: that, and a model's start with the line that tells of it. Invariant: an
+interrupt takes effect between two steps, so the engine is never left in the middle of one.
 """
 
 import signal
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from nanovllm.cli.options import sampling_options
+from nanovllm.cli.options import engine_options, sampling_options
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -39,6 +41,27 @@ class Answer:
         return ", ".join(parts)
 
 
+def start_llm(args: Namespace, model: str, **options: Any) -> LLM:
+    """The model of a command, ready; unless --quiet, a line on standard error tells where and how large it is."""
+    llm = LLM(model, **{**engine_options(args), **options}, use_tqdm_on_load=not args.quiet)
+    if not args.quiet:
+        seconds = perf_counter() - args.start_time
+        print(f"[{_describe(llm)}; ready in {seconds:.1f} s]", file=sys.stderr, flush=True)
+    return llm
+
+
+def _describe(llm: LLM) -> str:
+    """Device, dtype and what the KV cache holds, in words."""
+    config, num_tokens = llm.config, llm.num_kv_cache_tokens
+    at_once = min(num_tokens // config.max_model_len, config.max_num_seqs)
+    longest = min(num_tokens, config.max_model_len)
+    engines = f"{config.data_parallel_size} engines, each " if config.data_parallel_size > 1 else ""
+    return (
+        f"{engines}{config.device}, {config.dtype}, KV cache of {num_tokens:,} tokens: {max(at_once, 1):,} x "
+        f"{longest:,} at once, or more that are shorter"
+    )
+
+
 def make_sampling_params(llm: LLM, args: Any, max_tokens: int | None) -> SamplingParams:
     """The model's default parameters, `max_tokens`, and over both what was given on the command line."""
     return replace(llm.get_default_sampling_params(), **{"max_tokens": max_tokens, **sampling_options(args)})
@@ -52,6 +75,19 @@ def render_chat(llm: LLM, messages: Sequence[Mapping[str, str]]) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
+def stream_chat(
+    llm: LLM, messages: Sequence[Mapping[str, str]], params: SamplingParams, write: Callable[[str], object]
+) -> Answer | None:
+    """`stream_answer` for the prompt that a conversation makes, which is part of its time: so are imports, the first
+    time.
+
+    Raises ValueError without a chat template.
+    """
+    start = perf_counter()
+    with _interrupts() as is_interrupted:
+        return _stream(llm, render_chat(llm, messages), params, write, start, is_interrupted)
+
+
 def stream_answer(llm: LLM, prompt: Any, params: SamplingParams, write: Callable[[str], object]) -> Answer | None:
     """Run one request, handing each new piece of text to `write`. Ctrl-C ends it early; None if nothing had come by
     then.
@@ -59,21 +95,32 @@ def stream_answer(llm: LLM, prompt: Any, params: SamplingParams, write: Callable
     Raises ValueError or TypeError, before anything runs, for a prompt that does not fit.
     """
     start = perf_counter()
+    with _interrupts() as is_interrupted:
+        return _stream(llm, prompt, params, write, start, is_interrupted)
+
+
+def _stream(
+    llm: LLM,
+    prompt: Any,
+    params: SamplingParams,
+    write: Callable[[str], object],
+    start: float,
+    is_interrupted: Callable[[], bool],
+) -> Answer | None:
     first = 0.0
     num_written = 0
     latest: RequestOutput | None = None
     request_id = llm.add_request(prompt, params)
-    with _interrupts() as is_interrupted:
-        while llm.has_unfinished_requests():
+    try:
+        while llm.has_unfinished_requests() and not is_interrupted():
             for output in llm.step():
                 if output.request_id == request_id:
                     first = first or perf_counter() - start
                     latest = output
                     write(output.outputs[0].text[num_written:])
                     num_written = len(output.outputs[0].text)
-            if is_interrupted():
-                llm.abort_request(request_id)
-                break
+    finally:
+        llm.abort_request(request_id)  # nothing, if it has ended
     return None if latest is None else Answer(latest, perf_counter() - start, first)
 
 

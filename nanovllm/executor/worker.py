@@ -5,7 +5,6 @@ worker's. Invariant: ranks that share a model get KV caches of equally many bloc
 since one plan is for all of them.
 """
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ from nanovllm.kernels.native import load_native
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import choose_ops
 from nanovllm.models.registry import model_class
+from nanovllm.runner.host_memory import host_memory
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
 from nanovllm.runner.memory import measure_free_bytes
 from nanovllm.runner.model_runner import ModelRunner
@@ -102,13 +102,16 @@ def _load_model(
     with device:
         ops = choose_ops(device, config.compilation, config.deterministic)
         model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
-        num_tensors = len(dict(model.slots()))  # this makes the weights
+        slots = dict(model.slots())  # this makes the weights
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     else:
-        is_silent = None if tp.rank == 0 else True  # None: shown on a terminal
-        progress = tqdm(checkpoint.tensors(), "Loading weights", num_tensors, unit=" tensors", disable=is_silent)
-        load_weights(model, progress)
+        num_tensors = sum(1 for slot in slots.values() if not slot.instead_of)
+        is_shown = config.use_tqdm_on_load and tp.rank == 0
+        with tqdm(  # None: shown on a terminal
+            desc="Loading weights", total=num_tensors, unit=" tensors", disable=None if is_shown else True
+        ) as progress:
+            load_weights(model, checkpoint.tensors(), progress.update)
     model.requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, LinearBase):
@@ -141,7 +144,7 @@ def plan_num_blocks(
     """KV blocks that fit beside the model on this rank's device."""
     if device.type == "cpu":
         # Pages of host memory are taken when they are first written, so only what requests can use is worth reserving.
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // tp.size  # the ranks share the memory
+        total = host_memory().total // tp.size  # the ranks share the memory
         num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization))
         is_set = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
         return num_blocks if is_set else min(num_blocks, useful_num_blocks(config))

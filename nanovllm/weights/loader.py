@@ -4,7 +4,7 @@ Owns the matching of names and shapes; the layers know how a tensor maps to thei
 model is loaded or an error names what is missing, unexpected or misshapen.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def load_weights(
+    model: Any, tensors: Iterable[tuple[str, Tensor]], on_filled: Callable[[int], object] = lambda count: None
+) -> None:
     """model: has `slots()`; tensors: (checkpoint name, whole tensor). Raises ValueError naming the tensors at fault.
 
     Names may lack the "model." in front, as in checkpoints of a model without its head; a tied matrix may go by either
     of its names, or both. With model and tensors on the meta device it is the same check, without memory or numbers.
+    on_filled: told how many more slots are filled; in all, those that are not `instead_of` others.
     """
     slots: dict[str, WeightSlot] = dict(model.slots())
     filled: set[str] = set()
@@ -28,13 +31,13 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for given_name, tensor in tensors:
         name = given_name if given_name in slots or f"model.{given_name}" not in slots else f"model.{given_name}"
         if name in slots:
-            _fill(slots[name], name, tensor, filled)
+            on_filled(_fill(slots[name], name, tensor, filled))
         elif name == _HEAD and model.lm_head.is_tied:
             tied_head = tensor
         elif not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints carry and nobody reads
             raise ValueError(f"the checkpoint holds {name!r}, which this model does not have")
     if tied_head is not None and _EMBEDDING in slots and _EMBEDDING not in filled:
-        _fill(slots[_EMBEDDING], _EMBEDDING, tied_head, filled)
+        on_filled(_fill(slots[_EMBEDDING], _EMBEDDING, tied_head, filled))
         tied_head = None
     missing = [name for name, slot in slots.items() if not slot.instead_of and name not in filled]
     if missing:
@@ -44,8 +47,8 @@ def load_weights(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         raise ValueError("the config ties the head to the embedding, but the checkpoint's 'lm_head.weight' differs")
 
 
-def _fill(slot: WeightSlot, name: str, tensor: Tensor, filled: set[str]) -> None:
-    """Check and fill one slot, and note in `filled` which slots now are."""
+def _fill(slot: WeightSlot, name: str, tensor: Tensor, filled: set[str]) -> int:
+    """Check and fill one slot, and note in `filled` which slots now are; returns how many these are."""
     parts = slot.instead_of or (name,)
     for part in parts:
         if part in filled:
@@ -59,6 +62,7 @@ def _fill(slot: WeightSlot, name: str, tensor: Tensor, filled: set[str]) -> None
         )
     slot.fill(tensor)
     filled.update(parts)
+    return len(parts)
 
 
 def fill_random(model: Any, seed: int) -> None:

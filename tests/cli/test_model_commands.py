@@ -10,6 +10,7 @@ from nanovllm.cli.check_model import Difference, compare, first_different
 from nanovllm.cli.main import main
 from nanovllm.cli.memory import count_parameters
 from nanovllm.models.registry import read_model_config
+from nanovllm.runner.host_memory import HostMemory
 from nanovllm.weights.checkpoint import open_checkpoint
 from tests.tiny_models import edit_json, load_hugging_face, save_random
 
@@ -38,6 +39,21 @@ def test_memory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "8 x 100 tokens at 0.2 KiB each" in shown  # 2 layers, K and V, 2 heads of 8, 4 bytes: 256 bytes
     assert "free" in shown
+
+
+def test_memory_is_told_against_what_an_engine_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only against what is free: the engine keeps to its share."""
+    folder = save_random(tmp_path)
+    monkeypatch.setattr("nanovllm.cli.memory.host_memory", lambda: HostMemory(total=1 << 30, available=1 << 29))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["memory", str(folder), "--max-model-len", "100", "--max-num-seqs", "8"]
+    for utilization, fits in (("0.25", "yes"), ("0.00001", "no")):
+        assert main([*command, "--gpu-memory-utilization", utilization]) == 0
+        rows = {line[:10].strip(): line[10:24].strip() for line in capsys.readouterr().out.splitlines()}
+        assert rows["free"] == "0.50 GiB" and rows["may use"] == f"{float(utilization):.2f} GiB"
+        assert rows["fits"] == fits
 
 
 def test_memory_refuses_what_the_model_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

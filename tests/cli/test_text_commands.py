@@ -5,12 +5,15 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nanovllm.cli import streaming
 from nanovllm.cli.main import main
 from nanovllm.cli.streaming import stream_answer
 from nanovllm.llm import LLM
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from tests.tiny_models import save_scripted
 
@@ -66,6 +69,55 @@ def test_complete_a_file_as_json(model: str, tmp_path: Path, capsys: pytest.Capt
         assert record["finish_reason"] == "stop"
 
 
+def test_json_lines_are_written_as_answers_end(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time here, so what an interruption finds done is there; `index` says which prompt it was."""
+    written: list[str] = []
+    step = LLM.step
+
+    def watched(llm: LLM) -> list[RequestOutput]:
+        written.append(capsys.readouterr().out)
+        if "".join(written).count("\n") == 2:
+            raise KeyboardInterrupt
+        return step(llm)
+
+    monkeypatch.setattr(LLM, "step", watched)
+    assert main(["complete", "a", "b", "c", "--json", "--model", model, "--max-num-seqs", "1", *SMALL]) == 130
+    records = [json.loads(line) for line in "".join(written).splitlines()]
+    assert [(record["index"], record["prompt"], record["text"]) for record in records] == [
+        (0, "a", TEXT),
+        (1, "b", TEXT),
+    ]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_named_with_its_remedy(
+    tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["complete", "--file", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert repr(str(path)) in shown and "[Errno" not in shown
+    assert ("--file takes" if content is None else "UTF-8") in shown
+
+
+def test_the_start_is_told_in_one_line_unless_quiet(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["complete", "x", "--model", model, "--device", "cpu", "--dtype", "float32", "--max-tokens", "2"]
+    cache = ["--max-model-len", "64", "--num-gpu-blocks-override", "20", "--block-size", "16"]
+    assert main([*small, *cache]) == 0
+    start, summary = capsys.readouterr().err.splitlines()
+    assert start.startswith(
+        "[cpu, float32, KV cache of 320 tokens: 5 x 64 at once, or more that are shorter; ready in "
+    )
+    assert "first token after" in summary
+    assert main([*small, *cache, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("Gr\n", "")
+
+
 def test_several_prompts_are_labelled(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["complete", "one", "two", "--model", model, *SMALL]) == 0
     assert capsys.readouterr().out == f"=== 1: one\n{TEXT}\n\n=== 2: two\n{TEXT}\n\n"
@@ -87,6 +139,43 @@ def test_chat_refuses_a_turn_that_does_not_fit(
     give_input(monkeypatch, "x" * 300 + "\n")
     assert main(["chat", "--model", model, *SMALL]) == 2
     assert "max_model_len" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["MODEL"], ["--model", "MODEL"]])
+def test_chat_takes_the_model_as_an_argument_or_a_flag(
+    model: str, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_input(monkeypatch, "Hello\n")
+    assert main(["chat", *(model if flag == "MODEL" else flag for flag in flags), *SMALL]) == 0
+    assert TEXT in capsys.readouterr().out
+
+
+def test_chat_takes_one_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", model, "--model", "demo"]) == 2
+    assert "give the model once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["template", "step"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_turn_of_chat_and_the_next_goes_on(
+    model: str, where: str, times: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the first turn, whose imports take longer than its answer; a second Ctrl-C takes effect at once."""
+    lines = iter(["first", "second", "/exit"])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    owner, name = (streaming, "render_chat") if where == "template" else (LLM, "step")
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        for _ in range(times if len(calls) == 1 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert main(["chat", model, *SMALL]) == 0
+    assert capsys.readouterr().out.count(TEXT) == 1
 
 
 def test_an_interrupt_ends_the_answer_and_nothing_else(endless: str) -> None:

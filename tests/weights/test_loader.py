@@ -58,6 +58,18 @@ def test_every_parameter_is_written_and_every_tensor_used(tmp_path: Path, archit
     assert not any(parameter.isnan().any() for parameter in model.parameters())
 
 
+def test_progress_ends_with_every_slot_filled(untied: Path) -> None:
+    """Whatever the checkpoint calls its tensors, and where it holds several as one."""
+    model, tensors = new_model(untied)
+    qkv = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+    joined = {name: tensor for name, tensor in tensors.items() if name not in qkv}
+    joined["model.layers.0.self_attn.qkv_proj.weight"] = torch.cat([tensors[name] for name in qkv])
+    for stored in (tensors, joined, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}):
+        counts: list[int] = []
+        load_weights(model, stored.items(), counts.append)
+        assert sum(counts) == sum(1 for _, slot in model.slots() if not slot.instead_of) == len(tensors)
+
+
 def test_each_missing_tensor_is_named(untied: Path) -> None:
     """W2, W3: all of them, one at a time."""
     model, tensors = new_model(untied)
