@@ -20,10 +20,12 @@ from nanovllm.engine.input_processor import InputProcessor, check_importable
 from nanovllm.engine.interfaces import Executor, TokenConstraint
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.executor.external import join_launched_ranks
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner
+from nanovllm.kernels.cascade import TILE
 from nanovllm.layers.ops import PLAIN
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
@@ -133,9 +135,17 @@ def _start_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
+        shared_prefixes=_shared_prefixes(config, device),
     )
     engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
     return engine, executor.num_blocks, times
+
+
+def _shared_prefixes(config: ResolvedConfig, device: torch.device) -> SharedPrefixes | None:
+    """Where a kernel reads at once what decodes share. Its sums have another order, so no bit would be promised."""
+    if device.type == "cpu" or config.deterministic or config.disable_cascade_attn:
+        return None
+    return SharedPrefixes(TILE, config.block_size)
 
 
 def _rehearse_loading(config: ResolvedConfig, model_config: ModelConfig, checkpoint: Checkpoint) -> None:

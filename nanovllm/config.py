@@ -77,6 +77,8 @@ class EngineConfig:
         with the same prompts). None chooses "uni" for one device and "mp" for several.
     disable_custom_all_reduce: sum over devices with NCCL alone; else, for few rows and with "mp", by a kernel that
         writes straight into the other devices' memory, where they reach each other's.
+    disable_cascade_attn: let each request read the whole of its context by itself; else, on a GPU, what decodes share
+        is read once for all of them where that saves enough.
     distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
@@ -111,6 +113,7 @@ class EngineConfig:
     data_parallel_size: int = option(1, low=1)
     distributed_executor_backend: str | None = option(None, choices=(None, "uni", "mp", "external_launcher"))
     disable_custom_all_reduce: bool = False
+    disable_cascade_attn: bool = False
     distributed_timeout_seconds: float = option(300.0, above=0, words="more than 0 and finite")
     seed: int = option(0, read=lambda seed: 0 if seed is None else seed)
     load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))

@@ -72,7 +72,6 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "max_long_partial_prefills": ((None, 1), "prompts are computed in the order of their arrival"),
         "long_prefill_token_threshold": ((None, 0), "prompts are computed in the order of their arrival"),
         "disable_sliding_window": (_OFF, "windows are part of the model"),
-        "disable_cascade_attn": (_ANY, ""),
         "prefix_caching_hash_algo": (_ANY, ""),
         "structured_outputs_config": ((None, {}), "forms are llguidance's"),
         "guided_decoding_backend": ((None, "auto", "guidance"), "forms are llguidance's"),

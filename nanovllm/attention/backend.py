@@ -30,6 +30,10 @@ class AttentionBackend(Protocol):
         """`kernels.qkv_rope_store`, then `forward`, in one; None, and nothing done, where the two are apart."""
         return None
 
+    def num_cascade_programs(self, cache: LayerCache) -> int:
+        """How many items of a cascade are computed at the same time; 0 where shared prefixes are read by each."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.cascade_triton import num_programs
 from nanovllm.kernels.paged_attention_triton import StepPlans, decode_qkv_triton, paged_attention_triton, takes_qkv
 
 
@@ -32,3 +33,6 @@ class TritonBackend(AttentionBackend):
         if not takes_qkv(prepared.meta, shape.window):
             return None
         return decode_qkv_triton(qkv, heads, cache, prepared.meta, shape, prepared.plans)
+
+    def num_cascade_programs(self, cache: LayerCache) -> int:
+        return num_programs(cache)

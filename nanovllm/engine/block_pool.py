@@ -23,6 +23,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
+        self.num_shared = 0  # references to blocks beyond each one's first
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
@@ -49,6 +50,8 @@ class BlockPool:
         for block_id in block_ids:
             if self._references[block_id] == 0:
                 del self._free[block_id]
+            else:
+                self.num_shared += 1
             self._references[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int] | None:
@@ -77,7 +80,9 @@ class BlockPool:
         for block_id in reversed(block_ids):
             self._references[block_id] -= 1
             assert self._references[block_id] >= 0, f"block {block_id} was released twice"
-            if self._references[block_id] == 0:
+            if self._references[block_id] > 0:
+                self.num_shared -= 1
+            else:
                 self._free[block_id] = None
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)

@@ -4,17 +4,17 @@ Plain integers, lists and arrays, so that they can be pickled to another process
 worker never asks back; a row is rebuilt from the plan alone.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
-TOKEN_LOGPROB = np.dtype([("token_id", np.int32), ("logprob", np.float32), ("rank", np.int32)])
-TokenLogprobs = bytes  # 1 + k of TOKEN_LOGPROB: the token itself, then the k most likely ones
+TokenLogprobs = list[tuple[int, float, int]]  # (token id, log-probability, rank): the token itself, then the top ones
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,17 +33,26 @@ class NewRow:
     rope_len: int = 0  # as in Request
 
 
+class SharedPrefix(NamedTuple):
+    """Decodes first .. first + num_reqs - 1 of a step have the same KV blocks for tokens begin .. end - 1."""
+
+    first: int
+    num_reqs: int
+    begin: int
+    end: int
+
+
 @dataclass(slots=True, kw_only=True)
 class SchedulerOutput:
-    """One step. The lists rows .. num_samples run in parallel, requests with a single token first.
+    """One step. The lists rows .. samples run in parallel, requests with a single token first.
 
-    num_samples: how many tokens to sample for each request: none in mid-prompt, one behind its last token.
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
     block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
     grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
     vocab_size bits, token i being bit i % 32 of word i // 32. capture_layers: for each row that captures hidden states,
-    behind which layers.
+    behind which layers. shared_prefixes: what decodes share, where reading it once is worth the while; those of one
+    request follow each other from token 0 on, in order.
     """
 
     new_rows: list[NewRow]
@@ -51,12 +60,13 @@ class SchedulerOutput:
     rows: list[int]
     num_scheduled_tokens: list[int]
     num_computed_tokens: list[int]
-    num_samples: list[int]
+    samples: list[bool]
     token_ids: list[int]
     num_decodes: int
     grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
     capture_layers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    shared_prefixes: list[SharedPrefix] = field(default_factory=list)
 
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":
         """The part of the step that concerns these of the rows, in their order here."""
@@ -69,26 +79,35 @@ class SchedulerOutput:
             rows=rows,
             num_scheduled_tokens=[self.num_scheduled_tokens[i] for i in indices],
             num_computed_tokens=[self.num_computed_tokens[i] for i in indices],
-            num_samples=[self.num_samples[i] for i in indices],
+            samples=[self.samples[i] for i in indices],
             token_ids=[token_id for i in indices for token_id in self.token_ids[starts[i] : starts[i + 1]]],
             num_decodes=sum(i < self.num_decodes for i in indices),
             prompt_logprobs=[(indices.index(i), at, count) for i, at, count in self.prompt_logprobs if i in indices],
             grammar_bitmask={row: mask for row, mask in self.grammar_bitmask.items() if row in kept},
             capture_layers={row: layers for row, layers in self.capture_layers.items() if row in kept},
+            shared_prefixes=self._select_prefixes(indices),
         )
+
+    def _select_prefixes(self, indices: Sequence[int]) -> list[SharedPrefix]:
+        selected = []
+        for prefix in self.shared_prefixes:
+            first, stop = (bisect_left(indices, i) for i in (prefix.first, prefix.first + prefix.num_reqs))
+            if stop - first > 1:
+                selected.append(prefix._replace(first=first, num_reqs=stop - first))
+        return selected
 
 
 @dataclass(slots=True, kw_only=True)
 class ModelRunnerOutput:
-    """The sampled tokens, a list for each of the plan's requests whose `num_samples` is not 0, in its order.
+    """The sampled tokens, one for each True in the plan's `samples`, in its order.
 
-    logprobs: for each of these requests the entry of its token, or None where it did not ask; empty if nobody did.
-    prompt_logprobs: for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's
-    requests that captures, layer -> its tokens' [num_tokens, hidden_size]. failures: index into token_ids -> why
-    nothing could be sampled there; that request ends, and the tokens that stand there mean nothing.
+    logprobs: for each of them its entry, or None for a request that did not ask; empty if nobody did. prompt_logprobs:
+    for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's requests that
+    captures, layer -> its tokens' [num_tokens, hidden_size]. failures: index into token_ids -> why nothing could be
+    sampled there; that request ends, and the token that stands there means nothing.
     """
 
-    token_ids: list[list[int]]
+    token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     hidden_states: list[dict[int, Any]] = field(default_factory=list)

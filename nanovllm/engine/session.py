@@ -159,9 +159,6 @@ class Session:
     def is_closed(self) -> bool:
         return self._ending is not None
 
-    def closed_error(self) -> RuntimeError:
-        return RuntimeError(f"this engine is closed ({self._ending}); make a new one")
-
     def check_open(self) -> None:
         """Raise RuntimeError where no request can be run."""
         if os.getpid() != self._process:
@@ -169,7 +166,7 @@ class Session:
                 f"this engine was made in process {self._process}, and a forked process cannot use it: make a new one"
             )
         if self._ending is not None:
-            raise self.closed_error()
+            raise RuntimeError(f"this engine is closed ({self._ending}); make a new one")
         if self._turn.is_mine():
             raise RuntimeError("this engine was called from inside one of its own steps, where requests can only end")
 
@@ -361,7 +358,8 @@ class Session:
         self.engine.restart([request for handle in handles for request in handle.requests])
         for handle in handles:
             for request in handle.requests:
-                self.engine.output_processor.forget(request)  # its text may be half decoded
+                if not request.is_finished:
+                    self.engine.output_processor.forget(request)  # its text may be half decoded
             if any(request.output_token_ids for request in handle.requests) or handle.is_finished:
                 self._tell(handle)
         self._is_torn = False

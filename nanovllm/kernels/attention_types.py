@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nanovllm.kernels.cascade import CascadeInputs
+
 
 class AttentionShape(NamedTuple):
     """One layer's attention, for the heads of this rank. num_heads is a multiple of num_kv_heads.
@@ -66,7 +68,7 @@ class AttentionMetadata:
 
     query_start_loc [n + 1]: where each request's queries begin. seq_lens [n]: context including this step's tokens; 0
     for a row of padding. block_table [n, max_blocks]: block ids in context order. slot_mapping [T]: where each token's
-    key and value go, -1 for padding.
+    key and value go, -1 for padding. cascade: prefixes that some of the decodes share; a backend may ignore it.
 
     Requests with exactly one query token come first, so a backend may treat the first `num_decodes` rows alike. Host
     numbers are upper bounds of the device's, and exact on the CPU.
@@ -82,3 +84,4 @@ class AttentionMetadata:
     max_seq_len: int
     query_lens_host: Sequence[int]
     seq_lens_host: Sequence[int]
+    cascade: CascadeInputs | None = None

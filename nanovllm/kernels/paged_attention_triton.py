@@ -54,13 +54,16 @@ def _decode_plan(
     """The plan, and whether a layer before this one made it."""
     is_settled = window in plans.decode
     if not is_settled:
-        plans.decode[window] = plan_decode(meta.seq_lens[: meta.num_decodes], meta.block_table, out, cache, window)
+        cascade = meta.cascade if window is None else None
+        plans.decode[window] = plan_decode(
+            meta.seq_lens[: meta.num_decodes], meta.block_table, out, cache, window, cascade=cascade
+        )
     return plans.decode[window], is_settled
 
 
 def takes_qkv(meta: AttentionMetadata, window: int | None) -> bool:
-    """May `decode_qkv_triton` be called for this step? It is for a few decodes and nothing else."""
-    return meta.num_decodes == meta.num_reqs <= FEW_REQUESTS and window != 1
+    """May `decode_qkv_triton` be called for this step? It is for a few decodes that share nothing, and nothing else."""
+    return meta.cascade is None and meta.num_decodes == meta.num_reqs <= FEW_REQUESTS and window != 1
 
 
 def decode_qkv_triton(

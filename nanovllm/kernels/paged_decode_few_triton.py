@@ -120,7 +120,7 @@ def _decode_few_kernel(
     if K_NORM:
         k_weight, k_other_weight = _load_pairs(k_weight_ptr, dim_mask, HEAD_DIM, BLOCK_DIM, ROPE)
     while position < end:
-        lowest, first_tile, tiles = tiles_of(seq_len, TILE, WINDOW)
+        lowest, first_tile, tiles = tiles_of(seq_len, 0, TILE, WINDOW)
         head, tile = in_request // tiles, in_request % tiles
         stop = tl.minimum(tile + (end - position), tiles)
         row_table_ptr = table_ptr + req.to(tl.int64) * table_stride
@@ -195,7 +195,7 @@ def _decode_few_kernel(
         )
         if BLOCK_SIZE % TILE == 0:
             block = block_at(
-                table_ptr, table_stride, req, in_request, seq_len, position < end, TILE, BLOCK_SIZE, WINDOW
+                table_ptr, table_stride, req, in_request, seq_len, 0, position < end, TILE, BLOCK_SIZE, WINDOW
             )
     if PDL and EARLY:
         tl.extra.cuda.gdc_wait()  # also without any work: see rule 1 of dependent_launch.py

@@ -6,7 +6,7 @@ several that follow each other, and which they are depends on the lengths alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import LayerCache
+from nanovllm.kernels.cascade import CascadeInputs
+from nanovllm.kernels.cascade_triton import CascadeResults, room_for_results
 from nanovllm.kernels.dependent_launch import has_dependent_launch
 from nanovllm.kernels.paged_tiles_triton import num_multiprocessors
 from nanovllm.kernels.sizes import cdiv, next_power_of_2
@@ -42,6 +44,8 @@ class DecodePlan:
     all tiles together are fewer than 2**31.
     arrived [n * num_kv_heads]: partials left so far, 0 between calls.
     partial_out [programs, 2, group, head_dim], partial_stats [programs, 2, 2, group] (maximum, sum): float32.
+    cascade: prefixes that some of the requests share; the ranges then cover what lies behind them. results: room for
+    what comes of them.
     """
 
     num_tiles: Tensor
@@ -52,6 +56,8 @@ class DecodePlan:
     num_reqs: int
     window: int | None
     config: DecodeConfig
+    cascade: CascadeInputs | None = None
+    results: CascadeResults | None = None
 
 
 def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int) -> DecodeConfig:
@@ -68,21 +74,33 @@ def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int) -> DecodeCon
 
 
 @triton.jit
-def tiles_of(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Of a context: the first token in the window, the first tile with such tokens, and the number of such tiles."""
-    lowest = tl.maximum(seq_len - WINDOW, 0) if WINDOW else seq_len * 0
+def tiles_of(seq_len, shared_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Of a context: the first token in the window, the first tile with such tokens, and the number of such tiles.
+
+    shared_len: leading tokens that a cascade covers; 0 with a window.
+    """
+    lowest = tl.maximum(seq_len - WINDOW, 0) if WINDOW else seq_len * 0 + shared_len
     first_tile = lowest // TILE
     # Padding, too, needs a program that writes its zeros.
     return lowest, first_tile, tl.maximum(tl.cdiv(seq_len, TILE) - first_tile, 1)
 
 
 @triton.jit
+def shared_len_of(shared_lens_ptr, req, mask):
+    """Leading tokens of a request that a cascade covers."""
+    if shared_lens_ptr is None:
+        return req * 0
+    else:
+        return tl.load(shared_lens_ptr + req, mask=mask, other=0)
+
+
+@triton.jit
 def block_at(
-    table_ptr, table_stride, req, in_request, seq_len, mask,
+    table_ptr, table_stride, req, in_request, seq_len, shared_len, mask,
     TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """The block of tile `in_request` of a request, counted as in DecodePlan.starts; 0 where there is none."""
-    _, first_tile, tiles = tiles_of(seq_len, TILE, WINDOW)
+    _, first_tile, tiles = tiles_of(seq_len, shared_len, TILE, WINDOW)
     token = (first_tile + in_request % tiles) * TILE
     block_ptr = table_ptr + req.to(tl.int64) * table_stride + token // BLOCK_SIZE
     return tl.load(block_ptr, mask=mask & (token < seq_len), other=0)
@@ -91,6 +109,7 @@ def block_at(
 @triton.jit(do_not_specialize=["num_reqs", "num_programs", "table_stride"])
 def _plan_decode_kernel(
     seq_lens_ptr,
+    shared_lens_ptr,
     table_ptr,
     num_tiles_ptr,
     starts_ptr,
@@ -112,7 +131,8 @@ def _plan_decode_kernel(
     req = tl.arange(0, BLOCK_REQS)
     valid = req < num_reqs
     seq_len = tl.load(seq_lens_ptr + req, mask=valid, other=0)
-    _, _, tiles = tiles_of(seq_len, TILE, WINDOW)
+    shared_len = shared_len_of(shared_lens_ptr, req, valid)
+    _, _, tiles = tiles_of(seq_len, shared_len, TILE, WINDOW)
     tiles = tl.where(valid, tiles, 0)
     tile_end = tl.cumsum(tiles, axis=0)
     total = tl.sum(tiles, axis=0) * NUM_KV_HEADS
@@ -128,7 +148,10 @@ def _plan_decode_kernel(
     in_request = begin - tl.sum(tl.where(is_first, (tile_end - tiles)[None, :], 0), axis=1) * NUM_KV_HEADS
     first_len = tl.sum(tl.where(is_first, seq_len[None, :], 0), axis=1)
     has_range = program < num_programs
-    block = block_at(table_ptr, table_stride, first, in_request, first_len, has_range, TILE, BLOCK_SIZE, WINDOW)
+    first_shared = shared_len_of(shared_lens_ptr, first, has_range)
+    block = block_at(
+        table_ptr, table_stride, first, in_request, first_len, first_shared, has_range, TILE, BLOCK_SIZE, WINDOW
+    )
     start_ptr = starts_ptr + program * FIELDS
     tl.store(start_ptr, first, mask=has_range)
     tl.store(start_ptr + 1, in_request, mask=has_range)
@@ -143,15 +166,18 @@ def plan_decode(
     cache: LayerCache,
     window: int | None,
     config: DecodeConfig | None = None,
+    cascade: CascadeInputs | None = None,
 ) -> DecodePlan:
     """Plans one step of decodes for layers that share this `window`. seq_lens [n] int32, read on the device.
 
-    Of out [.., num_heads, head_dim] and the cache only shapes, dtype and device count. Calls in one stream may share
-    the plan, concurrent ones not.
+    Of out [.., num_heads, head_dim] and the cache only shapes, dtype and device count. cascade: None with a window.
+    Calls in one stream may share the plan, concurrent ones not.
     """
     num_reqs, num_kv_heads = seq_lens.shape[0], cache.data.shape[2]
     group, head_dim = out.shape[1] // num_kv_heads, out.shape[2]
     config = config or decode_config(head_dim, out.dtype, num_reqs)
+    if cascade is not None and cache.block_size % config.tile:
+        config = replace(config, occupancy=min(config.occupancy, 3))  # addresses of tokens take registers, too
     num_programs = config.occupancy * num_multiprocessors(out.device)
 
     def room(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -166,10 +192,13 @@ def plan_decode(
         num_reqs=num_reqs,
         window=window,
         config=config,
+        cascade=cascade,
+        results=None if cascade is None else room_for_results(cascade, out.shape[1], head_dim),
     )
     pdl = has_dependent_launch(out.device)
     _plan_decode_kernel[(cdiv(num_programs, PLAN_PROGRAMS),)](
-        seq_lens, block_table, plan.num_tiles, plan.starts, plan.arrived, num_reqs, num_programs, block_table.stride(0),
+        seq_lens, None if cascade is None else cascade.shared_lens, block_table, plan.num_tiles, plan.starts,
+        plan.arrived, num_reqs, num_programs, block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=cache.block_size, WINDOW=window or 0, TILE=config.tile,
         BLOCK_REQS=next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
         launch_pdl=pdl,

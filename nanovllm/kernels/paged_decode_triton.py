@@ -27,8 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.cascade_triton import cascade_attention, start_from_parts
 from nanovllm.kernels.dependent_launch import has_dependent_launch
-from nanovllm.kernels.paged_decode_plan_triton import DecodePlan, block_at, next_item, range_of_program, tiles_of
+from nanovllm.kernels.paged_decode_plan_triton import (
+    DecodePlan,
+    block_at,
+    next_item,
+    range_of_program,
+    shared_len_of,
+    tiles_of,
+)
 from nanovllm.kernels.paged_tiles_triton import LOWEST, attend, blocks_of_tile, exponents, max_registers
 from nanovllm.kernels.sizes import next_power_of_2
 
@@ -47,6 +55,10 @@ def _decode_kernel(
     arrived_ptr,
     partial_out_ptr,
     partial_stats_ptr,
+    shared_lens_ptr,
+    num_parts_ptr,
+    shared_out_ptr,
+    shared_log_sum_ptr,
     num_reqs,
     table_stride,
     q_stride_token,
@@ -81,8 +93,9 @@ def _decode_kernel(
     row = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
     row_mask = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    shared_len = shared_len_of(shared_lens_ptr, req, position < end)
     while position < end:
-        lowest, first_tile, tiles = tiles_of(seq_len, TILE, WINDOW)
+        lowest, first_tile, tiles = tiles_of(seq_len, shared_len, TILE, WINDOW)
         head, tile = in_request // tiles, in_request % tiles
         stop = tl.minimum(tile + (end - position), tiles)
         row_table_ptr = table_ptr + req.to(tl.int64) * table_stride
@@ -96,6 +109,14 @@ def _decode_kernel(
         top = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
         norm = tl.zeros([BLOCK_GROUP], tl.float32)
         acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        if shared_lens_ptr is not None:  # noqa: SIM102  (decided when the kernel is compiled, the second when it runs)
+            if tile == 0:
+                # Whoever has a request's first tile takes in what its shared prefixes came to.
+                num_parts = tl.load(num_parts_ptr + req)
+                top, norm, acc = start_from_parts(
+                    shared_out_ptr, shared_log_sum_ptr, num_parts, num_reqs, req, head,
+                    NUM_KV_HEADS, GROUP, BLOCK_GROUP, HEAD_DIM, BLOCK_DIM,
+                )  # fmt: skip
         top, norm, acc = attend(
             top, norm, acc, q, cache_ptr, None, row_table_ptr, blocks, seq_len - 1,
             first_tile + tile, first_tile + stop, tl.cdiv(lowest, TILE), seq_len // TILE, seq_len, head,
@@ -112,10 +133,12 @@ def _decode_kernel(
         req, in_request, seq_len = next_item(
             req, in_request + stop - tile, seq_len, tiles, seq_lens_ptr, num_reqs, NUM_KV_HEADS
         )
+        shared_len = shared_len_of(shared_lens_ptr, req, position < end)
         if BLOCK_SIZE % TILE == 0:
             block = block_at(
-                table_ptr, table_stride, req, in_request, seq_len, position < end, TILE, BLOCK_SIZE, WINDOW
-            )
+                table_ptr, table_stride, req, in_request, seq_len, shared_len, position < end, TILE, BLOCK_SIZE,
+                WINDOW,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -217,9 +240,13 @@ def decode_attention(
     exponent_scale, exponent_cap = exponents(shape.scale, shape.softcap)
     pdl = has_dependent_launch(q.device)
     data, block_table = cache.data, meta.block_table
+    shared = None, None, None, None
+    if plan.cascade is not None and plan.results is not None:
+        cascade_attention(q, cache, block_table, plan.cascade, plan.results, shape)
+        shared = plan.cascade.shared_lens, plan.cascade.num_parts, plan.results.out, plan.results.log_sum
     _decode_kernel[(plan.starts.shape[0],)](
         q, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
-        plan.arrived, plan.partial_out, plan.partial_stats, plan.num_reqs,
+        plan.arrived, plan.partial_out, plan.partial_stats, *shared, plan.num_reqs,
         block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4], exponent_scale,
         **sizes_of_heads(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
         NUM_STAGES=config.num_stages, EARLY=is_settled and pdl, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,

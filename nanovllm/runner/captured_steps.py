@@ -1,10 +1,11 @@
 """Which steps are captured as CUDA graphs, and how a plan is laid out as the inputs of one.
 
-Owns two kinds of step, their sizes and their layouts; `cuda_graphs.py` captures them and `model_runner.py` computes
+Owns the kinds of step, their sizes and their layouts; `cuda_graphs.py` captures them and `model_runner.py` computes
 them. Invariant: what fills a size up is padding (row -1), which reads nothing of a request, stores nothing, and whose
 token nobody looks at.
 
     decode     one token for each of some running rows, at most `max_num_seqs` of them
+    cascade    the same, where some of them share prefixes that are read once
     prompts    anything with few tokens, most of it prompts: launching their kernels one by one takes longer than
                running them
 """
@@ -15,6 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.kernels.cascade import CascadeInputs, cascade_inputs, num_words
+from nanovllm.runner.cascade_items import CascadeItems
 
 
 class DecodeInputs(NamedTuple):
@@ -35,7 +38,7 @@ class DecodeLayout:
     def size(self, plan: SchedulerOutput) -> int | None:
         """The size for a plan of one sampled token for each of some rows that run already; None for any other plan."""
         num_reqs = len(plan.rows)
-        if plan.num_decodes < num_reqs or plan.new_rows or not all(plan.num_samples):
+        if plan.num_decodes < num_reqs or plan.new_rows or not all(plan.samples):
             return None
         return next(size for size in self.sizes if size >= num_reqs)
 
@@ -55,6 +58,26 @@ class DecodeLayout:
         if plan.new_blocks:  # one at most for each row, and where its token goes, as it has no other
             opened = {row: block_id for row, _, block_id in plan.new_blocks}
             fields[2, : len(plan.rows)] = [opened.get(row, -1) for row in plan.rows]
+
+
+class CascadeLayout:
+    """size: a batch size, as of decodes that share nothing. Behind what those are told lie the items."""
+
+    def __init__(self, decodes: DecodeLayout, items: CascadeItems) -> None:
+        self._decodes = decodes
+        self._items = items
+
+    def words(self, size: int) -> int:
+        return self._decodes.words(size) + num_words(size)
+
+    def inputs(self, static: Tensor, size: int) -> tuple[DecodeInputs, CascadeInputs]:
+        decodes, items = static.split([self._decodes.words(size), num_words(size)])
+        return self._decodes.inputs(decodes, size), cascade_inputs(items, size)
+
+    def fill(self, words: np.ndarray, size: int, plan: SchedulerOutput | None) -> None:
+        decodes, items = np.split(words, [self._decodes.words(size)])
+        self._decodes.fill(decodes, size, plan)
+        items[:] = self._items.words(plan.shared_prefixes, size) if plan is not None else 0
 
 
 class PromptInputs(NamedTuple):
@@ -86,7 +109,7 @@ class PromptLayout:
     def size(self, plan: SchedulerOutput) -> PromptSize | None:
         num_tokens = next((n for n in self.num_tokens if n >= len(plan.token_ids)), None)
         num_reqs = next((n for n in self.num_reqs if n > len(plan.rows)), None)
-        if num_tokens is None or num_reqs is None or not any(plan.num_samples):
+        if num_tokens is None or num_reqs is None or not any(plan.samples):
             return None
         if max(plan.num_computed_tokens[: plan.num_decodes], default=0) >= self.longest_decode:
             return None
@@ -108,7 +131,7 @@ class PromptLayout:
         rows.fill(-1)
         sampled_rows.fill(-1)
         if plan is not None:
-            which = np.flatnonzero(plan.num_samples)
+            which = np.flatnonzero(plan.samples)
             rows[: len(plan.rows)] = plan.rows
             np.cumsum(plan.num_scheduled_tokens, out=starts[1 : len(plan.rows) + 1])
             starts[len(plan.rows) + 1 :] = len(plan.token_ids)

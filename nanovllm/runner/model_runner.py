@@ -17,16 +17,18 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
+from nanovllm.kernels.cascade import CascadeInputs, cascade_inputs
 from nanovllm.kernels.dependent_launch import dependent_launch
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.take_rows import take_rows
 from nanovllm.runner.batch_state import BatchState
-from nanovllm.runner.captured_steps import DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
+from nanovllm.runner.captured_steps import CascadeLayout, DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
+from nanovllm.runner.cascade_items import CascadeItems
 from nanovllm.runner.cuda_graphs import GraphPool, StepGraphs, can_capture, compile_kernels, padding
 from nanovllm.runner.hidden_states import Captured, captured_layers
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.runner.step_parts import PendingParts, StepParts, split
-from nanovllm.sampling.logprobs import CHUNK, packed, top_logprobs
+from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling.state import upload
 
@@ -40,8 +42,8 @@ class PendingTokens:
 
     tokens: Tensor
     event: torch.cuda.Event | None
-    logprobs: Sequence[tuple[np.ndarray, Tensor]] = ()  # (which of the tokens, theirs), packed as all that follow
-    prompt_logprobs: Sequence[Sequence[Tensor]] = ()  # per item of the plan's, in parts
+    logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = ()  # (which of the tokens, theirs)
+    prompt_logprobs: Sequence[Sequence[TopLogprobs]] = ()  # per item of the plan's, in parts
     hidden_states: Captured = ()
     failures: dict[int, str] = field(default_factory=dict)  # as in ModelRunnerOutput
 
@@ -49,21 +51,21 @@ class PendingTokens:
         if self.event is not None:
             self.event.synchronize()
         output = ModelRunnerOutput(
-            token_ids=self.tokens.unsqueeze(1).tolist(), hidden_states=list(self.hidden_states), failures=self.failures
+            token_ids=self.tokens.tolist(), hidden_states=list(self.hidden_states), failures=self.failures
         )
         if self.logprobs:
             output.logprobs = [None] * len(output.token_ids)
         for members, top in self.logprobs:
-            for member, entry in zip(members.tolist(), _entries(top), strict=True):
+            for member, entry in zip(members, _entries(top), strict=True):
                 output.logprobs[member] = None if member in self.failures else entry
         for parts in self.prompt_logprobs:
             output.prompt_logprobs.append([entry for top in parts for entry in _entries(top)])
         return output
 
 
-def _entries(top: Tensor) -> list[TokenLogprobs]:
-    data, size = top.numpy().tobytes(), top[0].numel() * top.element_size()
-    return [data[start : start + size] for start in range(0, len(data), size)]
+def _entries(top: TopLogprobs) -> list[TokenLogprobs]:
+    rows = zip(*(column.tolist() for column in top), strict=True)
+    return [list(zip(token_ids, logprobs, ranks, strict=True)) for token_ids, logprobs, ranks in rows]
 
 
 def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
@@ -99,6 +101,10 @@ class ModelRunner:
         self.sampler = Sampler(self.state.sampling, config.deterministic, tp)
         num_buffers = config.overlap_depth + 1
         self._stager = InputStager(max_blocks, num_buffers, device)
+        num_kv_heads = kv_caches[0].data.shape[2]
+        group = model_config.num_heads // config.tensor_parallel_size // num_kv_heads
+        num_programs = backend.num_cascade_programs(kv_caches[0])
+        self._cascade_items = CascadeItems(num_kv_heads, group, num_programs) if num_programs else None
         self._decodes = DecodeLayout(config.max_num_seqs)
         self._prompts = PromptLayout()
         self._can_capture = can_capture(device) and not is_dynamic
@@ -115,6 +121,9 @@ class ModelRunner:
             how = num_buffers, device, GraphPool(device), self._runs_first
             self._decode_graphs = StepGraphs(self._decode, self._decodes, config.max_num_seqs, *how)
             self._prompt_graphs = StepGraphs(self._run_prompts, self._prompts, self._prompts.largest, *how)
+            if self._cascade_items is not None:
+                cascades = CascadeLayout(self._decodes, self._cascade_items)
+                self._cascade_graphs = StepGraphs(self._decode_cascade, cascades, config.max_num_seqs, *how)
             with dependent_launch(self._dependent_launch):
                 self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
 
@@ -125,9 +134,16 @@ class ModelRunner:
             return
         decodes = padding(self._decodes, self._decodes.sizes[-1], self.device)
         prompts = padding(self._prompts, self._prompts.largest, self.device)
+        cascades = []
+        if self._cascade_items is not None:
+            layout, sizes = CascadeLayout(self._decodes, self._cascade_items), self._decodes.sizes
+            few = max(size for size in sizes if size <= 16)  # for these, kernels have another shape
+            cascades = [padding(layout, size, self.device) for size in sorted({few, sizes[-1]})]
 
         def steps() -> None:
             _, logits = self._decode(decodes)
+            for inputs in cascades:
+                self._decode_cascade(inputs)
             some = decodes.rows[:64]
             self.sampler.sample_captured(logits[:64].float(), some, some)  # as of rows whose logits are edited
             if not self._needs_rope_lens:
@@ -176,7 +192,8 @@ class ModelRunner:
         if self._has_graphs and not needs_hidden_states:
             self.state.sampling.upload()
             if (size := self._decodes.size(plan)) is not None:
-                return self._finish(plan, *self._decode_graphs.run(size, plan))
+                graphs = self._cascade_graphs if plan.shared_prefixes else self._decode_graphs
+                return self._finish(plan, *graphs.run(size, plan))
             if not self._needs_rope_lens and (prompt_size := self._prompts.size(plan)) is not None:
                 batch = self._stager.stage(plan)
                 self.state.apply(batch.new_rows, batch.new_blocks)
@@ -201,11 +218,11 @@ class ModelRunner:
 
         tokens, logits: as the graph left them, padding's behind the others.
         """
-        num_sampled = sum(plan.num_samples)
+        num_sampled = sum(plan.samples)
         tokens, logits = tokens[:num_sampled], logits[:num_sampled]
         if self.state.sampling.is_plain(plan.rows):
             return self._read_back(tokens)
-        sampled = np.flatnonzero(plan.num_samples)
+        sampled = np.flatnonzero(plan.samples)
         rows_host, positions_host = np.array(plan.rows)[sampled], _seq_lens(plan)[sampled]
         edited = np.flatnonzero(self.sampler.needs_edits(rows_host, positions_host))
         if len(edited):
@@ -214,7 +231,9 @@ class ModelRunner:
         logprobs = self.sampler.logprobs(logits, tokens, rows_host)
         return self._read_back(tokens, logprobs, failures=self.sampler.take_failures(rows_host))
 
-    def _score_prompt(self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int) -> list[Tensor]:
+    def _score_prompt(
+        self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int
+    ) -> list[TopLogprobs]:
         """Log-probabilities of the tokens after `count` positions of a request, a chunk at a time."""
         state, row = self.state.sampling, plan.rows[index]
         begin = sum(plan.num_scheduled_tokens[:index]) + first - plan.num_computed_tokens[index]
@@ -225,7 +244,7 @@ class ModelRunner:
             following = np.array(state.histories[row][first + start + 1 : first + stop + 1], dtype=np.int64)
             logits = self.model.compute_logits(hidden[begin + start : begin + stop])
             top = top_logprobs(logits, upload(following, self.device), int(state.num_prompt_logprobs[row]))
-            parts.append(self._to_host(packed(top)))
+            parts.append(TopLogprobs(*map(self._to_host, top)))
         return parts
 
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
@@ -244,28 +263,43 @@ class ModelRunner:
             max_seq_len=max(seq_lens),
             query_lens_host=plan.num_scheduled_tokens,
             seq_lens_host=seq_lens,
+            cascade=self._cascade(plan),
         )
         rope_lens = self._rope_lens(plan, batch) if self._needs_rope_lens else None
         return self._run_model(inputs, meta, rope_lens), inputs.seq_lens
 
-    def _decode(self, inputs: DecodeInputs) -> tuple[Tensor, Tensor]:
+    def _cascade(self, plan: SchedulerOutput) -> CascadeInputs | None:
+        if self._cascade_items is None or not plan.shared_prefixes:
+            return None
+        words = self._cascade_items.words(plan.shared_prefixes, plan.num_decodes)
+        return cascade_inputs(upload(words, self.device), plan.num_decodes)
+
+    def _decode(self, inputs: DecodeInputs, cascade: CascadeInputs | None = None) -> tuple[Tensor, Tensor]:
         """A whole decode step on the device, to be captured."""
         size, max_blocks = inputs.rows.shape[0], self.state.max_blocks
         starts = self._starts[: size + 1]
         step = self._prepare(inputs.rows, starts, inputs.token_ids, max_blocks, inputs.new_blocks)
-        hidden = self._forward_captured(step, starts, [1] * size, num_decodes=size)
+        hidden = self._forward_captured(step, starts, [1] * size, size, cascade)
         return self._sample_captured(hidden, inputs.rows, step.seq_lens)
+
+    def _decode_cascade(self, inputs: tuple[DecodeInputs, CascadeInputs]) -> tuple[Tensor, Tensor]:
+        return self._decode(*inputs)
 
     def _run_prompts(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
         """A whole step with prompts, to be captured; new rows and blocks are in place."""
         step = self._prepare(inputs.rows, inputs.query_start_loc, inputs.token_ids, self.state.max_blocks)
         lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
-        hidden = self._forward_captured(step, inputs.query_start_loc, lens, num_decodes=0)
+        hidden = self._forward_captured(step, inputs.query_start_loc, lens, num_decodes=0, cascade=None)
         hidden = take_rows(hidden, inputs.sampled_from)
         return self._sample_captured(hidden, inputs.sampled_rows, inputs.sampled_positions)
 
     def _forward_captured(
-        self, inputs: StepInputs, query_start_loc: Tensor, query_lens: list[int], num_decodes: int
+        self,
+        inputs: StepInputs,
+        query_start_loc: Tensor,
+        query_lens: list[int],
+        num_decodes: int,
+        cascade: CascadeInputs | None,
     ) -> Tensor:
         """Hidden states [num_tokens, hidden_size], without the host: every size comes from shapes."""
         max_len = self.state.max_blocks * self.block_size
@@ -280,6 +314,7 @@ class ModelRunner:
             max_seq_len=max_len,
             query_lens_host=query_lens,
             seq_lens_host=[max_len] * len(query_lens),
+            cascade=cascade,
         )
         return self._run_model(inputs, meta, None)
 
@@ -330,14 +365,14 @@ class ModelRunner:
     def _read_back(
         self,
         tokens: Tensor,
-        logprobs: Sequence[tuple[np.ndarray, Tensor]] = (),
-        prompt_logprobs: Sequence[Sequence[Tensor]] = (),
+        logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = (),
+        prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
         captured: Captured = (),
         failures: dict[int, str] | None = None,
     ) -> PendingTokens:
         """tokens and logprobs are on the device, everything else is on its way to the host already."""
         host = self._to_host(tokens)
-        logprobs = [(members, self._to_host(top)) for members, top in logprobs]
+        logprobs = [(members, TopLogprobs(*map(self._to_host, top))) for members, top in logprobs]
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()

@@ -16,6 +16,7 @@ from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 97
@@ -45,7 +46,7 @@ def expected_output(prompt: Sequence[int], max_total_tokens: int, stop_token_ids
 
 @dataclass
 class Done:
-    token_ids: list[list[int]]
+    token_ids: list[int]
     failures: dict[int, str] = field(default_factory=dict)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
@@ -62,10 +63,7 @@ class Done:
 
 
 class FakeDevice:
-    """Runs plans in order, at once; keeps its state by row and its KV by slot, as a real worker does.
-
-    The hidden state of a token is its position; the log-probability of a prompt token has its position for its id.
-    """
+    """Runs plans in order, at once; keeps its state by row and its KV by slot, as a real worker does."""
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         self.num_blocks = num_blocks
@@ -86,28 +84,29 @@ class FakeDevice:
         for row, index, block_id in plan.new_blocks:
             self.tables[row][index] = block_id
         self._write(plan)
+        shared = self._shared_blocks(plan)
         sampled = []
-        for row, count, num_samples in zip(plan.rows, plan.num_scheduled_tokens, plan.num_samples, strict=True):
+        for row, count, is_sampled in zip(plan.rows, plan.num_scheduled_tokens, plan.samples, strict=True):
             self.num_computed[row] += count
-            if num_samples:
-                context = [self.slots[self._slot(row, position)] for position in range(self.num_computed[row])]
+            if is_sampled:
+                table = {**self.tables[row], **shared.get(row, {})}
+                context = [self.slots[self._slot(table, position)] for position in range(self.num_computed[row])]
                 self.last_token[row] = next_token(context)
-                sampled.append([self.last_token[row]])
+                sampled.append(self.last_token[row])
         self.num_tokens_per_step.append(len(plan.token_ids))
-        return Done(
-            sampled,
-            prompt_logprobs=[
-                [[(position + 1, -1.0, 1)] for position in range(first, first + count)]
-                for _, first, count in plan.prompt_logprobs
-            ],
-            hidden_states=[
-                {layer: list(range(start, start + count)) for layer in plan.capture_layers[row]}
-                for row, start, count in zip(
-                    plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
-                )
-                if row in plan.capture_layers
-            ],
-        )
+        return Done(sampled)
+
+    def _shared_blocks(self, plan: SchedulerOutput) -> dict[int, dict[int, int]]:
+        """What rows read through the block table of the first that shares it, as the cascade's kernel does."""
+        shared: dict[int, dict[int, int]] = {}
+        for first, num_reqs, begin, end in plan.shared_prefixes:
+            assert first >= 0 and num_reqs > 1 and first + num_reqs <= plan.num_decodes and begin < end
+            blocks = range(begin // self.block_size, end // self.block_size)
+            found = {index: self.tables[plan.rows[first]][index] for index in blocks}
+            for row in plan.rows[first : first + num_reqs]:
+                assert len(shared.setdefault(row, {})) * self.block_size == begin, "prefixes follow each other"
+                shared[row].update(found)
+        return shared
 
     def _write(self, plan: SchedulerOutput) -> None:
         """Lowest positions first, over the whole batch: a layer stores all keys before any is read."""
@@ -119,11 +118,12 @@ class FakeDevice:
                 token_id = next(tokens)
                 writes.append((position, row, self.last_token[row] if token_id < 0 else token_id))
         for position, row, token_id in sorted(writes):
-            previous = self.slots[self._slot(row, position - 1)] if position else b""
-            self.slots[self._slot(row, position)] = extend_hash(previous, token_id)
+            table = self.tables[row]
+            previous = self.slots[self._slot(table, position - 1)] if position else b""
+            self.slots[self._slot(table, position)] = extend_hash(previous, token_id)
 
-    def _slot(self, row: int, position: int) -> int:
-        return self.tables[row][position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, table: dict[int, int], position: int) -> int:
+        return table[position // self.block_size] * self.block_size + position % self.block_size
 
     def poison(self, pool: BlockPool) -> None:
         """Make what nobody may read unreadable: blocks that are free and not in the prefix cache."""
@@ -156,6 +156,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
         enable_chunked_prefill=enable_chunked_prefill,
+        shared_prefixes=SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1),
     )
     device = FakeDevice(num_blocks, block_size, max_num_seqs)
     return Engine(scheduler, device, OutputProcessor(None), overlap_depth), device
@@ -206,3 +207,4 @@ def check_nothing_leaked(engine: Engine) -> None:
     assert not scheduler.running and not scheduler.waiting and not scheduler._planned
     assert scheduler.pool.num_free_blocks == scheduler.pool.num_blocks
     assert not any(scheduler.pool._references)
+    assert not scheduler.pool.num_shared

@@ -10,7 +10,7 @@ import pkgutil
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
+from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.cascade import cascade_inputs
+from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.state import SamplingState
 from tests.attention.paged_cases import make_case
 from tests.kernels.test_moe import random_ids
@@ -85,6 +88,19 @@ def decode_many(num_reqs: int) -> None:
     shape, plans = case.shape(0.1), MODULES["paged_attention"].StepPlans()
     for _ in range(2):
         MODULES["paged_attention"].paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
+
+
+def decode_cascade(softcap: float | None, head_dim: int, block_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Decodes that share a prefix, in two layers."""
+    case = make_case(
+        [1] * 20, [90] * 20, num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype, layout="heads outside"
+    )
+    words = torch.from_numpy(cut([SharedPrefix(0, 3, 0, 64)], 20, 2, 4, 8))
+    meta, plans = replace(case.meta, cascade=cascade_inputs(words, 20)), MODULES["paged_attention"].StepPlans()
+    for _ in range(2):
+        MODULES["paged_attention"].paged_attention_triton(
+            case.q, case.cache, meta, case.shape(0.1, softcap=softcap), plans
+        )
 
 
 def decode_from_qkv(
@@ -178,6 +194,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention of a long prompt, window": lambda: attend(100, None, 128, 64, 1100),
     "attention, float32": lambda: attend(None, None, 128, 64, dtype=torch.float32),
     "attention of many decodes": lambda: decode_many(20),
+    "attention of shared prefixes": lambda: decode_cascade(None, 128, 64),
+    "attention of shared prefixes, softcap, odd sizes": lambda: decode_cascade(50.0, 80, 16),
+    "attention of shared prefixes, wide heads": lambda: decode_cascade(None, 256, 64),
+    "attention of shared prefixes, float32": lambda: decode_cascade(None, 128, 64, torch.float32),
     "attention from the QKV product": lambda: decode_from_qkv(None, None, 128, 64),
     "attention from the QKV product, window, softcap, wide heads": lambda: decode_from_qkv(100, 50.0, 256, 64),
     "attention from the QKV product, odd sizes": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
@@ -342,7 +362,7 @@ def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> 
     """What does not fit into them is kept on the stack, at many times the cost. float32 and wide heads do so."""
     stacks, file = {}, tmp_path / "kernel.cubin"
     for kernel, call, binary in compiled.launches:
-        if ".paged_" in kernel and call in FAST_ATTENTION and compiled.capability >= 90:
+        if (".paged_" in kernel or ".cascade" in kernel) and call in FAST_ATTENTION and compiled.capability >= 90:
             file.write_bytes(binary.asm["cubin"])
             command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
             usage = re.search(
