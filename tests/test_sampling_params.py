@@ -257,7 +257,7 @@ WRONG_FORMS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"choice": ["a", ""]}, ValueError, "choice"),
     ({"json": "{"}, ValueError, "json"),
     ({"json": 5}, TypeError, "json.*5"),
-    ({"json": {"enum": [object()]}}, TypeError, "json"),
+    ({"json": {"enum": [float]}}, TypeError, "json"),
 ]
 
 
