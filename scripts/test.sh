@@ -1,32 +1,54 @@
 #!/usr/bin/env bash
 # Run every check: style, types, import rules, all tests (Triton kernels in the interpreter where there is no GPU).
-# Sets up everything it needs in .venv. Arguments go to pytest (`bash scripts/test.sh tests/engine -x`), which then is the
-# only test run after style, types and import rules.
-set -euo pipefail
+# Sets up everything it needs in .venv.
+#
+#   bash scripts/test.sh               all of it, as CI does
+#   bash scripts/test.sh --fast        what tells most in two minutes
+#   bash scripts/test.sh ARGUMENTS...  style, types, import rules and `pytest ARGUMENTS`, for example tests/engine -x
+#
+# All stages run, also behind one that fails; the summary at the end names it.
+set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-setup_venv dev
+setup_venv dev || exit 1
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+trap 'exit 130' INT
 
-quietly() {
-    local title=$1 output
+num_workers=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
+tests=(env OMP_NUM_THREADS=1 python -m pytest -q -n "$num_workers" --dist worksteal) # a process per core, a thread in each
+interpreter=(tests/kernels/test_*_triton.py tests/runner/test_captured_steps.py)
+narrow=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell)
+validation=(tests/test_config.py tests/test_sampling_params.py tests/test_llm.py)
+to_the_bit=(tests/kernels/test_fixed_linear_triton.py tests/kernels/test_moe_triton.py)
+
+summary=""
+status=0
+
+# stage TITLE COMMAND...: run it, and note for the summary how it went.
+stage() {
+    local title=$1 start=$SECONDS outcome=ok
     shift
-    if output=$("$@" 2>&1 </dev/null); then
-        echo "$title: ok"
-    else
-        printf '%s\n%s: FAILED\n' "$output" "$title"
-        return 1
-    fi
+    echo "== $title"
+    "$@" </dev/null || outcome=FAILED
+    [ $outcome = ok ] || status=1
+    summary+=$(printf '%-6s %5d s  %s' $outcome $((SECONDS - start)) "$title")$'\n'
 }
 
-quietly "ruff check" ruff check .
-quietly "ruff format" ruff format --check .
-quietly "mypy" mypy
-quietly "import rules" lint-imports
-if [ $# -eq 0 ]; then
-    quietly "validation under python -O" python -O -m pytest -q -m "not slow and not demo_model" \
-        tests/test_config.py tests/test_sampling_params.py tests/test_llm.py
+stage "style" ruff check .
+stage "format" ruff format --check .
+stage "types" mypy
+stage "import rules" lint-imports
+if [ $# -gt 0 ] && [ "$1" != --fast ]; then
+    stage "tests" python -m pytest "$@"
+elif [ $# -gt 0 ]; then
+    stage "fast tests" "${tests[@]}" -m "not slow and not demo_model" tests
+else
+    stage "tests" "${tests[@]}"
+    stage "without assertions" env PYTHONOPTIMIZE=1 "${tests[@]}" -m "not slow and not demo_model" "${validation[@]}"
     if ! command -v nvidia-smi >/dev/null 2>&1; then
-        quietly "kernels in Triton's interpreter" env TRITON_INTERPRET=1 python -m pytest -q tests/kernels tests/runner
+        stage "kernels in Triton's interpreter" env TRITON_INTERPRET=1 "${tests[@]}" "${interpreter[@]}"
+        stage "the same bits with AVX2 alone" "${narrow[@]}" env TRITON_INTERPRET=1 "${tests[@]}" "${to_the_bit[@]}"
     fi
 fi
-exec python -m pytest "$@" </dev/null
+
+printf '\n%s' "$summary"
+exit $status
