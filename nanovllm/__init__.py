@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LLM": "nanovllm.llm",
+    "AsyncLLM": "nanovllm.async_llm",
     "Architecture": "nanovllm.models.registry",
     "register_model": "nanovllm.models.registry",
     "EngineConfig": "nanovllm.config",

@@ -5,12 +5,14 @@ cache keeps what was computed. Invariant: of a prompt's beams and their likelies
 is more likely than one that was kept.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from nanovllm.engine.logprobs import LogprobsMap
 from nanovllm.options import accepting, check_fields, option, takes_options
-from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
@@ -73,8 +75,7 @@ def beam_search(
         for (which, beam), result in zip(running, results, strict=True):
             entries = result.outputs[0].logprobs
             assert entries is not None, "logprobs were asked for"
-            logprobs = {token_id: entry.logprob for token_id, entry in entries[0].items()}
-            for token_id, logprob in _likeliest(logprobs, 2 * params.beam_width, params.temperature):
+            for token_id, logprob in _likeliest(entries[0], 2 * params.beam_width, params.temperature):
                 extended = BeamSearchSequence(
                     tokens=[*beam.tokens, token_id],
                     num_prompt_tokens=beam.num_prompt_tokens,
@@ -95,11 +96,12 @@ def beam_search(
     ]
 
 
-def _likeliest(logprobs: dict[int, float], count: int, temperature: float) -> list[tuple[int, float]]:
+def _likeliest(logprobs: Mapping[int, Logprob], count: int, temperature: float) -> list[tuple[int, float]]:
     """The likeliest tokens, lowest id first among equals; a temperature needs the whole vocabulary's."""
+    assert isinstance(logprobs, LogprobsMap), "the engine's maps hold arrays"
+    token_ids, values = logprobs.entries["token_id"], logprobs.entries["logprob"].astype(np.float64)
     if temperature not in (0, 1):
-        scaled = {token_id: value / temperature for token_id, value in logprobs.items()}
-        highest = max(scaled.values())
-        total = highest + math.log(math.fsum(math.exp(value - highest) for value in scaled.values()))
-        logprobs = {token_id: value - total for token_id, value in scaled.items()}
-    return sorted(logprobs.items(), key=lambda item: (-item[1], item[0]))[:count]
+        values /= temperature
+        values -= np.logaddexp.reduce(values)
+    best = np.lexsort((token_ids, -values))[:count]
+    return list(zip(token_ids[best].tolist(), values[best].tolist(), strict=True))

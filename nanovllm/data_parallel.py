@@ -52,6 +52,7 @@ class News(NamedTuple):
     grown: tuple[list[Any], ...]
     finish_reason: str | None
     stop_reason: int | str | None
+    error: str | None
     num_cached_tokens: int | None
 
 
@@ -228,9 +229,9 @@ class DataParallelEngine:
         for name, items in zip(GROWING, news.grown, strict=True):
             getattr(request, name).extend(items)
         request.num_cached_tokens = news.num_cached_tokens
-        self.output_processor.find_stop_string(request)  # cuts the text where the replica has found one
         if news.finish_reason is not None:
             self._forget(request)
+            request.error = news.error
             _finish(request, news.finish_reason, news.stop_reason)
         return request
 

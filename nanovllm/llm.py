@@ -205,11 +205,17 @@ class LLM:
         """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
         self._session.check_open()
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
+        handle = self._make_handle(prompt, params, request_id, self._inbox)
+        self._session.submit(handle)
+        return handle.request_id
+
+    def _make_handle(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[RequestOutput]
+    ) -> Handle:
+        """One prompt, checked and not queued."""
         with self._session.numbers(1) as (number,):
             group = self._input_processor.process(prompt, params, "prompt", number, request_id)
-            only_ends = params.output_kind is RequestOutputKind.FINAL_ONLY
-            self._session.submit(Handle(group, self._inbox, only_ends))
-        return group[0].request_id
+        return Handle(group, inbox, only_ends=params.output_kind is RequestOutputKind.FINAL_ONLY)
 
     def step(self) -> list[RequestOutput]:
         """Advance by one step; returns the requests of `add_request` that got tokens or ended.

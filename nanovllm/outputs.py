@@ -3,6 +3,7 @@
 Plain data without torch. Invariant: `finish_reason` is None exactly while the sequence is still running.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[Mapping[int, Logprob]] | None = None
     hidden_states: dict[int, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -68,7 +69,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
     deterministic: bool = False
 
 

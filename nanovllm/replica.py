@@ -82,7 +82,7 @@ class Replica:
         self._reported[key] = [start + len(items) for start, items in zip(reported, grown, strict=True)]
         if request.is_finished:
             self._forget(request)
-        return News(key, grown, request.finish_reason, request.stop_reason, request.num_cached_tokens)
+        return News(key, grown, request.finish_reason, request.stop_reason, request.error, request.num_cached_tokens)
 
     def _forget(self, request: Request) -> None:
         key = self._keys.pop(request)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from nanovllm.engine.input_processor import InputProcessor, Prompt
+from nanovllm.engine.logprobs import own_logprob
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.sampling_params import SamplingParams
@@ -44,7 +45,7 @@ def skip_prefix(request: Request, num_prefix_tokens: int) -> None:
 
 def log_likelihood(request: Request) -> float:
     """Sum of the log-probabilities of the tokens that were scored."""
-    return math.fsum(entry[0][1] for entry in request.prompt_logprobs)
+    return math.fsum(map(own_logprob, request.prompt_logprobs))
 
 
 def check_options(options: Sequence[str | Sequence[int]]) -> None:

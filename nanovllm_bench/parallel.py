@@ -148,7 +148,7 @@ def plan_message_cost(num_ranks: int, num_requests: int) -> _Row:
         rows=list(range(num_requests)),
         num_scheduled_tokens=[1] * num_requests,
         num_computed_tokens=[1000] * num_requests,
-        samples=[True] * num_requests,
+        num_samples=[1] * num_requests,
         token_ids=[-1] * num_requests,
         num_decodes=num_requests,
     )

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     while True:
         _, number, plan = pickle.loads(ring.read())
         if rank == 0:
-            output = ModelRunnerOutput(token_ids=[7] * len(plan.rows))
+            output = ModelRunnerOutput(token_ids=[[7]] * len(plan.rows))
             connection.send_bytes(pickle.dumps((number, output), pickle.HIGHEST_PROTOCOL))
 
 

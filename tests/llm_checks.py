@@ -8,4 +8,4 @@ def check_nothing_is_left(llm: LLM) -> None:
     assert not llm.has_unfinished_requests()
     metrics = llm.get_metrics()
     assert metrics["num_free_blocks"] == metrics["num_blocks"]
-    assert llm.step() == [] and not llm._engine.output_processor._partial
+    assert llm.step() == [] and not llm._engine.output_processor._texts

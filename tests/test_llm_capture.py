@@ -155,7 +155,7 @@ def test_a_step_can_be_split_by_row() -> None:
         rows=[0, 2, 3, 4],
         num_scheduled_tokens=[1, 1, 1, 3],
         num_computed_tokens=[32, 16, 9, 0],
-        samples=[True, True, True, False],
+        num_samples=[1, 1, 1, 0],
         token_ids=[-1, 8, -1, 1, 2, 3],
         num_decodes=3,
     )
@@ -164,5 +164,5 @@ def test_a_step_can_be_split_by_row() -> None:
     assert own.token_ids == [8, 1, 2, 3] and others.token_ids == [-1, -1]
     assert own.new_rows == [new] and others.new_rows == []
     assert own.new_blocks == [(2, 1, 6)] and others.new_blocks == [(0, 2, 5)]
-    assert own.samples == [True, False] and own.num_decodes == 1 and others.num_decodes == 2
+    assert own.num_samples == [1, 0] and own.num_decodes == 1 and others.num_decodes == 2
     assert own.num_computed_tokens == [16, 0] and own.num_scheduled_tokens == [1, 3]

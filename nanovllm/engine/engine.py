@@ -64,16 +64,7 @@ class Engine:
         start = perf_counter()
         output = self._in_flight.popleft().result()
         self.wait_seconds += perf_counter() - start
-        changed = self.scheduler.update(output)
-        for request in changed:
-            if not request.params.stop:
-                continue
-            stop = self.output_processor.find_stop_string(request)
-            if stop is not None:
-                self.scheduler.finish(request, "stop", stop)
-                # also where max_tokens ended it with this very token
-                request.finish_reason, request.stop_reason = "stop", stop
-        return changed
+        return self.scheduler.update(output, self.output_processor.find_stop_string)
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         """What function(model) returns, for each worker."""

@@ -119,6 +119,7 @@ class InputProcessor:
                 params=others if index else params,
                 seed=(seed + index) % 2**64,
                 stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
+                eos_token_ids=eos,
                 max_total_tokens=max_total_tokens,
                 cache_salt=self._cache_salt(len(token_ids)),
                 rope_len=len(token_ids),

@@ -29,10 +29,15 @@ class Executor(Protocol):
 
 
 class TokenConstraint(Protocol):
-    """A form that one sequence must have. It sees each token before the next one can be planned."""
+    """A form that one sequence must have. It sees each token before the next one can be planned.
 
-    def advance(self, token_id: int) -> str | None:
-        """Take the sequence's next token. Returns the finish reason if nothing can follow it."""
+    error: why it cannot go on, once it has met a limit of its library; None as long as all is well.
+    """
+
+    error: str | None
+
+    def advance(self, token_id: int) -> bool:
+        """Take the sequence's next token. Returns whether the form is complete, so that nothing can follow."""
         ...
 
     def restart(self, token_ids: Sequence[int]) -> None:
@@ -40,5 +45,8 @@ class TokenConstraint(Protocol):
         ...
 
     def bitmasks(self, constraints: Sequence[Any]) -> np.ndarray:
-        """Which tokens may come next in each of these (itself among them), [n, words] as `grammar_bitmask` has them."""
+        """Which tokens may come next in each of these (itself among them), [n, words] as `grammar_bitmask` has them.
+
+        One that meets a limit says so in its `error`; its own mask then means nothing.
+        """
         ...

@@ -1,13 +1,64 @@
-"""LogprobsDecoder: the workers' numbers become the `Logprob` objects that a caller sees.
+"""Log-probabilities as a caller sees them: maps from token id to `Logprob`, whose entries are made when they are read.
 
-Owns the text of single tokens, and what it has converted of requests that are still growing. Invariant: an entry is
-converted once, however often a request's output is looked at.
+Owns the maps, the text of single tokens, and what was made of requests that are still growing. Invariant: a map takes
+no more memory than the worker's numbers, of which it may have one for each token of the vocabulary.
 """
 
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
 from nanovllm.engine.request import Request
-from nanovllm.engine.scheduler_output import TokenLogprobs
+from nanovllm.engine.scheduler_output import TOKEN_LOGPROB, TokenLogprobs
 from nanovllm.outputs import Logprob
 from nanovllm.tokenizer import Tokenizer
+
+_OWN = struct.Struct("=if")  # how a TOKEN_LOGPROB begins
+
+
+class LogprobsMap(Mapping[int, Logprob]):
+    """The token itself, then the most likely ones in falling order. Pickled or copied, it becomes a dict."""
+
+    def __init__(self, entries: TokenLogprobs, text: Callable[[int], str | None]) -> None:
+        """text: of a token id; asked when a `Logprob` is read."""
+        self._entries = entries
+        self._text = text
+        self._next = 0  # the entry behind the last one that was read: most readers go from one to the next
+
+    @cached_property
+    def entries(self) -> np.ndarray:
+        """The numbers as TOKEN_LOGPROB, each token once: one of the most likely may be the token itself."""
+        entries = np.frombuffer(self._entries, TOKEN_LOGPROB)
+        ids = entries["token_id"]
+        again = np.flatnonzero(ids[1:] == ids[0])
+        return np.delete(entries, again + 1) if len(again) else entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.entries["token_id"].tolist())
+
+    def __getitem__(self, token_id: int) -> Logprob:
+        ids = self.entries["token_id"]
+        index = self._next
+        if index >= len(ids) or ids[index] != token_id:
+            found = np.flatnonzero(ids == token_id)
+            if not len(found):
+                raise KeyError(token_id)
+            index = int(found[0])
+        self._next = index + 1
+        token_id, logprob, rank = self.entries[index].item()
+        return Logprob(logprob, rank, self._text(token_id))
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
 
 class LogprobsDecoder:
@@ -16,38 +67,32 @@ class LogprobsDecoder:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._outputs: dict[Request, list[dict[int, Logprob]]] = {}
-        self._prompts: dict[Request, list[dict[int, Logprob]]] = {}
+        self._outputs: dict[Request, list[LogprobsMap]] = {}
+        self._prompts: dict[Request, list[LogprobsMap]] = {}
 
-    def of_output(self, request: Request) -> list[dict[int, Logprob]] | None:
-        """One entry for each output token; None if the request did not ask."""
+    def of_output(self, request: Request) -> list[Mapping[int, Logprob]] | None:
+        """One map for each output token; None if the request did not ask."""
         if request.params.logprobs is None:
             return None
-        return self._convert(request, request.logprobs, self._outputs)
+        return list(self._maps(request, request.logprobs, self._outputs))
 
-    def of_prompt(self, request: Request) -> list[dict[int, Logprob] | None] | None:
-        """One entry for each prompt token, None for the first; None until the whole prompt is computed."""
+    def of_prompt(self, request: Request) -> list[Mapping[int, Logprob] | None] | None:
+        """One map for each prompt token, None for the first; None until the whole prompt is computed."""
         if request.params.prompt_logprobs is None or len(request.prompt_logprobs) < request.num_prompt_tokens - 1:
             return None
-        return [None, *self._convert(request, request.prompt_logprobs, self._prompts)]
+        return [None, *self._maps(request, request.prompt_logprobs, self._prompts)]
 
     def forget(self, request: Request) -> None:
         self._outputs.pop(request, None)
         self._prompts.pop(request, None)
 
-    def _convert(
-        self, request: Request, entries: list[TokenLogprobs], converted: dict[Request, list[dict[int, Logprob]]]
-    ) -> list[dict[int, Logprob]]:
-        done = converted.setdefault(request, [])
-        has_text = request.params.detokenize
-        done += [
-            {
-                token_id: Logprob(logprob, rank, self._text(token_id) if has_text else None)
-                for token_id, logprob, rank in entry
-            }
-            for entry in entries[len(done) :]
-        ]
-        return list(done)
+    def _maps(
+        self, request: Request, entries: list[TokenLogprobs], made: dict[Request, list[LogprobsMap]]
+    ) -> list[LogprobsMap]:
+        maps = made.setdefault(request, [])
+        text = self._text if request.params.detokenize else _no_text
+        maps.extend(LogprobsMap(entry, text) for entry in entries[len(maps) :])
+        return maps
 
     def _text(self, token_id: int) -> str | None:
         if self._tokenizer is None:
@@ -58,8 +103,18 @@ class LogprobsDecoder:
         return text
 
 
+def _no_text(token_id: int) -> None:
+    return None
+
+
 def cumulative_logprob(request: Request) -> float | None:
     """Sum over the output tokens; None if the request did not ask for log-probabilities."""
     if request.params.logprobs is None:
         return None
-    return sum(entry[0][1] for entry in request.logprobs)
+    return sum(map(own_logprob, request.logprobs))
+
+
+def own_logprob(entry: TokenLogprobs) -> float:
+    """Of the token itself."""
+    _, logprob = _OWN.unpack_from(entry)
+    return float(logprob)

@@ -36,6 +36,7 @@ class Request:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]  # EOS (unless ignored) and the request's own
+    eos_token_ids: frozenset[int] = frozenset()  # EOS (unless ignored), which are no stop_reason
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
     rope_len: int = 0  # the length that its prompt's positions count as part of, where their rotation depends on it

@@ -11,10 +11,11 @@ host has read every token of it.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
+from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
 from nanovllm.engine.request import LONG_SALT, Request, RequestStatus
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
 from nanovllm.engine.shared_prefixes import SharedPrefixes
@@ -31,6 +32,15 @@ class SchedulerStats:
     num_tokens_sampled: int = 0
     num_context_tokens_read: int = 0  # each request's context, its new tokens included, once a step
     num_query_key_pairs: int = 0  # each new token with its whole context
+
+
+@dataclass(slots=True)
+class PlannedStep:
+    """What is remembered of a step in flight, until its results come."""
+
+    sampled: list[Request]  # for which it samples
+    scored: list[Request] = field(default_factory=list)  # whose prompts it scores, as in the plan's prompt_logprobs
+    captured: list[tuple[Request, int]] = field(default_factory=list)  # whose hidden states it brings, from where on
 
 
 class Scheduler:
@@ -62,9 +72,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission; the last one is the newest
         self.stats = SchedulerStats()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._planned: deque[list[Request]] = deque()  # per step in flight, the requests it samples for
-        self._scored: deque[list[Request]] = deque()  # per step in flight that scores prompts, whose these are
-        self._captured: deque[list[tuple[Request, int]]] = deque()  # per step with some, whose, from which token
+        self._planned: deque[PlannedStep] = deque()  # the steps in flight, oldest first
         self._steady: SteadyDecode | None = None
         self._shared_prefixes = shared_prefixes
 
@@ -100,8 +108,6 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
         self._planned.clear()
-        self._scored.clear()
-        self._captured.clear()
         self._steady = None
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in requests:
@@ -149,7 +155,7 @@ class Scheduler:
             rows=steady.rows,
             num_scheduled_tokens=[1] * num_reqs,
             num_computed_tokens=[request.num_computed_tokens for request in steady.requests],
-            samples=[True] * num_reqs,
+            num_samples=[1] * num_reqs,
             token_ids=[request.token_ids[-1] for request in steady.requests] if is_known else [-1] * num_reqs,
             num_decodes=num_reqs,
             shared_prefixes=steady.shared_prefixes,
@@ -159,7 +165,7 @@ class Scheduler:
         self.stats.num_tokens_sampled += num_reqs
         self.stats.num_context_tokens_read += steady.num_context_tokens
         self.stats.num_query_key_pairs += steady.num_context_tokens
-        self._planned.append(steady.requests)
+        self._planned.append(PlannedStep(steady.requests))
         return plan
 
     def _schedule_running(self, scheduled: list[tuple[Request, int]], new_blocks: list[tuple[int, int, int]]) -> int:
@@ -249,29 +255,30 @@ class Scheduler:
             rows=[],
             num_scheduled_tokens=[],
             num_computed_tokens=[],
-            samples=[],
+            num_samples=[],
             token_ids=[],
             num_decodes=sum(num_new == 1 for _, num_new in scheduled),
         )
         sampled: list[Request] = []
-        captured: list[tuple[Request, int]] = []
+        step = PlannedStep(sampled)
         for request, num_new in scheduled:
             start = request.num_computed_tokens
             if request.params.capture is not None:
-                captured.append((request, start))
+                step.captured.append((request, start))
                 plan.capture_layers[request.row] = request.params.capture["layers"]
             end = start + num_new
             is_sampled = end == request.num_tokens
             plan.rows.append(request.row)
             plan.num_scheduled_tokens.append(num_new)
             plan.num_computed_tokens.append(start)
-            plan.samples.append(is_sampled)
+            plan.num_samples.append(int(is_sampled))
             plan.token_ids.extend(request.token_ids[start:end])
             if end > len(request.token_ids):
                 plan.token_ids.append(-1)
             request.num_computed_tokens = end
             if request.num_unscored_tokens and end > request.num_scored_tokens:
                 self._score(plan, request, end)
+                step.scored.append(request)
             if is_sampled:
                 request.num_pending_tokens += 1
                 sampled.append(request)
@@ -283,15 +290,11 @@ class Scheduler:
             plan.grammar_bitmask = dict(zip(constrained, constraints[0].bitmasks(constraints), strict=True))
         self.stats.num_tokens_computed += len(plan.token_ids)
         self.stats.num_tokens_sampled += len(sampled)
-        self._planned.append(sampled)
+        self._planned.append(step)
         if self._shared_prefixes is not None:
             tables = [request.block_ids for request, _ in scheduled[: plan.num_decodes]]
             plan.shared_prefixes = self._shared_prefixes.find(tables, self.pool.num_shared)
-        if plan.prompt_logprobs:
-            self._scored.append([scheduled[index][0] for index, _, _ in plan.prompt_logprobs])
-        if captured:
-            self._captured.append(captured)
-        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not captured
+        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not step.captured
         if is_steady and not any(r.needs_host_tokens or r.recompute_from is not None for r in sampled):
             self._steady = SteadyDecode(sampled, self.block_size, plan.shared_prefixes)
         return plan
@@ -308,54 +311,65 @@ class Scheduler:
 
     # -- after a step --
 
-    def update(self, output: ModelRunnerOutput) -> list[Request]:
+    def update(self, output: ModelRunnerOutput, find_stop_string: FindStopString = no_stop_string) -> list[Request]:
         """Take in the oldest step in flight; returns the requests that got a token or ended, some of them both."""
-        sampled = self._planned.popleft()
-        if output.logprobs or output.prompt_logprobs:
-            self._take_logprobs(sampled, output)
-        if output.hidden_states:
-            for (request, start), states in zip(self._captured.popleft(), output.hidden_states, strict=True):
-                self._take_hidden_states(request, start, states)
+        step = self._planned.popleft()
+        self._take_logprobs(step, output)
+        for (request, start), states in zip(step.captured, output.hidden_states, strict=True):
+            self._take_hidden_states(request, start, states)
         steady = self._steady
-        if steady is not None and sampled is steady.requests:
+        if steady is not None and step.sampled is steady.requests:
             if not output.failures and steady.ends_nobody(output.token_ids):
                 for request in steady.take_result(output.token_ids):
                     self._publish(request, request.num_computed_tokens)
-                return list(sampled)
+                for request in steady.with_stop_strings:
+                    self._end_if_due(request, find_stop_string)
+                return list(step.sampled)
             self._steady = None
         changed: list[Request] = []
-        for index, (request, token_id) in enumerate(zip(sampled, output.token_ids, strict=True)):
+        for index, (request, token_ids) in enumerate(zip(step.sampled, output.token_ids, strict=True)):
             request.num_pending_tokens -= 1
             if request.is_finished:
                 continue
-            if index in output.failures:
-                request.error = output.failures[index]
-                self.finish(request, "error")
-                changed.append(request)
-                continue
-            request.token_ids.append(token_id)
             changed.append(request)
-            num_tokens = len(request.token_ids)
-            if token_id in request.stop_token_ids:
-                is_own = token_id in (request.params.stop_token_ids or ())
-                self.finish(request, "stop", token_id if is_own else None)
-            elif request.constraint is not None and (reason := request.constraint.advance(token_id)) is not None:
-                self.finish(request, reason)
-            elif num_tokens >= request.max_total_tokens:
-                self.finish(request, "length")
-            elif request.recompute_from is not None and num_tokens > request.recompute_from:
-                self._recompute(request)
-            elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:
-                self._publish(request, request.num_computed_tokens)  # a block has just become full and computed
+            failure = output.failures.get(index) or (request.constraint and request.constraint.error)
+            if failure:
+                request.error = failure
+                self.finish(request, "error")
+                continue
+            for token_id in token_ids:
+                self._take_token(request, token_id, find_stop_string)
+                if request.is_finished:
+                    break
         return changed
 
-    def _take_logprobs(self, sampled: list[Request], output: ModelRunnerOutput) -> None:
-        scored = self._scored.popleft() if output.prompt_logprobs else []
-        for request, entries in zip(scored, output.prompt_logprobs, strict=True):
+    def _take_token(self, request: Request, token_id: int, find_stop_string: FindStopString) -> None:
+        request.token_ids.append(token_id)
+        num_tokens = len(request.token_ids)
+        if self._end_if_due(request, find_stop_string):
+            return
+        if request.recompute_from is not None and num_tokens > request.recompute_from:
+            self._recompute(request)
+        elif num_tokens % self.block_size == 1 and request.status is RequestStatus.RUNNING:
+            self._publish(request, request.num_computed_tokens)  # a block has just become full and computed
+
+    def _end_if_due(self, request: Request, find_stop_string: FindStopString) -> bool:
+        """Finish the request if its newest token ends it; whether it did."""
+        end = find_end(request, find_stop_string)
+        if end is None:
+            return False
+        request.error = end.error
+        self.finish(request, end.finish_reason, end.stop_reason)
+        return True
+
+    @staticmethod
+    def _take_logprobs(step: PlannedStep, output: ModelRunnerOutput) -> None:
+        for request, entries in zip(step.scored, output.prompt_logprobs, strict=True):
             request.prompt_logprobs.extend(entries)
-        for request, entry in zip(sampled, output.logprobs or [None] * len(sampled), strict=True):
-            if entry is not None and not request.is_finished:
-                request.logprobs.append(entry)
+        if output.logprobs:
+            for request, entry in zip(step.sampled, output.logprobs, strict=True):
+                if entry is not None and not request.is_finished:
+                    request.logprobs.append(entry)
 
     @staticmethod
     def _take_hidden_states(request: Request, start: int, states: dict[int, Any]) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from nanovllm.sampling_params import SamplingParams
 
-TokenLogprobs = list[tuple[int, float, int]]  # (token id, log-probability, rank): the token itself, then the top ones
+TOKEN_LOGPROB = np.dtype([("token_id", np.int32), ("logprob", np.float32), ("rank", np.int32)])
+TokenLogprobs = bytes  # 1 + k of TOKEN_LOGPROB: the token itself, then the k most likely ones
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,8 +45,9 @@ class SharedPrefix(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class SchedulerOutput:
-    """One step. The lists rows .. samples run in parallel, requests with a single token first.
+    """One step. The lists rows .. num_samples run in parallel, requests with a single token first.
 
+    num_samples: how many tokens to sample for each request: none in mid-prompt, one behind its last token.
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
     block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
@@ -60,7 +62,7 @@ class SchedulerOutput:
     rows: list[int]
     num_scheduled_tokens: list[int]
     num_computed_tokens: list[int]
-    samples: list[bool]
+    num_samples: list[int]
     token_ids: list[int]
     num_decodes: int
     grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class SchedulerOutput:
             rows=rows,
             num_scheduled_tokens=[self.num_scheduled_tokens[i] for i in indices],
             num_computed_tokens=[self.num_computed_tokens[i] for i in indices],
-            samples=[self.samples[i] for i in indices],
+            num_samples=[self.num_samples[i] for i in indices],
             token_ids=[token_id for i in indices for token_id in self.token_ids[starts[i] : starts[i + 1]]],
             num_decodes=sum(i < self.num_decodes for i in indices),
             prompt_logprobs=[(indices.index(i), at, count) for i, at, count in self.prompt_logprobs if i in indices],
@@ -99,15 +101,15 @@ class SchedulerOutput:
 
 @dataclass(slots=True, kw_only=True)
 class ModelRunnerOutput:
-    """The sampled tokens, one for each True in the plan's `samples`, in its order.
+    """The sampled tokens, a list for each of the plan's requests whose `num_samples` is not 0, in its order.
 
-    logprobs: for each of them its entry, or None for a request that did not ask; empty if nobody did. prompt_logprobs:
-    for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's requests that
-    captures, layer -> its tokens' [num_tokens, hidden_size]. failures: index into token_ids -> why nothing could be
-    sampled there; that request ends, and the token that stands there means nothing.
+    logprobs: for each of these requests the entry of its token, or None where it did not ask; empty if nobody did.
+    prompt_logprobs: for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's
+    requests that captures, layer -> its tokens' [num_tokens, hidden_size]. failures: index into token_ids -> why
+    nothing could be sampled there; that request ends, and the tokens that stand there mean nothing.
     """
 
-    token_ids: list[int]
+    token_ids: list[list[int]]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     hidden_states: list[dict[int, Any]] = field(default_factory=list)

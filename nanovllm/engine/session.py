@@ -159,6 +159,9 @@ class Session:
     def is_closed(self) -> bool:
         return self._ending is not None
 
+    def closed_error(self) -> RuntimeError:
+        return RuntimeError(f"this engine is closed ({self._ending}); make a new one")
+
     def check_open(self) -> None:
         """Raise RuntimeError where no request can be run."""
         if os.getpid() != self._process:
@@ -166,7 +169,7 @@ class Session:
                 f"this engine was made in process {self._process}, and a forked process cannot use it: make a new one"
             )
         if self._ending is not None:
-            raise RuntimeError(f"this engine is closed ({self._ending}); make a new one")
+            raise self.closed_error()
         if self._turn.is_mine():
             raise RuntimeError("this engine was called from inside one of its own steps, where requests can only end")
 
@@ -358,8 +361,7 @@ class Session:
         self.engine.restart([request for handle in handles for request in handle.requests])
         for handle in handles:
             for request in handle.requests:
-                if not request.is_finished:
-                    self.engine.output_processor.forget(request)  # its text may be half decoded
+                self.engine.output_processor.forget(request)  # its text may be half decoded
             if any(request.output_token_ids for request in handle.requests) or handle.is_finished:
                 self._tell(handle)
         self._is_torn = False

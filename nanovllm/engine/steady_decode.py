@@ -5,7 +5,8 @@ when the first request ends by its length all follow from counts taken once. Own
 when a request enters or leaves. Invariant: a steady step is to the last block what the general rule would have planned.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler_output import SharedPrefix
@@ -21,6 +22,7 @@ class SteadyDecode:
         self.requests = requests
         self.shared_prefixes = shared_prefixes
         self.rows = [request.row for request in requests]
+        self.with_stop_strings = [request for request in requests if request.params.stop]  # whose text is looked at
         self._stop_token_ids = frozenset[int]().union(*(request.stop_token_ids for request in requests))
         self.num_context_tokens = sum(request.num_computed_tokens for request in requests)  # that the last step read
         # how many more steps can be planned, and how many results taken in, before one request ends by its length
@@ -44,15 +46,15 @@ class SteadyDecode:
         self.num_steps_left -= 1
         self._num_steps += 1
 
-    def ends_nobody(self, token_ids: Iterable[int]) -> bool:
-        """Do all requests certainly go on after the oldest step's tokens?"""
-        return self._num_results_left > 0 and self._stop_token_ids.isdisjoint(token_ids)
+    def ends_nobody(self, token_ids: Sequence[list[int]]) -> bool:
+        """Do all requests go on after the oldest step's tokens, unless a stop string ends one?"""
+        return self._num_results_left > 0 and self._stop_token_ids.isdisjoint(chain.from_iterable(token_ids))
 
-    def take_result(self, token_ids: Iterable[int]) -> list[Request]:
+    def take_result(self, token_ids: Sequence[list[int]]) -> list[Request]:
         """The oldest step's tokens, none of which ends a request; returns whose block is now full and computed."""
-        for request, token_id in zip(self.requests, token_ids, strict=True):
+        for request, sampled in zip(self.requests, token_ids, strict=True):
             request.num_pending_tokens -= 1
-            request.token_ids.append(token_id)
+            request.token_ids += sampled
         full = self._at_block_end[self._num_results % len(self._at_block_end)]
         self._num_results_left -= 1
         self._num_results += 1

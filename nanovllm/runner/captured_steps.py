@@ -38,7 +38,7 @@ class DecodeLayout:
     def size(self, plan: SchedulerOutput) -> int | None:
         """The size for a plan of one sampled token for each of some rows that run already; None for any other plan."""
         num_reqs = len(plan.rows)
-        if plan.num_decodes < num_reqs or plan.new_rows or not all(plan.samples):
+        if plan.num_decodes < num_reqs or plan.new_rows or not all(plan.num_samples):
             return None
         return next(size for size in self.sizes if size >= num_reqs)
 
@@ -109,7 +109,7 @@ class PromptLayout:
     def size(self, plan: SchedulerOutput) -> PromptSize | None:
         num_tokens = next((n for n in self.num_tokens if n >= len(plan.token_ids)), None)
         num_reqs = next((n for n in self.num_reqs if n > len(plan.rows)), None)
-        if num_tokens is None or num_reqs is None or not any(plan.samples):
+        if num_tokens is None or num_reqs is None or not any(plan.num_samples):
             return None
         if max(plan.num_computed_tokens[: plan.num_decodes], default=0) >= self.longest_decode:
             return None
@@ -131,7 +131,7 @@ class PromptLayout:
         rows.fill(-1)
         sampled_rows.fill(-1)
         if plan is not None:
-            which = np.flatnonzero(plan.samples)
+            which = np.flatnonzero(plan.num_samples)
             rows[: len(plan.rows)] = plan.rows
             np.cumsum(plan.num_scheduled_tokens, out=starts[1 : len(plan.rows) + 1])
             starts[len(plan.rows) + 1 :] = len(plan.token_ids)

@@ -42,7 +42,7 @@ class InputStager:
         rows = np.array(plan.rows, dtype=np.int32)
         starts = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(plan.num_scheduled_tokens, out=starts[1:])
-        sampled = np.flatnonzero(plan.samples).astype(np.int32)
+        sampled = np.flatnonzero(plan.num_samples).astype(np.int32)
         new_rows = [(new.row, new.num_computed_tokens) for new in plan.new_rows]
         new_blocks = [(row * self._max_blocks + index, block_id) for row, index, block_id in plan.new_blocks]
         for new in plan.new_rows:

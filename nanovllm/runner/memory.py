@@ -46,7 +46,7 @@ def largest_step(config: ResolvedConfig) -> SchedulerOutput:
         rows=list(range(num_reqs)),
         num_scheduled_tokens=[length] * num_reqs,
         num_computed_tokens=[0] * num_reqs,
-        samples=[True] * num_reqs,
+        num_samples=[1] * num_reqs,
         token_ids=[0] * (num_reqs * length),
         num_decodes=num_reqs if length == 1 else 0,
     )

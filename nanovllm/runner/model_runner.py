@@ -28,7 +28,7 @@ from nanovllm.runner.cuda_graphs import GraphPool, StepGraphs, can_capture, comp
 from nanovllm.runner.hidden_states import Captured, captured_layers
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.runner.step_parts import PendingParts, StepParts, split
-from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
+from nanovllm.sampling.logprobs import CHUNK, packed, top_logprobs
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling.state import upload
 
@@ -42,8 +42,8 @@ class PendingTokens:
 
     tokens: Tensor
     event: torch.cuda.Event | None
-    logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = ()  # (which of the tokens, theirs)
-    prompt_logprobs: Sequence[Sequence[TopLogprobs]] = ()  # per item of the plan's, in parts
+    logprobs: Sequence[tuple[np.ndarray, Tensor]] = ()  # (which of the tokens, theirs), packed as all that follow
+    prompt_logprobs: Sequence[Sequence[Tensor]] = ()  # per item of the plan's, in parts
     hidden_states: Captured = ()
     failures: dict[int, str] = field(default_factory=dict)  # as in ModelRunnerOutput
 
@@ -51,21 +51,21 @@ class PendingTokens:
         if self.event is not None:
             self.event.synchronize()
         output = ModelRunnerOutput(
-            token_ids=self.tokens.tolist(), hidden_states=list(self.hidden_states), failures=self.failures
+            token_ids=self.tokens.unsqueeze(1).tolist(), hidden_states=list(self.hidden_states), failures=self.failures
         )
         if self.logprobs:
             output.logprobs = [None] * len(output.token_ids)
         for members, top in self.logprobs:
-            for member, entry in zip(members, _entries(top), strict=True):
+            for member, entry in zip(members.tolist(), _entries(top), strict=True):
                 output.logprobs[member] = None if member in self.failures else entry
         for parts in self.prompt_logprobs:
             output.prompt_logprobs.append([entry for top in parts for entry in _entries(top)])
         return output
 
 
-def _entries(top: TopLogprobs) -> list[TokenLogprobs]:
-    rows = zip(*(column.tolist() for column in top), strict=True)
-    return [list(zip(token_ids, logprobs, ranks, strict=True)) for token_ids, logprobs, ranks in rows]
+def _entries(top: Tensor) -> list[TokenLogprobs]:
+    data, size = top.numpy().tobytes(), top[0].numel() * top.element_size()
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def _seq_lens(plan: SchedulerOutput) -> np.ndarray:
@@ -218,11 +218,11 @@ class ModelRunner:
 
         tokens, logits: as the graph left them, padding's behind the others.
         """
-        num_sampled = sum(plan.samples)
+        num_sampled = sum(plan.num_samples)
         tokens, logits = tokens[:num_sampled], logits[:num_sampled]
         if self.state.sampling.is_plain(plan.rows):
             return self._read_back(tokens)
-        sampled = np.flatnonzero(plan.samples)
+        sampled = np.flatnonzero(plan.num_samples)
         rows_host, positions_host = np.array(plan.rows)[sampled], _seq_lens(plan)[sampled]
         edited = np.flatnonzero(self.sampler.needs_edits(rows_host, positions_host))
         if len(edited):
@@ -231,9 +231,7 @@ class ModelRunner:
         logprobs = self.sampler.logprobs(logits, tokens, rows_host)
         return self._read_back(tokens, logprobs, failures=self.sampler.take_failures(rows_host))
 
-    def _score_prompt(
-        self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int
-    ) -> list[TopLogprobs]:
+    def _score_prompt(self, plan: SchedulerOutput, hidden: Tensor, index: int, first: int, count: int) -> list[Tensor]:
         """Log-probabilities of the tokens after `count` positions of a request, a chunk at a time."""
         state, row = self.state.sampling, plan.rows[index]
         begin = sum(plan.num_scheduled_tokens[:index]) + first - plan.num_computed_tokens[index]
@@ -244,7 +242,7 @@ class ModelRunner:
             following = np.array(state.histories[row][first + start + 1 : first + stop + 1], dtype=np.int64)
             logits = self.model.compute_logits(hidden[begin + start : begin + stop])
             top = top_logprobs(logits, upload(following, self.device), int(state.num_prompt_logprobs[row]))
-            parts.append(TopLogprobs(*map(self._to_host, top)))
+            parts.append(self._to_host(packed(top)))
         return parts
 
     def _forward(self, plan: SchedulerOutput, batch: InputBatch) -> tuple[Tensor, Tensor]:
@@ -365,14 +363,14 @@ class ModelRunner:
     def _read_back(
         self,
         tokens: Tensor,
-        logprobs: Sequence[tuple[np.ndarray, TopLogprobs]] = (),
-        prompt_logprobs: Sequence[Sequence[TopLogprobs]] = (),
+        logprobs: Sequence[tuple[np.ndarray, Tensor]] = (),
+        prompt_logprobs: Sequence[Sequence[Tensor]] = (),
         captured: Captured = (),
         failures: dict[int, str] | None = None,
     ) -> PendingTokens:
         """tokens and logprobs are on the device, everything else is on its way to the host already."""
         host = self._to_host(tokens)
-        logprobs = [(members, TopLogprobs(*map(self._to_host, top))) for members, top in logprobs]
+        logprobs = [(members, self._to_host(top)) for members, top in logprobs]
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()

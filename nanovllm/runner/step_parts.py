@@ -14,7 +14,7 @@ from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 
 @dataclass(frozen=True)
 class StepParts:
-    """is_own_token: of each token that the whole step samples, whether `own` samples it."""
+    """is_own_token: of each request that the whole step samples for, whether `own` samples it."""
 
     own: SchedulerOutput
     rest: SchedulerOutput
@@ -24,7 +24,7 @@ class StepParts:
 def split(plan: SchedulerOutput, is_own: Sequence[bool]) -> StepParts:
     """is_own: of each of the plan's requests."""
     own, rest = (plan.select([i for i, is_it in enumerate(is_own) if is_it is which]) for which in (True, False))
-    return StepParts(own, rest, [is_it for is_it, samples in zip(is_own, plan.samples, strict=True) if samples])
+    return StepParts(own, rest, [is_it for is_it, count in zip(is_own, plan.num_samples, strict=True) if count])
 
 
 @dataclass(frozen=True)

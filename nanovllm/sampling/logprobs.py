@@ -33,6 +33,11 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:
     return parts[0] if len(parts) == 1 else TopLogprobs(*map(torch.cat, zip(*parts, strict=True)))
 
 
+def packed(top: TopLogprobs) -> Tensor:
+    """The same in one tensor, int32 [n, 1 + k, 3]: `TOKEN_LOGPROB`s, so that one copy brings them to the host."""
+    return torch.stack((top.token_ids.int(), top.logprobs.view(torch.int32), top.ranks.int()), dim=-1)
+
+
 def _of_chunk(logits: Tensor, own_ids: Tensor, k: int) -> TopLogprobs:
     own_ranks = 1 + (logits > logits.gather(1, own_ids)).sum(-1, keepdim=True)
     ids = _highest(logits, k)

@@ -46,7 +46,7 @@ from nanovllm.sampling.logits import (
     pick_by_weight,
     pick_highest,
 )
-from nanovllm.sampling.logprobs import CHUNK, TopLogprobs, top_logprobs
+from nanovllm.sampling.logprobs import CHUNK, packed, top_logprobs
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.processors import run_processors
 from nanovllm.sampling.state import RowParams, SamplingState, upload
@@ -113,17 +113,17 @@ class Sampler:
         failures, self._failures = self._failures, {}
         return {index: failures[row] for index, row in enumerate(rows_host.tolist()) if row in failures}
 
-    def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, TopLogprobs]]:
+    def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
         """Stage 0, for the tokens [n] that were drawn: (members, what they asked for), one of each size asked for.
 
-        members: which of the n rows.
+        members: which of the n rows; with theirs as `logprobs.packed` has it.
         """
         asked = self._state.num_logprobs[rows_host]
         results = []
         for k in np.unique(asked[asked >= 0]):
             members = np.flatnonzero(asked == k)
             index = upload(members, logits.device)
-            results.append((members, top_logprobs(logits[index], tokens[index], int(k))))
+            results.append((members, packed(top_logprobs(logits[index], tokens[index], int(k)))))
         return results
 
     def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ compiles in milliseconds. `docs/structured-outputs.md` has the measurements behi
 """
 
 import json
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from nanovllm.errors import cut
 from nanovllm.structured_outputs import StructuredOutputsParams
 
 try:
@@ -82,12 +82,16 @@ class GrammarConstraint:
         for token_id in ruled_out:
             self._ruled_out[token_id // 32] |= np.uint32(1 << token_id % 32)
 
-    def advance(self, token_id: int) -> str | None:
-        """Take the sequence's next token. Returns why the sequence ends with it; None if it goes on."""
-        if not self._matcher.consume_token(token_id) or self._matcher.is_error():
-            warnings.warn(f"a grammar cannot go on: {self._matcher.get_error()}", stacklevel=2)
-            return "abort"
-        return "stop" if self._matcher.is_stopped() else None
+    @property
+    def error(self) -> str | None:
+        """Why the form cannot go on: a limit of the library that it has met."""
+        return cut(_first_line(self._matcher.get_error())) if self._matcher.is_error() else None
+
+    def advance(self, token_id: int) -> bool:
+        """Take the sequence's next token. Returns whether the form is complete, so that nothing can follow."""
+        return bool(
+            self._matcher.consume_token(token_id) and self._matcher.is_stopped() and not self._matcher.is_error()
+        )
 
     def restart(self, token_ids: Sequence[int]) -> None:
         """Begin anew, with these tokens taken."""
@@ -104,6 +108,11 @@ class GrammarConstraint:
             if others.any():  # else only the end is left
                 row[:] = others
         return words
+
+
+def _first_line(text: str) -> str:
+    """Without the state of the parser, which the library appends."""
+    return text.split("\n<state>")[0].splitlines()[0]
 
 
 def _to_grammar(field: str, value: Any) -> str:

@@ -46,7 +46,7 @@ def expected_output(prompt: Sequence[int], max_total_tokens: int, stop_token_ids
 
 @dataclass
 class Done:
-    token_ids: list[int]
+    token_ids: list[list[int]]
     failures: dict[int, str] = field(default_factory=dict)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
@@ -63,7 +63,10 @@ class Done:
 
 
 class FakeDevice:
-    """Runs plans in order, at once; keeps its state by row and its KV by slot, as a real worker does."""
+    """Runs plans in order, at once; keeps its state by row and its KV by slot, as a real worker does.
+
+    The hidden state of a token is its position; the log-probability of a prompt token has its position for its id.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         self.num_blocks = num_blocks
@@ -86,15 +89,28 @@ class FakeDevice:
         self._write(plan)
         shared = self._shared_blocks(plan)
         sampled = []
-        for row, count, is_sampled in zip(plan.rows, plan.num_scheduled_tokens, plan.samples, strict=True):
+        for row, count, num_samples in zip(plan.rows, plan.num_scheduled_tokens, plan.num_samples, strict=True):
             self.num_computed[row] += count
-            if is_sampled:
+            if num_samples:
                 table = {**self.tables[row], **shared.get(row, {})}
                 context = [self.slots[self._slot(table, position)] for position in range(self.num_computed[row])]
                 self.last_token[row] = next_token(context)
-                sampled.append(self.last_token[row])
+                sampled.append([self.last_token[row]])
         self.num_tokens_per_step.append(len(plan.token_ids))
-        return Done(sampled)
+        return Done(
+            sampled,
+            prompt_logprobs=[
+                [[(position + 1, -1.0, 1)] for position in range(first, first + count)]
+                for _, first, count in plan.prompt_logprobs
+            ],
+            hidden_states=[
+                {layer: list(range(start, start + count)) for layer in plan.capture_layers[row]}
+                for row, start, count in zip(
+                    plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True
+                )
+                if row in plan.capture_layers
+            ],
+        )
 
     def _shared_blocks(self, plan: SchedulerOutput) -> dict[int, dict[int, int]]:
         """What rows read through the block table of the first that shares it, as the cascade's kernel does."""

@@ -19,13 +19,15 @@ from tests.engine.fake_device import VOCAB_SIZE, check_nothing_leaked, check_out
 class Witness:
     """A constraint that allows everything, and insists on seeing each token before the next one is planned."""
 
+    error = None
+
     def __init__(self, request: Request) -> None:
         self.request = request
         self.token_ids: list[int] = []
 
-    def advance(self, token_id: int) -> str | None:
+    def advance(self, token_id: int) -> bool:
         self.token_ids.append(token_id)
-        return None
+        return False
 
     def restart(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("nothing was interrupted")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from tests.kernels.twins import DEVICE, DTYPES, TOLERANCE, load_twin, randn, relative_error, twin_test
 
@@ -32,9 +33,10 @@ def test_equals_reference(
     else:
         cache = randn(2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype).transpose(2, 3)
     want_cache = cache.clone()
-    sizes = (num_heads, num_kv_heads, head_dim)
-    q = twin.qkv_rope_store_triton(qkv, cos_sin, cache, slots, *sizes, *weights, 1e-6)
-    want_q = qkv_rope_store_reference(qkv, cos_sin, want_cache, slots, *sizes, *weights, 1e-6)
+    heads = HeadInputs(cos_sin, slots, *weights, 1e-6)
+    shape = AttentionShape(num_heads, num_kv_heads, head_dim, scale=1.0)
+    q = twin.qkv_rope_store_triton(qkv, heads, LayerCache(cache), shape)
+    want_q = qkv_rope_store_reference(qkv, heads, LayerCache(want_cache), shape)
     assert q.shape == want_q.shape and q.dtype == dtype
     assert relative_error(q, want_q) < TOLERANCE[dtype]
     assert relative_error(cache, want_cache) < TOLERANCE[dtype]
@@ -45,13 +47,15 @@ def test_strided_rows_and_int32_slots() -> None:
     qkv = randn(5, 2, 4 * 32, dtype=torch.float32)[:, 1]
     cache, want_cache = (torch.zeros(2, 1, 1, 8, 32, device=DEVICE) for _ in range(2))
     slots = torch.tensor([3, -1, 0, 7, 1], dtype=torch.int32, device=DEVICE)
-    q = twin.qkv_rope_store_triton(qkv, None, cache, slots, 2, 1, 32, None, None, 1e-6)
-    want_q = qkv_rope_store_reference(qkv, None, want_cache, slots, 2, 1, 32, None, None, 1e-6)
+    heads, shape = HeadInputs(None, slots), AttentionShape(2, 1, 32, scale=1.0)
+    q = twin.qkv_rope_store_triton(qkv, heads, LayerCache(cache), shape)
+    want_q = qkv_rope_store_reference(qkv, heads, LayerCache(want_cache), shape)
     assert torch.equal(q, want_q) and torch.equal(cache, want_cache)
 
 
 def test_no_tokens() -> None:
     cache = torch.zeros(2, 1, 1, 8, 32, device=DEVICE)
     slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    q = twin.qkv_rope_store_triton(torch.zeros(0, 128, device=DEVICE), None, cache, slots, 2, 1, 32, None, None, 1e-6)
+    heads, shape = HeadInputs(None, slots), AttentionShape(2, 1, 32, scale=1.0)
+    q = twin.qkv_rope_store_triton(torch.zeros(0, 128, device=DEVICE), heads, LayerCache(cache), shape)
     assert q.shape == (0, 2, 32)

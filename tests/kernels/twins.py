@@ -54,14 +54,22 @@ def _repair_interpreter() -> None:
     builder = interpreter.InterpreterBuilder
     if builder.create_dot is _create_dot:
         return
-    patch = interpreter._patch_lang_tensor
+    patch, splat = interpreter._patch_lang_tensor, builder.create_splat
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
         """Triton 3.6 turns one-element arrays into loop bounds with int(), which NumPy 2.4 refuses."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def splat_with_type(builder: Any, block_type: Any, scalar: Any) -> Any:
+        """A condition stays one: Triton makes an integer of it, which Triton 3.9 takes for no part of a mask."""
+        block = splat(builder, block_type, scalar)
+        if scalar.data.dtype == np.bool_:
+            block.data = block.data.astype(np.bool_)
+        return block
+
     interpreter._patch_lang_tensor = patch_with_index
+    builder.create_splat = splat_with_type
     builder.create_dot = _create_dot
 
 

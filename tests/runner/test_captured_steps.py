@@ -22,14 +22,14 @@ from tests.tiny_models import random_prompts, save_random
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
 
-def make_plan(lens: list[int], computed: list[int], samples: list[bool], **options: Any) -> SchedulerOutput:
+def make_plan(lens: list[int], computed: list[int], num_samples: list[int], **options: Any) -> SchedulerOutput:
     fields: dict[str, Any] = {
         "new_rows": [],
         "new_blocks": [],
         "rows": list(range(3, 3 + len(lens))),
         "num_scheduled_tokens": lens,
         "num_computed_tokens": computed,
-        "samples": samples,
+        "num_samples": num_samples,
         "token_ids": list(range(100, 100 + sum(lens))),
         "num_decodes": sum(length == 1 for length in lens),
     }
@@ -39,7 +39,7 @@ def make_plan(lens: list[int], computed: list[int], samples: list[bool], **optio
 def test_a_decode_fills_the_next_size_and_padding_changes_nothing() -> None:
     layout = DecodeLayout(max_num_seqs=12)
     assert layout.sizes == [1, 2, 4, 8, 12]
-    plan = make_plan([1, 1, 1], [5, 32, 7], [True] * 3, new_blocks=[(4, 2, 77)], token_ids=[-1, 9, -1])
+    plan = make_plan([1, 1, 1], [5, 32, 7], [1] * 3, new_blocks=[(4, 2, 77)], token_ids=[-1, 9, -1])
     assert layout.size(plan) == 4
     words = np.empty(layout.words(4), dtype=np.int32)
     layout.fill(words, 4, plan)
@@ -54,7 +54,7 @@ def test_decodes_that_share_prefixes_bring_their_items() -> None:
     items = CascadeItems(num_kv_heads=2, group=3, num_programs=8)
     layout = CascadeLayout(DecodeLayout(max_num_seqs=12), items)
     prefixes = [SharedPrefix(0, 3, 0, 128)]
-    plan = make_plan([1, 1, 1], [200, 201, 202], [True] * 3, token_ids=[-1, 9, -1], shared_prefixes=prefixes)
+    plan = make_plan([1, 1, 1], [200, 201, 202], [1] * 3, token_ids=[-1, 9, -1], shared_prefixes=prefixes)
     words = np.empty(layout.words(4), dtype=np.int32)
     layout.fill(words, 4, plan)
     decodes, cascade = layout.inputs(torch.from_numpy(words), 4)
@@ -69,16 +69,16 @@ def test_decodes_that_share_prefixes_bring_their_items() -> None:
 @pytest.mark.parametrize(
     ("plan", "size"),
     [
-        (make_plan([5, 7], [0, 0], [True, True]), (16, 8)),
-        (make_plan([16], [0], [True]), (16, 8)),
-        (make_plan([17], [64], [True]), (32, 8)),
-        (make_plan([1, 1, 300], [9, 4095, 0], [True, True, False]), (384, 8)),
-        (make_plan([2] * 7, [0] * 7, [True] * 7), (16, 8)),
-        (make_plan([2] * 8, [0] * 8, [True] * 8), (16, 64)),
-        (make_plan([2] * 64, [0] * 64, [True] * 64), None),  # no room for padding
-        (make_plan([2049], [0], [True]), None),
-        (make_plan([1, 5], [4096, 0], [True, True]), None),  # a long context: the decode kernels
-        (make_plan([100], [0], [False]), None),  # nothing to sample
+        (make_plan([5, 7], [0, 0], [1, 1]), (16, 8)),
+        (make_plan([16], [0], [1]), (16, 8)),
+        (make_plan([17], [64], [1]), (32, 8)),
+        (make_plan([1, 1, 300], [9, 4095, 0], [1, 1, 0]), (384, 8)),
+        (make_plan([2] * 7, [0] * 7, [1] * 7), (16, 8)),
+        (make_plan([2] * 8, [0] * 8, [1] * 8), (16, 64)),
+        (make_plan([2] * 64, [0] * 64, [1] * 64), None),  # no room for padding
+        (make_plan([2049], [0], [1]), None),
+        (make_plan([1, 5], [4096, 0], [1, 1]), None),  # a long context: the decode kernels
+        (make_plan([100], [0], [0]), None),  # nothing to sample
     ],
 )
 def test_only_small_steps_with_prompts_are_captured(plan: SchedulerOutput, size: tuple[int, int] | None) -> None:
@@ -87,7 +87,7 @@ def test_only_small_steps_with_prompts_are_captured(plan: SchedulerOutput, size:
 
 def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
     layout = PromptLayout()
-    plan = make_plan([1, 4, 6], [5, 0, 0], [True, False, True])
+    plan = make_plan([1, 4, 6], [5, 0, 0], [1, 0, 1])
     words = np.empty(layout.words((16, 8)), dtype=np.int32)
     layout.fill(words, (16, 8), plan)
     inputs = layout.inputs(torch.from_numpy(words), (16, 8))

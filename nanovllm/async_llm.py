@@ -1,0 +1,163 @@
+"""AsyncLLM: an LLM for asyncio, with vLLM's interface: each request is an async iterator of its outputs.
+
+Owns the thread that steps the engine, and the way of outputs from it to the event loops of those who wait. Prompts are
+tokenized in threads of their own. Invariant: the stepping thread never waits for a consumer, and calls an event loop at
+most once a step; who is slow finds several steps' tokens in one output.
+"""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from nanovllm.engine.deltas import delta
+from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.errors import RequestError
+from nanovllm.llm import LLM
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+
+_NUM_TOKENIZING_THREADS = 4  # tokenizers leave the interpreter's lock, and a long text takes a second
+
+
+class AsyncLLM:
+    """Load a model and generate with it from coroutines. model and options are those of `LLM`, which is `self.llm`.
+
+        async with AsyncLLM("demo") as engine:
+            async for output in engine.generate("The capital of France is", SamplingParams(max_tokens=20)):
+                print(output.outputs[0].text)
+
+    Loading blocks: `await asyncio.to_thread(AsyncLLM, "demo")` where a loop runs already. `llm` may be used beside it,
+    from other threads; what blocks there (`get_metrics`, say) belongs into `asyncio.to_thread` as well.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.llm = LLM(model, **options)
+        self._session = self.llm._session
+        self._inbox = Inbox(self.llm._make_output)
+        self._streams: dict[Handle, _Stream] = {}
+        self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING_THREADS, "nanovllm tokenizing")
+        # Nothing that the thread holds leads back here: an engine that is forgotten ends, also at the interpreter's.
+        self._finalize = weakref.finalize(self, self._session.close)
+        self._thread = threading.Thread(
+            target=_step_for_all, args=(self._session, self._inbox, self._streams), name="nanovllm engine", daemon=True
+        )
+        self._thread.start()
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one prompt as they come, of the kind that `SamplingParams.output_kind` names, to the finished one.
+
+        Leaving the iterator, or cancelling the task that waits for it, stops the request and frees its blocks. Raises
+        ValueError or TypeError for bad input; RequestError behind the output of a request that failed; RuntimeError if
+        the engine has closed.
+        """
+        loop = asyncio.get_running_loop()
+        params = sampling_params if sampling_params is not None else self.llm.get_default_sampling_params()
+        make_handle = partial(self.llm._make_handle, prompt, params, request_id, self._inbox)
+        self._session.check_open()
+        handle = await loop.run_in_executor(self._tokenizing, make_handle)
+        stream = self._streams[handle] = _Stream(loop)
+        seen: RequestOutput | None = None
+        try:
+            self._session.submit(handle)
+            while seen is None or not seen.finished:
+                output = await stream.next()
+                new = delta(output, seen) if params.output_kind is RequestOutputKind.DELTA else output
+                seen = output
+                if new.outputs:
+                    yield new
+            for completion in seen.outputs:
+                if completion.error is not None:
+                    raise RequestError(completion.error)
+        finally:
+            del self._streams[handle]
+            self._session.cancel([handle])
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests; their iterators get a last output with the finish reason "abort". Unknown ids are ignored."""
+        for name in [request_id] if isinstance(request_id, str) else list(request_id):
+            handle = self._session.find(name)
+            if handle is not None:
+                self._session.abort(handle)
+
+    async def close(self) -> None:
+        """Free the model and the KV cache, after the step that runs now; every open iterator raises RuntimeError."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._finalize()
+        self._thread.join()
+        self._tokenizing.shutdown()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class _Stream:
+    """Where one iterator waits, in its event loop, for the newest output or the error that ended the engine."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.newest: RequestOutput | RuntimeError | None = None
+        self.is_called = False  # the loop has been asked to wake it, and has not come to it yet
+        self._has_news = asyncio.Event()
+
+    def wake(self) -> None:
+        self.is_called = False
+        self._has_news.set()
+
+    async def next(self) -> RequestOutput:
+        await self._has_news.wait()
+        self._has_news.clear()
+        assert self.newest is not None
+        if isinstance(self.newest, RuntimeError):
+            raise self.newest
+        return self.newest
+
+
+def _step_for_all(session: Session, inbox: Inbox[RequestOutput], streams: dict[Handle, _Stream]) -> None:
+    """The thread's work: step the engine while there is something to do, and tell the streams."""
+    try:
+        while True:
+            session.wait(inbox)
+            told = []
+            for handle in list(inbox.news):
+                output, _ = inbox.news.pop(handle)
+                stream = streams.get(handle)  # None: its iterator has just been left
+                if stream is not None:
+                    stream.newest = output
+                    told.append(stream)
+            _call(told)
+    except BaseException as error:
+        session.close()
+        for stream in list(streams.values()):
+            stream.newest = session.closed_error()
+            stream.newest.__cause__ = error
+        _call(list(streams.values()))
+
+
+def _call(streams: list[_Stream]) -> None:
+    """Have these woken, by one call to each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
+    for stream in streams:
+        if not stream.is_called:
+            stream.is_called = True
+            by_loop.setdefault(stream.loop, []).append(stream)
+    for loop, called in by_loop.items():
+        with suppress(RuntimeError):  # the loop is closed: nobody is there to be woken
+            loop.call_soon_threadsafe(_wake_all, called)
+
+
+def _wake_all(streams: list[_Stream]) -> None:
+    for stream in streams:
+        stream.wake()

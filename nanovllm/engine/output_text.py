@@ -1,0 +1,117 @@
+"""OutputText: the text of one request's output as it grows, its stop strings, and what of it may be shown.
+
+Owns the pieces that tokens became. Invariant: what may be shown only ever grows, whatever is cut at the end; neither
+taking a token nor showing what is new looks at more of the text than a stop string is long.
+"""
+
+from collections.abc import Sequence
+
+from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.engine.request import Request
+
+
+class OutputText:
+    def __init__(self, request: Request, stream: DetokenizerStream) -> None:
+        self._request = request
+        self._stream = stream
+        self._stops: Sequence[str] = request.params.stop or ()
+        self._longest_stop = max(map(len, self._stops), default=0)
+        self._pieces: list[str] = []
+        self._length = 0  # of all of them
+        self._num_taken = 0  # tokens
+        self._before_newest = 0  # length of the text before the newest token's
+        self._is_complete = False
+
+    def find_stop_string(self) -> str | None:
+        """The stop string that the newest token completed."""
+        self._take_tokens(len(self._request.token_ids))
+        found = self._find()
+        return None if found is None else found[1]
+
+    def num_characters(self) -> int:
+        """How much text may be shown now. While the request runs, an ending that may become a stop string may not."""
+        self._catch_up()
+        if self._request.is_finished or self._request.params.include_stop_str_in_output:
+            return self._length
+        return self._length - self._length_of_possible_stop()
+
+    def between(self, start: int, end: int) -> str:
+        """These characters of the text; quick for those at its end."""
+        parts: list[str] = []
+        at = self._length
+        for piece in reversed(self._pieces):
+            if at <= start:
+                break
+            at -= len(piece)
+            parts.append(piece[max(0, start - at) : max(0, end - at)])
+        return "".join(reversed(parts))
+
+    def _catch_up(self) -> None:
+        """Take what has come since the last call; at the request's end also what that leaves, and cut the text."""
+        if self._is_complete:
+            return
+        request = self._request
+        self._take_tokens(len(request.token_ids) - _is_ended_by_token(request))
+        if not request.is_finished:
+            return
+        if isinstance(request.stop_reason, str):
+            found = self._find()
+            assert found is not None, "the newest token has completed it"
+            self._cut(found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0))
+        else:
+            self._append(self._stream.flush())
+        self._is_complete = True
+
+    def _take_tokens(self, end: int) -> None:
+        """Take the request's tokens up to the one at `end`, the newest alone: strings are looked for in its text."""
+        start = self._request.num_prompt_tokens + self._num_taken
+        if end <= start:
+            return
+        if end - start > 1:
+            self._append(self._stream.feed(self._request.token_ids[start : end - 1]))
+        self._before_newest = self._length
+        self._append(self._stream.step(self._request.token_ids[end - 1]))
+        self._num_taken += end - start
+
+    def _append(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self._length += len(piece)
+
+    def _cut(self, length: int) -> None:
+        while self._length > length:
+            piece = self._pieces.pop()
+            self._length -= len(piece)
+            self._append(piece[: max(0, length - self._length)])
+
+    def _find(self) -> tuple[int, str] | None:
+        """Where the first stop string begins that is not whole without the newest token's text; and which it is."""
+        first = max(0, self._before_newest - self._longest_stop + 1)
+        text = self.between(first, self._length)
+        found: tuple[int, str] | None = None
+        for stop in self._stops:
+            at = text.find(stop, max(0, self._before_newest - len(stop) + 1 - first))
+            if at >= 0 and (found is None or at < found[0]):
+                found = at, stop
+        return None if found is None else (first + found[0], found[1])
+
+    def _length_of_possible_stop(self) -> int:
+        """Of the longest ending that is the beginning of a stop string."""
+        text = self.between(self._length - self._longest_stop + 1, self._length) if self._stops else ""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+def _is_ended_by_token(request: Request) -> bool:
+    """By an EOS or stop token that is no part of the text."""
+    return (
+        request.finish_reason == "stop"
+        and not isinstance(request.stop_reason, str)
+        and not request.params.include_stop_str_in_output
+        and request.token_ids[-1] in request.stop_token_ids
+    )

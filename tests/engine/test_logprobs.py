@@ -1,0 +1,41 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+from nanovllm.engine.logprobs import LogprobsMap, own_logprob
+from nanovllm.engine.scheduler_output import TOKEN_LOGPROB
+from nanovllm.outputs import Logprob
+
+
+def entry(*tokens: tuple[int, float, int]) -> bytes:
+    return np.array(list(tokens), dtype=TOKEN_LOGPROB).tobytes()
+
+
+def test_a_map_is_a_dict_to_its_reader() -> None:
+    """W15: the token itself first, then the others in falling order; one that is both stands there once."""
+    asked: list[int] = []
+    given = entry((7, -1.5, 2), (3, -0.5, 1), (7, -1.5, 2), (9, -2.5, 3))
+    found = LogprobsMap(given, lambda token_id: asked.append(token_id) or str(token_id))  # type: ignore[func-returns-value]
+    expected = {7: Logprob(-1.5, 2, "7"), 3: Logprob(-0.5, 1, "3"), 9: Logprob(-2.5, 3, "9")}
+    assert list(found) == [7, 3, 9] and len(found) == 3 and not asked, "texts are for those that are read"
+    assert found[9] == expected[9] and found[7] == expected[7] and asked == [9, 7]
+    assert 3 in found and 4 not in found and found.get(4) is None
+    assert found == expected and expected == found and dict(found) == expected and [found] == [expected]
+    assert list(found.items()) == list(expected.items()) and list(found.values()) == list(expected.values())
+    assert repr(found) == repr(expected) and own_logprob(given) == -1.5
+    with pytest.raises(KeyError, match="4"):
+        found[4]
+    for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert type(other) is dict and other == expected
+
+
+def test_a_whole_vocabulary_is_read_in_one_pass() -> None:
+    """Each lookup goes on from the one before: else this would compare 10**10 ids."""
+    ids = np.arange(100_000)[::-1]
+    numbers = np.zeros(100_000, dtype=TOKEN_LOGPROB)
+    numbers["token_id"], numbers["logprob"] = ids, -ids
+    found = LogprobsMap(numbers.tobytes(), lambda token_id: None)
+    assert max(found, key=lambda token_id: found[token_id].logprob) == 0
+    assert sum(logprob.logprob for logprob in found.values()) == -ids.sum()
