@@ -6,7 +6,7 @@ set of frequencies for contexts up to the original length and another one for al
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,18 +25,30 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = int(head_dim * rope.share)
         self.head_dim = head_dim
         self.rope = rope
+        self.table: Tensor
+        self.long_table: Tensor
+        # Where tensors have no memory, only sizes count; and for arithmetic there, torch imports its whole compiler.
+        is_meta = torch.get_default_device().type == "meta"
+        for name, table in self._empty_tables(max_len) if is_meta else self._tables(max_len):
+            self.register_buffer(name, table, persistent=False)
+
+    def _empty_tables(self, max_len: int) -> Iterator[tuple[str, Tensor]]:
+        yield "table", torch.empty(max_len, self.head_dim)
+        if self.rope.rope_type == "longrope":
+            yield "long_table", torch.empty(self.rope.parameters["original_max_position_embeddings"], self.head_dim)
+
+    def _tables(self, max_len: int) -> Iterator[tuple[str, Tensor]]:
+        rope = self.rope
         inv_freq, scale = _frequencies(self.rotary_dim, rope)
         positions = torch.arange(max_len, dtype=torch.float32)[:, None]
         angles = positions * inv_freq
-        self.table: Tensor
-        self.long_table: Tensor
         if rope.rope_type == "longrope":
             original = rope.parameters["original_max_position_embeddings"]
             long_angles = positions * (inv_freq / torch.tensor(rope.parameters["long_factor"]))
             angles = positions * (inv_freq / torch.tensor(rope.parameters["short_factor"]))
             angles[original:] = long_angles[original:]  # a token there is always part of a long context
-            self.register_buffer("long_table", self._cos_sin(long_angles[:original], scale), persistent=False)
-        self.register_buffer("table", self._cos_sin(angles, scale), persistent=False)
+            yield "long_table", self._cos_sin(long_angles[:original], scale)
+        yield "table", self._cos_sin(angles, scale)
 
     def forward(self, positions: Tensor, rope_lens: Tensor | None = None) -> Tensor:
         """rope_lens [num_tokens]: the length of the context that the token counts as part of.

@@ -1,5 +1,7 @@
 """W4: each accepted RoPE type equals Hugging Face's, beyond the original length too; any other is refused by name."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +349,17 @@ def test_gemma_3_has_two_ropes_in_both_spellings() -> None:
     del old["rope_local_base_freq"], old["rope_theta"]  # both are defaults
     config = read_model_config(old, "float32")
     assert (config.ropes, config.windows) == (ropes, read_model_config(new, "float32").windows)
+
+
+def test_a_model_without_memory_is_made_without_torchs_compiler() -> None:
+    """Sizes are checked on the meta device before weights are read; arithmetic there imports seconds of torch."""
+    program = (
+        "import sys, torch\n"
+        "from nanovllm.config import RopeConfig\n"
+        "from nanovllm.layers.rotary import RotaryEmbedding\n"
+        "with torch.device('meta'):\n"
+        "    rotary = RotaryEmbedding(8, 32, RopeConfig('default', 10_000.0))\n"
+        "assert rotary.table.shape == (32, 8), rotary.table.shape\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
