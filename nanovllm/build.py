@@ -15,6 +15,7 @@ import torch
 from nanovllm.config import DTYPES, EngineConfig, ModelConfig, ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.input_processor import InputProcessor, check_importable
 from nanovllm.engine.interfaces import Executor, TokenConstraint
@@ -129,11 +130,9 @@ def _start_engine(
         return replicas, replicas.num_blocks, replicas.runner_times
     executor, times = _start_executor(config, model_config, checkpoint, device)
     scheduler = Scheduler(
-        num_blocks=executor.num_blocks,
-        block_size=config.block_size,
+        CacheManager(executor.num_blocks, config.block_size, config.enable_prefix_caching),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
         shared_prefixes=_shared_prefixes(config, device),
     )

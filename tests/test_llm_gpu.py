@@ -160,7 +160,7 @@ def test_soak_with_poisoned_blocks(folder: Path) -> None:
     rng = random.Random(5)
     options = {"num_gpu_blocks_override": 14, "max_num_seqs": 8}
     with make_llm(folder, **options) as llm:
-        pool = llm._engine.scheduler.pool
+        pool = llm._engine.scheduler.cache.pool
         runner = llm._engine.executor._runner  # type: ignore[attr-defined]
         caches = [cache.data for cache in runner.kv_caches]
         shared = random_prompts([70])[0]

@@ -32,21 +32,15 @@ class BlockPool:
     def num_free_blocks(self) -> int:
         return len(self._free)
 
-    def find_prefix(self, block_hashes: Iterable[bytes]) -> list[int]:
-        """Blocks that hold the longest cached prefix of this chain. Takes no reference."""
-        found = []
-        for block_hash in block_hashes:
-            block_id = self._block_of_hash.get(block_hash)
-            if block_id is None:
-                break
-            found.append(block_id)
-        return found
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that holds this content, if one does. Takes no reference."""
+        return self._block_of_hash.get(block_hash)
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         return sum(self._references[block_id] == 0 for block_id in block_ids)
 
     def acquire(self, block_ids: Iterable[int]) -> None:
-        """Reference blocks that `find_prefix` returned, shared with whoever holds them."""
+        """Reference blocks that `find` returned, shared with whoever holds them."""
         for block_id in block_ids:
             if self._references[block_id] == 0:
                 del self._free[block_id]

@@ -75,15 +75,15 @@ class Engine:
         return {
             "num_steps": self.num_steps,
             **asdict(self.scheduler.stats),
-            "num_free_blocks": self.scheduler.pool.num_free_blocks,
-            "num_blocks": self.scheduler.pool.num_blocks,
+            "num_free_blocks": self.scheduler.cache.pool.num_free_blocks,
+            "num_blocks": self.scheduler.cache.pool.num_blocks,
             "host_seconds": self.host_seconds,
             "execute_seconds": self.execute_seconds,
             "wait_seconds": self.wait_seconds,
         }
 
     def reset_prefix_cache(self) -> None:
-        self.scheduler.pool.forget_cached()
+        self.scheduler.cache.pool.forget_cached()
 
     def restart(self, requests: Iterable[Request]) -> None:
         """After an interrupted step: drop what is in flight and let `requests`, the unfinished ones, begin again."""

@@ -53,9 +53,9 @@ class Request:
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None  # set once, when the request is first admitted
     row: int = -1  # its place in the device state while it runs
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: list[list[int]] = field(default_factory=list)  # a table for each group of layers; empty while it waits
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
-    num_published_blocks: int = 0  # of block_ids, how many are full, computed or in flight, and so fit to be shared
+    num_published_blocks: int = 0  # of each table, how many are full, computed or in flight, and so fit to be shared
     num_scored_tokens: int = 0  # leading tokens whose successor's log-probability is known or in flight
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens
@@ -82,13 +82,6 @@ class Request:
         if self.recompute_from is not None and num_tokens > self.recompute_from:
             return 0
         return num_tokens - self.num_computed_tokens
-
-    @property
-    def num_unscored_tokens(self) -> int:
-        """Prompt tokens whose log-probability is asked for and not on its way. The first sibling's serve for all."""
-        if self.params.prompt_logprobs is None or self.index > 0:
-            return 0
-        return self.num_prompt_tokens - 1 - self.num_scored_tokens
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -59,12 +59,12 @@ class SchedulerOutput:
 
     new_rows: list[NewRow]
     new_blocks: list[tuple[int, int, int]]
-    rows: list[int]
-    num_scheduled_tokens: list[int]
-    num_computed_tokens: list[int]
-    num_samples: list[int]
-    token_ids: list[int]
     num_decodes: int
+    rows: list[int] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
+    num_samples: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
     capture_layers: dict[int, tuple[int, ...]] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import Any
 
 from nanovllm.engine.block_pool import BlockPool
+from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
@@ -166,11 +167,9 @@ def make_engine(
     overlap_depth: int = 1,
 ) -> tuple[Engine, FakeDevice]:
     scheduler = Scheduler(
-        num_blocks=num_blocks,
-        block_size=block_size,
+        CacheManager(num_blocks, block_size, enable_prefix_caching),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=enable_prefix_caching,
         enable_chunked_prefill=enable_chunked_prefill,
         shared_prefixes=SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1),
     )
@@ -221,6 +220,6 @@ def check_output(request: Request) -> None:
 def check_nothing_leaked(engine: Engine) -> None:
     scheduler = engine.scheduler
     assert not scheduler.running and not scheduler.waiting and not scheduler._planned
-    assert scheduler.pool.num_free_blocks == scheduler.pool.num_blocks
-    assert not any(scheduler.pool._references)
-    assert not scheduler.pool.num_shared
+    assert scheduler.cache.pool.num_free_blocks == scheduler.cache.pool.num_blocks
+    assert not any(scheduler.cache.pool._references)
+    assert not scheduler.cache.pool.num_shared

@@ -5,6 +5,11 @@ import pytest
 from nanovllm.engine.block_pool import BlockPool, hash_block
 
 
+def found(pool: BlockPool, *block_hashes: bytes) -> list[int]:
+    blocks = (pool.find(block_hash) for block_hash in block_hashes)
+    return [block_id for block_id in blocks if block_id is not None]
+
+
 def test_all_or_nothing() -> None:
     pool = BlockPool(4)
     assert pool.allocate(5) is None
@@ -20,7 +25,7 @@ def test_a_shared_block_is_free_only_when_its_last_holder_lets_go() -> None:
     blocks = pool.allocate(1)
     assert blocks is not None
     pool.publish(blocks[0], b"x")
-    pool.acquire(pool.find_prefix([b"x"]))
+    pool.acquire(found(pool, b"x"))
     pool.release(blocks)
     assert pool.num_free_blocks == 1
     pool.release(blocks)
@@ -38,7 +43,7 @@ def test_cached_blocks_are_reused_last_and_oldest_first() -> None:
     pool.release(blocks)
     assert pool.allocate(1) == [blocks[3]], "what caches nothing goes first"
     assert pool.allocate(1) == [blocks[2]], "then the end of the history"
-    assert pool.find_prefix([b"a", b"b", b"c"]) == blocks[:2]
+    assert found(pool, b"a", b"b", b"c") == blocks[:2]
 
 
 def test_what_caches_nothing_is_handed_out_before_what_does() -> None:
@@ -49,15 +54,15 @@ def test_what_caches_nothing_is_handed_out_before_what_does() -> None:
     pool.release(cached)
     pool.release(other)
     assert pool.allocate(2) == [other[0], 2]
-    assert pool.find_prefix([b"a"]) == cached
+    assert found(pool, b"a") == cached
 
 
 def test_a_block_keeps_the_hash_that_it_was_published_with() -> None:
     pool = BlockPool(2)
     pool.publish(0, b"a")
     pool.publish(0, b"b")
-    assert pool.find_prefix([b"b"]) == []
-    assert pool.find_prefix([b"a"]) == [0]
+    assert found(pool, b"b") == []
+    assert found(pool, b"a") == [0]
 
 
 def test_a_cache_that_was_emptied_fills_again() -> None:
@@ -65,18 +70,18 @@ def test_a_cache_that_was_emptied_fills_again() -> None:
     pool.publish(0, b"a")
     pool.forget_cached()
     pool.publish(0, b"b")
-    assert pool.find_prefix([b"b"]) == [0]
+    assert found(pool, b"b") == [0]
     assert pool.allocate(1) == [0]
-    assert pool.find_prefix([b"b"]) == []
+    assert found(pool, b"b") == []
 
 
 def test_of_equal_blocks_the_first_is_found() -> None:
     pool = BlockPool(2)
     pool.publish(0, b"a")
     pool.publish(1, b"a")
-    assert pool.find_prefix([b"a"]) == [0]
+    assert found(pool, b"a") == [0]
     pool.forget_cached()
-    assert pool.find_prefix([b"a"]) == []
+    assert found(pool, b"a") == []
 
 
 def test_a_hash_covers_the_whole_history() -> None:

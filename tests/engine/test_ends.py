@@ -8,6 +8,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import End, find_end
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
@@ -90,16 +91,14 @@ def run(things: dict[str, Any], **options: Any) -> tuple[Request, OutputProcesso
         constraint=None if form is None else Form(form._fails),
         needs_host_tokens=form is not None,
     )
-    scheduler = Scheduler(
-        num_blocks=9, block_size=4, max_num_seqs=2, max_num_batched_tokens=16, enable_prefix_caching=True
-    )
+    scheduler = Scheduler(CacheManager(9, 4, enable_prefix_caching=True), max_num_seqs=2, max_num_batched_tokens=16)
     processor = OutputProcessor(make_tokenizer())
     scheduler.add_request(request)
     for token_id in [letter("a"), letter("b"), last, letter("d")]:
         if scheduler.schedule() is None:
             break
         scheduler.update(ModelRunnerOutput(token_ids=[[token_id]]), processor.find_stop_string)
-    assert scheduler.pool.num_free_blocks == 9 or not request.is_finished
+    assert scheduler.cache.pool.num_free_blocks == 9 or not request.is_finished
     return request, processor
 
 

@@ -31,7 +31,7 @@ def is_cached(engine: Engine, request: Request, num_blocks: int) -> bool:
     """Would anyone who comes now find exactly so many blocks of what this request has written?"""
     probe = make_request([*request.token_ids, 96, 96, 96, 96, 96, 96, 96, 96, 96], name="probe")
     probe.cache_salt = request.cache_salt
-    return len(engine.scheduler._find_cached_blocks(probe)) == num_blocks
+    return len(engine.scheduler.cache.find_prefix(probe)[0]) == num_blocks
 
 
 def make_group(prompt: Sequence[int], count: int, max_tokens: int = 8) -> list[Request]:
@@ -206,13 +206,13 @@ def test_each_block_is_published_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it came from the cache, and after a preemption."""
     engine, _ = make_engine(num_blocks=40, block_size=4)
     published: Counter[bytes] = Counter()
-    publish = engine.scheduler.pool.publish
+    publish = engine.scheduler.cache.pool.publish
 
     def counting(block_id: int, block_hash: bytes) -> None:
         published[block_hash] += 1
         publish(block_id, block_hash)
 
-    monkeypatch.setattr(engine.scheduler.pool, "publish", counting)
+    monkeypatch.setattr(engine.scheduler.cache.pool, "publish", counting)
     for tail in range(3):
         request = make_request([*range(16), 50 + tail, 60, 61, 62, 63], 6)
         engine.add_request(request)
@@ -239,15 +239,17 @@ def test_siblings_without_a_prefix_cache_share_computed_blocks_of_the_prompt_onl
     engine.add_request(first)
     engine.step()
     scheduler = engine.scheduler
-    assert scheduler._find_cached_blocks(second) == first.block_ids[:2]
+    assert scheduler.cache.find_prefix(second) == [first.block_ids[0][:2]]
     first.num_published_blocks = 1
-    assert scheduler._find_cached_blocks(second) == first.block_ids[:1], "of the second nobody says that it is computed"
+    assert scheduler.cache.find_prefix(second) == [first.block_ids[0][:1]], (
+        "of the second nobody says that it is computed"
+    )
     first.num_published_blocks = 2
     for _ in range(8):
         engine.step()
     assert first.num_published_blocks == 4
     second.token_ids.extend([90] * 9)  # as of a sibling that drew others, and was preempted
-    assert scheduler._find_cached_blocks(second) == first.block_ids[:2], "outputs are each one's own"
+    assert scheduler.cache.find_prefix(second) == [first.block_ids[0][:2]], "outputs are each one's own"
 
 
 def test_siblings_share_nothing_without_a_common_salt() -> None:
@@ -259,12 +261,12 @@ def test_siblings_share_nothing_without_a_common_salt() -> None:
         engine.add_request(first)
         engine.step()
         assert first.num_published_blocks == 2
-        assert engine.scheduler._find_cached_blocks(second) == []
-        engine.scheduler._hashes(second, 2)
+        assert engine.scheduler.cache.find_prefix(second) == [[]]
+        engine.scheduler.cache._hashes(second, 2)
         third.cache_salt = LONG_SALT
-        assert engine.scheduler._find_cached_blocks(third) == first.block_ids[:2]
-        assert engine.scheduler._hashes(third, 2) == engine.scheduler._hashes(first, 2)
-        assert not set(engine.scheduler._hashes(second, 2)) & set(engine.scheduler._hashes(first, 2))
+        assert engine.scheduler.cache.find_prefix(third) == [first.block_ids[0][:2]]
+        assert engine.scheduler.cache._hashes(third, 2) == engine.scheduler.cache._hashes(first, 2)
+        assert not set(engine.scheduler.cache._hashes(second, 2)) & set(engine.scheduler.cache._hashes(first, 2))
 
 
 @pytest.mark.parametrize("overlap_depth", [1, 2, 3])
@@ -285,7 +287,7 @@ def test_a_context_that_becomes_long_is_computed_anew_and_shares_no_short_blocks
         engine.add_request(other)
         run(engine)
         assert other.num_cached_tokens == num_cached
-    blocks = [engine.scheduler._find_cached_blocks(other) for other in (short, long)]
+    blocks = [engine.scheduler.cache.find_prefix(other)[0] for other in (short, long)]
     assert not set(blocks[0]) & set(blocks[1])
 
 
@@ -351,7 +353,7 @@ def test_prompt_logprobs_are_asked_for_once_each_and_before_them_nothing_is_skip
     assert asked == [(0, 8), (8, 8), (16, 3)]
     assert [entry[0][0] for entry in request.prompt_logprobs] == list(range(1, 20))
     assert [entry[0][0] for entry in request.logprobs] == request.output_token_ids
-    assert request.num_unscored_tokens == 0
+    assert request.num_scored_tokens == 19
 
 
 def test_of_siblings_one_scores_the_prompt() -> None:
@@ -438,7 +440,7 @@ def test_a_restart_forgets_plans_blocks_and_what_was_published(overlap_depth: in
     engine.restart([plain, formed, scored])
     scheduler = engine.scheduler
     assert list(scheduler.waiting) == [plain, formed, scored] and not scheduler.running
-    assert scheduler.pool.num_free_blocks == scheduler.pool.num_blocks
+    assert scheduler.cache.pool.num_free_blocks == scheduler.cache.pool.num_blocks
     for request in (plain, formed, scored):
         assert (request.status, request.row, request.block_ids) == (RequestStatus.WAITING, -1, [])
         assert (request.num_computed_tokens, request.num_pending_tokens, request.num_published_blocks) == (0, 0, 0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine import scheduler as scheduler_module
+from nanovllm.engine import cache_manager as cache_module
 from nanovllm.engine.request import RequestStatus
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from tests.engine.fake_device import (
@@ -110,13 +110,13 @@ def test_the_budget_is_filled_while_work_remains() -> None:
 def test_allocation_work_follows_the_request_and_each_token_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """F5, F6: counted in block hashes and in blocks taken from a large pool."""
     hashed: Counter[tuple[bytes, tuple[int, ...]]] = Counter()
-    real = scheduler_module.hash_block
+    real = cache_module.hash_block
 
     def counting(parent: bytes, token_ids: list[int]) -> bytes:
         hashed[parent, tuple(token_ids)] += 1
         return real(parent, token_ids)
 
-    monkeypatch.setattr(scheduler_module, "hash_block", counting)
+    monkeypatch.setattr(cache_module, "hash_block", counting)
     engine, _ = make_engine(num_blocks=12, block_size=4, max_num_batched_tokens=9)
     requests = [make_request(range(i, i + 14), 20, name=str(i)) for i in range(2)]
     for request in requests:
@@ -258,9 +258,9 @@ def test_siblings_compute_their_prompt_once(enable_prefix_caching: bool, budget:
 def test_siblings_hash_their_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """F6"""
     hashed: list[int] = []
-    hash_block = scheduler_module.hash_block
+    hash_block = cache_module.hash_block
     monkeypatch.setattr(
-        scheduler_module, "hash_block", lambda parent, ids: hashed.append(ids[0]) or hash_block(parent, ids)
+        cache_module, "hash_block", lambda parent, ids: hashed.append(ids[0]) or hash_block(parent, ids)
     )
     engine, _ = make_engine(num_blocks=400, block_size=4)
     group = [make_request(range(40), 1, name="g") for _ in range(8)]
@@ -282,7 +282,7 @@ def test_a_sibling_goes_on_when_the_one_that_computed_the_prompt_is_aborted(enab
         for _ in range(num_steps):
             engine.step()
         engine.abort(group[num_steps - 1])
-        device.poison(engine.scheduler.pool)
+        device.poison(engine.scheduler.cache.pool)
     run(engine)
     check_output(group[2])
     check_nothing_leaked(engine)

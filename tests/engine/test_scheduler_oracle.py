@@ -79,12 +79,12 @@ def run_random_workload(seed: int) -> tuple[int, int]:
                 aborted.add(victim)
         engine.step()
         assert all(r.num_pending_tokens <= 1 for r in requests if r.needs_host_tokens)
-        device.poison(engine.scheduler.pool)
+        device.poison(engine.scheduler.cache.pool)
         assert len(engine.scheduler.running) <= max_num_seqs  # F1
         assert device.num_tokens_per_step[-1:] <= [engine.scheduler.max_num_batched_tokens]
         holders = [r for r in requests if r.block_ids]
         assert len(holders) <= max_num_seqs
-        assert all(r.num_published_blocks <= len(r.block_ids) for r in requests)
+        assert all(r.num_published_blocks <= len(table) for r in requests for table in r.block_ids or [[]])
         assert all(r.num_uncomputed_tokens <= 1 for r in engine.scheduler.running[:-1]), "only the newest is cut"
     assert not engine.has_work(), "the engine does not come to an end"
     for request in requests:
