@@ -100,6 +100,9 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "extra_args": ((None, {}), "there is nothing they could reach"),
         "skip_clone": (_ANY, ""),
     },
+    "StructuredOutputsParams": {
+        "structural_tag": ((None,), "forms that begin at a tag in the text are not supported; use grammar"),
+    },
 }
 
 

@@ -246,7 +246,7 @@ def test_several_greedy_outputs_are_refused() -> None:
 
 
 WRONG_FORMS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({}, ValueError, "one of json, regex, choice and grammar, got none"),
+    ({}, ValueError, "one of json, regex, choice, grammar and json_object, got none"),
     ({"regex": "a", "choice": ["a"]}, ValueError, r"\['regex', 'choice'\]"),
     ({"regexp": "a"}, TypeError, "'regexp'.*'regex'"),
     ({"regex": 5}, TypeError, r"regex.*5"),
