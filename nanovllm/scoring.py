@@ -40,7 +40,7 @@ def score(
 
 def skip_prefix(request: Request, num_prefix_tokens: int) -> None:
     """Score nothing of the first tokens. For a request that is not queued yet."""
-    request.num_scored_tokens = num_prefix_tokens - 1
+    request.num_skipped_tokens = request.num_scored_tokens = num_prefix_tokens - 1
 
 
 def log_likelihood(request: Request) -> float:

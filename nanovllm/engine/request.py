@@ -56,6 +56,7 @@ class Request:
     block_ids: list[list[int]] = field(default_factory=list)  # a table for each group of layers; empty while it waits
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
     num_published_blocks: int = 0  # of each table, how many are full, computed or in flight, and so fit to be shared
+    num_skipped_tokens: int = 0  # leading tokens whose successor's log-probability nobody asks for
     num_scored_tokens: int = 0  # leading tokens whose successor's log-probability is known or in flight
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens

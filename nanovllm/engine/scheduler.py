@@ -17,6 +17,7 @@ from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
 from nanovllm.engine.features.capture import Captured, take_hidden_states
 from nanovllm.engine.features.context_length import become_long
+from nanovllm.engine.features.restart import begin_anew, take_back
 from nanovllm.engine.features.scoring import plan_scores, take_scores
 from nanovllm.engine.request import Request, RequestStatus
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
@@ -41,6 +42,7 @@ class PlannedStep:
     """What is remembered of a step in flight, until its results come."""
 
     sampled: list[Request]  # for which it samples
+    plan: SchedulerOutput
     scored: list[Request] = field(default_factory=list)  # whose prompts it scores, as in the plan's prompt_logprobs
     captured: Captured = field(default_factory=list)  # whose hidden states it brings
 
@@ -92,16 +94,18 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
-        request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
+        request.status = RequestStatus.FINISHED
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Forget all plans and blocks; `requests`, the unfinished ones in order, wait again and compute their KV anew.
+        """Forget all plans and blocks; those of `requests` that have not ended wait again, in order, without KV.
 
-        For a step that was interrupted anywhere: lists may be half changed, and blocks published that were never
-        written.
+        For a step that was interrupted anywhere: lists may be half changed, blocks published that were never written,
+        and some of a step's tokens taken in. They are given back, and sampled again.
         """
+        if self._planned:
+            take_back(self._planned[0].sampled, self._planned[0].plan, self.cache.block_size)
         self.cache.clear()
         self.running.clear()
         self.waiting.clear()
@@ -109,12 +113,10 @@ class Scheduler:
         self._steady = None
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in requests:
-            request.status = RequestStatus.WAITING
-            request.num_computed_tokens = request.num_pending_tokens = request.num_published_blocks = 0
-            request.num_scored_tokens = len(request.prompt_logprobs)
             request.row, request.block_ids = -1, []
-            if request.constraint is not None:
-                request.constraint.restart(request.output_token_ids)
+            if request.is_finished:
+                continue
+            begin_anew(request)
             self.waiting.append(request)
 
     # -- planning a step --
@@ -159,7 +161,7 @@ class Scheduler:
         self.stats.num_tokens_sampled += num_reqs
         self.stats.num_context_tokens_read += steady.num_context_tokens
         self.stats.num_query_key_pairs += steady.num_context_tokens
-        self._planned.append(PlannedStep(steady.requests))
+        self._planned.append(PlannedStep(steady.requests, plan))
         return plan
 
     def _schedule_running(self, scheduled: list[tuple[Request, int]], new_blocks: list[tuple[int, int, int]]) -> int:
@@ -250,7 +252,7 @@ class Scheduler:
             new_rows=new_rows, new_blocks=new_blocks, num_decodes=sum(num_new == 1 for _, num_new in scheduled)
         )
         sampled: list[Request] = []
-        step = PlannedStep(sampled)
+        step = PlannedStep(sampled, plan)
         for request, num_new in scheduled:
             start = request.num_computed_tokens
             if request.params.capture is not None:
@@ -292,7 +294,12 @@ class Scheduler:
 
     def update(self, output: ModelRunnerOutput, find_stop_string: FindStopString = no_stop_string) -> list[Request]:
         """Take in the oldest step in flight; returns the requests that got a token or ended, some of them both."""
-        step = self._planned.popleft()
+        step = self._planned[0]
+        changed = self._take_in(step, output, find_stop_string)
+        self._planned.popleft()  # last: until then an interruption takes everything back
+        return changed
+
+    def _take_in(self, step: PlannedStep, output: ModelRunnerOutput, find_stop_string: FindStopString) -> list[Request]:
         if step.scored:
             take_scores(step.scored, output)
         if step.captured:

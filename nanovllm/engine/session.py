@@ -92,7 +92,7 @@ class Session:
     def __init__(self, engine: SteppedEngine) -> None:
         self.engine = engine
         self._handles: dict[str, Handle] = {}  # unfinished requests, by id
-        self._commands: deque[tuple[Callable[[Handle], None], Handle]] = deque()
+        self._commands: deque[tuple[Callable[[Handle], None], Sequence[Handle]]] = deque()
         self._turn = Turn()
         self._is_torn = False  # something inside the turn has begun, and has not come to its end
         self._num_restarts = 0
@@ -127,25 +127,24 @@ class Session:
         if self._handles.setdefault(handle.request_id, handle) is not handle:
             raise ValueError(f"request_id {handle.request_id!r} is in use by an unfinished request; choose another")
         try:
-            self._commands.append((self._add, handle))
+            self._commands.append((self._add, [handle]))
             self._carry_out_now()
         except BaseException:
             self.cancel([handle])
             raise
 
-    def cancel(self, handles: Iterable[Handle]) -> None:
+    def cancel(self, handles: Sequence[Handle]) -> None:
         """Stop and forget requests, without news; those that have ended are passed over. In mid-step: after it."""
-        if os.getpid() != self._process:
-            return
-        for handle in handles:
-            if self._handles.get(handle.request_id) is handle:
-                self._commands.append((self._drop, handle))
-                del self._handles[handle.request_id]
-        self._carry_out_now()
+        unfinished = [handle for handle in handles if self._handles.get(handle.request_id) is handle]
+        if unfinished and os.getpid() == self._process:
+            self._commands.append((self._drop, unfinished))  # at once: an interruption comes before or after all
+            for handle in unfinished:
+                self._remove(handle)
+            self._carry_out_now()
 
     def abort(self, handle: Handle) -> None:
         """Stop a request; the news of its end have the finish reason "abort"."""
-        self._commands.append((self._end, handle))
+        self._commands.append((self._end, [handle]))
         self._carry_out_now()
 
     def find(self, request_id: str) -> Handle | None:
@@ -180,16 +179,24 @@ class Session:
 
         Whatever ends the loop before cancels the rest: generators end in `finally` when they are closed or forgotten.
         """
-        num_unfinished = len(handles)
+        try:
+            yield from self._run(handles, inbox)
+        finally:
+            self.cancel(handles)  # again: an interruption may have come before the first had an effect
+
+    def _run(self, handles: Sequence[Handle], inbox: Inbox[News]) -> Iterator[tuple[Handle, News]]:
+        unfinished = set(handles)
         try:
             for handle in handles:
                 self.submit(handle)
-            while num_unfinished:
+            while unfinished:
                 self.wait(inbox)
                 for handle in list(inbox.news):
                     news, is_last = inbox.news.pop(handle)
-                    num_unfinished -= is_last
-                    yield handle, news
+                    if handle in unfinished:  # else its last news have come twice, after an interruption
+                        if is_last:
+                            unfinished.remove(handle)
+                        yield handle, news
         finally:
             self.cancel(handles)
 
@@ -225,18 +232,23 @@ class Session:
         try:
             if self._guests or not self._try_inside(call):
                 self._guests.append(bell)
+                _sleep(bell)
                 while not self._try_inside(call):
+                    self._guests.append(bell)
                     _sleep(bell)
         finally:
-            if bell in self._guests:
+            while bell in self._guests:
                 self._guests.remove(bell)
             self._pass_on()
         return results[0]
 
     def close(self) -> None:
         """Close the engine, after the step that runs now; whoever waits gets an error. May be called twice."""
-        if os.getpid() != self._process or self._ending is not None:
+        if os.getpid() != self._process:
             return  # a forked process owns nothing of it
+        if self._ending is not None:
+            self.engine.close()  # perhaps the first was interrupted
+            return
         self._is_closing = True
         if self._turn.is_mine():
             return  # called by a signal handler, say; the step that it interrupted sees to it
@@ -253,15 +265,18 @@ class Session:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        """The turn may be free: wake who wants it once, or one of those who wait, if there is something to do."""
+        """The turn may be free: wake who wants it once, or one of those who wait, if there is something to do.
+
+        Who is woken is taken off the list, and enters again if need be: so one that an interruption left there is
+        called in vain once.
+        """
         if self._guests:
-            bells = list(self._guests)
+            with suppress(IndexError):  # another thread was faster
+                _ring(self._guests.popleft())
         elif self._waiting and (self._commands or self.engine.has_work()):
-            bells = [inbox.bell for inbox in list(self._waiting)]
-        else:
-            return
-        for bell in bells[:1]:
-            _ring(bell)
+            for inbox in list(self._waiting)[:1]:
+                self._waiting.pop(inbox, None)
+                _ring(inbox.bell)
 
     def _try_inside(self, function: Callable[[], object]) -> bool:
         """Call it inside the turn, unless that is taken; whether it was called."""
@@ -312,8 +327,9 @@ class Session:
         """Commands in order. One that is interrupted stays first, and does nothing twice."""
         while self._commands:
             self._is_torn = True
-            command, handle = self._commands[0]
-            command(handle)
+            command, handles = self._commands[0]
+            for handle in handles:
+                command(handle)
             self._commands.popleft()
             self._is_torn = False
 
@@ -324,11 +340,16 @@ class Session:
             handle.queued_in = self._num_restarts
 
     def _drop(self, handle: Handle) -> None:
+        self._remove(handle)
         if handle.queued_in == self._num_restarts:  # else it was left out when the engine restarted
             for request in handle.requests:
                 self.engine.abort(request)
         self._forget(handle)
         handle.inbox.news.pop(handle, None)
+
+    def _remove(self, handle: Handle) -> None:
+        if self._handles.get(handle.request_id) is handle:
+            del self._handles[handle.request_id]
 
     def _end(self, handle: Handle) -> None:
         if self._handles.get(handle.request_id) is handle:
@@ -345,7 +366,7 @@ class Session:
             handle.inbox.news[handle] = handle.inbox.make(handle.requests), is_last
             _ring(handle.inbox.bell)
             if is_last:
-                self._handles.pop(handle.request_id, None)
+                self._remove(handle)
                 self._forget(handle)
 
     def _forget(self, handle: Handle) -> None:
@@ -360,8 +381,7 @@ class Session:
             handle.queued_in = self._num_restarts
         self.engine.restart([request for handle in handles for request in handle.requests])
         for handle in handles:
-            for request in handle.requests:
-                self.engine.output_processor.forget(request)  # its text may be half decoded
+            self._forget(handle)  # its text may be half decoded
             if any(request.output_token_ids for request in handle.requests) or handle.is_finished:
                 self._tell(handle)
         self._is_torn = False

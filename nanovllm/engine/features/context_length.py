@@ -9,6 +9,6 @@ from nanovllm.engine.request import LONG_SALT, Request
 
 def become_long(request: Request) -> None:
     """All of its tokens, which hold no blocks now, are to be computed as part of a long context."""
-    request.recompute_from = None
     request.rope_len = len(request.token_ids)
     request.cache_salt, request.block_hashes = LONG_SALT, []
+    request.recompute_from = None  # last: an interruption before finds the rest to be done
