@@ -25,8 +25,9 @@ from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.executor.external import join_launched_ranks
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
-from nanovllm.executor.worker import RunnerTimes, build_runner
+from nanovllm.executor.worker import RunnerTimes, build_runner, with_quantization
 from nanovllm.kernels.cascade import TILE
+from nanovllm.layers.experts import Experts
 from nanovllm.layers.ops import PLAIN
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
@@ -153,8 +154,11 @@ def _rehearse_loading(config: ResolvedConfig, model_config: ModelConfig, checkpo
     It is loading itself, of rank 0's part, with tensors that have no memory.
     """
     with torch.device("meta"):
+        ops = with_quantization(PLAIN, model_config, config.quantization)
         make_model = model_class(model_config.architecture)
-        model = make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), PLAIN)
+        model = make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), ops)
+        if ops is not PLAIN and any(isinstance(module, Experts) for module in model.modules()):
+            raise NotImplementedError(f"{model_config.architecture}: mixtures of experts cannot be quantized yet")
         if config.load_format != "dummy":
             load_weights(model, checkpoint.headers())
 

@@ -15,6 +15,7 @@ from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
+QUANTIZATIONS = ("fp8", "int8", "int4")  # of weights, at load
 
 
 def _read_path(value: Any) -> Any:
@@ -83,6 +84,8 @@ class EngineConfig:
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
     use_tqdm_on_load: show a bar while weights are loaded, on a terminal.
+    quantization: what the weights of linear layers become while they are loaded: "fp8" (weights and inputs in 8 bits),
+        "int8" or "int4" (weights alone); None keeps them as the checkpoint has them. See docs/quantization.md.
     skip_tokenizer_init: work on token ids only.
     deterministic: make tokens and log-probabilities of a seeded (or greedy) request equal to the bit whatever else
         runs: alone or in any batch, in chunks, after a preemption, on a prefix-cache hit. Slower; see
@@ -118,6 +121,7 @@ class EngineConfig:
     seed: int = option(0, read=lambda seed: 0 if seed is None else seed)
     load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))
     use_tqdm_on_load: bool = option(True, has_flag=False)  # the commands' --quiet
+    quantization: str | None = option(None, choices=(None, *QUANTIZATIONS))
     skip_tokenizer_init: bool = False
     deterministic: bool = False
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = option((), has_flag=False)
@@ -139,6 +143,8 @@ class EngineConfig:
                 f"deterministic=True needs compilation='kernels', got {self.compilation!r}: only those kernels compute "
                 "each row on its own"
             )
+        if self.deterministic and self.quantization is not None:
+            raise ValueError(f"deterministic=True does not cover quantization={self.quantization!r}; leave one off")
         if self.deterministic and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"deterministic=True needs tensor_parallel_size=1, got {self.tensor_parallel_size}: the order in which "
@@ -158,6 +164,18 @@ class EngineConfig:
         """
         if self.deterministic and model_config.logits_softcap is not None:
             raise ValueError("deterministic=True does not cover models with a soft-cap on their logits; leave it off")
+        if self.deterministic and model_config.quantization is not None:
+            raise ValueError("deterministic=True does not cover quantized checkpoints; leave it off")
+        if self.quantization is not None and model_config.quantization is not None:
+            raise ValueError(
+                f"quantization={self.quantization!r} is for checkpoints that are not quantized, and this one is, by "
+                f"{model_config.quantization.get('quant_method')!r}; leave it out"
+            )
+        if self.load_format == "dummy" and model_config.quantization is not None:
+            raise NotImplementedError(
+                "load_format='dummy' has no random weights for a quantized checkpoint; take the quantization_config "
+                "out of its config.json, and pass quantization instead"
+            )
         if self.deterministic and model_config.length_dependent_from is not None:
             raise ValueError("deterministic=True does not cover dynamic RoPE scaling; leave it off")
         on_gpu = device_type == "cuda"
@@ -236,7 +254,8 @@ class ModelConfig:
     norms: where a layer's norms are: "before" attention and MLP, "after" them, or "both". norm_offset: what is added to
     the norm weights of the checkpoint.
     attention_scale: of q k^T. Soft-caps: x -> cap tanh(x / cap). residual_scale: of what a layer adds to the residual.
-    extra: the config.json fields that this architecture has beyond those of all decoders.
+    extra: the config.json fields that this architecture has beyond those of all decoders. quantization: its
+    quantization_config, read by `quantization/scheme.py`.
     """
 
     architecture: str
@@ -267,6 +286,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -15,7 +15,6 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
     "EngineConfig": {
         "trust_remote_code": (_OFF, "remote code is never run; leave it out"),
         "code_revision": ((None,), "remote code is never run"),
-        "quantization": ((None,), "quantized weights are not supported, but for GGUF files, which load_format decides"),
         "kv_cache_dtype": ((None, "auto"), "the KV cache has the dtype of the model"),
         "calculate_kv_scales": (_OFF, "a quantized KV cache is not supported"),
         "enable_lora": (_OFF, "LoRA is not supported; merge the adapter into the weights"),

@@ -20,6 +20,7 @@ import transformers
 from nanovllm import __version__
 from nanovllm.config import EngineConfig, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.executor.worker import with_quantization
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import PLAIN
@@ -97,7 +98,7 @@ class NanoVLLM:
         return dict(self._counters)
 
     def model_size(self) -> ModelSize:
-        return model_size(self._llm.model_config)
+        return model_size(self._llm.model_config, self._llm.config.quantization)
 
     def close(self) -> None:
         self._llm.close()
@@ -225,10 +226,11 @@ class OriginalNanoVLLM:
         raise RuntimeError(f"nano-vllm ended with status {self._process.wait()}; its own message is above")
 
 
-def model_size(config: ModelConfig) -> ModelSize:
+def model_size(config: ModelConfig, quantization: str | None = None) -> ModelSize:
     """What a roofline has to know of a model, from its layers on no device."""
     with torch.device("meta"):
-        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), PLAIN)
+        ops = with_quantization(PLAIN, config, quantization)
+        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), ops)
         dict(model.slots())  # makes the weights
     num_weights, num_bytes = 0, 0.0
     for layer in model.modules():

@@ -63,7 +63,6 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
 
 VLLM_OPTIONS: list[tuple[str, list[Any], Any, str]] = [  # (option, what asks for nothing, what asks, what is missing)
     ("trust_remote_code", [None, False], True, "remote code is never run"),
-    ("quantization", [None], "awq", "quantized weights are not supported"),
     ("enable_lora", [None, False], True, "LoRA is not supported"),
     ("swap_space", [None, 0], 16, "nothing is swapped"),
     ("cpu_offload_gb", [None, 0, 0.0], 4, "weights are not offloaded"),
@@ -196,7 +195,8 @@ def test_resolve_decides_everything_and_keeps_what_was_given(device_type: str, g
     config = EngineConfig(model="m", **given)
     resolved = config.resolve(model_config(), device_type)
     assert isinstance(resolved, ResolvedConfig)
-    absent = {"tokenizer", "revision", "kv_cache_memory_bytes", "num_gpu_blocks_override"}  # None is an answer there
+    # None is an answer there
+    absent = {"tokenizer", "revision", "quantization", "kv_cache_memory_bytes", "num_gpu_blocks_override"}
     for field in dataclasses.fields(resolved):
         assert field.name in absent or getattr(resolved, field.name) is not None
     with pytest.raises(TypeError, match="max_model_len"):
@@ -225,7 +225,7 @@ def test_a_length_beyond_the_model_is_refused_with_both_numbers() -> None:
     ("name", "value"),
     [
         ("hidden_act", "gelu"),
-        ("quantization_config", {"quant_method": "awq"}),
+        ("quantization_config", "awq"),
         ("partial_rotary_factor", 0.5),
         ("attn_logit_softcapping", 50.0),
         ("final_logit_softcapping", 30.0),

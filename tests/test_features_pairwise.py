@@ -43,11 +43,12 @@ Outputs = list[RequestOutput]
 class Feature:
     """params and engine: options that switch it on. shows: can it be seen in the outputs?
 
-    changes: a request without it gives other tokens.
+    changes: a request without it gives other tokens. model: options that make another model, so of the reference too.
     """
 
     params: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     shows: Callable[[Outputs], bool] = lambda outputs: True
     counts: str = ""  # a metric that must have grown
     changes: bool = False
@@ -101,6 +102,7 @@ FEATURES = {
     "preemption": Feature(engine={"num_gpu_blocks_override": 9, "max_model_len": 72}, counts="num_preemptions"),
     "chunked prefill": Feature(engine={"max_num_batched_tokens": 5, "max_num_seqs": 5}),  # prompts have 37 tokens
     "overlap depth 2": Feature(engine={"overlap_depth": 2}),
+    "quantization": Feature(model={"quantization": "int8"}),
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
 }
@@ -117,7 +119,7 @@ class Engines:
         save_tokenizer(folder)
         self._folder = folder
         self._engines: dict[str, LLM] = {}
-        self._alone: dict[tuple[str, str], RequestOutput] = {}
+        self._alone: dict[tuple[str, ...], RequestOutput] = {}
 
     def get(self, **options: Any) -> LLM:
         key = repr(sorted(options.items()))
@@ -127,11 +129,11 @@ class Engines:
             self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
         return self._engines[key]
 
-    def alone(self, prompt: str, params: SamplingParams) -> RequestOutput:
+    def alone(self, prompt: str, params: SamplingParams, model: dict[str, Any]) -> RequestOutput:
         """What the reference returns for this request, which is computed once."""
-        key = prompt, repr(params)
+        key = prompt, repr(params), repr(model)
         if key not in self._alone:
-            (self._alone[key],) = self.get().generate(prompt, params, use_tqdm=False)
+            (self._alone[key],) = self.get(**model).generate(prompt, params, use_tqdm=False)
         return self._alone[key]
 
     def close(self) -> None:
@@ -160,8 +162,9 @@ def make_params(names: Iterable[str], index: int) -> SamplingParams:
 def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
     params = [make_params(names, index) for index in range(2)]
     plain = [make_params((), index) for index in (2, 3)]
-    expected = [engines.alone(prompt, p) for prompt, p in zip(PROMPTS + PLAIN, params + plain, strict=True)]
-    llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()})
+    model = {key: value for name in names for key, value in FEATURES[name].model.items()}
+    expected = [engines.alone(prompt, p, model) for prompt, p in zip(PROMPTS + PLAIN, params + plain, strict=True)]
+    llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()}, **model)
     llm.reset_prefix_cache()
     before = llm.get_metrics()
     outputs = llm.generate(PROMPTS + PLAIN, params + plain, use_tqdm=False)
@@ -172,7 +175,7 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
         assert feature.shows(outputs[:2]), f"{name} was not in use"
         assert not feature.counts or after[feature.counts] > before[feature.counts], f"{name} did not happen"
         if feature.changes:
-            other = engines.alone(PROMPTS[0], make_params(set(names) - {name}, 0))
+            other = engines.alone(PROMPTS[0], make_params(set(names) - {name}, 0), model)
             assert tokens(other) != tokens(outputs[0]), f"{name} changed nothing"
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.prompt_token_ids == wanted.prompt_token_ids

@@ -5,12 +5,12 @@ model itself would not. What it leaves out is the work space of a step and the f
 """
 
 from argparse import Namespace
-from math import prod
 
 import torch
 
 from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.executor.worker import with_quantization
 from nanovllm.layers.ops import PLAIN
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.runner.host_memory import host_memory
@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     if length > config.max_model_len:
         raise ValueError(f"--max-model-len {length} is more than the model's {config.max_model_len} positions")
 
-    num_parameters, weight_bytes = count_parameters(config)
+    num_parameters, weight_bytes = count_parameters(config, args.quantization)
     kv_bytes = config.kv_bytes_per_token * length * args.max_num_seqs
     needed = weight_bytes + kv_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
@@ -53,13 +53,16 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Numbers in the checkpoint of such a model, and bytes of the weights it has here; tied weights count once."""
+def count_parameters(config: ModelConfig, quantization: str | None = None) -> tuple[int, int]:
+    """Numbers that such a model has, and bytes that its weights take; tied weights count once."""
+    models = []
     with torch.device("meta"):
-        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), PLAIN)
-        slots = dict(model.slots())
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    return sum(prod(slot.shape) for slot in slots.values() if not slot.instead_of), num_bytes
+        for ops in (PLAIN, with_quantization(PLAIN, config, quantization)):
+            make_model = model_class(config.architecture)
+            models.append(make_model(config, 1, getattr(torch, config.dtype), TensorParallel(), ops))
+            dict(models[-1].slots())  # makes the weights
+    dense, kept = models
+    return sum(p.numel() for p in dense.parameters()), sum(p.nbytes for p in kept.parameters())
 
 
 def _room(num_bytes: int, config: ModelConfig, length: int) -> str:

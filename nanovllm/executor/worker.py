@@ -24,7 +24,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.native import load_native
 from nanovllm.layers.linear import LinearBase
-from nanovllm.layers.ops import choose_ops
+from nanovllm.layers.ops import Ops, choose_ops
 from nanovllm.models.registry import model_class
 from nanovllm.runner.host_memory import host_memory
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
@@ -101,6 +101,7 @@ def _load_model(
     dtype = getattr(torch, model_config.dtype)
     with device:
         ops = choose_ops(device, config.compilation, config.deterministic)
+        ops = with_quantization(ops, model_config, config.quantization)
         model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
         slots = dict(model.slots())  # this makes the weights
     if config.load_format == "dummy":
@@ -117,6 +118,20 @@ def _load_model(
         if isinstance(module, LinearBase):
             module.finish()
     return model
+
+
+def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | None) -> Ops:
+    """ops for a model whose weights are quantized, in the checkpoint or, as the option `quantization` says, from it.
+
+    Raises NotImplementedError for a form that is not known.
+    """
+    if model_config.quantization is None and quantization is None:
+        return ops
+    from nanovllm.quantization.online import OnlineScheme  # a room: most models are dense
+    from nanovllm.quantization.scheme import quantized_by, read_scheme
+
+    scheme = OnlineScheme(quantization) if quantization else read_scheme(model_config.quantization or {})
+    return ops._replace(linear_method=quantized_by(scheme, dense=ops.linear_method))
 
 
 def _choose_backend(device: torch.device, compilation: str, is_deterministic: bool) -> AttentionBackend:

@@ -18,7 +18,7 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 _COMMON = {
     *_SIZES,
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings"),
-    *("max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
+    *("max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta", "quantization_config"),
 }
 
 # Fields that say something about training, storage or text generation, and nothing about the logits.
@@ -129,6 +129,7 @@ def from_hf(
         "residual_scale": _read_number(hf, "residual_multiplier") or 1.0,
         "logits_scale": 1.0 / (_read_number(hf, "logits_scaling") or 1.0),
         "extra": {name: hf[name] for name in fields},
+        "quantization": _read_quantization(hf),
     }
     set_by_architecture = {name: value(hf) if callable(value) else value for name, value in switches.items()}
     config = ModelConfig(**{**read, **set_by_architecture})
@@ -155,6 +156,13 @@ def _refuse_unknown_fields(config: ModelConfig, hf: Mapping[str, Any], fields: M
         if name not in _NEUTRAL or value != _NEUTRAL[name]:
             only = f"; only {_NEUTRAL[name]!r} is" if name in _NEUTRAL else ", so the model would be run wrongly"
             raise ValueError(f"config.json of {config.architecture}: {name}={value!r} is not supported{only}")
+
+
+def _read_quantization(hf: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    given = hf.get("quantization_config")
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"config.json: quantization_config must be an object, got {given!r}")
+    return given or None
 
 
 def _read_number(hf: Mapping[str, Any], name: str) -> float | None:

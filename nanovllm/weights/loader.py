@@ -5,6 +5,7 @@ model is loaded or an error names what is missing, unexpected or misshapen.
 """
 
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from nanovllm.layers.slots import WeightSlot
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -53,12 +53,13 @@ def _fill(slot: WeightSlot, name: str, tensor: Tensor, filled: set[str]) -> int:
     for part in parts:
         if part in filled:
             raise ValueError(f"the checkpoint holds {part!r} twice{f', once in {name!r}' if part != name else ''}")
-    if tuple(tensor.shape) != slot.shape:
+    if tuple(tensor.shape) != slot.shape and not tensor.numel() == prod(slot.shape) == 1:
         raise ValueError(f"{name!r} has shape {tuple(tensor.shape)} in the checkpoint; the config says {slot.shape}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in slot.dtypes:
+        dtype, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *slot.dtypes))
         raise ValueError(
-            f"{name!r} has dtype {str(tensor.dtype).removeprefix('torch.')} in the checkpoint; weights are read as "
-            "float32, bfloat16 or float16, and no quantized format but GGUF"
+            f"{name!r} has dtype {dtype} in the checkpoint; its config.json, which says how weights are quantized, "
+            f"lets it have {' or '.join(expected)}"
         )
     slot.fill(tensor)
     filled.update(parts)

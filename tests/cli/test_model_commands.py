@@ -29,7 +29,9 @@ def test_parameters_are_counted_exactly(tmp_path: Path, architecture: str, confi
     hf = open_checkpoint(str(folder), load_format="dummy", revision=None).config
     theirs = load_hugging_face(folder)
     number = sum(p.numel() for p in theirs.parameters())
-    assert count_parameters(read_model_config(hf, "float32")) == (number, 4 * number)
+    config = read_model_config(hf, "float32")
+    assert count_parameters(config) == (number, 4 * number)
+    assert number < count_parameters(config, "int8")[1] < 3 * number
 
 
 def test_memory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

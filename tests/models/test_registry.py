@@ -109,7 +109,7 @@ def test_a_field_that_no_row_knows_is_refused_by_name(tmp_path: Path, architectu
     edit_json(folder / "config.json", attention_chunk_size=None, output_attentions=False)
     with LLM(str(folder), device="cpu", skip_tokenizer_init=True, load_format="dummy"):
         pass
-    for name, value in (("attention_chunk_size", 64), ("quantization_config", {"quant_method": "awq"})):
+    for name, value in (("attention_chunk_size", 64), ("a_field_of_next_year", 64)):
         edit_json(folder / "config.json", **{"attention_chunk_size": None, name: value})
         with pytest.raises(ValueError, match=f"{architecture}: {name}="):
             LLM(str(folder), device="cpu", skip_tokenizer_init=True)

@@ -1,0 +1,87 @@
+"""Weight-only quantized products: x W^T with W in 4 or 8 bits, and inputs rounded to 8 bits where a format says so.
+
+Owns what the numbers mean; the formats of checkpoints are `quantization/`'s. Invariant: W = (codes - zero) * scale,
+computed in float32 and rounded once to the dtype of x.
+
+    codes    int4   [outputs, inputs / 2] uint8: two inputs in a byte, the even one in the lower half, 8 added to each
+             int8   [outputs, inputs] int8
+             fp8    [outputs, inputs] float8_e4m3fn
+    scale, zero     [outputs, groups]: of `group_size` consecutive inputs, the last group what is left
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8_MAX = 448.0  # of float8_e4m3fn: beyond it, some versions of torch give NaN
+
+
+class QuantizedWeight(NamedTuple):
+    """zero: int8, None where all are 0."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_size: int
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """W [outputs, inputs]."""
+    values = (unpack_int4(weight.codes) if weight.codes.dtype == torch.uint8 else weight.codes).float()
+    if weight.zero is not None:
+        values = values - _by_input(weight.zero.float(), weight.group_size, values.shape[1])
+    return (values * _by_input(weight.scale.float(), weight.group_size, values.shape[1])).to(dtype)
+
+
+def _by_input(of_groups: Tensor, group_size: int, num_inputs: int) -> Tensor:
+    """[outputs, groups] -> [outputs, inputs], or [outputs, 1] where there is one group."""
+    if of_groups.shape[1] == 1:
+        return of_groups
+    return of_groups.repeat_interleave(group_size, dim=1)[:, :num_inputs]
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """values [outputs, inputs] in -8 .. 7 -> codes; an even number of inputs."""
+    even, odd = (values + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return even | odd << 4
+
+
+def unpack_int4(codes: Tensor) -> Tensor:
+    """The values, int8."""
+    return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1).to(torch.int8) - 8
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. x [num_rows, inputs] -> [num_rows, outputs]."""
+    return F.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def round_rows(x: Tensor, kind: str, group_size: int | None = None, scale: Tensor | None = None) -> Tensor:
+    """x as 8-bit codes times a scale say it: the largest number of each row, or of `group_size` inputs of it, is the
+    largest code, unless `scale` (one number) is given.
+
+    kind: "fp8" or "int8". x [num_rows, inputs] -> the same shape and dtype.
+    """
+    codes, scales = quantize_rows(x, kind, group_size, scale)
+    if group_size is not None:
+        scales = _by_input(scales, group_size, x.shape[1])
+    return (codes.float() * scales).to(x.dtype)
+
+
+def quantize_rows(
+    x: Tensor, kind: str, group_size: int | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(codes, float32 scales) of `round_rows`: codes as x, scales [num_rows, groups], or `scale`."""
+    largest = FP8_MAX if kind == "fp8" else 127.0
+    values, num_inputs = x.float(), x.shape[1]
+    if scale is None:
+        size = group_size or num_inputs
+        groups = F.pad(values, (0, -num_inputs % size)).unflatten(1, (-1, size))
+        scale = groups.abs().amax(dim=2).clamp(min=1e-12) / largest
+        scaled = values / _by_input(scale, size, num_inputs)
+    else:
+        scaled = values / scale
+    scaled = scaled.clamp(-largest, largest)
+    return (scaled.to(torch.float8_e4m3fn) if kind == "fp8" else scaled.round().to(torch.int8)), scale

@@ -1,0 +1,73 @@
+"""The option `quantization`: a dense checkpoint whose linear layers are quantized while they are loaded.
+
+Owns which layers, and how their numbers are rounded: each output (or group of inputs) by itself, to the nearest, with
+no look at any data. The embedding and the head stay dense.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.quantized_linear import pack_int4, quantize_rows
+from nanovllm.layers.linear_method import LinearSpec
+from nanovllm.layers.slots import WeightSlot
+from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
+from nanovllm.quantization.scheme import is_named
+
+_GROUP_SIZES = (128, 64, 32, 16, 8)  # of "int4": the first that the inputs are whole groups of
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class OnlineScheme:
+    """kind: "fp8" (weights and inputs), "int8" or "int4" (weights alone)."""
+
+    kind: str
+
+    def method_of(self, name: str) -> "Online | None":
+        return None if is_named(name, ("embed_tokens", "lm_head")) else Online(self.kind)
+
+
+@dataclass(frozen=True)
+class Online:
+    kind: str
+
+    def __call__(self, spec: LinearSpec) -> QuantizedLinear:
+        group_size = None
+        if self.kind == "int4":
+            group_size = next((n for n in _GROUP_SIZES if len(spec.inputs) % n == 0), None)
+            if group_size is None:
+                names = ", ".join(spec.names)
+                raise ValueError(f"{names}: {len(spec.inputs)} inputs are no multiple of 8, which 'int4' needs")
+        rounding = Rounding("fp8") if self.kind == "fp8" else None
+        return OnlineLinear(spec, self.kind, group_size, has_zeros=self.kind == "int4", rounding=rounding)
+
+
+class OnlineLinear(QuantizedLinear):
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+        shape = (self.spec.sizes[part], self.spec.in_features)
+        yield self.slot("weight", part, shape, _FLOATS, self._quantize, has_rows=True)
+
+    def _quantize(self, part: int, dense: Tensor) -> None:
+        rows, columns = self.spec.parts[part], self.spec.inputs
+        own = self.spec.rows(part)
+        held = dense[rows.start : rows.stop].to(self.codes.device).float()
+        if self.kind == "int4":
+            assert self.zero is not None
+            values, scale, zero = _round_to_int4(held[:, columns.start : columns.stop], self.group_size)
+            self.codes.data[own], self.scale.data[own], self.zero.data[own] = pack_int4(values), scale, zero
+        else:  # a scale is for all inputs, whoever holds them
+            codes, self.scale.data[own] = quantize_rows(held, self.kind)
+            self.codes.data[own] = codes[:, columns.start : columns.stop]
+
+
+def _round_to_int4(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values -8 .. 7, scale, zero): the lowest number of a group, or 0, is -8, and the highest, or 0, is 7."""
+    groups = x.unflatten(1, (-1, group_size))
+    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+    scale = (high - low).clamp(min=1e-12) / 15
+    zero = (-8 - low / scale).round().clamp(-8, 7)
+    values = (groups / scale[..., None] + zero[..., None]).round().clamp(-8, 7)
+    return values.flatten(1).to(torch.int8), scale, zero.to(torch.int8)

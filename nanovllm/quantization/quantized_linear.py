@@ -1,0 +1,198 @@
+"""QuantizedLinear: weights in 4 or 8 bits with scales for groups of inputs, whatever format they came in.
+
+Owns the tensors that are kept and how they are multiplied by; each format is a subclass that says which tensors of a
+checkpoint fill them. Invariant: no dense copy of a layer outlives the product that needs it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.kernels.quantized_linear import (
+    QuantizedWeight,
+    dequantize,
+    pack_int4,
+    quantized_linear,
+    round_rows,
+    unpack_int4,
+)
+from nanovllm.layers.linear_method import LinearMethod, LinearSpec
+from nanovllm.layers.slots import WeightSlot
+
+_CODES = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+class Rounding(NamedTuple):
+    """How a format rounds a layer's inputs before the product. kind: "fp8" or "int8".
+
+    group_size: inputs of a row that share a scale, None for all. is_static: the checkpoint has the scale.
+    """
+
+    kind: str
+    group_size: int | None = None
+    is_static: bool = False
+
+
+class QuantizedLinear(LinearMethod):
+    """kind: of the codes, "int4", "int8" or "fp8". group_size: None for one scale for all inputs of an output.
+
+    has_order: groups may be of inputs that are not neighbours (`fill_groups`).
+    """
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        kind: str,
+        group_size: int | None,
+        has_zeros: bool = False,
+        has_order: bool = False,
+        rounding: Rounding | None = None,
+    ) -> None:
+        super().__init__(spec)
+        self.kind, self.rounding = kind, rounding
+        self.is_grouped = group_size is not None
+        self.group_size = group_size or spec.in_features
+        self.num_groups = -(-spec.in_features // self.group_size)  # of the whole matrices
+        inputs = len(spec.inputs)
+        self._check_sizes(inputs, has_order)
+
+        def room(columns: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(spec.num_outputs, columns, dtype=dtype), requires_grad=False)
+
+        self.codes = room(inputs // 2 if kind == "int4" else inputs, _CODES[kind])
+        self.scale = room(len(self.groups), torch.float32)
+        self.zero = room(len(self.groups), torch.int8) if has_zeros else None
+        self.input_scale: nn.Parameter | None = None
+        if rounding is not None and rounding.is_static:
+            self.input_scale = nn.Parameter(torch.zeros(len(spec.sizes)), requires_grad=False)
+        self.order: Tensor | None = None  # of the inputs, where groups are not of neighbours
+        self._group_of_input: dict[int, Tensor] = {}
+
+    def _check_sizes(self, inputs: int, has_order: bool) -> None:
+        spec = self.spec
+        if self.kind == "int4" and spec.in_features % 8:
+            raise ValueError(f"{self._names}: {spec.in_features} inputs do not fill words of eight 4-bit numbers")
+        if inputs == spec.in_features:
+            return
+        if has_order:
+            raise NotImplementedError(
+                f"{self._names}: groups of inputs in another order (desc_act, actorder) are not split over "
+                "tensor-parallel ranks; use tensor_parallel_size=1"
+            )
+        if self.is_grouped and (spec.inputs.start % self.group_size or inputs % self.group_size):
+            raise ValueError(
+                f"{self._names}: {inputs} inputs on each tensor-parallel rank are not whole groups of "
+                f"{self.group_size}, which share a scale; choose another tensor_parallel_size"
+            )
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(self.spec.names)
+
+    @property
+    def groups(self) -> range:
+        """Which of the groups of the whole matrices this rank holds."""
+        if not self.is_grouped:
+            return range(1)
+        first = self.spec.inputs.start // self.group_size
+        return range(first, first - (-len(self.spec.inputs) // self.group_size))
+
+    # --- from a checkpoint ---------------------------------------------------------------------
+
+    def slot(
+        self,
+        name: str,
+        part: int,
+        shape: tuple[int, ...],
+        dtypes: tuple[torch.dtype, ...],
+        fill: Callable[[int, Tensor], object],
+        has_rows: bool = False,
+    ) -> tuple[str, WeightSlot]:
+        """(name, slot) of a tensor, for `weights`."""
+        return name, WeightSlot(shape, lambda tensor: fill(part, tensor), dtypes=dtypes, has_rows=has_rows)
+
+    def fill_codes(self, part: int, codes: Tensor) -> None:
+        """codes: of the whole matrix, in the form that is kept; of "int4", two inputs in a byte."""
+        inputs, per_byte = self.spec.inputs, 2 if self.kind == "int4" else 1
+        self._fill(self.codes, part, codes, range(inputs.start // per_byte, inputs.stop // per_byte))
+
+    def fill_scale(self, part: int, scale: Tensor) -> None:
+        """scale [outputs or 1, groups or 1] of the whole matrix."""
+        columns = self.num_groups if self.is_grouped else 1
+        self._fill(self.scale, part, scale.expand(self.spec.sizes[part], columns), self.groups)
+
+    def fill_zero(self, part: int, zero: Tensor) -> None:
+        """zero [outputs, groups] of the whole matrix, less what is taken off the codes to make them signed."""
+        assert self.zero is not None
+        self._fill(self.zero, part, zero, self.groups)
+
+    def fill_groups(self, part: int, group_of_input: Tensor) -> None:
+        """group_of_input [inputs]: which scale each input has."""
+        self._group_of_input[part] = group_of_input.to(self.codes.device, torch.int64)
+
+    def fill_input_scale(self, part: int, scale: Tensor) -> None:
+        assert self.input_scale is not None
+        self.input_scale.data[part].copy_(scale.squeeze())
+
+    def _fill(self, target: Tensor, part: int, source: Tensor, columns: range) -> None:
+        rows = self.spec.parts[part]
+        held = source[rows.start : rows.stop, columns.start : columns.stop]
+        target.data[self.spec.rows(part)][: len(held)].copy_(held)
+
+    def finish(self) -> None:
+        if self.zero is not None and not self.zero.any():
+            self.zero = None
+        if self._group_of_input:
+            self._sort_inputs(list(self._group_of_input.values()))
+            self._group_of_input.clear()
+        if self.input_scale is not None and (self.input_scale == self.input_scale[0]).all():
+            self.input_scale = nn.Parameter(self.input_scale[:1].clone(), requires_grad=False)
+
+    def _sort_inputs(self, groups: list[Tensor]) -> None:
+        """Bring the inputs of a group together, if they are not."""
+        neighbours = torch.arange(self.spec.in_features, device=self.codes.device) // self.group_size
+        if all(torch.equal(group, neighbours) for group in groups):
+            return
+        order = groups[0].argsort(stable=True)
+        if not all(torch.equal(group, groups[0]) for group in groups) or not torch.equal(groups[0][order], neighbours):
+            raise NotImplementedError(
+                f"{self._names}: their groups of inputs differ or are not of {self.group_size} inputs each"
+            )
+        if self.kind == "int4":
+            self.codes.copy_(pack_int4(unpack_int4(self.codes)[:, order]))
+        else:
+            self.codes.copy_(self.codes[:, order])
+        self.order = order
+
+    # --- multiplying ---------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.codes, self.scale, self.zero, self.group_size)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.order is not None:
+            x = x[:, self.order]
+        if self.rounding is None:
+            return quantized_linear(x, self.weight, bias)
+        if self.input_scale is not None and len(self.input_scale) > 1:
+            return self._multiply_parts(x, bias)
+        scale = None if self.input_scale is None else self.input_scale[0]
+        return quantized_linear(round_rows(x, self.rounding.kind, self.rounding.group_size, scale), self.weight, bias)
+
+    def _multiply_parts(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Each matrix has rounded its inputs in its own way."""
+        assert self.rounding is not None and self.input_scale is not None
+        products = []
+        for part, scale in enumerate(self.input_scale):
+            rows = self.spec.rows(part)
+            own = QuantizedWeight(self.codes[rows], self.scale[rows], None, self.group_size)
+            rounded = round_rows(x, self.rounding.kind, scale=scale)
+            products.append(quantized_linear(rounded, own, None if bias is None else bias[rows]))
+        return torch.cat(products, dim=1)
+
+    def take_rows(self, ids: Tensor) -> Tensor:
+        zero = None if self.zero is None else self.zero[ids]
+        return dequantize(QuantizedWeight(self.codes[ids], self.scale[ids], zero, self.group_size), self.spec.dtype)

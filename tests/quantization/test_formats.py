@@ -1,0 +1,220 @@
+"""Each format of quantized checkpoints, against its own library's numbers, and through the engine."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.quantized_linear import dequantize
+from nanovllm.layers.linear_method import LinearSpec
+from nanovllm.quantization.quantized_linear import QuantizedLinear
+from nanovllm.quantization.scheme import read_scheme
+from tests.quantization.checkpoints import save_quantized
+from tests.quantization.formats import FORMATS, Format
+
+OUTPUTS, INPUTS = (24, 16), 64
+
+
+def needs(name: str) -> None:
+    if FORMATS[name].config["quant_method"] == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+
+
+def weights_of(seed: int) -> list[Tensor]:
+    """Of two layers that are one product, the second with larger numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(size, INPUTS, generator=generator) for size in OUTPUTS)
+    return [first, 5 * second]
+
+
+def load(form: Format, tensors: list[dict[str, Tensor]], spec: LinearSpec) -> QuantizedLinear:
+    method = read_scheme(form.config).method_of("model.layers.0.mlp.up_proj")
+    assert method is not None
+    layer = method(spec)
+    assert isinstance(layer, QuantizedLinear)
+    for part, given in enumerate(tensors):
+        slots = dict(layer.weights(part))
+        assert slots.keys() == given.keys()
+        for name, tensor in given.items():
+            assert tensor.shape == slots[name].shape and tensor.dtype in slots[name].dtypes
+            slots[name].fill(tensor)
+    layer.finish()
+    return layer
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_the_tensors_mean_is_what_is_multiplied_by(name: str) -> None:
+    """Parts of one product with scales of their own."""
+    needs(name)
+    form = FORMATS[name]
+    tensors, meant = zip(*map(form.make, weights_of(0)), strict=True)
+    names = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
+    spec = LinearSpec(OUTPUTS, tuple(map(range, OUTPUTS)), INPUTS, range(INPUTS), torch.float32, names)
+    layer = load(form, list(tensors), spec)
+    order = torch.arange(INPUTS) if layer.order is None else layer.order
+    kept = dequantize(layer.weight, torch.float32)
+    torch.testing.assert_close(kept, torch.cat(meant)[:, order], rtol=1e-6, atol=1e-7)
+    x, bias = torch.randn(5, INPUTS), torch.randn(sum(OUTPUTS))
+    product = layer.multiply(x, bias)
+    expected = x @ torch.cat(meant).t() + bias
+    if form.rounds_inputs:
+        assert ((product - expected).norm() / expected.norm()) < 0.05
+    else:
+        torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_hold_their_parts(name: str, rank: int) -> None:
+    """W8: rows of each matrix, or inputs in whole groups; else an error that says so."""
+    needs(name)
+    form = FORMATS[name]
+    tensors, meant = zip(*map(form.make, weights_of(1)), strict=True)
+    parts = tuple(range(rank * size // 2, (rank + 1) * size // 2) for size in OUTPUTS)
+    by_rows = LinearSpec(OUTPUTS, parts, INPUTS, range(INPUTS), torch.float32, ("a", "b"))
+    layer = load(form, list(tensors), by_rows)
+    order = torch.arange(INPUTS) if layer.order is None else layer.order
+    rows = torch.cat([m[part.start : part.stop] for m, part in zip(meant, parts, strict=True)])
+    torch.testing.assert_close(dequantize(layer.weight, torch.float32), rows[:, order], rtol=1e-6, atol=1e-7)
+    inputs = range(rank * INPUTS // 2, (rank + 1) * INPUTS // 2)
+    by_inputs = LinearSpec(OUTPUTS[:1], (range(OUTPUTS[0]),), INPUTS, inputs, torch.float32, ("a",))
+    if "order" in name or "ragged" in name:
+        with pytest.raises((NotImplementedError, ValueError), match=r"a: .*tensor.parallel"):
+            load(form, list(tensors[:1]), by_inputs)
+    else:
+        layer = load(form, list(tensors[:1]), by_inputs)
+        torch.testing.assert_close(
+            dequantize(layer.weight, torch.float32), meant[0][:, inputs.start : inputs.stop], rtol=1e-6, atol=1e-7
+        )
+
+
+def logprobs(folder: Path, **options: Any) -> list[list[float]]:
+    with LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True, **options) as llm:
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+        outputs = llm.generate([[1, 2, 3, 4, 5, 6, 7], [9, 8]], params, use_tqdm=False)
+    given = []
+    for output in outputs:
+        assert output.prompt_logprobs is not None
+        prompt = [next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry]
+        given.append([*prompt, output.outputs[0].cumulative_logprob])
+    return given
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_through_the_engine(tmp_path: Path, name: str) -> None:
+    """The quantized checkpoint gives what the dense one with the same numbers gives; with an ignored layer."""
+    needs(name)
+    form = FORMATS[name]
+    ignored = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert", "awq": "modules_to_not_convert"}
+    key = ignored.get(form.config["quant_method"])
+    dense = ["layers.1.mlp"] if key else []
+    quantized, plain = save_quantized(tmp_path, form, dense=dense)
+    if key:
+        patterns = ["re:.*layers.1.mlp.*"] if key == "ignore" else dense
+        edit(quantized, **{key: ["lm_head", *patterns]})
+    for ours, theirs in zip(logprobs(quantized), logprobs(plain), strict=True):
+        if form.rounds_inputs:  # its greedy tokens may be others
+            torch.testing.assert_close(torch.tensor(ours[:-1]), torch.tensor(theirs[:-1]), rtol=0, atol=0.3)
+        else:
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    fields["quantization_config"].update(changes)
+    file.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("AWQ", {"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes' is not supported"),
+        ("AWQ", {"quant_method": None}, "quant_method=None is not supported"),
+        ("AWQ", {"bits": 3}, "bits=3 is not supported"),
+        ("AWQ", {"version": "gemv"}, "version='gemv' is not supported"),
+        ("AWQ", {"a_field_of_next_year": 1}, "a_field_of_next_year=1 is not supported"),
+        ("GPTQ, version 1", {"bits": 2}, "bits=2 is not supported"),
+        ("GPTQ, version 1", {"dynamic": {"-:.*down.*": {}}}, "dynamic=.*is not supported"),
+        ("GPTQ, version 1", {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not supported"),
+        ("fp8, blocks", {"fmt": "e5m2"}, "fmt='e5m2' is not supported"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name_before_the_weights(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    quantized, _ = save_quantized(tmp_path, FORMATS[name])
+    edit(quantized, **changes)
+    save_file({}, quantized / "model.safetensors")
+    with pytest.raises(NotImplementedError, match=message):
+        logprobs(quantized)
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("group", "others", "message"),
+    [
+        ({}, {"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+        ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config="),
+        ({}, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme="),
+        ({"output_activations": {"num_bits": 8}}, {}, "output_activations="),
+        ({"input_activations": {"num_bits": 4, "strategy": "token"}}, {}, "num_bits=4"),
+        ({"weights": {**INT4, "num_bits": 3}}, {}, "num_bits=3"),
+        ({"weights": {**INT4, "type": "float"}}, {}, "4-bit floats"),
+        ({}, {"format": "int-quantized"}, "4-bit integers"),
+    ],
+)
+def test_schemes_of_compressed_tensors_that_are_not_known(
+    group: dict[str, Any], others: dict[str, Any], message: str
+) -> None:
+    whole = {"targets": ["Linear"], "weights": INT4, "input_activations": None, **group}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": whole}, **others}
+    with pytest.raises(NotImplementedError, match=message):
+        read_scheme(config)
+
+
+def test_layers_of_one_product_that_are_quantized_in_different_ways(tmp_path: Path) -> None:
+    quantized, _ = save_quantized(tmp_path, FORMATS["AWQ"], dense=["k_proj"])
+    edit(quantized, modules_to_not_convert=["k_proj"])
+    with pytest.raises(NotImplementedError, match=r"q_proj and .*k_proj are one product here"):
+        logprobs(quantized)
+
+
+def test_a_tensor_of_another_kind_is_named(tmp_path: Path) -> None:
+    """W3: dense weights where the config says FP8, and the other way round."""
+    quantized, _ = save_quantized(tmp_path, FORMATS["fp8, blocks"])
+    tensors = load_file(quantized / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    save_file({**tensors, name: tensors[name].float()}, quantized / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(f"'{name}' has dtype float32")):
+        logprobs(quantized)
+    edit(quantized, modules_to_not_convert=["o_proj"])
+    with pytest.raises(ValueError, match=r"o_proj\.weight' has dtype float8_e4m3fn .* lets it have float32 or"):
+        logprobs(quantized)
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    quantized, plain = save_quantized(tmp_path, FORMATS["AWQ"])
+    with pytest.raises(ValueError, match=r"quantization='int4' is for checkpoints that are not quantized.*'awq'"):
+        logprobs(quantized, quantization="int4")
+    with pytest.raises(ValueError, match="deterministic=True does not cover quantized checkpoints"):
+        logprobs(quantized, deterministic=True)
+    with pytest.raises(NotImplementedError, match="load_format='dummy' has no random weights"):
+        logprobs(quantized, load_format="dummy")
+    with pytest.raises(ValueError, match="deterministic=True does not cover quantization='int8'"):
+        logprobs(plain, quantization="int8", deterministic=True)
+
+
+def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
+    from tests.tiny_models import save_random
+
+    with pytest.raises(NotImplementedError, match="MixtralForCausalLM: mixtures of experts cannot be quantized"):
+        logprobs(save_random(tmp_path, "MixtralForCausalLM"), quantization="int8")
