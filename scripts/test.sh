@@ -15,7 +15,7 @@ trap 'exit 130' INT
 
 num_workers=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 tests=(env OMP_NUM_THREADS=1 python -m pytest -q -n "$num_workers" --dist worksteal) # a process per core, a thread in each
-interpreter=(tests/kernels/test_*_triton.py tests/runner/test_captured_steps.py)
+interpreter=(tests/kernels/test_*_triton.py tests/runner/graphs/test_captured_steps.py)
 narrow=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell)
 validation=(tests/test_config.py tests/test_sampling_params.py tests/test_llm.py)
 to_the_bit=(tests/kernels/test_fixed_linear_triton.py tests/kernels/test_moe_triton.py)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
+from nanovllm.runner.graphs.graph_runner import GraphRunner
+from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import load_hugging_face, random_prompts, save_random
 
 NUM_LAYERS = 3
@@ -107,7 +109,9 @@ def test_deltas_bring_the_hidden_states_at_the_end(llm: LLM, hugging_face: Any) 
     assert len(last.outputs[0].hidden_states[0]) == 6 + 9 - 1
 
 
-def test_steps_that_are_split_give_the_same(llm: LLM, hugging_face: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_split_give_the_same(
+    llm: LLM, folder: Path, hugging_face: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU, where the part without captures is a CUDA graph."""
     prompts = random_prompts([30, 5, 21, 17])
     params = [
@@ -117,12 +121,15 @@ def test_steps_that_are_split_give_the_same(llm: LLM, hugging_face: Any, monkeyp
         SamplingParams(temperature=0, max_tokens=3),
     ]
     expected = llm.generate(prompts, params, use_tqdm=False)
-    runner = llm._engine.executor._runner
+    fake_graphs(monkeypatch)
     splits = []
-    real = runner._execute
-    monkeypatch.setattr(runner, "splits_captures", True)
-    monkeypatch.setattr(runner, "_execute", lambda plan: splits.append(len(plan.capture_layers)) or real(plan))
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    real = GraphRunner._run
+    monkeypatch.setattr(
+        GraphRunner, "_run", lambda self, plan: splits.append(len(plan.capture_layers)) or real(self, plan)
+    )
+    options = {"device": "cpu", "dtype": "float32", "block_size": 8, "skip_tokenizer_init": True}
+    with LLM(str(folder), **options) as with_graphs:
+        outputs = with_graphs.generate(prompts, params, use_tqdm=False)
     assert splits.count(0) > 5 and splits.count(2) > 5
     for output, wanted in zip(outputs, expected, strict=True):
         assert [c.token_ids for c in output.outputs] == [c.token_ids for c in wanted.outputs]

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams
-from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
 from tests.runner import test_model_runner as mixed
 from tests.test_llm_deterministic import PARAMS, PROMPTS

@@ -11,13 +11,13 @@ import torch
 
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import SchedulerOutput
-from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.executor.worker import Runner
 
 
 class InlineExecutor:
-    def __init__(self, runner: ModelRunner, leave: Callable[[], None] | None = None) -> None:
+    def __init__(self, runner: Runner, leave: Callable[[], None] | None = None) -> None:
         """leave: called at the end, where this process is one rank of several that another program started."""
-        self._runner: ModelRunner | None = runner
+        self._runner: Runner | None = runner
         self._leave = leave
         self.num_blocks = runner.num_blocks
 

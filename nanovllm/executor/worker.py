@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
@@ -21,6 +21,8 @@ from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.engine.interfaces import PendingStep
+from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.native import load_native
 from nanovllm.layers.linear import LinearBase
@@ -28,10 +30,19 @@ from nanovllm.layers.ops import Ops, choose_ops
 from nanovllm.models.registry import model_class
 from nanovllm.runner.host_memory import host_memory
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
-from nanovllm.runner.memory import measure_free_bytes
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import Checkpoint
 from nanovllm.weights.loader import fill_random, load_weights
+
+
+class Runner(Protocol):
+    """What runs steps, one after the other, with or without CUDA graphs."""
+
+    model: Any
+    device: torch.device
+    num_blocks: int
+
+    def execute(self, plan: SchedulerOutput) -> PendingStep: ...
 
 
 class RunnerTimes(NamedTuple):
@@ -49,7 +60,7 @@ class RunnerTimes(NamedTuple):
 
 def build_runner(
     config: ResolvedConfig, model_config: ModelConfig, checkpoint: Checkpoint, device: torch.device, tp: TensorParallel
-) -> tuple[ModelRunner, RunnerTimes]:
+) -> tuple[Runner, RunnerTimes]:
     """config is resolved. Raises ValueError for a checkpoint that does not fit, or memory that does not suffice."""
     times = [perf_counter()]
     # Ranks of a launcher have nobody who ends them when one is missing, as NCCL does: a kernel would wait for ever.
@@ -71,9 +82,18 @@ def build_runner(
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())
-    runner = make_runner(config, num_blocks)
+    eager = make_runner(config, num_blocks)
+    runner: Runner = eager
+    if can_capture(device) and not config.enforce_eager and model_config.length_dependent_from is None:
+        from nanovllm.runner.graphs.graph_runner import GraphRunner
+
+        runner = GraphRunner(eager, config, model_config)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
+
+
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
@@ -165,4 +185,6 @@ def plan_num_blocks(
         return num_blocks if is_set else min(num_blocks, useful_num_blocks(config))
     if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:
         return choose_num_blocks(config, spec, 0)
+    from nanovllm.runner.graphs.memory import measure_free_bytes
+
     return choose_num_blocks(config, spec, measure_free_bytes(config, model_config, spec, device, make_runner))

@@ -23,9 +23,8 @@ from nanovllm.engine.interfaces import PendingStep
 from nanovllm.executor.calls import call_function, locked_sender, report_failure
 from nanovllm.executor.children import connect_to_parent
 from nanovllm.executor.ring import RingReader
-from nanovllm.executor.worker import build_runner
+from nanovllm.executor.worker import Runner, build_runner
 from nanovllm.executor.worker_messages import Ready, WorkerSetup
-from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import open_checkpoint
 
 
@@ -34,7 +33,7 @@ class Worker:
         self._rank = rank
         self._size = size
         self._send = send
-        self._runner: ModelRunner | None = None
+        self._runner: Runner | None = None
         self._pending: queue.SimpleQueue[tuple[int, PendingStep]] | None = None
 
     def handle(self, name: str, number: int, value: Any) -> None:

@@ -14,7 +14,7 @@ from nanovllm.attention.backend import AttentionBackend
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.paged_attention import paged_attention_reference
-from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling.sampler import Sampler
 
@@ -89,9 +89,9 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch, backend: Any = None) -> FakeGra
     """Engines made from now on have graphs. backend: of the attention; if none is given, nothing here needs Triton."""
     fake = FakeGraphs()
     monkeypatch.setattr("nanovllm.executor.worker._choose_backend", lambda *_: backend or ReferenceBackend())
-    monkeypatch.setattr("nanovllm.runner.model_runner.can_capture", lambda _: True)
-    monkeypatch.setattr("nanovllm.runner.model_runner.StepGraphs", RunEagerly)
-    monkeypatch.setattr("nanovllm.runner.model_runner.GraphPool", lambda _: fake)
+    monkeypatch.setattr("nanovllm.executor.worker.can_capture", lambda _: True)
+    monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.StepGraphs", RunEagerly)
+    monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.GraphPool", lambda _: fake)
     if backend is None:
         monkeypatch.setattr(Sampler, "sample_captured", sample_on_cpu)
     forward = ModelRunner._forward

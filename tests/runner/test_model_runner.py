@@ -11,9 +11,10 @@ import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.kernels.dependent_launch import has_dependent_launch
-from nanovllm.runner.captured_steps import PromptLayout
+from nanovllm.runner.graphs.captured_steps import compile_ahead
+from nanovllm.runner.graphs.layouts import PromptLayout
+from nanovllm.runner.graphs.step_parts import split
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.step_parts import split
 from nanovllm.sampling.sampler import Sampler
 from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
@@ -119,10 +120,12 @@ def test_prompts_beside_many_decodes_run_apart(
     """With more requests than are captured with prompts; where weights are many, they are not read twice."""
     fake_graphs(monkeypatch)
     splits = []
-    monkeypatch.setattr("nanovllm.runner.model_runner.split", lambda *parts: splits.append(parts) or split(*parts))
+    monkeypatch.setattr(
+        "nanovllm.runner.graphs.graph_runner.split", lambda *parts: splits.append(parts) or split(*parts)
+    )
     monkeypatch.setattr(PromptLayout, "num_reqs", (4,))
     if not is_light:
-        monkeypatch.setattr("nanovllm.runner.model_runner.LIGHT_BYTES", 0)
+        monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.LIGHT_BYTES", 0)
     with make_llm(folder, overlap_depth=overlap_depth, max_num_batched_tokens=35) as llm:
         check_equal(llm.generate(PROMPTS, REQUESTS, use_tqdm=False), expected)
         check_equal(llm.generate(PROMPTS[::-1], REQUESTS[::-1], use_tqdm=False), expected[::-1])
@@ -156,7 +159,7 @@ def test_a_plain_step_does_nothing_but_replay(folder: Path, monkeypatch: pytest.
 
     for name in ("redraw", "logprobs", "_edit"):
         monkeypatch.setattr(Sampler, name, unwanted)
-    monkeypatch.setattr("nanovllm.runner.model_runner.upload", unwanted)
+    monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.upload", unwanted)
     with make_llm(folder) as llm:
         llm.generate(PROMPTS, [PLAIN[i % 3] for i in range(len(PROMPTS))], use_tqdm=False)
     assert fake.num_decodes and fake.num_prompts and not fake.num_uncaptured
@@ -207,14 +210,14 @@ def test_only_what_needs_hidden_states_runs_without_a_graph(
 def test_each_engine_launches_as_it_was_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The capture at the start, replays and steps without a graph, of two engines in turns. Capability is made up."""
     answers: set[bool] = set()
-    run_model = ModelRunner._run_model
+    run_model = ModelRunner.run_model
 
     def noted(*arguments: Any) -> Any:
         answers.add(has_dependent_launch(torch.device("cuda")))
         return run_model(*arguments)
 
     monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(ModelRunner, "_run_model", noted)
+    monkeypatch.setattr(ModelRunner, "run_model", noted)
     fake = fake_graphs(monkeypatch)
     with make_llm(folder) as on:
         assert answers == {True}
@@ -235,13 +238,13 @@ def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
 ) -> None:
     """It runs here, as compiling is what a GPU does with it."""
     fake_graphs(monkeypatch)
-    runners: list[ModelRunner] = []
+    runners: list[tuple[ModelRunner, Any]] = []
     init, sample = ModelRunner.__init__, Sampler.sample_captured
     sampled: list[torch.dtype] = []
 
     def noted_init(runner: ModelRunner, *arguments: Any) -> None:
         init(runner, *arguments)
-        runners.append(runner)
+        runners.append((runner, arguments[0]))
 
     def noted_sample(sampler: Sampler, logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
         sampled.append(logits.dtype)
@@ -249,14 +252,14 @@ def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
 
     monkeypatch.setattr(ModelRunner, "__init__", noted_init)
     monkeypatch.setattr(Sampler, "sample_captured", noted_sample)
-    monkeypatch.setattr("nanovllm.runner.model_runner.compile_kernels", lambda step, device: step())
+    monkeypatch.setattr("nanovllm.runner.graphs.captured_steps.compile_kernels", lambda step, device: step())
     with make_llm(folder, dtype="bfloat16", enforce_eager=enforce_eager) as llm:
-        (runner,) = runners
+        ((runner, config),) = runners
         state, caches = runner.state, [cache.data for cache in runner.kv_caches]
         tensors = [state.num_computed, state.sampling.last_token, state.block_tables, *caches]
         told = [tensor.clone() for tensor in tensors]
         sampled.clear()
-        runner.compile_ahead()
+        compile_ahead(runner, config, captures_prompts=True)
         assert sampled == [torch.bfloat16, torch.float32, torch.bfloat16]
         assert all(map(torch.equal, tensors, told))
         assert len(llm.generate(PROMPTS[:2], PLAIN[0], use_tqdm=False)) == 2

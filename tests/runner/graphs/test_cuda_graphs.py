@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.runner.cuda_graphs import Memory, StepGraphs
+from nanovllm.runner.graphs.cuda_graphs import Memory, StepGraphs
 from tests.gpu_engine import make_llm
 from tests.tiny_models import save_random
 

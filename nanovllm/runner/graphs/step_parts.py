@@ -1,6 +1,6 @@
 """StepParts: a step that runs as two, so that its decodes have their CUDA graph.
 
-Owns cutting the plan, and putting the results in its order again; `ModelRunner._parts` says who runs apart. Invariant:
+Owns cutting the plan, and putting the results in its order again; `GraphRunner._parts` says who runs apart. Invariant:
 the rest are decodes, which read nothing that the step computes for others, so they may go first.
 """
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanovllm.engine.scheduler_output import ModelRunnerOutput
-from nanovllm.runner.step_parts import PendingParts
+from nanovllm.runner.graphs.step_parts import PendingParts
 
 
 @dataclass

@@ -11,7 +11,9 @@ import torch
 
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
-from nanovllm.runner.captured_steps import PromptLayout
+from nanovllm.runner.graphs.captured_steps import compile_ahead
+from nanovllm.runner.graphs.graph_runner import can_capture_prompts
+from nanovllm.runner.graphs.layouts import PromptLayout
 from nanovllm.runner.kv_cache import KVCacheSpec
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling_params import SamplingParams
@@ -62,7 +64,8 @@ def measure_free_bytes(
     """Bytes for the KV cache on this CUDA device. make_runner(config, num_blocks): a runner with its own cache."""
     weights = torch.cuda.memory_allocated(device)
     runner = make_runner(replace(config, enforce_eager=True, logits_processors=()), 1)
-    runner.compile_ahead()
+    if model_config.length_dependent_from is None:
+        compile_ahead(runner, config, can_capture_prompts(model_config))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     runner.execute(largest_step(config)).result()

@@ -13,8 +13,8 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler_output import SchedulerOutput, SharedPrefix
 from nanovllm.engine.shared_prefixes import SharedPrefixes
-from nanovllm.runner.captured_steps import CascadeLayout, DecodeLayout, PromptLayout
 from nanovllm.runner.cascade_items import CascadeItems
+from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
 from tests.kernels.twins import load_twin
 from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import random_prompts, save_random

@@ -1,7 +1,7 @@
 """StepGraphs: a step captured once per size, and replayed as one launch, whatever requests are in it.
 
 Owns capturing, replaying and the way in; which steps there are, and how a plan is laid out for them, is
-`runner/captured_steps.py`'s. Invariant: a graph reads only device memory that outlives it (weights, KV cache, batch
+`layouts.py`'s. Invariant: a graph reads only device memory that outlives it (weights, KV cache, batch
 state, its static inputs), so one capture serves every later step of its size. What a graph leaves, its tokens and
 logits, holds until the next graph of the same pool is queued: eager work queued in between may read and change it, for
 the allocator gives nothing of a pool to tensors outside of captures as long as a graph uses that pool.
@@ -18,10 +18,6 @@ from nanovllm.engine.scheduler_output import SchedulerOutput
 
 Size = TypeVar("Size", contravariant=True)  # hashable
 Inputs = TypeVar("Inputs", covariant=True)
-
-
-def can_capture(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 class Layout(Protocol[Size, Inputs]):

@@ -1,6 +1,6 @@
 """Which steps are captured as CUDA graphs, and how a plan is laid out as the inputs of one.
 
-Owns the kinds of step, their sizes and their layouts; `cuda_graphs.py` captures them and `model_runner.py` computes
+Owns the kinds of step, their sizes and their layouts; `cuda_graphs.py` captures them and `captured_steps.py` computes
 them. Invariant: what fills a size up is padding (row -1), which reads nothing of a request, stores nothing, and whose
 token nobody looks at.
 

@@ -1,0 +1,108 @@
+"""CapturedSteps: the steps that CUDA graphs are made of, from their inputs to tokens and logits, without the host.
+
+Owns how such a step runs; it computes with the ModelRunner's model, cache and rows, and `layouts.py` says what it is
+told. Invariant: every size comes from shapes, so that a replay does the same for any requests.
+"""
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.kernels.attention_types import AttentionMetadata
+from nanovllm.kernels.cascade import CascadeInputs
+from nanovllm.kernels.dependent_launch import dependent_launch
+from nanovllm.kernels.prepare_inputs import StepInputs
+from nanovllm.kernels.take_rows import take_rows
+from nanovllm.runner.graphs.cuda_graphs import compile_kernels, padding
+from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
+from nanovllm.runner.model_runner import ModelRunner
+
+
+class CapturedSteps:
+    def __init__(self, runner: ModelRunner, max_num_seqs: int) -> None:
+        self._runner = runner
+        self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=runner.device)
+
+    def decode(self, inputs: DecodeInputs, cascade: CascadeInputs | None = None) -> tuple[Tensor, Tensor]:
+        """A whole decode step on the device, [size] tokens and logits."""
+        size, max_blocks = inputs.rows.shape[0], self._runner.state.max_blocks
+        starts = self._starts[: size + 1]
+        step = self._runner.prepare(inputs.rows, starts, inputs.token_ids, max_blocks, inputs.new_blocks)
+        hidden = self._forward(step, starts, [1] * size, size, cascade)
+        return self._sample(hidden, inputs.rows, step.seq_lens)
+
+    def decode_cascade(self, inputs: tuple[DecodeInputs, CascadeInputs]) -> tuple[Tensor, Tensor]:
+        """As `decode`, where some rows share prefixes."""
+        return self.decode(*inputs)
+
+    def prompts(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+        """A whole step with prompts, its new rows and blocks in place."""
+        step = self._runner.prepare(
+            inputs.rows, inputs.query_start_loc, inputs.token_ids, self._runner.state.max_blocks
+        )
+        lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
+        hidden = self._forward(step, inputs.query_start_loc, lens, num_decodes=0, cascade=None)
+        hidden = take_rows(hidden, inputs.sampled_from)
+        return self._sample(hidden, inputs.sampled_rows, inputs.sampled_positions)
+
+    def _forward(
+        self,
+        inputs: StepInputs,
+        query_start_loc: Tensor,
+        query_lens: list[int],
+        num_decodes: int,
+        cascade: CascadeInputs | None,
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden_size], without the host: every size comes from shapes."""
+        max_len = self._runner.state.max_blocks * self._runner.block_size
+        meta = AttentionMetadata(
+            query_start_loc=query_start_loc,
+            seq_lens=inputs.seq_lens,
+            block_table=inputs.block_table,
+            slot_mapping=inputs.slot_mapping,
+            num_decodes=num_decodes,
+            num_reqs=len(query_lens),
+            max_query_len=max(query_lens),
+            max_seq_len=max_len,
+            query_lens_host=query_lens,
+            seq_lens_host=[max_len] * len(query_lens),
+            cascade=cascade,
+        )
+        return self._runner.run_model(inputs, meta)
+
+    def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._runner.model.compute_logits(hidden)
+        return self._runner.sampler.sample_captured(logits, rows, positions), logits
+
+
+def runs_before_capture(config: ResolvedConfig) -> bool:
+    """NCCL connects at the first sum, and torch.compile compiles what it is about to run."""
+    return config.tensor_parallel_size > 1 or config.compilation == "inductor"
+
+
+@torch.inference_mode()
+def compile_ahead(runner: ModelRunner, config: ResolvedConfig, captures_prompts: bool) -> None:
+    """Compile, side by side, most kernels of large steps, be they captured or not. No request must be there yet."""
+    if runs_before_capture(config):
+        return
+    steps = CapturedSteps(runner, config.max_num_seqs)
+    decode_layout, prompt_layout = DecodeLayout(config.max_num_seqs), PromptLayout()
+    decodes = padding(decode_layout, decode_layout.sizes[-1], runner.device)
+    prompts = padding(prompt_layout, prompt_layout.largest, runner.device)
+    cascades = []
+    if runner.cascade_items is not None:
+        layout, sizes = CascadeLayout(decode_layout, runner.cascade_items), decode_layout.sizes
+        few = max(size for size in sizes if size <= 16)  # for these, kernels have another shape
+        cascades = [padding(layout, size, runner.device) for size in sorted({few, sizes[-1]})]
+
+    def run() -> None:
+        _, logits = steps.decode(decodes)
+        for inputs in cascades:
+            steps.decode_cascade(inputs)
+        some = decodes.rows[:64]
+        runner.sampler.sample_captured(logits[:64].float(), some, some)  # as of rows whose logits are edited
+        if captures_prompts:
+            steps.prompts(prompts)
+
+    with dependent_launch(config.dependent_launch):
+        compile_kernels(run, runner.device)

@@ -1,0 +1,116 @@
+"""GraphRunner: steps replayed from CUDA graphs where there is one, and left to a ModelRunner where there is none.
+
+Owns the choice, the graphs, and what is queued behind a replay for rows that ask for more than a graph does. Invariant:
+tokens are those of the ModelRunner alone, whose model, cache and rows the graphs use.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.kernels.dependent_launch import dependent_launch
+from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture
+from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
+from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
+from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
+from nanovllm.runner.model_runner import ModelRunner, PendingTokens, seq_lens_of
+from nanovllm.sampling.state import upload
+
+# Of the layers' weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
+LIGHT_BYTES = 8 * 2**30
+
+
+class GraphRunner:
+    def __init__(self, runner: ModelRunner, config: ResolvedConfig, model_config: ModelConfig) -> None:
+        """Captures the largest decode step; the other steps are captured when they first come."""
+        self._runner = runner
+        self.model, self.device, self.num_blocks = runner.model, runner.device, runner.num_blocks
+        self._dependent_launch = config.dependent_launch
+        self._captures_prompts = can_capture_prompts(model_config)
+        # Of the layers alone: their share is the same on every rank, and all ranks must decide alike.
+        weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.layers.parameters())
+        self._splits_prompts = self._captures_prompts and weight_bytes <= LIGHT_BYTES
+        self._decodes = DecodeLayout(config.max_num_seqs)
+        self._prompts = PromptLayout()
+        steps = CapturedSteps(runner, config.max_num_seqs)
+        how = config.overlap_depth + 1, runner.device, GraphPool(runner.device), runs_before_capture(config)
+        self._decode_graphs = StepGraphs(steps.decode, self._decodes, config.max_num_seqs, *how)
+        self._prompt_graphs = StepGraphs(steps.prompts, self._prompts, self._prompts.largest, *how)
+        if runner.cascade_items is not None:
+            cascades = CascadeLayout(self._decodes, runner.cascade_items)
+            self._cascade_graphs = StepGraphs(steps.decode_cascade, cascades, config.max_num_seqs, *how)
+        with dependent_launch(self._dependent_launch):
+            self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+
+    @torch.inference_mode()
+    def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
+        """Queue one step."""
+        with dependent_launch(self._dependent_launch):
+            self._runner.state.enter(plan)
+            parts = self._parts(plan)
+            if parts is None:
+                return self._run(plan)
+            rest = self._run(parts.rest)
+            return PendingParts(self._run(parts.own), rest, parts.is_own_token)
+
+    def _parts(self, plan: SchedulerOutput) -> StepParts | None:
+        """Two parts, if the decodes can have their CUDA graph by themselves and not with what runs beside them.
+
+        That is requests that capture hidden states; or prompts, which are captured, but not beside so many requests or
+        such long ones. There, reading the weights twice takes less time than launching every kernel, if they are few.
+        """
+        num_prompt_tokens = len(plan.token_ids) - plan.num_decodes
+        if plan.capture_layers:
+            parts = split(plan, [row in plan.capture_layers for row in plan.rows])
+        elif (
+            self._splits_prompts
+            and plan.num_decodes
+            and 0 < num_prompt_tokens <= self._prompts.num_tokens[-1]
+            and self._prompts.size(plan) is None
+        ):
+            new_rows = {new.row for new in plan.new_rows}
+            parts = split(plan, [i >= plan.num_decodes or row in new_rows for i, row in enumerate(plan.rows)])
+            if parts.own.prompt_logprobs or self._prompts.size(parts.own) is None:
+                return None
+        else:
+            return None
+        is_decode = bool(parts.rest.rows) and self._decodes.size(parts.rest) is not None
+        return parts if is_decode and not parts.rest.prompt_logprobs else None
+
+    def _run(self, plan: SchedulerOutput) -> PendingTokens:
+        if plan.prompt_logprobs or plan.capture_layers:  # these need hidden states, and a graph leaves none
+            return self._runner.run(plan)
+        self._runner.state.sampling.upload()
+        if (size := self._decodes.size(plan)) is not None:
+            graphs = self._cascade_graphs if plan.shared_prefixes else self._decode_graphs
+            return self._finish(plan, *graphs.run(size, plan))
+        if self._captures_prompts and (prompt_size := self._prompts.size(plan)) is not None:
+            self._runner.stage(plan)
+            return self._finish(plan, *self._prompt_graphs.run(prompt_size, plan))
+        return self._runner.run(plan)
+
+    def _finish(self, plan: SchedulerOutput, tokens: Tensor, logits: Tensor) -> PendingTokens:
+        """Queue what a graph cannot do for some rows, edits of logits and log-probabilities, behind its replay.
+
+        tokens, logits: as the graph left them, padding's behind the others.
+        """
+        runner = self._runner
+        num_sampled = sum(plan.num_samples)
+        tokens, logits = tokens[:num_sampled], logits[:num_sampled]
+        if runner.state.sampling.is_plain(plan.rows):
+            return runner.read_back(tokens)
+        sampled = np.flatnonzero(plan.num_samples)
+        rows_host, positions_host = np.array(plan.rows)[sampled], seq_lens_of(plan)[sampled]
+        edited = np.flatnonzero(runner.sampler.needs_edits(rows_host, positions_host))
+        if len(edited):
+            rows, positions = upload(np.stack((rows_host, positions_host)).astype(np.int32), runner.device).unbind(0)
+            runner.sampler.redraw(logits, tokens, edited, rows_host, rows, positions_host, positions)
+        logprobs = runner.sampler.logprobs(logits, tokens, rows_host)
+        return runner.read_back(tokens, logprobs, failures=runner.sampler.take_failures(rows_host))
+
+
+def can_capture_prompts(model_config: ModelConfig) -> bool:
+    """Where rotation depends on the context, what a prompt's tokens are told does not fit into a captured step."""
+    return model_config.length_dependent_from is None and model_config.long_from is None
