@@ -259,7 +259,7 @@ def load_hugging_face(config: EngineConfig, dtype: str) -> Any:
     hf_config = transformers.AutoConfig.for_model(checkpoint.config["model_type"], **fields)
     model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype))
     if config.load_format != "dummy":
-        missing, unexpected = model.load_state_dict(dict(checkpoint.tensors()), strict=False)
+        missing, unexpected = model.load_state_dict(dict(checkpoint.tensors(getattr(torch, dtype))), strict=False)
         missing = [name for name in missing if not (name == "lm_head.weight" and hf_config.tie_word_embeddings)]
         if missing or unexpected:
             raise ValueError(f"{config.model}: Hugging Face's model misses {missing} and does not know {unexpected}")

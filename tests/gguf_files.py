@@ -126,8 +126,15 @@ _ARCHITECTURE_OF_HF = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3moe",
     "MixtralForCausalLM": "llama",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "GraniteForCausalLM": "granite",
+    "Olmo2ForCausalLM": "olmo2",
+    "OlmoeForCausalLM": "olmoe",
+    "SmolLM3ForCausalLM": "smollm3",
 }
+_PERMUTED = ("llama", "granite", "smollm3")
 
 
 def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quantized] | None = None) -> Path:
@@ -144,9 +151,9 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
         assert name is not None, hf_tensor_name
         for module, num_heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
-            if architecture == "llama" and f".{module}." in name:
+            if architecture in _PERMUTED and f".{module}." in name:
                 tensor = permute(tensor, hf[num_heads])
-        if architecture == "gemma3" and name.endswith("norm.weight"):
+        if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
         if quantize is not None and tensor.ndim > 1 and "ffn_gate_inp" not in name:
             blocks, kind = quantize(name, tensor)
@@ -187,6 +194,13 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(rope["rope_theta"], head_dim, rope["factor"]))
+    elif rope["rope_type"] == "longrope":
+        for name in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
+        original = hf["original_max_position_embeddings"]
+        factor = hf["max_position_embeddings"] / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(factor) / math.log(original)))
+        writer.add_rope_scaling_orig_ctx_len(original)
     elif rope["rope_type"] != "default":
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
@@ -201,6 +215,16 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_sliding_window(hf["sliding_window"])
         if hf["final_logit_softcapping"]:
             writer.add_final_logit_softcapping(hf["final_logit_softcapping"])
+        if hf.get("attn_logit_softcapping"):
+            writer.add_attn_logit_softcapping(hf["attn_logit_softcapping"])
+    if hf["model_type"] == "phi3":
+        writer.add_sliding_window(hf["sliding_window"] or 0)
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+    if "residual_multiplier" in hf:
+        writer.add_attention_scale(hf["attention_multiplier"])
+        writer.add_embedding_scale(hf["embedding_multiplier"])
+        writer.add_residual_scale(hf["residual_multiplier"])
+        writer.add_logit_scale(hf["logits_scaling"])
 
 
 def random_blocks(kind: Quantization, shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:

@@ -132,7 +132,7 @@ def _load_model(
         with tqdm(  # None: shown on a terminal
             desc="Loading weights", total=num_tensors, unit=" tensors", disable=None if is_shown else True
         ) as progress:
-            load_weights(model, checkpoint.tensors(), progress.update)
+            load_weights(model, checkpoint.tensors(dtype), progress.update)
     model.requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, LinearBase):

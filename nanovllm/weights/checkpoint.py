@@ -29,8 +29,11 @@ class Checkpoint(Protocol):
     config: dict[str, Any]
     generation_config: dict[str, Any]
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (Hugging Face name, CPU tensor), each name once. Never write to one: it may be the file itself."""
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (Hugging Face name, CPU tensor), each name once. Never write to one: it may be the file itself.
+
+        dtype: of numbers that have to be computed first; others come as they are stored.
+        """
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what `tensors` does as tensors of the meta device: names, shapes and dtypes, and nothing is read."""
@@ -72,7 +75,7 @@ class SafetensorsCheckpoint:
         self._files = files
         _check_tensor_names(path, files)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -80,7 +83,7 @@ class SafetensorsCheckpoint:
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
         # A mapped tensor takes no memory before somebody looks at its numbers.
-        return ((name, tensor.to("meta")) for name, tensor in self.tensors())
+        return ((name, tensor.to("meta")) for name, tensor in self.tensors(torch.float32))
 
 
 def _weight_files(folder: Path) -> list[Path]:

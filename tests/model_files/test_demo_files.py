@@ -84,7 +84,7 @@ def test_weights_equal_those_of_transformers(path: Path, checkpoint: Checkpoint)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     expected = model.state_dict()
     num_read = 0
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in checkpoint.tensors(torch.float32):
         assert torch.equal(tensor, expected.pop(name)), name
         num_read += 1
     assert num_read == 272

@@ -1,8 +1,10 @@
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nanovllm.model_files.gguf_cuts import CUTS
 from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
 from tests.gguf_files import byte_level_keys, sentencepiece_keys, write_gguf
 
@@ -29,11 +31,49 @@ def test_byte_level_merges_and_special_tokens(tmp_path: Path) -> None:
         ("gpt-2", "e\u0301", ["e", "Ì", "ģ"]),
         ("llama-bpe", "12  3", ["<bos>", "12", "Ġ", "Ġ", "3"]),
         ("tekken", "12  3", ["<bos>", "1", "2", "Ġ", "Ġ", "3"]),
+        ("smaug-bpe", "12  3", ["12", "Ġ", "Ġ", "3"]),
+        ("deepseek-coder", "12\n3", ["1", "2", "Ċ", "3"]),
+        ("deepseek-llm", "12 hello", ["12", "Ġ", "hello"]),
+        ("falcon3", "12", ["<bos>", "12"]),
+        ("superbpe", "0124", ["0", "12", "4"]),
+        ("gpt-4o", "hello'll12", ["hello", "'", "ll", "12"]),
     ],
 )
 def test_cuts(tmp_path: Path, pre: str, text: str, tokens: list[str]) -> None:
     tokenizer, _ = _build(tmp_path, byte_level_keys(pre))
     assert tokenizer.encode(text).tokens == tokens
+
+
+@pytest.mark.parametrize("pre", [*CUTS])
+def test_every_cut_keeps_the_text(tmp_path: Path, pre: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer, _ = _build(tmp_path, byte_level_keys(pre))
+    for text in (
+        "Hello  wörld's 1234567 tests!\n\n\t日本語テキスト, नमस्ते مرحبا",
+        " x\r\n  y ",
+        "ÀÉ DŽ ﬁ 🦙🦙",
+        "def f(x):\n    return x**2\n",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_file_that_does_not_name_its_cut(tmp_path: Path) -> None:
+    """It is read as llama.cpp reads it, and says so; Qwen's cut follows from the architecture."""
+    with pytest.warns(UserWarning, match=r"t\.gguf does not say how .* give its tokenizer with tokenizer="):
+        tokenizer, _ = _build(tmp_path, byte_level_keys(None))  # type: ignore[arg-type]
+    assert tokenizer.encode("1234 a").tokens == ["12", "3", "4", "Ġ", "a"]
+    keys = byte_level_keys(None)  # type: ignore[arg-type]
+    tokenizer, _ = build_gguf_tokenizer(write_gguf(tmp_path / "q.gguf", "qwen2", keys, {}))
+    assert tokenizer.encode("12 e\u0301").tokens == ["1", "2", "Ġ", "Ã", "©"]
+
+
+@pytest.mark.parametrize("kind, extra", [(3, {"unknown_token_id": 0}), (2, {}), (3, {}), (1, {"unknown_token_id": 0})])
+def test_the_unknown_token_may_be_of_any_type(tmp_path: Path, kind: int, extra: dict[str, int]) -> None:
+    keys = sentencepiece_keys(**extra)
+    keys["tokenizer.ggml.token_type"][0] = kind
+    tokenizer, _ = _build(tmp_path, keys)
+    assert tokenizer.encode("abc").tokens == ["<s>", "▁abc"]
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
@@ -71,8 +111,7 @@ def test_runs_of_spaces_that_are_tokens_by_themselves(tmp_path: Path) -> None:
 def test_unknown_kinds_are_refused_by_name(tmp_path: Path) -> None:
     """W1: nothing that is only similar is used."""
     for keys, name in (
-        (byte_level_keys("deepseek-llm"), "'deepseek-llm'"),
-        (byte_level_keys(None), "None"),  # type: ignore[arg-type]
+        (byte_level_keys("kimi-k2"), "'kimi-k2'"),
         (byte_level_keys(model="rwkv"), "'rwkv'"),
     ):
         with pytest.raises(NotImplementedError, match=f"{name}.*tokenizer="):

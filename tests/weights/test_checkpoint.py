@@ -41,14 +41,14 @@ def test_single_file(folder: Path) -> None:
     assert checkpoint.path == folder
     assert checkpoint.config == {"model_type": "llama"}
     assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
-    ((name, tensor),) = checkpoint.tensors()
+    ((name, tensor),) = checkpoint.tensors(torch.float32)
     assert name == "a" and torch.equal(tensor, torch.arange(6.0).reshape(2, 3))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_tensors_are_the_mapped_file_itself(folder: Path) -> None:
     save_file({"a": torch.zeros(1000), "b": torch.ones(3)}, folder / "model.safetensors")
-    for _, tensor in _open(folder).tensors():
+    for _, tensor in _open(folder).tensors(torch.float32):
         mapped = [
             range(*(int(address, 16) for address in line.split()[0].split("-")))
             for line in Path("/proc/self/maps").read_text().splitlines()
@@ -61,7 +61,7 @@ def test_tensors_are_the_mapped_file_itself(folder: Path) -> None:
 def test_shards(sharded: Path, has_index: bool) -> None:
     if not has_index:
         (sharded / INDEX).unlink()
-    tensors = dict(_open(sharded).tensors())
+    tensors = dict(_open(sharded).tensors(torch.float32))
     assert {name: tensor.unique().tolist() for name, tensor in tensors.items()} == {"t1": [1.0], "t2": [2.0]}
 
 
@@ -80,7 +80,7 @@ def test_one_file_wins_over_what_an_earlier_save_left(sharded: Path, has_shards:
     save_file({"t1": torch.full((2, 3), 9.0)}, sharded / "model.safetensors")
     for shard in sharded.glob("model-*"):
         shard.unlink() if not has_shards else None
-    tensors = dict(_open(sharded).tensors())
+    tensors = dict(_open(sharded).tensors(torch.float32))
     assert {name: tensor.unique().tolist() for name, tensor in tensors.items()} == {"t1": [9.0]}
 
 
@@ -90,7 +90,7 @@ def test_index_that_disagrees_with_its_shards(sharded: Path) -> None:
     index["weight_map"] |= {"t3": "model-00001-of-00002.safetensors", "t2": "model-00001-of-00002.safetensors"}
     index["weight_map"]["t1"] = "model-00002-of-00002.safetensors"
     (sharded / INDEX).write_text(json.dumps(index))
-    assert set(dict(_open(sharded).tensors())) == {"t1", "t2"}
+    assert set(dict(_open(sharded).tensors(torch.float32))) == {"t1", "t2"}
     save_file({"t1": torch.zeros(1)}, sharded / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="tensor t1 is in both"):
         _open(sharded)
@@ -108,7 +108,7 @@ def test_index_that_leads_out_of_its_folder_is_refused_before_a_file_is_opened(f
 def test_headers_are_what_tensors_gives_without_the_numbers(sharded: Path) -> None:
     headers = dict(_open(sharded).headers())
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in headers.items()} == {
-        name: (tensor.shape, tensor.dtype) for name, tensor in _open(sharded).tensors()
+        name: (tensor.shape, tensor.dtype) for name, tensor in _open(sharded).tensors(torch.float32)
     }
     assert all(tensor.is_meta for tensor in headers.values())
 
@@ -145,7 +145,7 @@ def test_broken_config(tmp_path: Path) -> None:
 def test_dummy_reads_the_config_only(folder: Path) -> None:
     checkpoint = _open(folder, "dummy")
     assert checkpoint.config == {"model_type": "llama"}
-    assert list(checkpoint.tensors()) == []
+    assert list(checkpoint.tensors(torch.float32)) == []
 
 
 def test_formats(folder: Path) -> None:
@@ -158,7 +158,7 @@ def test_formats(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"m\.gguf is a GGUF file"):
         _open(gguf_path, "safetensors")
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    assert [name for name, _ in _open(folder).tensors()] == ["a"]
+    assert [name for name, _ in _open(folder).tensors(torch.float32)] == ["a"]
     assert isinstance(_open(folder, "gguf"), GGUFCheckpoint)
     write_gguf(folder / "n.gguf", "llama", metadata("llama"), tiny_tensors())
     with pytest.raises(ValueError, match=r"several GGUF files \(m\.gguf, n\.gguf\)"):

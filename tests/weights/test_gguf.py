@@ -1,3 +1,7 @@
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,8 @@ import pytest
 import torch
 
 from nanovllm.model_files.gguf_file import TensorInfo
-from nanovllm.weights.gguf import GGUFCheckpoint, dequantize
+from nanovllm.weights.gguf import GGUFCheckpoint
+from nanovllm.weights.gguf_blocks import dequantize
 from tests.gguf_files import (
     HEAD_DIM,
     HIDDEN,
@@ -22,10 +27,9 @@ from tests.gguf_files import (
     write_gguf,
 )
 
-UNPACKED_HERE = [Quantization.Q4_0, Quantization.Q4_1, Quantization.Q8_0]
+UNPACKED_HERE = [Quantization[name] for name in "Q4_0 Q4_1 Q8_0 Q4_K Q5_K Q6_K".split()]
 UNPACKED_BY_GGUF = [
-    Quantization[name]
-    for name in "Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 IQ2_XXS IQ2_S IQ3_S IQ4_NL IQ4_XS MXFP4".split()
+    Quantization[name] for name in "Q5_0 Q5_1 Q2_K Q3_K TQ1_0 TQ2_0 IQ2_XXS IQ2_S IQ3_S IQ4_NL IQ4_XS MXFP4".split()
 ]
 
 
@@ -40,7 +44,7 @@ def _checkpoint(tmp_path: Path, architecture: str = "llama", **options: Any) -> 
 def test_round_trip(tmp_path: Path, architecture: str, quantization: Quantization | None) -> None:
     """Names, shapes, values and the row order of queries and keys; only `llama` files have those permuted."""
     written = tiny_tensors()
-    read = dict(_checkpoint(tmp_path, architecture, quantization=quantization).tensors())
+    read = dict(_checkpoint(tmp_path, architecture, quantization=quantization).tensors(torch.float32))
     assert set(read) == {hf_name(name) for name in written}
     for name, values in written.items():
         if quantization is not None and values.ndim == 2:
@@ -62,7 +66,7 @@ def test_row_order_of_one_head(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tensors = dict(GGUFCheckpoint(path).tensors())
+    tensors = dict(GGUFCheckpoint(path).tensors(torch.float32))
     expected = [
         head * HEAD_DIM + 2 * pair + half for head in range(4) for half in (0, 1) for pair in range(HEAD_DIM // 2)
     ]
@@ -131,7 +135,7 @@ def test_untied_head_and_dtype(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path, tensors={"output.weight": head}, quantization=Quantization.F16)
     assert not checkpoint.config["tie_word_embeddings"]
     assert checkpoint.config["dtype"] == "float16"
-    assert torch.equal(dict(checkpoint.tensors())["lm_head.weight"], torch.from_numpy(head).half())
+    assert torch.equal(dict(checkpoint.tensors(torch.float32))["lm_head.weight"], torch.from_numpy(head).half())
     assert _checkpoint(tmp_path, quantization=Quantization.Q4_1).config["dtype"] == "bfloat16"
 
 
@@ -168,7 +172,7 @@ def test_llama3_scaling_is_recognized(tmp_path: Path, factor: float) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    assert not any("rope" in name for name, _ in checkpoint.tensors())
+    assert not any("rope" in name for name, _ in checkpoint.tensors(torch.float32))
 
 
 def test_other_frequency_divisors_are_refused(tmp_path: Path) -> None:
@@ -199,25 +203,27 @@ def test_what_would_change_the_result_is_refused_by_name(tmp_path: Path, changes
 
 def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
     """W1"""
-    with pytest.raises(NotImplementedError, match=r"qwen2\.expert_count = 8 is not supported"):
+    with pytest.raises(NotImplementedError, match=r"qwen2\.expert_count = 8 is not understood"):
         _checkpoint(tmp_path, "qwen2", changes={"expert_count": 8})
     with pytest.raises(ValueError, match=r"llama\.expert_used_count is missing"):
         _checkpoint(tmp_path, changes={"expert_count": 8})
     one_tensor_each = {"blk.0.ffn_gate.0.weight": np.zeros((4, 4), np.float32)}  # llama.cpp before spring 2024
     checkpoint = _checkpoint(tmp_path, changes={"expert_count": 1, "expert_used_count": 1}, tensors=one_tensor_each)
     with pytest.raises(ValueError, match=r"tensor blk\.0\.ffn_gate\.0\.weight has no place in a Mixtral"):
-        list(checkpoint.tensors())
+        list(checkpoint.tensors(torch.float32))
     flat = {"blk.0.ffn_gate_exps.weight": np.zeros((4, 4), np.float32)}
     checkpoint = _checkpoint(tmp_path, changes={"expert_count": 1, "expert_used_count": 1}, tensors=flat)
     with pytest.raises(ValueError, match=r"ffn_gate_exps\.weight of shape \(4, 4\) does not hold experts"):
-        list(checkpoint.tensors())
+        list(checkpoint.tensors(torch.float32))
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     """W1"""
-    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, qwen3moe, gemma3"):
+    with pytest.raises(
+        NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, qwen3moe, gemma2, gemma3"
+    ):
         _checkpoint(tmp_path, "mamba")
-    with pytest.raises(NotImplementedError, match=r"one of 3 GGUF shards.*llama-gguf-split --merge"):
+    with pytest.raises(ValueError, match=r"split\.count is 3, but by its name it is one of 1 files"):
         _checkpoint(tmp_path, keys={"split.count": 3})
     with pytest.raises(NotImplementedError, match="'adapter', not a model"):
         _checkpoint(tmp_path, keys={"general.type": "adapter"})
@@ -227,7 +233,130 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_unexpected_tensor_is_named(tmp_path: Path) -> None:
     """W3"""
-    for name in ("blk.0.ffn_gate_inp.weight", "rope_factors_long.weight"):
+    with pytest.raises(NotImplementedError, match=r"rope_factors_long\.weight is not supported for llama"):
+        _checkpoint(tmp_path, tensors={"rope_factors_long.weight": np.zeros((4, 4), np.float32)})
+    for name in ("blk.0.ffn_gate_inp.weight", "cls.output.weight"):
         checkpoint = _checkpoint(tmp_path, tensors={name: np.zeros((4, 4), np.float32)})
         with pytest.raises(ValueError, match=f"tensor {name} has no place in a LlamaForCausalLM"):
-            list(checkpoint.tensors())
+            list(checkpoint.tensors(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "architecture, changes",
+    [
+        ("qwen3", {"expert_feed_forward_length": 0, "expert_shared_feed_forward_length": 0, "expert_count": 0}),
+        ("llama", {"attention__sliding_window": 0, "logit_scale": 1.0, "attention__clamp_kqv": 0.0}),
+        ("qwen2", {"attention__causal": True, "rope__scaling__attn_factor": 1.0, "leading_dense_block_count": 0}),
+    ],
+)
+def test_keys_that_say_that_something_is_not_there_are_read(
+    tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    _checkpoint(tmp_path, architecture, changes=changes)
+    for name in changes:
+        with pytest.raises(NotImplementedError, match=name.replace("__", r"\.")):
+            _checkpoint(tmp_path, architecture, changes={**changes, name: 3.0})
+
+
+def test_yarn_betas_are_read(tmp_path: Path) -> None:
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 64}
+    betas = {"rope__scaling__yarn_beta_fast": 32.0, "rope__scaling__yarn_beta_slow": 2.0}
+    scaling = _checkpoint(tmp_path, changes={**yarn, **betas}).config["rope_scaling"]
+    assert scaling["beta_slow"] == 2.0 and "beta_fast" not in scaling
+
+
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("attention.head_count", (0, "x")),
+        ("embedding_length", ("64", 63)),
+        ("block_count", ("x", 2.5, True)),
+        ("rope.freq_base", ("x", float("nan"), float("inf"))),
+        ("rope.scaling.type", (3,)),
+    ],
+)
+def test_metadata_that_cannot_be_are_refused_by_name(tmp_path: Path, key: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"m\.gguf.*{re.escape(key)}"):
+            _checkpoint(tmp_path, changes={key.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization.Q8_0])
+def test_a_model_in_several_files(tmp_path: Path, quantization: Quantization | None) -> None:
+    """As llama-gguf-split writes them: any of them names the model; none may be missing or renamed."""
+    tensors = tiny_tensors()
+    names = sorted(tensors)
+    paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for number, path in enumerate(paths):
+        keys = {"split.no": number, "split.count": 3, "split.tensors.count": len(names)}
+        part = {name: tensors[name] for name in names[number::3]}
+        write_gguf(path, "llama", keys | (metadata("llama") if number == 0 else {}), part, quantization)
+    whole = write_gguf(tmp_path / "whole.gguf", "llama", metadata("llama"), tensors, quantization)
+    expected = dict(GGUFCheckpoint(whole).tensors(torch.float32))
+    for path in paths:
+        read = dict(GGUFCheckpoint(path).tensors(torch.float32))
+        assert read.keys() == expected.keys()
+        assert all(torch.equal(read[name], expected[name]) for name in expected)
+    paths[1].rename(tmp_path / "x.gguf")
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf is missing beside m-00003"):
+        GGUFCheckpoint(paths[2])
+    with pytest.raises(ValueError, match=r"x\.gguf: split.count is 3, but by its name it is one of 1"):
+        GGUFCheckpoint(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("kind", UNPACKED_HERE + UNPACKED_BY_GGUF[:4], ids=lambda kind: kind.name)
+def test_numbers_in_the_dtype_of_the_model_are_rounded_once(kind: Quantization) -> None:
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(kind).integers(0, 256, (700, 3 * block_bytes), dtype=np.uint8)
+    info = TensorInfo("t", (700, 3 * block_size), kind, 0, rows.size)
+    with ThreadPoolExecutor(2) as threads, np.errstate(all="ignore"):
+        read = dequantize(rows, info, torch.bfloat16, threads)
+        exact = dequantize(rows, info)
+    assert torch.equal(read.nan_to_num(), exact.bfloat16().nan_to_num())
+    assert torch.equal(read.isnan(), exact.isnan())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_keeps_neither_file_nor_numbers_in_memory(tmp_path: Path) -> None:
+    """What is resident beside one tensor's numbers stays small, though file and numbers are 30 and 100 MB."""
+    shape, kind = (4096, 1024), Quantization.Q4_K
+    rows = np.zeros((shape[0], shape[1] // 256 * 144), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in metadata("llama", embedding_length=1024).items():
+        writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
+    for name in ("token_embd.weight", *(f"blk.{layer}.ffn_up.weight" for layer in range(11))):
+        writer.add_tensor(name, rows, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    before, taken = _resident(), []
+    for _, tensor in checkpoint.tensors(torch.bfloat16):
+        taken.append(_resident() - before - tensor.nbytes)
+    assert max(taken) < 25e6
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "tokens, keys, ends",
+    [
+        (["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"], {"eos_token_id": 0}, [0, 1, 2]),
+        (["<|endoftext|>", "<|im_end|>"], {"eos_token_id": 0}, [0, 1]),
+        (["<|endoftext|>", "<|im_end|>"], {"eos_token_id": 1}, 1),
+        (["<eos>", "<end_of_turn>", "</s>"], {"eos_token_id": 0}, [0, 1]),  # </s> is a tag of HTML there
+        (["<|return|>", "<|end|>", "<|call|>"], {"eos_token_id": 0}, [0, 2]),
+        (["a", "</s>"], {}, 1),
+        (["a", "b"], {"eos_token_id": 0, "eot_token_id": 1}, [0, 1]),
+    ],
+)
+def test_ends_of_turns_are_known_by_their_names(
+    tmp_path: Path, tokens: list[str], keys: dict[str, int], ends: Any
+) -> None:
+    named = {"model": "gpt2", "tokens": tokens, "token_type": [3] * len(tokens), **keys}
+    checkpoint = _checkpoint(tmp_path, keys={f"tokenizer.ggml.{key}": value for key, value in named.items()})
+    assert checkpoint.generation_config["eos_token_id"] == ends

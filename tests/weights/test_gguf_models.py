@@ -66,6 +66,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9},
+            **{"final_logit_softcapping": 20.0, "attn_logit_softcapping": 3.0, "rope_theta": 10000.0},
+        },
+    ),
+    "phi3-window": ("Phi3ForCausalLM", {"hidden_size": 64, "sliding_window": 7}),
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        {
+            **{"hidden_size": 64, "max_position_embeddings": 64, "original_max_position_embeddings": 16},
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+                **{"short_factor": [1.0, 1.25, 1.5, 1.5, 1.75, 2.0], "long_factor": [1.0, 2.0, 4.0, 5.0, 6.0, 8.0]},
+            },
+        },
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.25, "logits_scaling": 5.0},
+            **{"attention_multiplier": 0.5, "tie_word_embeddings": True},
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "smollm3": ("SmolLM3ForCausalLM", {"num_hidden_layers": 4, "rope_theta": 2000000.0}),
     "qwen3-tied": ("Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
 }
 QUANTIZATIONS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()

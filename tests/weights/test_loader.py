@@ -32,7 +32,7 @@ def new_model(folder: Path, tp: TensorParallel | None = None) -> tuple[Any, dict
     dict(model.slots())  # makes the weights
     for parameter in model.parameters():
         parameter.data.fill_(NAN)
-    return model, dict(checkpoint.tensors())
+    return model, dict(checkpoint.tensors(torch.float32))
 
 
 @pytest.fixture(scope="module")
