@@ -318,13 +318,13 @@ def test_numbers_in_the_dtype_of_the_model_are_rounded_once(kind: Quantization) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_keeps_neither_file_nor_numbers_in_memory(tmp_path: Path) -> None:
-    """What is resident beside one tensor's numbers stays small, though file and numbers are 30 and 100 MB."""
+    """What is resident beside one tensor's numbers stays small, though file and numbers are 75 and 270 MB."""
     shape, kind = (4096, 1024), Quantization.Q4_K
     rows = np.zeros((shape[0], shape[1] // 256 * 144), np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     for key, value in metadata("llama", embedding_length=1024).items():
         writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
-    for name in ("token_embd.weight", *(f"blk.{layer}.ffn_up.weight" for layer in range(11))):
+    for name in ("token_embd.weight", *(f"blk.{layer}.ffn_up.weight" for layer in range(31))):
         writer.add_tensor(name, rows, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -334,7 +334,7 @@ def test_reading_keeps_neither_file_nor_numbers_in_memory(tmp_path: Path) -> Non
     before, taken = _resident(), []
     for _, tensor in checkpoint.tensors(torch.bfloat16):
         taken.append(_resident() - before - tensor.nbytes)
-    assert max(taken) < 25e6
+    assert max(taken) < 50e6
 
 
 def _resident() -> int:
