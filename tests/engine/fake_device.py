@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from nanovllm.cache_specs import PagedKV
 from nanovllm.engine.block_pool import BlockPool
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.grouped_cache import GroupedCache
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
@@ -31,14 +33,24 @@ def next_token(history: Sequence[bytes]) -> int:
     return int.from_bytes(blake2b(b"".join(history), digest_size=8).digest(), "little") % VOCAB_SIZE
 
 
-def expected_output(prompt: Sequence[int], max_total_tokens: int, stop_token_ids: frozenset[int]) -> list[int]:
-    """What a request must produce, computed alone and without a cache."""
+def seen(spec: PagedKV, num_tokens: int) -> range:
+    """The positions that layers of this kind see behind so many tokens."""
+    return range(0 if spec.window is None else max(0, num_tokens - spec.window), num_tokens)
+
+
+def expected_output(
+    prompt: Sequence[int],
+    max_total_tokens: int,
+    stop_token_ids: frozenset[int],
+    specs: Sequence[PagedKV] = (PagedKV(),),
+) -> list[int]:
+    """What a request must produce, computed alone and without a cache, by a model with these groups of layers."""
     history: list[bytes] = []
     for token_id in prompt:
         history.append(extend_hash(history[-1] if history else b"", token_id))
     output: list[int] = []
     while len(prompt) + len(output) < max_total_tokens:
-        output.append(next_token(history))
+        output.append(next_token([history[i] for spec in specs for i in seen(spec, len(history))]))
         if output[-1] in stop_token_ids:
             break
         history.append(extend_hash(history[-1], output[-1]))
@@ -66,10 +78,16 @@ class Done:
 class FakeDevice:
     """Runs plans in order, at once; keeps its state by row and its KV by slot, as a real worker does.
 
-    The hidden state of a token is its position; the log-probability of a prompt token has its position for its id.
+    specs: of the groups of its layers, with windows of 2 at least; their block tables, each of table_width, lie side by
+    side in a row. The hidden state of a token is its position; the log-probability of a prompt token has its position
+    for its id.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, specs: Sequence[PagedKV], table_width: int
+    ) -> None:
+        self.specs = specs
+        self.table_width = table_width
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.slots: dict[int, bytes] = {}
@@ -94,7 +112,11 @@ class FakeDevice:
             self.num_computed[row] += count
             if num_samples:
                 table = {**self.tables[row], **shared.get(row, {})}
-                context = [self.slots[self._slot(table, position)] for position in range(self.num_computed[row])]
+                context = [
+                    self.slots[self._slot(table, position, group)]
+                    for group, spec in enumerate(self.specs)
+                    for position in seen(spec, self.num_computed[row])
+                ]
                 self.last_token[row] = next_token(context)
                 sampled.append([self.last_token[row]])
         self.num_tokens_per_step.append(len(plan.token_ids))
@@ -136,11 +158,13 @@ class FakeDevice:
                 writes.append((position, row, self.last_token[row] if token_id < 0 else token_id))
         for position, row, token_id in sorted(writes):
             table = self.tables[row]
-            previous = self.slots[self._slot(table, position - 1)] if position else b""
-            self.slots[self._slot(table, position)] = extend_hash(previous, token_id)
+            for group in range(len(self.specs)):
+                previous = self.slots[self._slot(table, position - 1, group)] if position else b""
+                self.slots[self._slot(table, position, group)] = extend_hash(previous, token_id)
 
-    def _slot(self, table: dict[int, int], position: int) -> int:
-        return table[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, table: dict[int, int], position: int, group: int) -> int:
+        place = group * self.table_width + position // self.block_size
+        return table[place] * self.block_size + position % self.block_size
 
     def poison(self, pool: BlockPool) -> None:
         """Make what nobody may read unreadable: blocks that are free and not in the prefix cache."""
@@ -165,15 +189,22 @@ def make_engine(
     enable_prefix_caching: bool = True,
     enable_chunked_prefill: bool = True,
     overlap_depth: int = 1,
+    specs: Sequence[PagedKV] = (PagedKV(),),
+    max_model_len: int = 1024,
 ) -> tuple[Engine, FakeDevice]:
+    is_grouped = list(specs) != [PagedKV()]
+    cache = CacheManager(num_blocks, block_size, enable_prefix_caching)
+    if is_grouped:
+        options = {"max_model_len": max_model_len, "max_step_tokens": max_num_batched_tokens}
+        cache = GroupedCache(num_blocks, block_size, enable_prefix_caching, specs, **options)
     scheduler = Scheduler(
-        CacheManager(num_blocks, block_size, enable_prefix_caching),
+        cache,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_chunked_prefill=enable_chunked_prefill,
-        shared_prefixes=SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1),
+        shared_prefixes=None if is_grouped else SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1),
     )
-    device = FakeDevice(num_blocks, block_size, max_num_seqs)
+    device = FakeDevice(num_blocks, block_size, max_num_seqs, specs, -(-max_model_len // block_size))
     return Engine(scheduler, device, OutputProcessor(None), overlap_depth), device
 
 
@@ -212,9 +243,10 @@ def run(engine: Engine) -> None:
         pass
 
 
-def check_output(request: Request) -> None:
+def check_output(request: Request, specs: Sequence[PagedKV] = (PagedKV(),)) -> None:
     prompt = request.token_ids[: request.num_prompt_tokens]
-    assert request.output_token_ids == expected_output(prompt, request.max_total_tokens, request.stop_token_ids)
+    expected = expected_output(prompt, request.max_total_tokens, request.stop_token_ids, specs)
+    assert request.output_token_ids == expected
 
 
 def check_nothing_leaked(engine: Engine) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from nanovllm.cache_specs import CacheGroups, PagedKV
 from nanovllm.engine.request import Request
 from tests.engine.fake_device import VOCAB_SIZE, check_nothing_leaked, check_output, make_engine, make_request
 
@@ -37,10 +38,11 @@ class Witness:
         return np.full((len(constraints), 4), -1, dtype=np.int32)
 
 
-def run_random_workload(seed: int) -> tuple[int, int]:
+def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> tuple[int, int]:
+    """Returns how often it preempted, and how many tokens of prompts the cache held. specs: of the groups of layers."""
     rng = random.Random(seed)
     block_size = rng.choice([2, 4, 8])
-    num_blocks = rng.randint(4, 40)
+    num_blocks = rng.randint(4, 40) * len(specs)
     max_num_seqs = rng.randint(1, 8)
     engine, device = make_engine(
         num_blocks=num_blocks,
@@ -49,8 +51,10 @@ def run_random_workload(seed: int) -> tuple[int, int]:
         max_num_batched_tokens=max_num_seqs + rng.randint(0, 24),
         enable_prefix_caching=rng.random() < 0.8,
         overlap_depth=rng.randint(1, 3),
+        specs=specs,
     )
-    capacity = num_blocks * block_size
+    groups = CacheGroups(tuple(specs), ((0,),) * len(specs))
+    capacity = groups.num_tokens_in(num_blocks, engine.scheduler.max_num_batched_tokens, block_size, limit=320)
     prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, capacity // 2))] for _ in range(3)]
     requests, aborted = [], set()
     arrivals = [rng.randint(0, 40) for _ in range(rng.randint(1, 12))]
@@ -86,16 +90,30 @@ def run_random_workload(seed: int) -> tuple[int, int]:
         assert len(holders) <= max_num_seqs
         assert all(r.num_published_blocks <= len(table) for r in requests for table in r.block_ids or [[]])
         assert all(r.num_uncomputed_tokens <= 1 for r in engine.scheduler.running[:-1]), "only the newest is cut"
+        for request in holders:
+            for spec, table in zip(specs, request.block_ids, strict=True):
+                most = spec.num_blocks(request.num_tokens, engine.scheduler.max_num_batched_tokens, block_size)
+                assert sum(block_id >= 0 for block_id in table) <= most
     assert not engine.has_work(), "the engine does not come to an end"
     for request in requests:
         assert request.is_finished
         if request not in aborted:
-            check_output(request)
+            check_output(request, specs)
             if isinstance(request.constraint, Witness):
                 ends = request.output_token_ids[-1] in request.stop_token_ids
                 assert request.constraint.token_ids == request.output_token_ids[: -1 if ends else None]
     check_nothing_leaked(engine)
     return engine.scheduler.stats.num_preemptions, engine.scheduler.stats.num_prompt_tokens_cached
+
+
+@pytest.mark.parametrize("windows", [(None, 6), (3,), (None, 2, 2), (5, 17), (None, 9, 9, 9)], ids=str)
+def test_random_workloads_with_windows_equal_the_oracle(windows: tuple[int | None, ...]) -> None:
+    """A block that is given back too early is written by others, or unreadable, before the token that needs it."""
+    specs = [PagedKV(window) for window in windows]
+    results = [run_random_workload(seed, specs) for seed in range(200)]
+    if None in windows:  # else everybody fits
+        assert sum(preemptions for preemptions, _ in results) > 20, "the workloads must preempt"
+    assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"
 
 
 @pytest.mark.parametrize("start", range(0, 3000, 300))

@@ -1,0 +1,129 @@
+"""Layers with a window: what has left it is given back, and a prefix is found where what it needs is there."""
+
+import pytest
+
+from nanovllm.cache_specs import PagedKV
+from nanovllm.engine.grouped_cache import NO_BLOCK
+from nanovllm.engine.request import Request
+from tests.engine.fake_device import check_nothing_leaked, check_output, make_engine, make_request, run, steps
+
+SPECS = (PagedKV(), PagedKV(8))  # with blocks of 4
+
+
+def held(request: Request) -> list[int]:
+    """Blocks in each of the request's tables."""
+    return [sum(block_id != NO_BLOCK for block_id in table) for table in request.block_ids]
+
+
+@pytest.mark.parametrize("overlap_depth", [1, 2, 3])
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_long_context_costs_what_its_window_costs(overlap_depth: int, enable_prefix_caching: bool) -> None:
+    engine, device = make_engine(
+        num_blocks=60, specs=SPECS, overlap_depth=overlap_depth, enable_prefix_caching=enable_prefix_caching
+    )
+    request = make_request([i % 97 for i in range(150)], 40)
+    engine.add_request(request)
+    most = 0
+    for _ in steps(engine):
+        device.poison(engine.scheduler.cache.pool)
+        if request.block_ids and request.num_computed_tokens > 156:  # the chunks are behind
+            full, window = held(request)
+            assert full == -(-request.num_computed_tokens // 4)
+            most = max(most, window)
+    assert most == 3, "8 positions lie in 3 blocks at most"
+    check_output(request, SPECS)
+    check_nothing_leaked(engine)
+
+
+def test_a_chunk_holds_its_window_and_itself() -> None:
+    engine, _ = make_engine(num_blocks=100, specs=SPECS, max_num_batched_tokens=16)
+    request = make_request([i % 97 for i in range(100)], 1)
+    engine.add_request(request)
+    for _ in steps(engine):
+        if request.block_ids:
+            full, window = held(request)
+            assert full == 25, "what sees everything has its blocks from the beginning"
+            assert window <= (8 + 16 - 1) // 4 + 1
+    check_output(request, SPECS)
+
+
+def test_a_prefix_needs_all_of_one_group_and_a_window_of_the_other() -> None:
+    engine, _ = make_engine(num_blocks=100, specs=SPECS, max_num_batched_tokens=64)
+    prompt = list(range(42))
+    engine.add_request(make_request(prompt, 1))
+    run(engine)
+    cache = engine.scheduler.cache
+    probe = make_request([*prompt, 90, 91], 1)
+    full, window = cache.find_prefix(probe)
+    assert len(full) == len(window) == 10 and NO_BLOCK not in full
+    assert window[:8] == [NO_BLOCK] * 8 and NO_BLOCK not in window[8:], "the token at 40 sees 33 to 40"
+    forget(cache, window[9])
+    assert [len(table) for table in cache.find_prefix(probe)] == [9, 9], "the one at 36 sees 29 to 36"
+    lost = cache.find_prefix(probe)[1][7]
+    forget(cache, lost)
+    assert [len(table) for table in cache.find_prefix(probe)] == [7, 7]
+    forget(cache, full[2])
+    assert [len(table) for table in cache.find_prefix(probe)] == [2, 2]
+    engine.add_request(probe)
+    run(engine)
+    assert probe.num_cached_tokens == 8
+    check_output(probe, SPECS)
+
+
+def forget(cache, block_id: int) -> None:  # type: ignore[no-untyped-def]
+    del cache.pool._block_of_hash[cache.pool._hashes[block_id]]
+    cache.pool._hashes[block_id] = None
+
+
+def test_what_left_the_window_of_one_who_runs_is_found_while_nobody_needs_its_blocks() -> None:
+    """The short turn: a prompt that ends where the blocks behind the window have been given back."""
+    engine, _ = make_engine(num_blocks=100, specs=SPECS, max_num_batched_tokens=64)
+    running = make_request(list(range(60)), 30)
+    engine.add_request(running)
+    for _ in range(5):
+        engine.step()
+    other = make_request([*range(22), 95], 2)
+    engine.add_request(other)
+    run(engine)
+    assert other.num_cached_tokens == 20
+    for request in (running, other):
+        check_output(request, SPECS)
+    check_nothing_leaked(engine)
+
+
+def test_siblings_without_a_prefix_cache_take_only_what_is_held() -> None:
+    engine, _ = make_engine(num_blocks=200, specs=SPECS, max_num_batched_tokens=64, enable_prefix_caching=False)
+    group = [make_request(list(range(42)), 20, name=str(i)) for i in range(2)]
+    for index, request in enumerate(group):
+        request.index, request.siblings = index, group
+    engine.add_request(group[0])
+    engine.step()
+    assert [len(table) for table in engine.scheduler.cache.find_prefix(group[1])] == [10, 10]
+    for _ in range(12):
+        engine.step()
+    assert [len(table) for table in engine.scheduler.cache.find_prefix(group[1])] == [0, 0], "its window moved on"
+    engine.add_request(group[1])
+    run(engine)
+    for request in group:
+        check_output(request, SPECS)
+
+
+def test_a_pool_that_holds_one_long_request_runs_several_one_after_the_other() -> None:
+    engine, device = make_engine(num_blocks=50 + 12, specs=SPECS, max_num_batched_tokens=32)
+    requests = [make_request([i] * 150, 50, name=str(i)) for i in range(3)]
+    for request in requests:
+        engine.add_request(request)
+    for _ in steps(engine):
+        device.poison(engine.scheduler.cache.pool)
+    for request in requests:
+        check_output(request, SPECS)
+    check_nothing_leaked(engine)
+
+
+def test_blocks_of_other_groups_of_an_entering_row_are_in_the_plan() -> None:
+    engine, device = make_engine(specs=SPECS, max_model_len=64)  # tables of 16 blocks
+    engine.add_request(make_request(range(6), 3))
+    engine.step()
+    (plan,) = device.plans
+    assert plan.new_rows[0].block_ids == [0, 1]
+    assert plan.new_blocks == [(0, 16, 2), (0, 17, 3)]
