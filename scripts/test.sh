@@ -15,6 +15,11 @@ trap 'exit 130' INT
 
 num_workers=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 tests=(env OMP_NUM_THREADS=1 python -m pytest -q -n "$num_workers" --dist worksteal) # a process per core, a thread in each
+# Left out of the fast ones: other processes, Hugging Face's models beside ours, kernels, commands, and long matrices.
+fast=(-m "not slow and not demo_model")
+for left_out in models executor kernels bench cli test_data_parallel.py test_features_pairwise.py test_llm_deterministic.py; do
+    fast+=(--ignore="tests/$left_out")
+done
 interpreter=(tests/kernels/test_*_triton.py tests/runner/graphs/test_captured_steps.py)
 narrow=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell)
 validation=(tests/test_config.py tests/test_sampling_params.py tests/test_llm.py)
@@ -40,7 +45,7 @@ stage "import rules" lint-imports
 if [ $# -gt 0 ] && [ "$1" != --fast ]; then
     stage "tests" python -m pytest "$@"
 elif [ $# -gt 0 ]; then
-    stage "fast tests" "${tests[@]}" -m "not slow and not demo_model" tests
+    stage "fast tests" "${tests[@]}" "${fast[@]}"
 else
     stage "tests" "${tests[@]}"
     stage "without assertions" env PYTHONOPTIMIZE=1 "${tests[@]}" -m "not slow and not demo_model" "${validation[@]}"

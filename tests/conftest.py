@@ -1,8 +1,15 @@
-"""Tests that need a CUDA device are skipped, with the reason, where there is none. SIGINT is as at a terminal."""
+"""Tests that need a CUDA device are skipped, with the reason, where there is none. SIGINT is as at a terminal.
+
+Hypothesis takes no time: on a busy machine all of it may pass between two examples.
+"""
 
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:

@@ -168,6 +168,7 @@ def test_bad_input_raises_here_before_anything_is_queued(two: LLM) -> None:
     assert not two.has_unfinished_requests()
 
 
+@pytest.mark.slow
 def test_engines_of_two_ranks_each_and_a_killed_one(folder: Path, one: LLM) -> None:
     """C11: four workers below two engines; when one dies, all end, and the error says which."""
     expected = generate(one, GREEDY)

@@ -10,6 +10,7 @@ from nanovllm_bench.parallel import plan_message_cost
 from tests.tiny_models import save_random
 
 
+@pytest.mark.slow
 def test_layouts_are_compared_with_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(save_random(tmp_path))
     sizes = ["--tensor-parallel-sizes", "1", "2", "--data-parallel-sizes", "2", "--batch-sizes", "1", "3"]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nanovllm import LLM, SamplingParams
 from tests.executor.rank_process import OPTIONS
 from tests.tiny_models import random_prompts, save_random
@@ -21,6 +23,7 @@ with open(f"{results}/{os.environ['RANK']}.json", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_torchrun_gives_every_rank_the_tokens_of_one(tmp_path: Path) -> None:
     """W8"""
     folder, prompts = save_random(tmp_path / "model"), random_prompts([3, 20])

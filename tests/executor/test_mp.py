@@ -273,6 +273,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_main_guard_and_leaves_no_orphan_when_killed(folder: Path, tmp_path: Path) -> None:
     """C11, C12: kill -9 of the parent; neither processes nor shared memory stay."""
     script = tmp_path / "script.py"
