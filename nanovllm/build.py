@@ -92,6 +92,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         num_blocks=num_blocks,
         input_processor=InputProcessor(
             encode=tokenizer.encode if tokenizer else None,
+            special_tokens=tokenizer.special_tokens if tokenizer else {},
             vocab_size=model_config.vocab_size,
             num_layers=model_config.num_layers,
             max_model_len=config.max_model_len,

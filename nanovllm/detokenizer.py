@@ -13,7 +13,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-_MAX_WAITING = 16  # tokens of one character, and then some: a window without text for longer holds no character
 
 
 class BytesOfTokens(dict[int, bytes]):
@@ -125,13 +124,15 @@ class DetokenizerStream:
         self._joined_ids = frozenset() if spaces_between_special_tokens else tokenizer.special_ids
         self._is_after_joined = False
         scheme = tokenizer.fixed_scheme
-        self._pieces: _FixedPieces | _WindowPieces
+        self._pieces: Any  # of one of two kinds
         if scheme is not None:
             num_spaces = 0 if follows_text else scheme.num_spaces
             self._pieces = _FixedPieces(tokenizer.token_tables(skip_special_tokens), num_spaces)
         else:
+            from nanovllm.detokenizer_windows import WindowPieces  # a leaf: hardly a language model needs it
+
             left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
-            self._pieces = _WindowPieces(lambda ids: tokenizer.decode_whole(ids, skip_special_tokens), left_out)
+            self._pieces = WindowPieces(lambda ids: tokenizer.decode_whole(ids, skip_special_tokens), left_out)
         self._step, self._feed = self._pieces.step, self._pieces.feed
 
     def step(self, token_id: int) -> str:
@@ -195,43 +196,6 @@ class _FixedPieces:
         if text:
             self._num_spaces = 0
         return text
-
-
-class _WindowPieces:
-    """[ ids whose text was the last piece | ids without text yet ]"""
-
-    def __init__(self, decode: Callable[[list[int]], str], left_out: frozenset[int]) -> None:
-        self._decode = decode
-        self._left_out = left_out
-        self._window: list[int] = []
-        self._window_text = ""
-        self._num_emitted = 0  # leading ids of the window whose text, `_window_text`, is out
-
-    def feed(self, token_ids: Sequence[int]) -> str:
-        return "".join([self.step(token_id) for token_id in token_ids])
-
-    def step(self, token_id: int) -> str:
-        if token_id in self._left_out:
-            return ""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        is_waiting = text.endswith("\ufffd") and len(self._window) - self._num_emitted < _MAX_WAITING
-        if is_waiting or len(text) <= len(self._window_text):
-            return ""
-        piece = text[len(self._window_text) :]
-        del self._window[: self._num_emitted]
-        self._num_emitted = len(self._window)
-        self._window_text = self._decode(self._window)
-        return piece
-
-    def peek(self, token_id: int) -> str:
-        if token_id in self._left_out:
-            return ""
-        text = self._decode([*self._window, token_id])
-        return "" if text.endswith("\ufffd") else text[len(self._window_text) :]
-
-    def flush(self) -> str:
-        return self._decode(self._window)[len(self._window_text) :]
 
 
 def _byte_level(token: str) -> bytes:

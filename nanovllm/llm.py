@@ -70,7 +70,7 @@ class LLM:
         at fault before anything is queued. A request that fails later, say in a Python logits processor, ends with
         finish_reason "error" and its reason, and the others go on; where `prompts` is one prompt, that is RequestError.
         """
-        given: Any = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
+        given: Any = prompts if isinstance(prompts, _NO_LISTS) else list(prompts)
         inbox = Inbox(self._make_output)
         handles = [Handle(group, inbox, only_ends=True) for group in self._process(given, sampling_params)]
         outputs: dict[Handle, RequestOutput] = {}
@@ -95,7 +95,7 @@ class LLM:
         or an exception cancels what is unfinished and frees its blocks. Several streams, `generate` and `step` may
         take turns: each sees its own requests only.
         """
-        given: Any = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
+        given: Any = prompts if isinstance(prompts, _NO_LISTS) else list(prompts)
         inbox = Inbox(self._make_output)
         handles = [Handle(group, inbox, only_ends=False) for group in self._process(given, sampling_params)]
         return self._stream(handles, inbox, _is_one(given))
@@ -364,15 +364,18 @@ def _raise_error_of(outputs: Iterable[RequestOutput]) -> None:
             raise RequestError(completion.error)
 
 
+_NO_LISTS = (str, Mapping, bytes, bytearray, memoryview)  # bytes are no prompt, and no list of token ids either
+
+
 def _as_list(prompts: Any) -> list[Any]:
     """One prompt or several -> several."""
-    prompts = prompts if isinstance(prompts, (str, Mapping)) else list(prompts)
+    prompts = prompts if isinstance(prompts, _NO_LISTS) else list(prompts)
     return [prompts] if _is_one(prompts) else prompts
 
 
 def _is_one(prompts: Any) -> bool:
     """Is this one prompt, and no list of them? A flat list of integers is one."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, _NO_LISTS):
         return True
     # An array has __index__ too: only one without dimensions is a number.
     return bool(prompts) and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in prompts)

@@ -11,8 +11,10 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.logprobs import own_logprob
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.errors import brief
 from nanovllm.sampling_params import SamplingParams
 
+MAX_TOKENS = 2**26  # of all prompts of a call; half a gigabyte
 # The one token that each request also draws is looked at by nobody.
 SCORE_PARAMS = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
@@ -24,6 +26,11 @@ def score(
     session.check_open()
     check_options(options)
     prefix_ids = input_processor.read_prompt(prefix, "prefix")
+    if len(options) * len(prefix_ids) > MAX_TOKENS:
+        raise ValueError(
+            f"{len(options)} options after a prefix of {len(prefix_ids)} tokens are more than {MAX_TOKENS} tokens, as "
+            "each is a request: score fewer of them in a call"
+        )
     inbox: Inbox[Sequence[Request]] = Inbox(lambda group: group)
     handles = []
     with session.numbers(len(options)) as numbers:
@@ -50,10 +57,10 @@ def log_likelihood(request: Request) -> float:
 
 def check_options(options: Sequence[str | Sequence[int]]) -> None:
     """Raise TypeError or ValueError for what is no list of texts or token ids, none of them empty."""
-    if isinstance(options, (str, bytes)) or not isinstance(options, Sequence):
-        raise TypeError(f"options must be a list of strings or of token ids, got {options!r}")
+    if isinstance(options, (str, bytes, bytearray, memoryview)) or not isinstance(options, Sequence):
+        raise TypeError(f"options must be a list of strings or of token ids, got {brief(options)}")
     for index, option in enumerate(options):
         if not isinstance(option, str) and not hasattr(option, "__iter__"):
-            raise TypeError(f"options[{index}] must be a string or a list of token ids, got {option!r}")
+            raise TypeError(f"options[{index}] must be a string or a list of token ids, got {brief(option)}")
         if not len(option):
             raise ValueError(f"options[{index}] is empty; give at least one token")

@@ -130,11 +130,16 @@ class Tokenizer:
         return self._token_tables[skip_special_tokens]
 
     @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that `skip_special_tokens` leaves out."""
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that `skip_special_tokens` leaves out, and their ids."""
         if self._backend is None:
-            return frozenset(self.hf.all_special_ids)
-        return frozenset(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
+            return dict(zip(self.hf.all_special_tokens, self.hf.all_special_ids, strict=True))
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
 
 def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:

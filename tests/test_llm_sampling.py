@@ -161,6 +161,7 @@ def test_bad_words_count_with_and_without_a_space_before(folder: Path) -> None:
 
     processor = InputProcessor(
         encode=lambda text, add_special_tokens=True: words[text],
+        special_tokens={},
         vocab_size=8,
         num_layers=2,
         max_model_len=10,

@@ -8,10 +8,13 @@
     5. nothing but EOS could follow in the form       "stop"         None
     6. max_tokens, max_model_len or the KV cache      "length"       None
 
-The order is vLLM's. An EOS or stop token has no text, so 1 comes before 2 and 3 only with include_stop_str_in_output,
-which gives it one. Of two strings the one that begins first counts, of two that begin together the one named first.
-Before min_tokens there is no 2 and no 3, since the sampler rules those tokens out, and no 1; the other ends do not
-wait. Owns the rule; the strings are looked for by the output processor, forms are kept by their constraint.
+A stop string that is the text of a special token, which has none in the output, is that token: 3, and its reason is
+the string. The order is vLLM's. An EOS or stop token has no text, so 1 comes before 2 and 3 only with
+include_stop_str_in_output, which gives it one. Of two strings the one that begins first counts, of two that begin
+together the one named first. Before min_tokens there is no 2 and no 3, since the sampler rules those tokens out, and
+no 1; the other ends do not wait.
+
+Owns the rule; the strings are looked for by the output processor, forms are kept by their constraint.
 """
 
 from collections.abc import Callable
@@ -44,7 +47,7 @@ def find_end(request: Request, find_stop_string: FindStopString) -> End | None:
     if params.stop and has_text and (stop := find_stop_string(request)) is not None:
         return End("stop", stop)
     if is_stop_token:
-        return End("stop", None if token_id in request.eos_token_ids else token_id)
+        return End("stop", request.stop_reasons.get(token_id, token_id))
     if request.constraint is not None:
         if request.constraint.advance(token_id):
             return End("stop")

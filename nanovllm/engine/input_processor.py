@@ -9,12 +9,16 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from nanovllm.engine.interfaces import TokenConstraint
+from nanovllm.engine.prompt_text import PromptText
 from nanovllm.engine.request import LONG_SALT, Request
+from nanovllm.engine.string_options import StringOptions
+from nanovllm.errors import brief
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured_outputs import StructuredOutputsParams
 
@@ -37,8 +41,7 @@ def check_importable(functions: Iterable[Any], name: str) -> None:
 
 
 class InputProcessor:
-    """encode: text to token ids, with the special tokens of a prompt or (add_special_tokens=False) without them; None
-    without a tokenizer.
+    """encode: as in `PromptText`. special_tokens: those that are left out of texts, with their ids.
 
     max_model_len: prompt and output together; num_cache_tokens: what the whole KV cache holds.
     eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the
@@ -52,6 +55,7 @@ class InputProcessor:
         self,
         *,
         encode: Callable[..., list[int]] | None,
+        special_tokens: Mapping[str, int],
         vocab_size: int,
         num_layers: int,
         max_model_len: int,
@@ -65,7 +69,8 @@ class InputProcessor:
         compile_constraint: Callable[[StructuredOutputsParams, bool], TokenConstraint] | None = None,
     ) -> None:
         """compile_constraint: makes a new one for (params, ignore_eos); None without a tokenizer."""
-        self._encode = encode
+        self._text = PromptText(encode, max_model_len)
+        self._strings = StringOptions(self._text, special_tokens, vocab_size)
         self._vocab_size = vocab_size
         self._num_layers = num_layers
         self._max_model_len = max_model_len
@@ -98,9 +103,8 @@ class InputProcessor:
                 raise ValueError(
                     f"{name}: capture names layer {layer}; the model's are in [-{self._num_layers}, {self._num_layers})"
                 )
-        if params.stop and self._encode is None:
-            raise ValueError(f"{name}: stop strings need a tokenizer; use stop_token_ids, or skip_tokenizer_init=False")
-        bad_words = self._read_bad_words(params, name)
+        stop_tokens = self._strings.read_stop(params, name) if params.stop else {}
+        bad_words = self._strings.read_bad_words(params, name) if params.bad_words else ()
         constraints = [self.make_constraint(params, name) for _ in range(params.n)]
         uses_python = bool(params.logits_processors) or self._has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
@@ -118,8 +122,8 @@ class InputProcessor:
                 num_prompt_tokens=len(token_ids),
                 params=others if index else params,
                 seed=(seed + index) % 2**64,
-                stop_token_ids=eos | frozenset(params.stop_token_ids or ()),
-                eos_token_ids=eos,
+                stop_token_ids=eos | stop_tokens.keys() | frozenset(params.stop_token_ids or ()),
+                stop_reasons={**stop_tokens, **dict.fromkeys(eos)},
                 max_total_tokens=max_total_tokens,
                 cache_salt=self._cache_salt(len(token_ids)),
                 rope_len=len(token_ids),
@@ -144,9 +148,7 @@ class InputProcessor:
         """Token ids of what follows a prompt: without the special tokens that stand at a beginning."""
         if not isinstance(text, str):
             return self._check_token_ids(text, name)
-        if self._encode is None:
-            raise ValueError(f"{name}: text needs a tokenizer; pass token ids, or skip_tokenizer_init=False")
-        return self._check_token_ids(self._encode(text, add_special_tokens=False), name)
+        return self._check_token_ids(self._text.read(text, name, add_special_tokens=False), name)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -171,51 +173,33 @@ class InputProcessor:
                         f"{name}: {field} holds {token_id}, which is outside the vocabulary [0, {self._vocab_size})"
                     )
 
-    def _read_bad_words(self, params: SamplingParams, name: str) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of the bad words: as they begin a text, and as they go on after a space.
-
-        The second form counts where the space became part of the word's first token and changed nothing else.
-        """
-        sequences: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            if self._encode is None:
-                raise ValueError(f"{name}: bad_words need a tokenizer; use logit_bias, or skip_tokenizer_init=False")
-            plain = tuple(self._encode(word.lstrip(), add_special_tokens=False))
-            spaced = tuple(self._encode(" " + word.lstrip(), add_special_tokens=False))
-            if not plain:
-                raise ValueError(f"{name}: bad_words holds {word!r}, which has no tokens; leave it out")
-            sequences[plain] = None
-            if len(spaced) == len(plain) and spaced[0] != plain[0]:
-                sequences[spaced] = None
-        # A tokenizer may know more tokens than the model, which can never say those.
-        return tuple(sequence for sequence in sequences if max(sequence) < self._vocab_size)
-
     def _read_prompt(self, prompt: Prompt, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
                 raise ValueError(f"{name}: keys are 'prompt' or 'prompt_token_ids', got {sorted(map(str, prompt))}")
             text = prompt.get("prompt")
+            if not isinstance(text, str) and "prompt" in prompt:
+                raise TypeError(f"{name}['prompt'] must be a string, got {brief(text)}")
             if "prompt_token_ids" in prompt:
                 return text, self._check_token_ids(prompt["prompt_token_ids"], f"{name}['prompt_token_ids']")
             prompt, name = prompt["prompt"], f"{name}['prompt']"
         if isinstance(prompt, str):
-            if self._encode is None:
-                raise ValueError(
-                    f"{name}: a text prompt needs a tokenizer; pass token ids, or skip_tokenizer_init=False"
-                )
             if not prompt:
                 raise ValueError(f"{name} is empty; give at least one character")
-            token_ids = self._encode(prompt)
+            token_ids = self._text.read(prompt, name)
             if not token_ids:
-                raise ValueError(f"{name} {prompt!r} has no tokens; give at least one that the tokenizer knows")
+                raise ValueError(f"{name} {brief(prompt)} has no tokens; give at least one that the tokenizer knows")
             return prompt, self._check_token_ids(token_ids, name)  # a tokenizer may know more tokens than the model
         return None, self._check_token_ids(prompt, name)
 
     def _check_token_ids(self, token_ids: Any, name: str) -> list[int]:
-        if isinstance(token_ids, (str, bytes)) or not hasattr(token_ids, "__iter__"):
+        is_raw = isinstance(token_ids, (str, bytes, bytearray, memoryview))
+        if is_raw or not hasattr(token_ids, "__iter__"):
             raise TypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
-        token_ids = list(token_ids)
+        if hasattr(token_ids, "__len__"):
+            self._check_length(len(token_ids), name)  # before a copy is made
+        token_ids = list(islice(token_ids, self._max_model_len + 1))
         if not token_ids:
             raise ValueError(f"{name} is empty; give at least one token id")
         try:
@@ -231,20 +215,16 @@ class InputProcessor:
         """What is wrong with the first of them that is."""
         for index, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-                return TypeError(f"{name}[{index}] must be an integer token id, got {token_id!r}")
+                return TypeError(f"{name}[{index}] must be an integer token id, got {brief(token_id)}")
             token_id = token_id.__index__()
             if not 0 <= token_id < self._vocab_size:
                 return ValueError(f"{name}[{index}] = {token_id} is outside the vocabulary [0, {self._vocab_size})")
-        return TypeError(f"{name} must hold integer token ids, got {token_ids!r}")
+        return TypeError(f"{name} must hold integer token ids, got {brief(token_ids)}")
 
     def _fit(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
         """Most tokens that prompt and output may have together; ValueError if not even one output token fits."""
         num_prompt = len(token_ids)
-        if num_prompt >= self._max_model_len:
-            raise ValueError(
-                f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len "
-                f"is {self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
-            )
+        self._check_length(num_prompt, name)
         if num_prompt >= self._num_cache_tokens:
             raise ValueError(
                 f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self._num_cache_tokens}. "
@@ -252,6 +232,13 @@ class InputProcessor:
             )
         limit = min(self._max_model_len, self._num_cache_tokens)
         return limit if params.max_tokens is None else min(limit, num_prompt + params.max_tokens)
+
+    def _check_length(self, num_prompt: int, name: str) -> None:
+        if num_prompt >= self._max_model_len:
+            raise ValueError(
+                f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len "
+                f"is {self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
+            )
 
     def _request_seed(self, number: int) -> int:
         return int.from_bytes(blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest(), "little")

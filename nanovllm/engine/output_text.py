@@ -51,10 +51,12 @@ class OutputText:
         if self._is_complete:
             return
         request = self._request
-        self._take_tokens(len(request.token_ids) - _is_ended_by_token(request))
+        is_ended_by_token = _is_ended_by_token(request)
+        is_left_out = is_ended_by_token and not request.params.include_stop_str_in_output
+        self._take_tokens(len(request.token_ids) - is_left_out)
         if not request.is_finished:
             return
-        if isinstance(request.stop_reason, str):
+        if isinstance(request.stop_reason, str) and not is_ended_by_token:
             found = self._find()
             assert found is not None, "the newest token has completed it"
             self._cut(found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0))
@@ -108,10 +110,7 @@ class OutputText:
 
 
 def _is_ended_by_token(request: Request) -> bool:
-    """By an EOS or stop token that is no part of the text."""
-    return (
-        request.finish_reason == "stop"
-        and not isinstance(request.stop_reason, str)
-        and not request.params.include_stop_str_in_output
-        and request.token_ids[-1] in request.stop_token_ids
-    )
+    """By an EOS or stop token, not by a string in the text."""
+    if request.finish_reason != "stop" or request.token_ids[-1] not in request.stop_token_ids:
+        return False
+    return request.stop_reason == request.stop_reasons.get(request.token_ids[-1], request.token_ids[-1])

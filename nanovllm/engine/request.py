@@ -8,6 +8,7 @@ request's `num_tokens`, the first `num_computed_tokens` have their KV written or
         |-- num_computed_tokens --|-- left to compute --|
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -36,7 +37,7 @@ class Request:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]  # EOS (unless ignored) and the request's own
-    eos_token_ids: frozenset[int] = frozenset()  # EOS (unless ignored), which are no stop_reason
+    stop_reasons: Mapping[int, str | None] = field(default_factory=dict)  # of those whose reason is not their id
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
     rope_len: int = 0  # the length that its prompt's positions count as part of, where their rotation depends on it

@@ -86,7 +86,7 @@ def run(things: dict[str, Any], **options: Any) -> tuple[Request, OutputProcesso
         params=params,
         seed=0,
         stop_token_ids=eos | own,
-        eos_token_ids=eos,
+        stop_reasons=things.get("reasons", dict.fromkeys(eos)),
         max_total_tokens=min(1 + max_tokens, things.get("max_model_len", 99)),
         constraint=None if form is None else Form(form._fails),
         needs_host_tokens=form is not None,
@@ -131,6 +131,19 @@ def test_a_stop_string_may_lie_in_the_text_of_a_token_that_ends_the_request() ->
     request, processor = run({"eos": True, "stop": "</s>"}, include_stop_str_in_output=True, skip_special_tokens=False)
     assert (request.finish_reason, request.stop_reason) == ("stop", "</s>")
     assert text_of(request, processor) == "ab</s>"
+
+
+@pytest.mark.parametrize("includes", [False, True])
+def test_a_stop_string_that_is_a_special_token(includes: bool) -> None:
+    """It has no text in the output, and ends it where the token comes."""
+    request, processor = run({"eos": True, "stop": "</s>"}, include_stop_str_in_output=includes)
+    assert (request.finish_reason, request.stop_reason) == ("stop", None), "an EOS says no more than that"
+    assert text_of(request, processor) == "ab"
+    request, processor = run(
+        {"eos": True, "stop": "</s>", "reasons": {EOS: "</s>"}}, include_stop_str_in_output=includes
+    )
+    assert (request.finish_reason, request.stop_reason) == ("stop", "</s>")
+    assert text_of(request, processor) == "ab"
 
 
 @pytest.mark.parametrize(

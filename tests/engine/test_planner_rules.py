@@ -395,7 +395,7 @@ def test_an_end_of_text_is_no_stop_reason_and_a_stop_token_of_the_request_is() -
         engine, _ = make_engine()
         request = make_request(range(4), 8, own)
         request.stop_token_ids = frozenset(range(97))
-        request.eos_token_ids = frozenset() if own else request.stop_token_ids
+        request.stop_reasons = {} if own else dict.fromkeys(request.stop_token_ids)
         engine.add_request(request)
         run(engine)
         (token_id,) = request.output_token_ids

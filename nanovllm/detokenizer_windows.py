@@ -1,0 +1,46 @@
+"""WindowPieces: text as tokens arrive, where a token's text depends on the tokens beside it.
+
+Owns a short window of tokens, which is decoded with and without its newest one. Invariant: as of `DetokenizerStream`,
+whose work this is for schemes that are no fixed ones.
+"""
+
+from collections.abc import Callable, Sequence
+
+_MAX_WAITING = 16  # tokens of one character, and then some: a window without text for longer holds no character
+
+
+class WindowPieces:
+    """[ ids whose text was the last piece | ids without text yet ]"""
+
+    def __init__(self, decode: Callable[[list[int]], str], left_out: frozenset[int]) -> None:
+        self._decode = decode
+        self._left_out = left_out
+        self._window: list[int] = []
+        self._window_text = ""
+        self._num_emitted = 0  # leading ids of the window whose text, `_window_text`, is out
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        return "".join([self.step(token_id) for token_id in token_ids])
+
+    def step(self, token_id: int) -> str:
+        if token_id in self._left_out:
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        is_waiting = text.endswith("\ufffd") and len(self._window) - self._num_emitted < _MAX_WAITING
+        if is_waiting or len(text) <= len(self._window_text):
+            return ""
+        piece = text[len(self._window_text) :]
+        del self._window[: self._num_emitted]
+        self._num_emitted = len(self._window)
+        self._window_text = self._decode(self._window)
+        return piece
+
+    def peek(self, token_id: int) -> str:
+        if token_id in self._left_out:
+            return ""
+        text = self._decode([*self._window, token_id])
+        return "" if text.endswith("\ufffd") else text[len(self._window_text) :]
+
+    def flush(self) -> str:
+        return self._decode(self._window)[len(self._window_text) :]

@@ -1,0 +1,52 @@
+"""PromptText: text that callers bring becomes token ids, within bounds of time and memory.
+
+Owns what is wrong with a text before any tokenizer has seen it, and the early end of one that is far too long.
+Invariant: an error names the item, and a text that cannot fit is not tokenized as a whole.
+"""
+
+from collections.abc import Callable
+
+_PIECE = 65_536  # characters
+_PER_CUT = 16  # tokens that a cut between two pieces may add, generously
+
+
+class PromptText:
+    """encode: text to token ids, with the special tokens of a prompt or (add_special_tokens=False) without them; None
+    without a tokenizer. max_tokens: what fits.
+    """
+
+    def __init__(self, encode: Callable[..., list[int]] | None, max_tokens: int) -> None:
+        self._encode = encode
+        self._max_tokens = max_tokens
+
+    @property
+    def is_known(self) -> bool:
+        return self._encode is not None
+
+    def read(self, text: str, name: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. Raises ValueError for `name` if they cannot be made, or are certainly too many."""
+        if self._encode is None:
+            raise ValueError(f"{name}: text needs a tokenizer; pass token ids, or skip_tokenizer_init=False")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} holds U+{ord(text[error.start]):04X} at character {error.start}, which is half of a "
+                "character, as text that was cut in UTF-16 or JSON leaves it: remove it"
+            ) from None
+        if len(text) > 8 * self._max_tokens + _PIECE:
+            self._check_length(text, name)
+        return self._encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_length(self, text: str, name: str) -> None:
+        """Count tokens piece by piece, and stop where they are too many."""
+        assert self._encode is not None
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE):
+            num_tokens += len(self._encode(text[start : start + _PIECE], add_special_tokens=False)) - _PER_CUT
+            if num_tokens > self._max_tokens:
+                raise ValueError(
+                    f"{name} has {len(text):,} characters, of which the first {start + _PIECE:,} are more than "
+                    f"{num_tokens:,} tokens, and max_model_len is {self._max_tokens}. Shorten the prompt, or raise "
+                    "max_model_len if the model allows it"
+                )
