@@ -23,6 +23,8 @@ _PUBLIC = {
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
+    "TextPrompt": "nanovllm.prompts",
+    "TokensPrompt": "nanovllm.prompts",
     "RequestError": "nanovllm.errors",
 }
 

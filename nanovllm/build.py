@@ -53,7 +53,7 @@ class StartTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineParts:
-    """What `LLM` works with. config: resolved. generation_config: the model's generation_config.json."""
+    """What `LLM` works with. config: resolved. hf_config, generation_config: the model's JSON files of these names."""
 
     config: ResolvedConfig
     model_config: ModelConfig
@@ -61,6 +61,7 @@ class EngineParts:
     num_blocks: int  # of the smallest KV cache
     input_processor: InputProcessor
     tokenizer: Tokenizer | None
+    hf_config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     start_times: StartTimes
 
@@ -99,6 +100,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             eos_token_ids=eos_token_ids,
             num_cache_tokens=num_blocks * config.block_size,
             seed=config.seed,
+            max_logprobs=config.max_logprobs,
             length_dependent_from=model_config.length_dependent_from,
             long_from=model_config.long_from,
             has_logits_processors=bool(config.logits_processors),
@@ -106,6 +108,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             compile_constraint=_constraint_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
         ),
         tokenizer=tokenizer,
+        hf_config=checkpoint.config,
         generation_config=checkpoint.generation_config,
         start_times=StartTimes(times[1] - times[0], times[2] - times[1], *runner_times),
     )

@@ -80,6 +80,7 @@ class EngineConfig:
         writes straight into the other devices' memory, where they reach each other's.
     disable_cascade_attn: let each request read the whole of its context by itself; else, on a GPU, what decodes share
         is read once for all of them where that saves enough.
+    max_logprobs: most log-probabilities of one token that a request may ask for; -1 allows a whole vocabulary's.
     distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
@@ -117,6 +118,7 @@ class EngineConfig:
     distributed_executor_backend: str | None = option(None, choices=(None, "uni", "mp", "external_launcher"))
     disable_custom_all_reduce: bool = False
     disable_cascade_attn: bool = False
+    max_logprobs: int = option(-1, low=-1, words="-1 (no limit), 0 or more")
     distributed_timeout_seconds: float = option(300.0, above=0, words="more than 0 and finite")
     seed: int = option(0, read=lambda seed: 0 if seed is None else seed)
     load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))

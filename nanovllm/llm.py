@@ -25,11 +25,11 @@ from nanovllm.errors import RequestError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.scoring import score
+from nanovllm.vllm_options import refuse_absent
+from nanovllm.vllm_surface import Message, VLLMSurface, is_conversation
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 
-
-class LLM:
+class LLM(VLLMSurface):
     """Load a model and generate with it, in this process.
 
         with LLM("demo") as llm:
@@ -50,6 +50,7 @@ class LLM:
         self._session = Session(parts.engine)
         self._input_processor = parts.input_processor
         self._tokenizer = parts.tokenizer
+        self._hf_config = parts.hf_config
         self._generation_config = parts.generation_config
         self._start_times = parts.start_times
         self._inbox = Inbox(self._make_output)  # of `add_request` and `step`
@@ -62,14 +63,18 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **absent: Any,
     ) -> list[RequestOutput]:
         """Complete each prompt; the results come in the order of the prompts.
 
         prompts: one or a list of strings, token-id lists, or {"prompt_token_ids": [...]}. sampling_params: one for all,
-        or one for each; None takes `get_default_sampling_params()`. Raises ValueError or TypeError that names the item
+        or one for each; None takes `get_default_sampling_params()`. absent: vLLM's arguments that are not here, which
+        may say that they are off. Raises ValueError or TypeError that names the item
         at fault before anything is queued. A request that fails later, say in a Python logits processor, ends with
         finish_reason "error" and its reason, and the others go on; where `prompts` is one prompt, that is RequestError.
         """
+        if absent:
+            refuse_absent("LLM.generate", absent)
         given: Any = prompts if isinstance(prompts, _NO_LISTS) else list(prompts)
         inbox = Inbox(self._make_output)
         handles = [Handle(group, inbox, only_ends=True) for group in self._process(given, sampling_params)]
@@ -137,23 +142,11 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        *,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list, laid out by the model's chat template."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        if not all(conversations):
-            raise ValueError("messages is empty; give at least one {'role': ..., 'content': ...}")
-        tokenizer = self._known_tokenizer()
-        prompts = [
-            tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
-            )
-            for conversation in conversations
-        ]
-        results = self.generate(prompts, sampling_params, use_tqdm)
-        if conversations is not messages:
+        """Answer one conversation, or each of a list. options: of `preprocess_chat`, which makes prompts of them."""
+        results = self.generate(self.preprocess_chat(messages, **options), sampling_params, use_tqdm)
+        if is_conversation(messages):
             _raise_error_of(results)
         return results
 

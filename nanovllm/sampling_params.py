@@ -171,6 +171,11 @@ class SamplingParams:
         else:
             reject_unknown_options("SamplingParams", [name], self.__dataclass_fields__)
 
+    @property
+    def __struct_fields__(self) -> tuple[str, ...]:
+        """The names of all fields, where programs that copy vLLM's parameters look for them."""
+        return tuple(self.__dataclass_fields__)
+
     def clone(self) -> "SamplingParams":
         """A copy of its own, to assign to."""
         copy = object.__new__(type(self))

@@ -102,7 +102,30 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
     "StructuredOutputsParams": {
         "structural_tag": ((None,), "forms that begin at a tag in the text are not supported; use grammar"),
     },
+    "get_tokenizer": {
+        "trust_remote_code": (_OFF, "remote code is never run"),
+        "tokenizer_mode": ((None, "auto", "hf"), "there is one kind of tokenizer, transformers' fast ones"),
+        "download_dir": ((None,), "downloads go where HF_HOME says"),
+    },
+    "LLM.generate": {
+        "lora_request": ((None,), "LoRA is not supported; merge the adapter into the weights"),
+        "priority": ((None,), "requests run in the order of their arrival"),
+        "tokenization_kwargs": ((None, {}), "tokenize the prompt yourself and pass its token ids"),
+        "prompt_token_ids": ((None,), "give prompts as lists of token ids"),
+    },
+    "LLM.chat": {
+        "lora_request": ((None,), "LoRA is not supported; merge the adapter into the weights"),
+        "chat_template_content_format": ((None, "auto"), "what a template reads is found out from the template"),
+        "mm_processor_kwargs": ((None, {}), "only text is supported"),
+        "tokenization_kwargs": ((None, {}), "use preprocess_chat and your own token ids"),
+    },
 }
+
+
+def refuse_absent(owner: str, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError unless all of these are arguments of vLLM's method that ask for nothing."""
+    for name in drop_absent(owner, arguments):
+        raise TypeError(f"{owner} takes no argument {name!r}")
 
 
 def drop_absent(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def test_the_text_ends_at_eos_and_leaves_it_out(reciter: LLM) -> None:
     output = complete(reciter, "X", LONG)
     assert output.text == SCRIPT
     assert output.token_ids == [*SCRIPT_IDS, EOS]
-    assert (output.finish_reason, output.stop_reason, output.finished) == ("stop", None, True)
+    assert (output.finish_reason, output.stop_reason, output.finished()) == ("stop", None, True)
 
 
 def test_special_tokens_are_in_the_text_only_if_asked_for(reciter: LLM) -> None:

@@ -67,14 +67,6 @@ def make_sampling_params(llm: LLM, args: Any, max_tokens: int | None) -> Samplin
     return replace(llm.get_default_sampling_params(), **{"max_tokens": max_tokens, **sampling_options(args)})
 
 
-def render_chat(llm: LLM, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue. Raises ValueError without a chat template."""
-    tokenizer = llm.get_tokenizer()
-    if tokenizer.chat_template is None:
-        raise ValueError("this model has no chat template; use `nanovllm complete`, or a model that was tuned to chat")
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
-
 def stream_chat(
     llm: LLM, messages: Sequence[Mapping[str, str]], params: SamplingParams, write: Callable[[str], object]
 ) -> Answer | None:
@@ -85,7 +77,8 @@ def stream_chat(
     """
     start = perf_counter()
     with _interrupts() as is_interrupted:
-        return _stream(llm, render_chat(llm, messages), params, write, start, is_interrupted)
+        (prompt,) = llm.preprocess_chat(messages)
+        return _stream(llm, prompt, params, write, start, is_interrupted)
 
 
 def stream_answer(llm: LLM, prompt: Any, params: SamplingParams, write: Callable[[str], object]) -> Answer | None:

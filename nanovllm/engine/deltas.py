@@ -12,7 +12,7 @@ from nanovllm.outputs import CompletionOutput, RequestOutput
 def delta(output: RequestOutput, before: RequestOutput | None) -> RequestOutput:
     """Sequences without anything new are left out; the prompt's log-probabilities come with its first token."""
     if before is None:
-        return replace(output, outputs=[new for new in output.outputs if new.token_ids or new.finished])
+        return replace(output, outputs=[new for new in output.outputs if new.token_ids or new.finished()])
     pieces = [_piece(new, old) for new, old in zip(output.outputs, before.outputs, strict=True)]
     is_prompt_known = bool(before.outputs[0].token_ids)
     return replace(
@@ -23,7 +23,7 @@ def delta(output: RequestOutput, before: RequestOutput | None) -> RequestOutput:
 
 
 def _piece(new: CompletionOutput, old: CompletionOutput) -> CompletionOutput | None:
-    if old.finished or (len(new.token_ids) == len(old.token_ids) and not new.finished):
+    if old.finished() or (len(new.token_ids) == len(old.token_ids) and not new.finished()):
         return None
     num_tokens = len(old.token_ids)
     return replace(

@@ -47,6 +47,7 @@ class InputProcessor:
     eos_token_ids: each of them ends an output. length_dependent_from: keys of prompts longer than this depend on the
     prompt's length (dynamic RoPE scaling), so KV blocks are shared only among prompts of one length; None if they never
     do. long_from: contexts longer than this have keys of another kind (longrope); None if none have.
+    max_logprobs: most log-probabilities of one token that a request may ask for; -1 allows all.
     has_logits_processors: the engine has some of its own, which run for every request. is_remote: requests are
     computed in other processes, where Python functions are found by name.
     """
@@ -62,6 +63,7 @@ class InputProcessor:
         num_cache_tokens: int,
         eos_token_ids: Sequence[int],
         seed: int,
+        max_logprobs: int = -1,
         length_dependent_from: int | None = None,
         long_from: int | None = None,
         has_logits_processors: bool = False,
@@ -77,6 +79,7 @@ class InputProcessor:
         self._num_cache_tokens = num_cache_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
+        self._max_logprobs = max_logprobs
         self._length_dependent_from = length_dependent_from
         self._long_from = long_from
         self._has_logits_processors = has_logits_processors
@@ -102,6 +105,13 @@ class InputProcessor:
             if not -self._num_layers <= layer < self._num_layers:
                 raise ValueError(
                     f"{name}: capture names layer {layer}; the model's are in [-{self._num_layers}, {self._num_layers})"
+                )
+        for field in ("logprobs", "prompt_logprobs") if self._max_logprobs >= 0 else ():
+            asked = getattr(params, field)
+            if asked is not None and not 0 <= asked <= self._max_logprobs:
+                raise ValueError(
+                    f"{name}: {field}={asked} asks for more than max_logprobs={self._max_logprobs}; raise that, or ask "
+                    "for fewer"
                 )
         stop_tokens = self._strings.read_stop(params, name) if params.stop else {}
         bad_words = self._strings.read_bad_words(params, name) if params.bad_words else ()

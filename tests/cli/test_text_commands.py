@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from nanovllm.cli import streaming
 from nanovllm.cli.main import main
 from nanovllm.cli.streaming import stream_answer
 from nanovllm.llm import LLM
@@ -164,8 +163,8 @@ def test_ctrl_c_ends_a_turn_of_chat_and_the_next_goes_on(
     lines = iter(["first", "second", "/exit"])
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    owner, name = (streaming, "render_chat") if where == "template" else (LLM, "step")
-    original, calls = getattr(owner, name), []
+    name = "preprocess_chat" if where == "template" else "step"
+    original, calls = getattr(LLM, name), []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
@@ -173,7 +172,7 @@ def test_ctrl_c_ends_a_turn_of_chat_and_the_next_goes_on(
             signal.raise_signal(signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr(LLM, name, interrupted)
     assert main(["chat", model, *SMALL]) == 0
     assert capsys.readouterr().out.count(TEXT) == 1
 
