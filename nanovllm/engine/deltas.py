@@ -4,31 +4,31 @@ Outputs grow, so the difference of two of them is a piece of each list and text.
 deltas after it add up to the latest one, however many were left out between.
 """
 
-from dataclasses import replace
+from copy import copy
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 
 
 def delta(output: RequestOutput, before: RequestOutput | None) -> RequestOutput:
     """Sequences without anything new are left out; the prompt's log-probabilities come with its first token."""
+    new = copy(output)
     if before is None:
-        return replace(output, outputs=[new for new in output.outputs if new.token_ids or new.finished()])
-    pieces = [_piece(new, old) for new, old in zip(output.outputs, before.outputs, strict=True)]
-    is_prompt_known = bool(before.outputs[0].token_ids)
-    return replace(
-        output,
-        outputs=[piece for piece in pieces if piece is not None],
-        prompt_logprobs=None if is_prompt_known else output.prompt_logprobs,
-    )
+        new.outputs = [piece for piece in output.outputs if piece.token_ids or piece.finished()]
+        return new
+    pieces = [_piece(now, old) for now, old in zip(output.outputs, before.outputs, strict=True)]
+    new.outputs = [piece for piece in pieces if piece is not None]
+    if before.outputs[0].token_ids:
+        new.prompt_logprobs = None
+    return new
 
 
-def _piece(new: CompletionOutput, old: CompletionOutput) -> CompletionOutput | None:
-    if old.finished() or (len(new.token_ids) == len(old.token_ids) and not new.finished()):
-        return None
+def _piece(now: CompletionOutput, old: CompletionOutput) -> CompletionOutput | None:
     num_tokens = len(old.token_ids)
-    return replace(
-        new,
-        text=new.text[len(old.text) :],
-        token_ids=new.token_ids[num_tokens:],
-        logprobs=None if new.logprobs is None else new.logprobs[num_tokens:],
-    )
+    if old.finished() or (len(now.token_ids) == num_tokens and not now.finished()):
+        return None
+    piece = copy(now)  # a fifth of what dataclasses.replace takes, for each token of a stream
+    piece.text = now.text[len(old.text) :]
+    piece.token_ids = now.token_ids[num_tokens:]
+    if now.logprobs is not None:
+        piece.logprobs = now.logprobs[num_tokens:]
+    return piece

@@ -23,6 +23,7 @@ class OutputProcessor:
         self._is_deterministic = is_deterministic
         self._logprobs = LogprobsDecoder(tokenizer)
         self._texts: dict[Request, OutputText] = {}
+        self._prompts: dict[Request, list[int]] = {}  # one list for all outputs of a request
 
     def find_stop_string(self, request: Request) -> str | None:
         """The stop string that the request's newest token completed, if any; not before min_tokens. See `ends.py`."""
@@ -38,7 +39,7 @@ class OutputProcessor:
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            prompt_token_ids=self._prompt_of(first),
             outputs=[self._completion(request) for request in group],
             finished=all(request.is_finished for request in group),
             num_cached_tokens=first.num_cached_tokens or 0,
@@ -49,13 +50,14 @@ class OutputProcessor:
     def forget(self, request: Request) -> None:
         """Drop the decoding state. If the request is asked for again, its tokens are decoded anew."""
         self._texts.pop(request, None)
+        self._prompts.pop(request, None)
         self._logprobs.forget(request)
 
     def _completion(self, request: Request) -> CompletionOutput:
         text = self._text_of(request)
         return CompletionOutput(
             index=request.index,
-            text="" if text is None else text.between(0, text.num_characters()),
+            text="" if text is None else text.whole(text.num_characters()),
             token_ids=request.output_token_ids,
             cumulative_logprob=cumulative_logprob(request),
             logprobs=self._logprobs.of_output(request),
@@ -64,6 +66,11 @@ class OutputProcessor:
             stop_reason=request.stop_reason,
             error=request.error,
         )
+
+    def _prompt_of(self, first: Request) -> list[int]:
+        if first not in self._prompts:
+            self._prompts[first] = first.token_ids[: first.num_prompt_tokens]
+        return self._prompts[first]
 
     @staticmethod
     def _hidden_states(request: Request) -> dict[int, list[Any]] | None:

@@ -35,15 +35,21 @@ class OutputText:
             return self._length
         return self._length - self._length_of_possible_stop()
 
-    def between(self, start: int, end: int) -> str:
-        """These characters of the text; quick for those at its end."""
+    def whole(self, length: int) -> str:
+        """The first so many characters of the text."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0][:length] if self._pieces else ""
+
+    def _from(self, start: int) -> str:
+        """The text from there on; quick near its end."""
         parts: list[str] = []
         at = self._length
         for piece in reversed(self._pieces):
             if at <= start:
                 break
             at -= len(piece)
-            parts.append(piece[max(0, start - at) : max(0, end - at)])
+            parts.append(piece[max(0, start - at) :])
         return "".join(reversed(parts))
 
     def _catch_up(self) -> None:
@@ -89,7 +95,7 @@ class OutputText:
     def _find(self) -> tuple[int, str] | None:
         """Where the first stop string begins that is not whole without the newest token's text; and which it is."""
         first = max(0, self._before_newest - self._longest_stop + 1)
-        text = self.between(first, self._length)
+        text = self._from(first)
         found: tuple[int, str] | None = None
         for stop in self._stops:
             at = text.find(stop, max(0, self._before_newest - len(stop) + 1 - first))
@@ -99,7 +105,7 @@ class OutputText:
 
     def _length_of_possible_stop(self) -> int:
         """Of the longest ending that is the beginning of a stop string."""
-        text = self.between(self._length - self._longest_stop + 1, self._length) if self._stops else ""
+        text = self._from(self._length - self._longest_stop + 1) if self._stops else ""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):
