@@ -48,7 +48,7 @@ def _read_max_model_len(value: Any) -> Any:
 class EngineConfig:
     """Options of `LLM(model, ...)`, with vLLM's names. Raises TypeError or ValueError that names option and value.
 
-    model: a folder, a .gguf file, a Hugging Face Hub name, or "demo".
+    model: a folder, a .gguf file, a Hugging Face Hub name, or "demo" (docs/checkpoints.md).
     tokenizer: where the tokenizer is, if not with the model: a folder, a .gguf file or a Hub name.
     revision: branch, tag or commit of a Hub name.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".

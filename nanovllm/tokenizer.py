@@ -24,7 +24,17 @@ from nanovllm.detokenizer import (
 )
 from nanovllm.model_files.locate import locate_model, only_gguf_file
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SENTENCEPIECE_FILE, _TEKKEN_FILE = "tokenizer.model", "tekken.json"
+_HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = (*_HF_FILES, _SENTENCEPIECE_FILE, _TEKKEN_FILE)
+# What transformers needs to read some files, by the file.
+_REMEDIES = {
+    _TEKKEN_FILE: "tekken.json needs mistral-common: pip install 'nanovllm[mistral]'",
+    _SENTENCEPIECE_FILE: (
+        "tokenizer.model beside other files needs sentencepiece and protobuf: pip install sentencepiece protobuf; or "
+        "add the model's tokenizer.json"
+    ),
+}
 
 
 class Tokenizer:
@@ -156,14 +166,23 @@ def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:
                 "tokenizer=, or set skip_tokenizer_init=True to work on token ids"
             )
         path = only_gguf_file(path)
-    return _from_gguf(path) if path.is_file() else _from_folder(path)
+    if path.is_file():
+        # A leaf: only GGUF files need the gguf package.
+        from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
+
+        return _from_backend(*build_gguf_tokenizer(path))
+    present = [name for name in _TOKENIZER_FILES if (path / name).exists()]
+    if present == [_SENTENCEPIECE_FILE]:
+        from nanovllm.model_files.gguf_tokenizer import build_tokenizer
+        from nanovllm.model_files.sentencepiece_file import read_sentencepiece
+
+        file = path / _SENTENCEPIECE_FILE
+        return _from_backend(*build_tokenizer(file, read_sentencepiece(file)))
+    return _from_folder(path, present)
 
 
-def _from_gguf(path: Path) -> Tokenizer:
-    # A leaf: only GGUF files need the gguf package.
-    from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
-
-    backend, special = build_gguf_tokenizer(path)
+def _from_backend(backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> Tokenizer:
+    """special: what transformers' wrapper is told beside it."""
 
     def wrap() -> Any:
         from transformers import PreTrainedTokenizerFast
@@ -176,13 +195,19 @@ def _from_gguf(path: Path) -> Tokenizer:
     return Tokenizer(wrap, backend, eos_token_id=eos_token_id, bos_token_id=bos_token_id)
 
 
-def _from_folder(path: Path) -> Tokenizer:
+def _from_folder(path: Path, present: Sequence[str]) -> Tokenizer:
+    """present: which of _TOKENIZER_FILES are there."""
     from transformers import AutoTokenizer
 
     try:
         hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+        remedies = (
+            "" if "tokenizer.json" in present else "; ".join(_REMEDIES[name] for name in present if name in _REMEDIES)
+        )
+        raise ValueError(
+            f"the tokenizer in {path} cannot be loaded{f' ({remedies})' if remedies else ''}: {error}"
+        ) from error
     backend = getattr(hf, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

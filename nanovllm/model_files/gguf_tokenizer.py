@@ -24,7 +24,11 @@ def build_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     chat_template, each only if the metadata have it. Raises NotImplementedError for a kind that is not known,
     ValueError if the metadata are incomplete.
     """
-    metadata = GGUFFile(path).metadata
+    return build_tokenizer(path, GGUFFile(path).metadata)
+
+
+def build_tokenizer(path: Path, metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """The same from metadata that were read already; `path` is for messages."""
     kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if kind is None or tokens is None:
         raise ValueError(f"{path} holds no tokenizer: give one with tokenizer=, a folder or a Hub name")
