@@ -21,7 +21,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
+    "longrope": (),  # see _read_longrope
 }
 _NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow")
 _OTHERS = ("original_max_position_embeddings", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor")
@@ -76,7 +76,9 @@ def _read_rope(
     if rope_type in ("su", "yarn") and "short_factor" in parameters:
         rope_type = "longrope"  # what Phi-3's first configs called it
     if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
-        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported; supported are {', '.join(_REQUIRED)}")
+        raise ValueError(
+            f"config.json: rope type {rope_type!r} (rope_type) is not supported; supported are {', '.join(_REQUIRED)}"
+        )
     if share != 1.0 and "partial_rotary_factor" not in hf:
         raise ValueError(f"partial_rotary_factor={share} is not supported for this architecture; only 1.0 is")
     rotary_dim = int(head_dim * share)
@@ -86,7 +88,7 @@ def _read_rope(
             "must be an even number of them"
         )
     if rope_type == "dynamic" and rotary_dim < 4:
-        raise ValueError(f"config.json: rope_type 'dynamic' needs a head_dim of at least 4, got {head_dim}")
+        raise ValueError(f"config.json: rope type 'dynamic' needs a head_dim of at least 4, got {head_dim}")
     try:
         parameters = _check(rope_type, parameters)
         if rope_type == "longrope":
@@ -117,7 +119,7 @@ def _check(rope_type: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     for name in _REQUIRED[rope_type]:
         if name not in parameters:
-            raise ValueError(f"config.json: rope_type {rope_type!r} needs {name!r}")
+            raise ValueError(f"config.json: rope type {rope_type!r} needs {name!r}")
     for name in _NUMBERS:
         if name in parameters and number(parameters, name) > _MAX_FACTOR:
             raise ValueError(f"config.json: {name} must be at most {_MAX_FACTOR:g}, got {parameters[name]!r}")
@@ -137,9 +139,12 @@ def _read_longrope(
     hf: Mapping[str, Any], parameters: Mapping[str, Any], max_position_embeddings: int, rotary_dim: int
 ) -> dict[str, Any]:
     for name in ("short_factor", "long_factor"):
-        factors = parameters[name]
+        factors = parameters.get(name)
         if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
-            raise ValueError(f"config.json: {name} must be a list of {rotary_dim // 2} numbers, got {factors!r}")
+            raise ValueError(
+                f"config.json: rope type 'longrope' needs {name!r}, a list of {rotary_dim // 2} numbers, "
+                f"got {factors!r}"
+            )
         for factor in factors:
             number({name: factor}, name)
     given = hf if hf.get("original_max_position_embeddings") is not None else parameters

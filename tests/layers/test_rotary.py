@@ -358,7 +358,7 @@ def test_a_model_without_memory_is_made_without_torchs_compiler() -> None:
         "from nanovllm.config import RopeConfig\n"
         "from nanovllm.layers.rotary import RotaryEmbedding\n"
         "with torch.device('meta'):\n"
-        "    rotary = RotaryEmbedding(8, 32, RopeConfig('default', 10_000.0))\n"
+        "    rotary = RotaryEmbedding(8, 32, RopeConfig())\n"
         "assert rotary.table.shape == (32, 8), rotary.table.shape\n"
         "assert 'torch._dynamo' not in sys.modules\n"
     )
