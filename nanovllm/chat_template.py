@@ -85,6 +85,8 @@ def render_chat(
             **variables,
         )
     )
+    if not text:
+        raise ValueError(f"{name} cannot be laid out: the chat template made no text of them")
     return text
 
 

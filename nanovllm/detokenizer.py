@@ -13,6 +13,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
@@ -150,9 +151,10 @@ class DetokenizerStream:
         """Take the next tokens; the new text."""
         return "".join([self.step(token_id) for token_id in token_ids]) if self._joined_ids else self._feed(token_ids)
 
-    def peek(self, token_id: int) -> str:
-        """What `step` would return, without taking the token."""
-        return self._pieces.peek(token_id)
+    def texts_here(self) -> Callable[[int], str]:
+        """token id -> what `step` would return for it now. Holds also when the stream has gone on."""
+        texts: Callable[[int], str] = self._pieces.texts_here()
+        return texts
 
     def flush(self) -> str:
         """End of the sequence. Returns what an incomplete character leaves: U+FFFD, or nothing."""
@@ -178,13 +180,8 @@ class _FixedPieces:
         self._is_inside = bool(self._utf8.getstate()[0])
         return self._without_first_spaces(text) if self._num_spaces else text
 
-    def peek(self, token_id: int) -> str:
-        text = None if self._is_inside else self._text_of[token_id]
-        if text is not None:
-            return text
-        utf8 = _UTF8("replace")
-        utf8.setstate(self._utf8.getstate())
-        return utf8.decode(self._bytes_of[token_id])
+    def texts_here(self) -> Callable[[int], str]:
+        return partial(_decode_after, self._utf8.getstate(), self._bytes_of, self._text_of)
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -196,6 +193,14 @@ class _FixedPieces:
         if text:
             self._num_spaces = 0
         return text
+
+
+def _decode_after(state: tuple[bytes, int], bytes_of: BytesOfTokens, text_of: TextsOfTokens, token_id: int) -> str:
+    if not state[0] and (text := text_of[token_id]) is not None:
+        return text
+    utf8 = _UTF8("replace")
+    utf8.setstate(state)
+    return utf8.decode(bytes_of[token_id])
 
 
 def _byte_level(token: str) -> bytes:

@@ -36,11 +36,14 @@ class WindowPieces:
         self._window_text = self._decode(self._window)
         return piece
 
-    def peek(self, token_id: int) -> str:
-        if token_id in self._left_out:
-            return ""
-        text = self._decode([*self._window, token_id])
-        return "" if text.endswith("\ufffd") else text[len(self._window_text) :]
+    def texts_here(self) -> Callable[[int], str]:
+        window, before = list(self._window), len(self._window_text)
+
+        def text_of(token_id: int) -> str:
+            text = self._decode([*window, token_id]) if token_id not in self._left_out else ""
+            return "" if text.endswith("\ufffd") else text[before:]
+
+        return text_of
 
     def flush(self) -> str:
         return self._decode(self._window)[len(self._window_text) :]

@@ -13,7 +13,8 @@ class Logprob:
     """One token as the model saw it, before temperature, penalties and filters.
 
     logprob: natural log of its probability over the whole vocabulary. rank: 1 for the most likely token; tokens that
-    tie share the better rank. decoded_token: its text alone; None without a tokenizer or with detokenize=False.
+    tie share the better rank. decoded_token: what it adds to the text of the tokens before it; None without a tokenizer
+    or with detokenize=False.
     """
 
     logprob: float

@@ -126,6 +126,11 @@ def test_whatever_a_template_raises_names_the_template(tokenizer: Tokenizer, tem
     assert len(str(caught.value)) < 600
 
 
+def test_a_template_that_makes_nothing_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="messages cannot be laid out: the chat template made no text"):
+        tokenizer.render_chat([HI], chat_template="{{ ''.__class__ }}")
+
+
 def test_a_template_cannot_run_for_ever(tokenizer: Tokenizer) -> None:
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}"
     with pytest.raises(ValueError, match=r"messages: chat_template= ran for 0.2 s and was stopped"):

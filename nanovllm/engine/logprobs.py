@@ -5,12 +5,13 @@ no more memory than the worker's numbers, of which it may have one for each toke
 """
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from nanovllm.detokenizer import DetokenizerStream
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler_output import TOKEN_LOGPROB, TokenLogprobs
 from nanovllm.outputs import Logprob
@@ -62,45 +63,61 @@ class LogprobsMap(Mapping[int, Logprob]):
 
 
 class LogprobsDecoder:
-    """tokenizer=None leaves `decoded_token` None."""
+    """Maps of one sequence of tokens. A token's text is what it adds to the text of those before, so texts of the drawn
+    tokens join to the text; a special token has its own. tokenizer=None leaves `decoded_token` None.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._stream = None if tokenizer is None else DetokenizerStream(tokenizer, False, follows_text=True)
+        self.maps: list[LogprobsMap] = []
+
+    def extend(self, entries: Sequence[TokenLogprobs]) -> list[LogprobsMap]:
+        """The maps of these; those of its first ones are there already."""
+        for entry in entries[len(self.maps) :]:
+            self.maps.append(LogprobsMap(entry, _no_text if self._stream is None else self._stream.texts_here()))
+            token_id, _ = _OWN.unpack_from(entry)
+            self._text(token_id)
+        return self.maps
+
+    def start_after(self, token_id: int) -> None:
+        """The sequence goes on after this token, which has no map."""
+        self._text(token_id)
+
+    def _text(self, token_id: int) -> str | None:
+        return None if self._stream is None else self._stream.step(token_id)
+
+
+class LogprobsOfRequests:
+    """The maps of requests that are still growing."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
-        self._outputs: dict[Request, list[LogprobsMap]] = {}
-        self._prompts: dict[Request, list[LogprobsMap]] = {}
+        self._outputs: dict[Request, LogprobsDecoder] = {}
+        self._prompts: dict[Request, LogprobsDecoder] = {}
 
     def of_output(self, request: Request) -> list[Mapping[int, Logprob]] | None:
         """One map for each output token; None if the request did not ask."""
         if request.params.logprobs is None:
             return None
-        return list(self._maps(request, request.logprobs, self._outputs))
+        if request not in self._outputs:
+            self._outputs[request] = self._new_decoder(request)
+        return list(self._outputs[request].extend(request.logprobs))
 
     def of_prompt(self, request: Request) -> list[Mapping[int, Logprob] | None] | None:
         """One map for each prompt token, None for the first; None until the whole prompt is computed."""
         if request.params.prompt_logprobs is None or len(request.prompt_logprobs) < request.num_prompt_tokens - 1:
             return None
-        return [None, *self._maps(request, request.prompt_logprobs, self._prompts)]
+        if request not in self._prompts:
+            self._prompts[request] = self._new_decoder(request)
+            self._prompts[request].start_after(request.token_ids[0])
+        return [None, *self._prompts[request].extend(request.prompt_logprobs)]
 
     def forget(self, request: Request) -> None:
         self._outputs.pop(request, None)
         self._prompts.pop(request, None)
 
-    def _maps(
-        self, request: Request, entries: list[TokenLogprobs], made: dict[Request, list[LogprobsMap]]
-    ) -> list[LogprobsMap]:
-        maps = made.setdefault(request, [])
-        text = self._text if request.params.detokenize else _no_text
-        maps.extend(LogprobsMap(entry, text) for entry in entries[len(maps) :])
-        return maps
-
-    def _text(self, token_id: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
+    def _new_decoder(self, request: Request) -> LogprobsDecoder:
+        return LogprobsDecoder(self._tokenizer if request.params.detokenize else None)
 
 
 def _no_text(token_id: int) -> None:

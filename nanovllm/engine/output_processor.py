@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanovllm.detokenizer import DetokenizerStream
-from nanovllm.engine.logprobs import LogprobsDecoder, cumulative_logprob
+from nanovllm.engine.logprobs import LogprobsOfRequests, cumulative_logprob
 from nanovllm.engine.output_text import OutputText
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -21,7 +21,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None, is_deterministic: bool = False) -> None:
         self._tokenizer = tokenizer
         self._is_deterministic = is_deterministic
-        self._logprobs = LogprobsDecoder(tokenizer)
+        self._logprobs = LogprobsOfRequests(tokenizer)
         self._texts: dict[Request, OutputText] = {}
         self._prompts: dict[Request, list[int]] = {}  # one list for all outputs of a request
 

@@ -3,10 +3,14 @@ import pickle
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
-from nanovllm.engine.logprobs import LogprobsMap, own_logprob
+from nanovllm.detokenizer import _BYTE_OF_CHARACTER
+from nanovllm.engine.logprobs import LogprobsDecoder, LogprobsMap, own_logprob
 from nanovllm.engine.scheduler_output import TOKEN_LOGPROB
 from nanovllm.outputs import Logprob
+from nanovllm.tokenizer import Tokenizer
 
 
 def entry(*tokens: tuple[int, float, int]) -> bytes:
@@ -39,3 +43,29 @@ def test_a_whole_vocabulary_is_read_in_one_pass() -> None:
     found = LogprobsMap(numbers.tobytes(), lambda token_id: None)
     assert max(found, key=lambda token_id: found[token_id].logprob) == 0
     assert sum(logprob.logprob for logprob in found.values()) == -ids.sum()
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_texts_of_the_drawn_tokens_join_to_the_text(kind: str) -> None:
+    """A character of several tokens comes with its last one, and alternatives are read as they would stand there."""
+    if kind == "byte level":
+        vocab = dict(_BYTE_OF_CHARACTER)
+    else:
+        vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocab |= {"\u2581is": 256, "is": 257} if kind == "byte fallback" else {"\u0120is": 256, "is": 257}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=kind == "byte fallback"))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.ByteLevel() if kind == "byte level" else decoders.Sequence(steps)
+    tokenizer = Tokenizer(lambda: None, backend, eos_token_id=None, bos_token_id=None)
+    token_ids = [256, *"\u20ac".encode(), 257]
+    entries = [
+        np.array([(token_id, -1.0, 1), (257, -2.0, 2), (0xAC, -3.0, 3)], TOKEN_LOGPROB).tobytes()
+        for token_id in token_ids
+    ]
+    maps = LogprobsDecoder(tokenizer).extend(entries)
+    assert [drawn[token_id].decoded_token for drawn, token_id in zip(maps, token_ids, strict=True)] == [
+        " is", "", "", "\u20ac", "is",
+    ]  # fmt: skip
+    assert maps[3][257].decoded_token == "\ufffdis" and maps[3][0xAC].decoded_token == "\u20ac"
+    assert maps[0][257].decoded_token == "is"
+    assert [entry.decoded_token for entry in LogprobsDecoder(None).extend(entries)[0].values()] == [None] * 3
