@@ -9,9 +9,11 @@ that it has left and sparing those of the prompt that its prefix cache should ho
 request and adds what its replica reports, so text is made here. Invariant: a request belongs to one replica for life.
 """
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -46,9 +48,12 @@ GROWING = ("token_ids", "logprobs", "prompt_logprobs", "hidden_states")  # field
 
 
 class News(NamedTuple):
-    """What has become of a sequence since its last news. grown: what is new in each of GROWING."""
+    """What has become of a sequence since its last news. grown: what is new in each of GROWING; starts: behind how many
+    items, so that news that were taken in by half can be taken in again.
+    """
 
     key: int
+    starts: tuple[int, ...]
     grown: tuple[list[Any], ...]
     finish_reason: str | None
     stop_reason: int | str | None
@@ -66,6 +71,7 @@ class _Replica:
     child: Child
     num_blocks: int
     num_tokens_left: int = 0  # of its unfinished requests, prompt and longest output
+    waited_for_since: float = 0.0  # when it last said something, or got its first request after that
     cached: dict[bytes, None] = field(default_factory=dict)  # hashes of blocks it has computed, oldest first
 
     def num_cached_blocks(self, hashes: list[bytes]) -> int:
@@ -100,7 +106,10 @@ class DataParallelEngine:
         self._placed: dict[int, _Placed] = {}  # unfinished sequences, by key
         self._news: deque[list[News]] = deque()  # that came while something else was waited for
         self._number = 0
-        ready: list[Ready] = self._call("start", setups)
+        self._replicas: list[_Replica] = []
+        ready: list[Ready] = self._call("start", setups, is_limited=False)
+        for child in self._children.members:
+            child.limit_sends(self._timeout)
         self.num_blocks = min(one.num_blocks for one in ready)
         self.runner_times = ready[0].runner_times
         self._replicas = [
@@ -119,20 +128,25 @@ class DataParallelEngine:
         num_cached = min(replica.num_cached_blocks(hashes) * self._block_size, request.num_prompt_tokens - 1)
         key = self._next_key
         self._next_key += len(group)
+        if not replica.num_tokens_left:
+            replica.waited_for_since = time.monotonic()
+        placed = {}
         for i, sequence in enumerate(group):
             num_tokens = sequence.max_total_tokens - (num_cached if i == 0 else request.num_prompt_tokens)
-            self._placed[key + i] = _Placed(sequence, replica, num_tokens)
-            self._keys[sequence] = key + i
+            placed[key + i] = _Placed(sequence, replica, num_tokens)
             replica.num_tokens_left += num_tokens
-        replica.remember(hashes)
         sent = [replace(sequence, siblings=[], constraint=None) for sequence in group]
         self._send(replica.child, "add", Admission(key, sent))
+        replica.remember(hashes)
+        self._placed.update(placed)
+        self._keys.update((one.request, key) for key, one in placed.items())
 
     def abort(self, request: Request) -> None:
-        placed = self._forget(request)
-        if placed is not None:
+        key = self._keys.get(request)
+        if key is not None:
+            self._send(self._placed[key].replica.child, "abort", key)
             _finish(request, "abort", None)
-            self._send(placed[1].replica.child, "abort", placed[0])
+            self._forget(request)
 
     def has_work(self) -> bool:
         return bool(self._placed or self._news)
@@ -140,20 +154,31 @@ class DataParallelEngine:
     def step(self) -> list[Request]:
         """Wait for news from any replica; returns the requests that got tokens or ended."""
         if not self._news and self._placed:
-            self._take_in(self._timeout)
+            busy = [replica for replica in self._replicas if replica.num_tokens_left]
+            slowest = min(busy, key=lambda replica: replica.waited_for_since)
+            if not self._children.wait(slowest.waited_for_since + self._timeout):
+                raise self._children.fail(self._silence("a step", slowest.child.name))
+            self._take_in()
         changed: dict[Request, None] = {}
         while self._news:
-            with uninterrupted():
-                for news in self._news.popleft():
-                    if news.key in self._placed:
-                        changed[self._apply(news)] = None
+            for news in self._news[0]:
+                if news.key in self._placed:
+                    changed[self._apply(news)] = None
+            self._news.popleft()
         return list(changed)
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """After an interrupted step: the replicas know nothing of it; what they say of others than these is dropped."""
-        kept = set(requests)
+        """After an interruption, of which the replicas know nothing: they go on with these, and drop other requests."""
+        kept = dict.fromkeys(requests)
+        self._placed = {key: one for key, one in self._placed.items() if self._keys.get(one.request) == key}
+        self._keys = {request: key for request, key in self._keys.items() if key in self._placed}
+        for replica in self._replicas:
+            replica.num_tokens_left = sum(one.num_tokens for one in self._placed.values() if one.replica is replica)
         for request in [request for request in self._keys if request not in kept]:
             self.abort(request)
+        for request in kept:
+            if request not in self._keys and not request.is_finished:
+                self.add_request(request)
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         """What function(model) returns, for each rank of each replica; as `MultiprocessExecutor.apply_model`."""
@@ -179,7 +204,8 @@ class DataParallelEngine:
         if self._finalize.detach() is None:
             return
         for child in self._children.members:
-            self._send(child, "close", None)
+            with suppress(OSError):  # it has ended, or reads nothing: `join` sees to it
+                child.send(("close", 0, None))
         self._children.join()
 
     # -- which replica --
@@ -199,51 +225,63 @@ class DataParallelEngine:
 
     def _send(self, child: Child, name: str, value: Any) -> int:
         self._number += 1
-        with uninterrupted():
-            child.send((name, self._number, value))
+        try:
+            with uninterrupted():
+                child.send((name, self._number, value))
+        except BlockingIOError as error:
+            raise self._children.fail(f"{child.name} read nothing for {self._timeout:g} s") from error
+        except OSError as error:  # it has ended
+            raise self._children.fail(None) from error
         return self._number
 
-    def _call(self, name: str, values: list[Any]) -> list[Any]:
-        """Send values[i] to replica i; the answers, in order."""
+    def _silence(self, name: str, *silent: str) -> str:
+        limit = f"{self._timeout:g} s (distributed_timeout_seconds)"
+        return f"no answer within {limit} to {name} from {', '.join(silent)}"
+
+    def _call(self, name: str, values: list[Any], *, is_limited: bool = True) -> list[Any]:
+        """Send values[i] to replica i; the answers, in order. A late answer is passed over, after a TimeoutError."""
+        deadline = time.monotonic() + self._timeout if is_limited else None
+        children = list(self._children.members)
         numbers = {
-            self._send(child, name, value): i
-            for i, (child, value) in enumerate(zip(self._children.members, values, strict=True))
+            self._send(child, name, value): i for i, (child, value) in enumerate(zip(children, values, strict=True))
         }
         answers: dict[int, Any] = {}
         while len(answers) < len(values):
+            silent = [child.name for i, child in enumerate(children) if i not in answers]
+            if not self._children.wait(deadline):
+                raise TimeoutError(self._silence(name, *silent))
             for number, answer in self._take_in():
                 if number in numbers:
                     answers[numbers[number]] = answer
         return [answers[i] for i in range(len(values))]
 
-    def _take_in(self, limit: float | None = None) -> list[tuple[int, Any]]:
-        """Wait for messages, for so many seconds; keep the news among them for `step`, and return the answers."""
-        self._children.wait(limit)
+    def _take_in(self) -> list[tuple[int, Any]]:
+        """Read what has come; keep the news among it for `step`, and return the answers."""
         with uninterrupted():
             messages = self._children.receive()
+            now = time.monotonic()
+            for replica in self._replicas:
+                if any(child is replica.child for child, _ in messages):
+                    replica.waited_for_since = now
             self._news.extend(value for _, (number, value) in messages if number == 0)
         return [(number, value) for _, (number, value) in messages if number != 0]
 
     def _apply(self, news: News) -> Request:
         request = self._placed[news.key].request
-        for name, items in zip(GROWING, news.grown, strict=True):
-            getattr(request, name).extend(items)
+        for name, start, items in zip(GROWING, news.starts, news.grown, strict=True):
+            getattr(request, name)[start:] = items
         request.num_cached_tokens = news.num_cached_tokens
         if news.finish_reason is not None:
-            self._forget(request)
             request.error = news.error
             _finish(request, news.finish_reason, news.stop_reason)
+            self._forget(request)
         return request
 
-    def _forget(self, request: Request) -> tuple[int, _Placed] | None:
-        key = self._keys.pop(request, None)
-        if key is None:
-            return None
-        placed = self._placed.pop(key)
+    def _forget(self, request: Request) -> None:
+        placed = self._placed.pop(self._keys.pop(request))
         placed.replica.num_tokens_left -= placed.num_tokens
-        return key, placed
 
 
 def _finish(request: Request, finish_reason: str, stop_reason: int | str | None) -> None:
-    request.status = RequestStatus.FINISHED
     request.finish_reason, request.stop_reason = finish_reason, stop_reason
+    request.status = RequestStatus.FINISHED

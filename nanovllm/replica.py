@@ -77,12 +77,13 @@ class Replica:
 
     def _news(self, request: Request) -> News:
         key = self._keys[request]
-        reported = self._reported[key]
-        grown = tuple(getattr(request, name)[start:] for name, start in zip(GROWING, reported, strict=True))
-        self._reported[key] = [start + len(items) for start, items in zip(reported, grown, strict=True)]
+        starts = self._reported[key]
+        grown = tuple(getattr(request, name)[start:] for name, start in zip(GROWING, starts, strict=True))
+        self._reported[key] = [start + len(items) for start, items in zip(starts, grown, strict=True)]
         if request.is_finished:
             self._forget(request)
-        return News(key, grown, request.finish_reason, request.stop_reason, request.error, request.num_cached_tokens)
+        end = request.finish_reason, request.stop_reason, request.error
+        return News(key, tuple(starts), grown, *end, request.num_cached_tokens)
 
     def _forget(self, request: Request) -> None:
         key = self._keys.pop(request)

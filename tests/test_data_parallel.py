@@ -187,3 +187,22 @@ def test_engines_of_two_ranks_each_and_a_killed_one(folder: Path, one: LLM) -> N
         time.sleep(0.02)
     with pytest.raises(RuntimeError, match="closed"):
         generate(llm, GREEDY)
+
+
+def test_a_replica_that_answers_nothing_is_named(folder: Path) -> None:
+    """Stopped, it neither ends nor speaks, while the other one goes on. Only a step ends the engine."""
+    llm = make_llm(folder, data_parallel_size=2, distributed_timeout_seconds=5)
+    generate(llm, GREEDY)
+    pid = llm.apply_model(pid_of)[1]
+    os.kill(pid, signal.SIGSTOP)
+    for question in (llm.get_metrics, lambda: llm.apply_model(pid_of)):
+        with pytest.raises(TimeoutError, match=r"no answer within 5 s .* from data-parallel replica 1"):
+            question()
+    os.kill(pid, signal.SIGCONT)
+    assert llm.apply_model(pid_of)[1] == pid and len(generate(llm, GREEDY)) == len(PROMPTS)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=r"no answer within 5 s .* to a step from data-parallel replica 1"):
+        generate(llm, GREEDY)
+    for call in (llm.get_metrics, lambda: generate(llm, GREEDY)):
+        with pytest.raises(RuntimeError, match=r"closed .*no answer within"):
+            call()

@@ -10,6 +10,7 @@ import pickle
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,6 +22,13 @@ from selectors import EVENT_READ, DefaultSelector
 from types import FrameType
 from typing import Any, NamedTuple
 
+from nanovllm.errors import EngineDeadError
+
+_INTERRUPTING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
 _GRACE_SECONDS = 5.0  # that children get to end by themselves when asked to
 _NEWS_SECONDS = 1.0  # how long to collect reports when one child has failed: the first to speak is rarely the cause
 
@@ -42,7 +50,13 @@ class Child:
         self._lifeline = lifeline
 
     def send(self, message: Any) -> None:
+        """Raises OSError if the child has ended, or reads nothing for as long as `limit_sends` says."""
         self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def limit_sends(self, seconds: float) -> None:
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:
+            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)  # a timeval; all zero is no limit
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def release(self) -> None:
         self.connection.close()
@@ -95,6 +109,7 @@ class Children:
     """Those that belong together: when one ends, all end."""
 
     def __init__(self) -> None:
+        self._parent = os.getpid()
         self.members: list[Child] = []
         self._selector = DefaultSelector()
 
@@ -102,17 +117,13 @@ class Children:
         self.members.append(child)
         self._selector.register(child.connection, EVENT_READ, child)
 
-    def wait(self, limit: float | None = None) -> None:
-        """Until some child has spoken. Raises RuntimeError, and ends all, if none does within `limit` seconds."""
-        if not self._selector.select(limit):
-            raise self.fail(f"no answer within {limit:g} s (distributed_timeout_seconds)")
+    def wait(self, deadline: float | None = None) -> bool:
+        """Wait until some child has spoken; whether one has before the deadline of the monotonic clock."""
+        left = None if deadline is None else deadline - time.monotonic()
+        return (left is None or left > 0) and bool(self._selector.select(left))
 
-    def receive(self, limit: float | None = None) -> list[tuple[Child, Any]]:
-        """As `wait`; then one message of each child that has spoken. Raises RuntimeError too if one has failed.
-
-        Who cannot lose a message to Ctrl-C waits first and then receives `uninterrupted`.
-        """
-        self.wait(limit)
+    def receive(self) -> list[tuple[Child, Any]]:
+        """One message of each child that has spoken. Raises EngineDeadError, and ends all, if one has failed."""
         messages = []
         for key, _ in self._selector.select(0):
             with uninterrupted():
@@ -152,10 +163,12 @@ class Children:
         if causes and len(causes) == len(reports) and isinstance(causes[0], (ValueError, TypeError, ImportError)):
             causes[0].add_note("\n".join(texts))
             return causes[0]
-        return RuntimeError("\n".join(texts))
+        return EngineDeadError("\n".join(texts))
 
     def kill(self) -> None:
-        """End all children now. May be called twice."""
+        """End all children now. May be called twice; a process that was forked ends nobody."""
+        if os.getpid() != self._parent:
+            return
         for child in self.members:
             child.process.kill()
         self._release()
@@ -196,16 +209,21 @@ def _ending(child: Child) -> str:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done: half a message would be the end of the conversation."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+    """Hold back what handlers of signals do until the block is done: half a message would end the conversation.
+
+    They run in the main thread only, and so are called there behind it, in the order the signals came.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handlers = {number: handler for number in _INTERRUPTING if callable(handler := signal.getsignal(number))}
     held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    for number in handlers:
+        signal.signal(number, lambda number, frame: held.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if held:
-        previous(*held[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in held:
+        handlers[number](number, frame)

@@ -70,10 +70,12 @@ class MultiprocessExecutor:
 
     def wait_for(self, number: int) -> ModelRunnerOutput:
         """The tokens of the step of that number; those of earlier steps that nobody waited for are dropped."""
-        while True:
-            for _, (answered, output) in self._children.receive(self._timeout):
+        deadline = time.monotonic() + self._timeout
+        while self._children.wait(deadline):
+            for _, (answered, output) in self._children.receive():
                 if answered == number:
                     return output
+        raise self._children.fail(self._silence("a step"))
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         """What function(model) returns, for each rank.
@@ -81,21 +83,26 @@ class MultiprocessExecutor:
         The function travels by its name, so it must be one that can be imported, or TypeError is raised; its result is
         copied.
         """
-        results = self._call("apply_model", pickle_function(function))
+        results = self._call("apply_model", pickle_function(function), time.monotonic() + self._timeout)
         for rank, result in enumerate(results):
             if isinstance(result, CallFailed):
                 raise result.as_error(f"tensor-parallel rank {rank}")
         return results
 
-    def _call(self, name: str, value: Any) -> list[Any]:
-        """The answers of all ranks, in their order."""
+    def _call(self, name: str, value: Any, deadline: float | None = None) -> list[Any]:
+        """The answers of all ranks, in their order. TimeoutError behind the deadline; a late answer is passed over."""
         number = self._send(name, value)
         answers: dict[str, Any] = {}
         while len(answers) < len(self._children.members):
+            if not self._children.wait(deadline):
+                raise TimeoutError(self._silence(name))
             for child, (answered, answer) in self._children.receive():
                 if answered == number:
                     answers[child.name] = answer
         return [answers[child.name] for child in self._children.members]
+
+    def _silence(self, name: str) -> str:
+        return f"no answer within {self._timeout:g} s (distributed_timeout_seconds) to {name}"
 
     def _send(self, name: str, value: Any) -> int:
         self._number += 1

@@ -5,6 +5,7 @@ The ranks are such as torchrun would start: each runs the same engines on the sa
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class Ranks:
             child.send((function, arguments))
         results: dict[str, Any] = {}
         while len(results) < self.size:
-            results.update((child.name, message) for child, message in self._children.receive(120))
+            assert self._children.wait(time.monotonic() + 120)
+            results.update((child.name, message) for child, message in self._children.receive())
         return [results[f"rank {rank}"] for rank in range(self.size)]
 
     def generate(self, folder: Path, options: dict[str, Any], rounds: Sequence[tuple[Any, Any]]) -> list[Any]:

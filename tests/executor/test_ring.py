@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
@@ -31,7 +32,8 @@ def read_all(ring: RingWriter, messages: Iterable[bytes], num_readers: int) -> t
     ring.close()
     seen: list[Any] = []
     while len(seen) < num_readers:
-        seen += [report for _, report in children.receive(60)]
+        assert children.wait(time.monotonic() + 60)
+        seen += [report for _, report in children.receive()]
     children.kill()
     return (count, digest.hexdigest()), seen
 
