@@ -17,7 +17,9 @@ def reject_unknown_options(owner: str, options: Iterable[str], known: Iterable[s
     names = list(known)
     for option in options:
         if option not in names:
-            nearest = get_close_matches(option, names, n=1, cutoff=0.5)
+            # A beginning of a name, or nearly all of its letters: with fewer in common it is another thing.
+            begun = [name for name in names if name.startswith(option)]
+            nearest = begun or get_close_matches(option, names, n=1, cutoff=0.7)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"options are: {', '.join(names)}"
             raise TypeError(f"{owner} has no option {option!r}: {hint}")
 

@@ -61,6 +61,12 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
         EngineConfig(model="m", **{misspelt: 1})
 
 
+@pytest.mark.parametrize("name", ["reasoning_mode", "enable_flash", "response_format"])
+def test_another_thing_gets_no_option_of_similar_letters(name: str) -> None:
+    with pytest.raises(TypeError, match=f"no option {name!r}: options are: model, "):
+        EngineConfig(model="m", **{name: 1})
+
+
 VLLM_OPTIONS: list[tuple[str, list[Any], Any, str]] = [  # (option, what asks for nothing, what asks, what is missing)
     ("trust_remote_code", [None, False], True, "remote code is never run"),
     ("enable_lora", [None, False], True, "LoRA is not supported"),
