@@ -164,7 +164,10 @@ def _rehearse_loading(config: ResolvedConfig, model_config: ModelConfig, checkpo
         if ops is not PLAIN and any(isinstance(module, Experts) for module in model.modules()):
             raise NotImplementedError(f"{model_config.architecture}: mixtures of experts cannot be quantized yet")
         if config.load_format != "dummy":
-            load_weights(model, checkpoint.headers())
+            try:
+                load_weights(model, checkpoint.headers())
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from error
 
 
 def _replica_setups(config: ResolvedConfig, device: torch.device) -> list[ReplicaSetup]:

@@ -12,6 +12,12 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--broken-files", default=20, help="how many of each kind tests/weights/test_broken_files.py makes"
+    )
+
+
 def pytest_configure() -> None:
     """A shell starts what it puts into the background with SIGINT ignored; tests that send one would wait for ever."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
