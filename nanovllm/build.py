@@ -82,7 +82,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             tokenizer = load_tokenizer(config.tokenizer, revision=None)
     times.append(perf_counter())
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer, model_config.vocab_size)
-    is_remote = config.data_parallel_size > 1 or config.distributed_executor_backend == "mp"
+    is_remote = config.has_replicas or config.distributed_executor_backend == "mp"
     if is_remote:
         check_importable(config.logits_processors, "logits_processors")
     engine, num_blocks, runner_times = _start_engine(config, model_config, checkpoint, device, tokenizer)
@@ -129,7 +129,7 @@ def _start_engine(
             f"from {device} on, needs more than the {torch.cuda.device_count()} CUDA devices that are visible"
         )
     _rehearse_loading(config, model_config, checkpoint)
-    if config.data_parallel_size > 1:
+    if config.has_replicas:
         setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)
         replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
         return replicas, replicas.num_blocks, replicas.runner_times
@@ -174,7 +174,7 @@ def _replica_setups(config: ResolvedConfig, device: torch.device) -> list[Replic
     """One engine on each device, or on each group of tensor-parallel devices; on a CPU they share its memory."""
     size, tp_size = config.data_parallel_size, config.tensor_parallel_size
     num_threads = max(1, torch.get_num_threads() // size)
-    config = replace(config, data_parallel_size=1, revision=None)
+    config = replace(config, data_parallel_size=1, engine_process=False, revision=None)
     if device.type == "cpu":
         config = replace(config, gpu_memory_utilization=config.gpu_memory_utilization / size)
         return [ReplicaSetup(config, num_threads)] * size

@@ -73,6 +73,8 @@ class EngineConfig:
         device.
     tensor_parallel_size: devices of this host that share the model. With several, "cuda:N" is the first of them.
     data_parallel_size: engines that share the requests, each with the whole model on devices of its own.
+    engine_process: run the engine in a process of its own, so that what this one does beside it, such as a server's
+        work, takes no time from it; several by data_parallel_size always do.
     distributed_executor_backend: who runs the model: "uni" (this process, on one device), "mp" (worker processes that
         the engine starts, one for each device) or "external_launcher" (torchrun, say: every rank runs the same script
         with the same prompts). None chooses "uni" for one device and "mp" for several.
@@ -115,6 +117,7 @@ class EngineConfig:
     overlap_depth: int | None = option(None, low=1)
     tensor_parallel_size: int = option(1, low=1)
     data_parallel_size: int = option(1, low=1)
+    engine_process: bool = False
     distributed_executor_backend: str | None = option(None, choices=(None, "uni", "mp", "external_launcher"))
     disable_custom_all_reduce: bool = False
     disable_cascade_attn: bool = False
@@ -128,12 +131,17 @@ class EngineConfig:
     deterministic: bool = False
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = option((), has_flag=False)
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether engines run in processes of their own, also if it is a single one."""
+        return self.data_parallel_size > 1 or self.engine_process
+
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.data_parallel_size > 1 and self.distributed_executor_backend == "external_launcher":
+        if self.has_replicas and self.distributed_executor_backend == "external_launcher":
             raise ValueError(
-                f"data_parallel_size must be 1 with distributed_executor_backend='external_launcher', got "
-                f"{self.data_parallel_size}; use 'mp'"
+                f"distributed_executor_backend='external_launcher' runs one engine in this process, but "
+                f"engine_process is {self.engine_process} and data_parallel_size {self.data_parallel_size}; use 'mp'"
             )
         if self.tensor_parallel_size > 1 and self.distributed_executor_backend == "uni":
             raise ValueError(

@@ -19,6 +19,7 @@ examples:
   nanovllm chat Qwen/Qwen3-0.6B                     talk to a model in the terminal
   nanovllm complete "Once upon a time" --max-tokens 64
   nanovllm complete --model ./model.gguf --file prompts.txt --json > answers.jsonl
+  nanovllm serve Qwen/Qwen3-0.6B                    an HTTP server for OpenAI's clients
   nanovllm memory Qwen/Qwen3-8B --max-model-len 8192 --max-num-seqs 32
   nanovllm bench throughput --batch-sizes 1 16 64 --compare hf
 
@@ -30,8 +31,6 @@ A MODEL is a folder with config.json and safetensors, a .gguf file, a Hugging Fa
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """What was typed. Ends the program, with the usage of the command, where that cannot be understood."""
     parser = build_parser()
-    if argv[:1] == ["serve"]:
-        parser.error("there is no server here; use `nanovllm chat`, `nanovllm complete`, or LLM(...) in Python")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_unknown(args.parser, unknown)
@@ -47,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_complete(commands)
     _add_chat(commands)
     _add_demo(commands)
+    _add_serve(commands)
     add_bench(commands)
     _add_check_model(commands)
     add_command(
@@ -132,6 +132,44 @@ A second run needs no network.
     add_engine_options(parser, exclude=["skip_tokenizer_init", "tokenizer", "revision", "load_format"])
 
 
+def _add_serve(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "serve",
+        "serve a model over HTTP, for OpenAI's clients",
+        """\
+examples:
+  nanovllm serve demo
+  nanovllm serve Qwen/Qwen3-0.6B --port 8000 --api-key "$KEY" --max-num-seqs 256
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+       -d '{"messages": [{"role": "user", "content": "Hello!"}]}'
+""",
+        " MODEL",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    group = parser.add_argument_group("server options")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
+    group.add_argument("--api-key", metavar="KEY", help="what clients must send as a bearer token")
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (default: MODEL)"
+    )
+    group.add_argument(
+        "--max-unfinished", type=int, default=4096, metavar="N",
+        help="requests beyond so many unfinished ones get status 429 (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--drain-seconds", type=int, default=30, metavar="N",
+        help="how long requests may go on after SIGTERM or Ctrl-C (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--ssl-certfile", metavar="FILE", help="certificate for TLS")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="its key")
+    group.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
+    )
+    add_engine_options(parser, exclude=("model",))
+
+
 def _add_check_model(commands: Commands) -> None:
     parser = add_command(
         commands,
@@ -165,6 +203,7 @@ Reads the model's config only; no weight is loaded.
 
 examples:
   nanovllm memory demo
+  nanovllm serve Qwen/Qwen3-0.6B                    an HTTP server for OpenAI's clients
   nanovllm memory Qwen/Qwen3-8B --max-model-len 8192 --max-num-seqs 32 --dtype bfloat16
 """,
         " MODEL",

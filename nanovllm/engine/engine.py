@@ -75,6 +75,8 @@ class Engine:
         return {
             "num_steps": self.num_steps,
             **asdict(self.scheduler.stats),
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
             "num_free_blocks": self.scheduler.cache.pool.num_free_blocks,
             "num_blocks": self.scheduler.cache.pool.num_blocks,
             "host_seconds": self.host_seconds,

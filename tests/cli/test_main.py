@@ -165,12 +165,6 @@ def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"did you mean {right}?" in shown
 
 
-def test_there_is_no_server(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["serve", "demo"])
-    assert "there is no server" in capsys.readouterr().err
-
-
 def test_ctrl_c_while_the_command_is_still_being_imported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

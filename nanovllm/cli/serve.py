@@ -1,0 +1,70 @@
+"""`nanovllm serve`: an HTTP server for one model, for OpenAI's clients.
+
+Owns the process: loading, listening, and the end. SIGTERM and Ctrl-C let what runs end, for --drain-seconds, and take
+nothing new. Invariant: the port answers only once the model is ready.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+from argparse import Namespace
+from time import perf_counter
+from types import FrameType
+
+from nanovllm.cli.options import engine_options
+
+
+def run(args: Namespace) -> int:
+    try:
+        import uvicorn
+
+        from nanovllm.server.app import make_app
+        from nanovllm.server.served import Served
+    except ImportError as error:
+        raise ImportError(
+            f"`nanovllm serve` needs the extra `serve`: pip install 'nanovllm[serve]' ({error})"
+        ) from error
+    from nanovllm.async_llm import AsyncLLM
+
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    listener = _listen(args.host, args.port)
+    engine = AsyncLLM(args.model, **{"engine_process": True, **engine_options(args)})
+    served = Served(engine, args.served_model_name or [args.model], args.max_unfinished)
+    config = uvicorn.Config(
+        make_app(served, args.api_key),
+        log_config=None,
+        access_log=False,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        timeout_graceful_shutdown=args.drain_seconds,
+        h11_max_incomplete_event_size=2**16,
+    )
+    scheme = "https" if args.ssl_certfile else "http"
+    host, port = listener.getsockname()[:2]
+    print(f"ready after {perf_counter() - args.start_time:.1f} s: {scheme}://{host}:{port}/v1", file=sys.stderr)
+
+    class Server(uvicorn.Server):
+        should_exit: bool
+        force_exit: bool
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            """The first signal lets requests end, the second does not."""
+            self.force_exit = self.should_exit
+            self.should_exit = served.is_draining = True
+
+    asyncio.run(Server(config).serve(sockets=[listener]))
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Taken before the model is loaded, so that a port that is taken is known at once; nothing is accepted yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host") from error
+    return listener

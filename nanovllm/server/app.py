@@ -1,0 +1,222 @@
+"""The web application: which route is answered where, who may ask, and what errors look like.
+
+Owns the table of routes, the key, request ids and the bodies of errors. Invariant: whatever goes wrong with one
+request, the client gets OpenAI's error body with a status that says whose fault it was, and the others go on.
+"""
+
+import asyncio
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanovllm import __version__
+from nanovllm.errors import EngineDeadError, cut
+from nanovllm.server.body import BadRequest, read_body
+from nanovllm.server.chat import chat_completions
+from nanovllm.server.completions import completions
+from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
+
+_log = logging.getLogger("nanovllm.server")
+_OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has no key
+
+
+def make_app(served: Served, api_key: str | None = None) -> Starlette:
+    """api_key: what clients must send as a bearer token; None asks for none."""
+    routes = [
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", _models),
+        Route("/v1/models/{name:path}", _model),
+        Route("/tokenize", _tokenize, methods=["POST"]),
+        Route("/detokenize", _detokenize, methods=["POST"]),
+        Route("/health", _health),
+        Route("/ping", _health, methods=["GET", "POST"]),
+        Route("/version", _version),
+        Route("/load", _load),
+        Route("/metrics", _metrics),
+    ]
+    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        ExceptionGroup: _answer_group,
+        HTTPException: _answer_http,
+        Exception: _answer_error,
+        **dict.fromkeys((ValueError, TypeError, NotImplementedError, RuntimeError), _answer_error),
+    }
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await served.engine.close()
+
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.add_middleware(_Gate, api_key=api_key)  # type: ignore[arg-type]
+    app.state.served = served
+    return app
+
+
+class _Gate:
+    """Gives each request its id and asks for the key. Plain ASGI, so that streams pass through untouched."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app, self._key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:100] or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        start, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode("latin-1"))]
+            await send(message)
+
+        if self._key is not None and scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
+            response = _error_body("the API key is missing or wrong", 401, "invalid_api_key")
+            await response(scope, receive, send_with_id)
+        else:
+            await self._app(scope, receive, send_with_id)
+        _log.info("%s %s %s %s %.3f s", request_id, scope["method"], scope["path"], status, time.perf_counter() - start)
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        assert self._key is not None
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
+        return hmac.compare_digest(given, self._key.encode())
+
+
+# -- errors --
+
+
+def _error_body(
+    message: str, status: int, code: str | int | None = None, param: str | None = None, headers: Any = None
+) -> JSONResponse:
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message, "type": kind, "param": param, "code": code if code is not None else status}
+    return JSONResponse({"error": error}, status, headers=headers)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, BadRequest):
+        return _error_body(str(error), error.status, error.code, error.param)
+    if isinstance(error, Overloaded):
+        status = 503 if request.app.state.served.is_draining else 429
+        return _error_body(str(error), status, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+        return _error_body(str(error), 400)
+    if isinstance(error, EngineDeadError) or not request.app.state.served.is_alive:
+        return _error_body(f"the engine has ended: {cut(str(error))}", 503)
+    _log.error("%s", request.state.request_id, exc_info=error)
+    return _error_body(f"{type(error).__name__}: {cut(str(error))}", 500)
+
+
+async def _answer_group(request: Request, group: Exception) -> Response:
+    """Of several prompts one is bad: what is wrong with the first that is."""
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return await _answer_error(request, error)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail if error.status_code != 404 else f"there is no {request.url.path} here"
+    return _error_body(message, error.status_code)
+
+
+# -- small routes --
+
+
+def _card(served: Served, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.start_time,
+        "owned_by": "nanovllm",
+        "root": served.engine.llm.config.model,
+        "max_model_len": served.max_model_len,
+    }
+
+
+async def _models(request: Request) -> Response:
+    served: Served = request.app.state.served
+    return JSONResponse({"object": "list", "data": [_card(served, name) for name in served.names]})
+
+
+async def _model(request: Request) -> Response:
+    served: Served = request.app.state.served
+    name = request.path_params["name"]
+    if name not in served.names:
+        return _error_body(f"the model {name!r} is not served here", 404, "model_not_found", "model")
+    return JSONResponse(_card(served, name))
+
+
+async def _tokenize(request: Request) -> Response:
+    """A text, or the conversation that a chat completion would make of messages."""
+    served: Served = request.app.state.served
+    body = await read_body(request)
+    served.check_model(body)
+    text, messages = body.take("prompt", str), body.take("messages", list)
+    if (text is None) == (messages is None):
+        raise BadRequest("give prompt or messages, one of them", param="prompt")
+    options = {"add_generation_prompt": body.take("add_generation_prompt", bool, True)} if messages is not None else {}
+    has_special = body.take("add_special_tokens", bool, messages is None)
+    wants_texts = body.take("return_token_strs", bool, False)
+    body.finish()
+    tokenizer = served.tokenizer
+
+    def tokenize() -> dict[str, Any]:
+        given = tokenizer.render_chat(messages, **options) if messages is not None else text
+        ids = tokenizer.encode(given, add_special_tokens=has_special)
+        texts = tokenizer.hf.convert_ids_to_tokens(ids) if wants_texts else None
+        return {"count": len(ids), "max_model_len": served.max_model_len, "tokens": ids, "token_strs": texts}
+
+    return JSONResponse(await served.in_thread(tokenize))
+
+
+async def _detokenize(request: Request) -> Response:
+    served: Served = request.app.state.served
+    body = await read_body(request)
+    served.check_model(body)
+    ids: list[Any] = body.require("tokens", list)
+    body.finish()
+    vocab_size = served.engine.llm.model_config.vocab_size
+    for token_id in ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise BadRequest(f"tokens must be ids from 0 to {vocab_size - 1}, got {token_id!r}", param="tokens")
+    return JSONResponse({"prompt": await served.in_thread(served.tokenizer.hf.decode, ids)})
+
+
+async def _health(request: Request) -> Response:
+    """200 while the engine lives, busy or not."""
+    served: Served = request.app.state.served
+    return Response(status_code=200 if served.is_alive and not served.is_draining else 503)
+
+
+async def _version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+async def _load(request: Request) -> Response:
+    return JSONResponse({"server_load": request.app.state.served.num_unfinished})
+
+
+async def _metrics(request: Request) -> Response:
+    served: Served = request.app.state.served
+    engine = await asyncio.to_thread(served.engine.llm.get_metrics)
+    return Response(served.metrics.render(engine), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,97 @@
+"""Served: one engine as the routes see it: names, bounds, and what is counted of each request.
+
+Owns admission: a request beyond `max_waiting` is refused before any work is done for it, so that queues stay short.
+Invariant: every request that was admitted is counted out again, however it ends.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.engine.input_processor import Prompt
+from nanovllm.errors import RequestError
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.body import BadRequest, Body
+from nanovllm.server.metrics import Metrics
+
+RETRY_AFTER_SECONDS = 1
+
+
+class Overloaded(RuntimeError):
+    """More requests are waiting than this server takes."""
+
+
+class Served:
+    """names: that requests may call the model by, the first of which answers carry."""
+
+    def __init__(self, engine: AsyncLLM, names: Sequence[str], max_unfinished: int) -> None:
+        self.engine = engine
+        self.names = list(names)
+        self.max_unfinished = max_unfinished
+        self.num_unfinished = 0
+        self.start_time = int(time.time())
+        self.is_draining = False
+        self.metrics = Metrics(names[0])
+        self.defaults = engine.llm.get_default_sampling_params()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.engine.llm._known_tokenizer()
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.llm.config.max_model_len
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.engine.llm._is_closed
+
+    def check_model(self, body: Body) -> str:
+        """The name that the client used. Raises BadRequest for a model that is not served here."""
+        name: str = body.take("model", str, self.names[0])
+        if name not in self.names:
+            raise BadRequest(
+                f"the model {name!r} is not served here; there is {', '.join(map(repr, self.names))}",
+                param="model", status=404, code="model_not_found",
+            )  # fmt: skip
+        return name
+
+    @contextmanager
+    def admitted(self, num_requests: int) -> Iterator[None]:
+        """So many requests more. Raises Overloaded, for a client to come back later."""
+        if self.is_draining:
+            raise Overloaded("the server is shutting down")
+        if self.num_unfinished + num_requests > self.max_unfinished:
+            raise Overloaded(
+                f"{self.num_unfinished} requests are unfinished and {self.max_unfinished} is the most: try again later"
+            )
+        self.num_unfinished += num_requests
+        try:
+            yield
+        finally:
+            self.num_unfinished -= num_requests
+
+    async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
+        """`AsyncLLM.generate`, counted. A sequence that failed has its reason in its output, and raises nothing."""
+        timing = self.metrics.begin(params)
+        try:
+            async for output in self.engine.generate(prompt, params, request_id):
+                timing.count(output)
+                yield output
+        except RequestError:
+            pass  # the output that came before says so
+        finally:
+            timing.end()
+
+    async def final(self, prompt: Prompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        """The one output of a request that wants it at its end."""
+        outputs = [output async for output in self.run(prompt, params, request_id)]
+        return outputs[-1]
+
+    async def in_thread(self, function: Any, *arguments: Any) -> Any:
+        """What takes milliseconds of Python or more: templates, texts to token ids."""
+        return await asyncio.to_thread(function, *arguments)

@@ -1,0 +1,62 @@
+"""A server on a port of this machine, with a tiny model whose tokenizer has a chat template."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.server.app import make_app
+from nanovllm.server.served import Served
+from tests.tiny_models import edit_json, save_scripted
+
+
+class Running:
+    """A served model, and where it listens."""
+
+    def __init__(self, folder: str, api_key: str | None = None, max_unfinished: int = 64, **options: Any) -> None:
+        self.engine = AsyncLLM(folder, device="cpu", dtype="float32", **options)
+        self.served = Served(self.engine, ["tiny", "alias"], max_unfinished)
+        config = uvicorn.Config(make_app(self.served, api_key), host="127.0.0.1", port=0, log_config=None)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + 60
+        while not self._server.started:
+            assert self._thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def looping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Says "abcdefgh" over and over."""
+    folder = save_scripted(tmp_path_factory.mktemp("looping"), "abcdefgh", ends=False)
+    edit_json(folder / "config.json", max_position_embeddings=20_000)
+    running = Running(str(folder), max_model_len=20_000, num_gpu_blocks_override=1300, max_num_seqs=8)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def server(looping: Running) -> Iterator[Running]:
+    """With nothing left over by a test."""
+    yield looping
+    deadline = time.monotonic() + 60
+    while True:
+        metrics = looping.engine.llm.get_metrics()
+        if not (metrics["num_running"] or metrics["num_waiting"] or looping.served.num_unfinished):
+            break
+        assert time.monotonic() < deadline, f"a request was left: {metrics}"
+        time.sleep(0.01)
+    looping.engine.llm.reset_prefix_cache()
+    assert looping.engine.llm.get_metrics()["num_free_blocks"] == looping.engine.llm.get_metrics()["num_blocks"]

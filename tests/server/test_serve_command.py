@@ -1,0 +1,46 @@
+"""`nanovllm serve` as a process: ready, answering, and its end."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from nanovllm.cli.main import main
+from tests.tiny_models import edit_json, save_scripted
+
+
+def test_sigterm_lets_a_stream_end_and_takes_nothing_new(tmp_path: Path) -> None:
+    folder = save_scripted(tmp_path, "abcdefgh", ends=False)
+    edit_json(folder / "config.json", max_position_embeddings=2000)
+    command = [sys.executable, "-m", "nanovllm.cli.main", "serve", str(folder), "--port", "0"]
+    options = ["--device", "cpu", "--dtype", "float32", "--served-model-name", "tiny", "--log-level", "error"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        ready = next(line for line in process.stderr if line.startswith("ready"))
+        found = re.search(r"http://127\.0\.0\.1:\d+", ready)
+        assert found is not None, ready
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 1500, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        assert events[-1] == "data: [DONE]" and '"length"' in events[-2]
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_port_that_is_taken_is_known_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
