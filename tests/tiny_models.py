@@ -140,7 +140,7 @@ def hugging_face_logits(model: Any, token_ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def hugging_face_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
+def hugging_face_greedy(model: Any, prompt: Sequence[int], num_tokens: int, **options: Any) -> list[int]:
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         ids,
@@ -149,6 +149,7 @@ def hugging_face_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> l
         min_new_tokens=num_tokens,
         do_sample=False,
         pad_token_id=0,
+        **options,
     )
     return out[0, len(prompt) :].tolist()
 

@@ -283,7 +283,8 @@ def test_longrope_through_the_engine(tmp_path: Path, options: dict[str, Any], pr
     shared = random_prompts([120])[0]
     prompts = [shared[:length] for length in (120, 80, 66, 65, 64, 63, 50, 30)]
     hugging_face = load_hugging_face(folder)
-    expected = [hugging_face_greedy(hugging_face, prompt, 24) for prompt in prompts]
+    # Without a cache: transformers 5.17 leaves keys in it as they were before the change.
+    expected = [hugging_face_greedy(hugging_face, prompt, 24, use_cache=False) for prompt in prompts]
     if preempts:
         options = {**options, "num_gpu_blocks_override": 22}
     params = SamplingParams(temperature=0, max_tokens=24)
