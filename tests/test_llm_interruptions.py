@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, RequestOutputKind, SamplingParams
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.cache_manager import CacheManager
 from tests.engine.test_interruptions import Interruption, Tracer
 from tests.llm_checks import check_nothing_is_left
 from tests.test_llm import inner_model
@@ -143,7 +143,7 @@ def test_a_time_limit_by_a_signal_costs_nothing(llm: LLM, handler: Callable[...,
 
 def test_streams_collected_in_mid_step_lose_no_block(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(llm)
-    allocate = Scheduler._allocate
+    allocate = CacheManager.allocate
     for moment in (1, 4, 9):
         for prompt in PROMPTS:
             cycle: list[Any] = [llm.stream(prompt, GREEDY)]
@@ -152,13 +152,13 @@ def test_streams_collected_in_mid_step_lose_no_block(llm: LLM, monkeypatch: pyte
             del cycle
         left = [moment]
 
-        def collecting(self: Scheduler, *args: Any, left: list[int] = left) -> Any:
+        def collecting(self: CacheManager, *args: Any, left: list[int] = left) -> Any:
             left[0] -= 1
             if left[0] == 0:
                 gc.collect()
             return allocate(self, *args)
 
-        monkeypatch.setattr(Scheduler, "_allocate", collecting)
+        monkeypatch.setattr(CacheManager, "allocate", collecting)
         assert generate(llm) == expected
         monkeypatch.undo()
         gc.collect()

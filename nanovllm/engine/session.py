@@ -15,7 +15,6 @@ told to everyone who waits. `is_from_outside` tells the two apart.
 """
 
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +23,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from queue import Empty, SimpleQueue
-from types import CodeType
 from typing import Any, Generic, Protocol, TypeVar
 
+from nanovllm.engine.features.interruptions import is_from_outside
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.turn import Turn
@@ -397,31 +396,6 @@ class Session:
         finally:
             for bell in [*self._guests, *(inbox.bell for inbox in list(self._waiting))]:
                 _ring(bell)
-
-
-def is_from_outside(error: BaseException) -> bool:
-    """Did something that is not the engine's raise this in the middle of a step?
-
-    That is what is no Exception, as KeyboardInterrupt and SystemExit, and what passed through the handler of a signal.
-    """
-    if not isinstance(error, Exception):
-        return True
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code in handlers:
-            return True
-        traceback = traceback.tb_next
-    return False
-
-
-def _code(handler: Any) -> CodeType | None:
-    """The Python code of a signal handler: a function, a method, or an object that can be called."""
-    handler = handler.func if isinstance(handler, partial) else handler
-    handler = getattr(handler, "__func__", handler)
-    if callable(handler) and not hasattr(handler, "__code__"):
-        handler = type(handler).__call__
-    return getattr(handler, "__code__", None)
 
 
 def _ring(bell: "SimpleQueue[None]") -> None:
