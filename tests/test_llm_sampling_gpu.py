@@ -1,5 +1,8 @@
 """What a request asks of the sampler, on a GPU: tokens and numbers of the CPU, and every bit if asked. Run: -m gpu"""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,10 +12,11 @@ import pytest
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
+from tests import test_features_pairwise as pairs
 from tests.runner import test_model_runner as mixed
 from tests.test_llm_deterministic import PARAMS, PROMPTS
 from tests.test_llm_sampling import REQUESTS
-from tests.tiny_models import VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -111,3 +115,29 @@ def test_every_bit_is_the_same_whatever_else_runs(folder: Path, dtype: str) -> N
             assert numbers(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == alone
             assert numbers(llm.generate(PROMPTS[::-1], PARAMS[::-1], use_tqdm=False)) == alone[::-1]
             assert numbers(llm.generate([PROMPTS[4]] * 20, PARAMS[4], use_tqdm=False)) == [alone[4]] * 20
+
+
+EDITS = ("penalties", "logit_bias", "bad_words", "min_tokens", "allowed_token_ids", "processors", "grammar")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LLM]]:
+    """One with graphs and one without."""
+    sizes = {"vocab_size": VOCAB_WITH_TOKENIZER, "eos_token_id": EOS, "head_dim": 64}
+    folder = save_random(tmp_path_factory.mktemp("pairs"), "Qwen3ForCausalLM", **sizes)
+    save_tokenizer(folder)
+    with ExitStack() as stack:
+        ways = [{}, {"enforce_eager": True}]
+        yield [stack.enter_context(make_llm(folder, skip_tokenizer_init=False, **way)) for way in ways]
+
+
+@pytest.mark.parametrize("names", list(combinations(EDITS, 2)), ids=" and ".join)
+def test_two_edits_on_two_rows_and_on_one_behind_a_graph(engines: list[LLM], names: tuple[str, str]) -> None:
+    """C8, W12: what each asks for alone, in an engine without graphs."""
+    graphs, eager = engines
+    asked = [names, names[:1], (), names[1:], names]
+    params = [pairs.make_params(asks, index) for index, asks in enumerate(asked)]
+    prompts = [*pairs.PROMPTS, *pairs.PLAIN, pairs.PROMPTS[0]]
+    alone = [eager.generate(*request, use_tqdm=False)[0] for request in zip(prompts, params, strict=True)]
+    together = graphs.generate(prompts, params, use_tqdm=False)
+    assert list(map(pairs.tokens, together)) == list(map(pairs.tokens, alone))
