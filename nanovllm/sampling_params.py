@@ -187,5 +187,11 @@ class SamplingParams:
         return self.temperature < GREEDY_EPSILON
 
     @property
+    def edits_logits(self) -> bool:
+        """Is there anything that `sampling/stages/` does to the logits before a token is drawn?"""
+        options = self.logit_bias, self.allowed_token_ids, self.bad_words, self.min_tokens, self.logits_processors
+        return self.has_penalties or self.structured_outputs is not None or any(options)
+
+    @property
     def has_penalties(self) -> bool:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
+from nanovllm.sampling.rows import SampledRows
 from nanovllm.sampling.sampler import Sampler
-from nanovllm.sampling.state import SamplingState
 from nanovllm.sampling_params import SamplingParams
 
 _FILTERS = {"min_p": 0.02, "top_k": 50, "top_p": 0.9}
@@ -55,20 +56,18 @@ def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.devic
     logits = torch.randn(batch_size, vocab_size, generator=generator, device=device) * 3
     logits = logits.bfloat16()
     rows_host = np.arange(batch_size, dtype=np.int32)
-    rows, positions_host = torch.from_numpy(rows_host).to(device), np.full(batch_size, 20)
+    positions_host = np.full(batch_size, 20)
     positions = torch.from_numpy(positions_host).int().to(device)
+    rows = SampledRows(rows_host, torch.from_numpy(rows_host).to(device), positions_host, positions)
     samplers = {}
     for name, options in VARIANTS.items():
-        state = SamplingState(batch_size, vocab_size, device)
-        for row in range(batch_size):
-            state.set_row(row, SamplingParams(**options), row, 15, (0, 1), list(range(20)))
-        samplers[name] = Sampler(state)
+        samplers[name] = Sampler(batch_size, vocab_size, device)
+        samplers[name].enter(_new_requests(batch_size, SamplingParams(**options)))
 
     def step(sampler: Sampler) -> float:
         _wait(device)
         start = perf_counter()
-        tokens = sampler.sample(logits, rows_host, rows, positions_host, positions)
-        sampler.logprobs(logits, tokens, rows_host)
+        sampler.finish(logits, sampler.sample(logits, rows), rows_host)
         _wait(device)
         return perf_counter() - start
 
@@ -78,6 +77,15 @@ def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.devic
             step(sampler)
             times[name].append(step(sampler))
     return {name: median(seconds) for name, seconds in times.items()}
+
+
+def _new_requests(batch_size: int, params: SamplingParams) -> SchedulerOutput:
+    """A plan in which each row is entered by a request of 15 prompt and 5 output tokens."""
+    options: dict[str, Any] = {"num_computed_tokens": 0, "num_prompt_tokens": 15, "block_ids": [], "params": params}
+    rows = range(batch_size)
+    news = [NewRow(row=row, seed=row, stop_token_ids=(0, 1), token_ids=list(range(20)), **options) for row in rows]
+    none: dict[str, Any] = {name: [] for name in ("rows", "num_scheduled_tokens", "num_computed_tokens")}
+    return SchedulerOutput(new_rows=news, new_blocks=[], num_samples=[], token_ids=[], num_decodes=0, **none)
 
 
 def _wait(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, BeamSearchParams, Logprob, RequestError, SamplingParams
+from nanovllm.sampling.stages.penalties import Penalties
 from tests.llm_checks import check_nothing_is_left
 from tests.sampling.reference import edited
 from tests.tiny_models import (
@@ -279,12 +280,15 @@ def test_bad_words_without_a_tokenizer_are_refused(folder: Path) -> None:
 def test_counts_are_made_only_for_penalties(folder: Path) -> None:
     """A stage that nobody asks for costs no memory."""
     with make_llm(folder) as llm:
-        state = llm._engine.executor._runner.state.sampling  # type: ignore[attr-defined]
+        sampler = llm._engine.executor._runner.sampler  # type: ignore[attr-defined]
+        tokens(llm, PROMPTS, greedy())
+        assert sampler.pipeline is None
         tokens(llm, PROMPTS, greedy(logit_bias={1: 1.0}))
-        assert state.counts is None and not state.histories
+        (penalties,) = (stage for stage in sampler.pipeline.stages if isinstance(stage, Penalties))
+        assert penalties.counts is None and not sampler.pipeline.histories.of(0)
         tokens(llm, PROMPTS, greedy(frequency_penalty=0.1))
-        assert state.counts.shape == (8, VOCAB_WITH_TOKENIZER)
-        assert np.all(state.counts.numpy() >= 0)
+        assert penalties.counts.shape == (8, VOCAB_WITH_TOKENIZER)
+        assert np.all(penalties.counts.numpy() >= 0)
 
 
 # -- log-probabilities --

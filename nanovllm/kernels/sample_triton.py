@@ -32,7 +32,7 @@ PART = tl.constexpr(8)  # neighbours that one thread adds up by itself
 MANY = tl.constexpr(1 << 30)
 UNKNOWN_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits of a float32 that are always 0
 
-# Where a row of `SamplingState.columns` holds what, in 4-byte words.
+# Where a row of `DrawColumns.columns` holds what, in 4-byte words.
 SEED_LOW, SEED_HIGH = tl.constexpr(0), tl.constexpr(1)
 TEMPERATURE, MIN_P, TOP_P, TOP_K = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 
@@ -409,7 +409,7 @@ def sample_triton(
     """The next token of each request, int32 [n].
 
     logits [n, V] float32, float16 or bfloat16, its last dimension contiguous; rows, positions [n] int32: whose logits
-    these are and where the new token will stand. columns, last_token: those of `SamplingState`; each row's new token is
+    these are and where the new token will stand. columns, last_token: those of `DrawColumns`; each row's new token is
     written to the latter. A row of -1 is padding: token 0, and its logits are not read. is_deterministic: add weights
     in the same order for any number of rows.
     """

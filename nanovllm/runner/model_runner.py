@@ -22,8 +22,8 @@ from nanovllm.kernels.dependent_launch import dependent_launch
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.input_batch import InputBatch, InputStager
+from nanovllm.sampling.rows import SampledRows, upload
 from nanovllm.sampling.sampler import Sampler
-from nanovllm.sampling.state import upload
 
 if TYPE_CHECKING:
     from nanovllm.kernels.cascade import CascadeInputs
@@ -88,10 +88,11 @@ class ModelRunner:
         self.block_size = config.block_size
         self.num_blocks = kv_caches[0].num_blocks
         max_blocks = -(-config.max_model_len // config.block_size)
-        self.state = BatchState(
-            config.max_num_seqs, max_blocks, model_config.vocab_size, device, config.logits_processors
+        self.state = BatchState(config.max_num_seqs, max_blocks, device)
+        processors = config.logits_processors
+        self.sampler = Sampler(
+            config.max_num_seqs, model_config.vocab_size, device, processors, config.deterministic, tp
         )
-        self.sampler = Sampler(self.state.sampling, config.deterministic, tp)
         self._stager = InputStager(max_blocks, config.overlap_depth + 1, device)
         self.cascade_items = self._cascade_items(model_config.num_heads // config.tensor_parallel_size)
         self._needs_rope_lens = model_config.length_dependent_from is not None or model_config.long_from is not None
@@ -101,23 +102,32 @@ class ModelRunner:
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step."""
         with dependent_launch(self._dependent_launch):
-            self.state.enter(plan)
+            self.enter(plan)
             return self.run(plan)
 
+    def enter(self, plan: SchedulerOutput) -> None:
+        """The host's part of new rows and tokens, once for each plan."""
+        self.state.enter(plan)
+        self.sampler.enter(plan)
+
     def run(self, plan: SchedulerOutput) -> PendingTokens:
-        """The part of a step that runs here, after `BatchState.enter`."""
+        """The device's part of a plan that has entered, or of a part of one."""
         batch = self.stage(plan)
         with self._capturing(plan) as captured:
             hidden, seq_lens = self._forward(plan, batch)
         prompt_logprobs = self._score_prompts(plan, hidden) if plan.prompt_logprobs else ()
         if not len(batch.sampled_host):
-            return self.read_back(batch.sampled, (), prompt_logprobs, captured)
+            return self.read_back(batch.sampled, prompt_logprobs=prompt_logprobs, captured=captured)
         logits = self.model.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1])
-        rows = batch.rows[batch.sampled]
-        rows_host, positions_host = batch.rows_host[batch.sampled_host], seq_lens_of(plan)[batch.sampled_host]
-        tokens = self.sampler.sample(logits, rows_host, rows, positions_host, seq_lens[batch.sampled])
-        logprobs = self.sampler.logprobs(logits, tokens, rows_host)
-        return self.read_back(tokens, logprobs, prompt_logprobs, captured, self.sampler.take_failures(rows_host))
+        rows = SampledRows(
+            batch.rows_host[batch.sampled_host],
+            batch.rows[batch.sampled],
+            seq_lens_of(plan)[batch.sampled_host],
+            seq_lens[batch.sampled],
+        )
+        tokens = self.sampler.sample(logits, rows)
+        logprobs, failures = self.sampler.finish(logits, tokens, rows.rows_host)
+        return self.read_back(tokens, logprobs, failures, prompt_logprobs, captured)
 
     def stage(self, plan: SchedulerOutput) -> InputBatch:
         """The plan on the device, its new rows and blocks in place."""
@@ -160,7 +170,7 @@ class ModelRunner:
             rows,
             query_start_loc,
             token_ids,
-            state.sampling.last_token,
+            self.sampler.columns.last_token,
             state.num_computed,
             state.block_tables,
             self.block_size,
@@ -183,9 +193,9 @@ class ModelRunner:
         self,
         tokens: Tensor,
         logprobs: Sequence[tuple[np.ndarray, Tensor]] = (),
+        failures: dict[int, str] | None = None,
         prompt_logprobs: Sequence[Sequence[Tensor]] = (),
         captured: Sequence[dict[int, Tensor]] = (),
-        failures: dict[int, str] | None = None,
     ) -> PendingTokens:
         """tokens and logprobs are on the device, everything else is on its way to the host already."""
         host = self.to_host(tokens)
@@ -233,7 +243,7 @@ class ModelRunner:
     def _score_prompts(self, plan: SchedulerOutput, hidden: Tensor) -> list[list[Tensor]]:
         from nanovllm.runner.prompt_logprobs import score_prompts
 
-        return score_prompts(plan, hidden, self.model, self.state.sampling, self.to_host)
+        return score_prompts(plan, hidden, self.model, self.sampler, self.to_host)
 
     def _rope_lens(self, plan: SchedulerOutput, batch: InputBatch) -> Tensor:
         from nanovllm.runner.rope_lens import rope_lens

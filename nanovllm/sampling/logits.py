@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 MASKED = float("-inf")
+# Logits handled at a time, by device type; callers that compute logits for this alone keep to as many. On a CPU,
+# float32 temporaries then stay in the cache.
+CHUNK = {"cpu": 2**21, "cuda": 2**24}
 _ARGMAX_BLOCK = 256
 _DRAW_BLOCK = 128
 _CANDIDATE_BLOCK = 32

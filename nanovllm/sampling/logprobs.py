@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Logits handled at a time, by device type; callers that compute logits for this alone keep to as many. On a CPU,
-# float32 temporaries then stay in the cache.
-CHUNK = {"cpu": 2**21, "cuda": 2**24}
+from nanovllm.sampling.logits import CHUNK
+
 _BLOCK = 32
 
 

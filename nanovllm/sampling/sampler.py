@@ -1,15 +1,7 @@
 """Sampler: the last logits of each request become its next token.
 
-The order of the stages, as in vLLM but for the grammar, which has the last word here:
+The order of the stages; 0 to 7, what rows may ask for beyond how they are drawn, are `stages/pipeline.py`'s:
 
-     0. logprobs            of the raw logits: log-softmax, top k and ranks            rows that ask
-     1. allowed_token_ids   all other tokens are ruled out                             rows that ask
-     2. bad_words           the token that would complete one is ruled out             rows that ask
-     3. min_tokens          stop ids are ruled out while the output is too short       rows that ask
-     4. logit_bias          added to single logits                                     rows that ask
-     5. logits_processors   Python functions, the engine's and then the request's      rows that ask
-     6. penalties           repetition, then frequency, then presence                  rows that ask
-     7. structured_outputs  tokens that the grammar does not allow are ruled out       rows that ask
      8. greedy              argmax, the lowest id on a tie                             rows with temperature 0; done
         temperature         logits / temperature                                       all other rows
      9. min_p               drop tokens below min_p times the highest probability      rows that ask
@@ -17,25 +9,25 @@ The order of the stages, as in vLLM but for the grammar, which has the last word
     11. top_p               keep the nucleus of what is left, at least one token       rows that ask
     12. draw                lowest id where the CDF exceeds uniform(seed, position)    all sampled rows
 
-Owns the order and the choice of route; `logprobs.py` (0), `edits.py` (1 to 6), `bitmask.py` (7) and `logits.py` (8 to
-12) own the arithmetic, `processors.py` (5) the user's functions, `state.py` the parameters. Rows that ask for an edit
-get a float32 copy of their logits; the others never see those stages. On a GPU, stages 8 to 12 are
-`kernels/sample_triton.py`, which reads the parameters there. On a CPU the host mirrors say which rows need what, so a
-stage that nobody asked for is not run. Invariant: a row's token depends on its logits, parameters, history, seed and
+Owns the choice of route; `logits.py` owns the arithmetic, `draw_columns.py` the parameters. On a GPU, stages 8 to 12
+are `kernels/sample_triton.py`, which reads the parameters there. On a CPU the host mirrors say which rows need what, so
+a stage that nobody asked for is not run. Invariant: a row's token depends on its logits, parameters, history, seed and
 position alone, and so does the route to it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.sampling.bitmask import apply_bitmask
-from nanovllm.sampling.edits import add_bias, allow_only, apply_penalties, rule_out
+from nanovllm.sampling.draw_columns import DrawColumns, RowParams
 from nanovllm.sampling.logits import (
+    CHUNK,
     MASKED,
     apply_min_p,
     apply_temperature,
@@ -46,205 +38,146 @@ from nanovllm.sampling.logits import (
     pick_by_weight,
     pick_highest,
 )
-from nanovllm.sampling.logprobs import CHUNK, packed, top_logprobs
 from nanovllm.sampling.philox import uniform
-from nanovllm.sampling.processors import run_processors
-from nanovllm.sampling.state import RowParams, SamplingState, upload
+from nanovllm.sampling.rows import SampledRows, upload
+from nanovllm.sampling_params import LogitsProcessor
+
+if TYPE_CHECKING:
+    from nanovllm.sampling.stages.pipeline import Pipeline
 
 _NUM_CANDIDATES = 128  # what the filters look at first; rows that keep more are filtered whole
-_NO_IDS = np.zeros(0, dtype=np.int64)
 
 
 class Sampler:
-    def __init__(self, state: SamplingState, is_deterministic: bool = False, tp: TensorParallel | None = None) -> None:
-        """tp: the ranks that sample the same logits."""
-        self._state = state
+    """pipeline: stages 0 to 7; None until a request asks for any of them, which few do."""
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        device: torch.device | str,
+        processors: Sequence[LogitsProcessor] = (),
+        is_deterministic: bool = False,
+        tp: TensorParallel | None = None,
+    ) -> None:
+        """processors: Python functions that run for every row. tp: the ranks that sample the same logits."""
+        self.columns = DrawColumns(max_num_seqs, vocab_size, device)
+        self.pipeline: Pipeline | None = None
+        self._processors = tuple(processors)
         self._is_deterministic = is_deterministic
         self._tp = tp or TensorParallel()
-        self._failures: dict[int, str] = {}  # row -> why its edits failed
 
-    def sample(
-        self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray, positions: Tensor
-    ) -> Tensor:
-        """Next tokens, int32 [n]; `SamplingState.last_token` keeps them by row. logits [n, V] of any float dtype, left
-        unchanged; positions [n]: where the new tokens will stand; rows [n]: the requests' rows. Both are int32 on the
-        device, and known to the host.
+    def enter(self, plan: SchedulerOutput) -> None:
+        """Take in new rows and, for those that need them, new tokens."""
+        for new in plan.new_rows:
+            self.columns.set_row(new.row, new.params, new.seed)
+        if self.pipeline is None and self._needs_pipeline(plan):
+            from nanovllm.sampling.stages.pipeline import Pipeline
+
+            self.pipeline = Pipeline(self.columns, self._processors, self._tp)
+        if self.pipeline is not None:
+            self.pipeline.enter(plan)
+
+    def _needs_pipeline(self, plan: SchedulerOutput) -> bool:
+        """Does a new row ask for logits, their log-probabilities, or a prompt's?"""
+        return any(
+            self._processors or new.token_ids is not None or new.params.logprobs is not None or new.params.edits_logits
+            for new in plan.new_rows
+        )
+
+    def is_plain(self, rows: Sequence[int]) -> bool:
+        """Do these rows ask for no more than to be drawn from their logits as they are?"""
+        return self.pipeline is None or self.pipeline.is_plain(rows)
+
+    def sample(self, logits: Tensor, rows: SampledRows) -> Tensor:
+        """Next tokens, int32 [n]; `DrawColumns.last_token` keeps them by row. logits [n, V] of any float dtype, left
+        unchanged.
         """
-        edited = np.flatnonzero(self.needs_edits(rows_host, positions_host))
+        edited = self.find_edited(rows)
         if len(edited) == 0:
-            return self._draw(logits, rows_host, rows, positions)
-        tokens = self._draw_others(logits, edited, rows_host, rows, positions)
-        self.redraw(logits, tokens, edited, rows_host, rows, positions_host, positions)
+            return self._draw(logits, rows)
+        tokens = self._draw_others(logits, edited, rows)
+        self.redraw(logits, tokens, edited, rows)
         return tokens
 
-    def redraw(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        edited: np.ndarray,
-        rows_host: np.ndarray,
-        rows: Tensor,
-        positions_host: np.ndarray,
-        positions: Tensor,
-    ) -> None:
+    def find_edited(self, rows: SampledRows) -> np.ndarray:
+        """Which of these n rows ask for any of the stages 1 to 7 now, int64 [m]."""
+        return np.zeros(0, dtype=np.int64) if self.pipeline is None else np.flatnonzero(self.pipeline.asks(rows))
+
+    def redraw(self, logits: Tensor, tokens: Tensor, edited: np.ndarray, rows: SampledRows) -> None:
         """Replace the tokens [n], drawn without stages 1 to 7, of those rows that ask for any of these.
 
-        edited: which of the n rows these are, by `needs_edits`. Else as `sample`. Counts what is drawn for penalties,
-        so it comes once for each token.
+        edited: by `find_edited`, not empty. Counts what is drawn for penalties, so it comes once for each token.
         """
+        assert self.pipeline is not None
         size = max(1, CHUNK[logits.device.type] // logits.shape[1])
         for start in range(0, len(edited), size):
             part = edited[start : start + size]
-            index = upload(part, logits.device)
-            values = self._edit(logits[index].float(), rows_host[part], rows[index], positions_host[part])
-            tokens[index] = self._draw(values, rows_host[part], rows[index], positions[index])
-        self._state.count(rows_host, rows, tokens)
+            index, members = upload(part, logits.device), rows.select(part)
+            tokens[index] = self._draw(self.pipeline.apply(logits[index].float(), members), members)
+        self.pipeline.drawn(rows, tokens)
 
-    def needs_edits(self, rows_host: np.ndarray, positions_host: np.ndarray) -> np.ndarray:
-        """Which of these rows ask for any of the stages 1 to 7, bool [n]."""
-        state = self._state
-        asks = state.asks_edits[rows_host] | (positions_host < state.min_length[rows_host])
-        return asks | np.isin(rows_host, list(state.bitmasks)) if state.bitmasks else asks
+    def finish(
+        self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray
+    ) -> tuple[list[tuple[np.ndarray, Tensor]], dict[int, str]]:
+        """What else these rows [n] asked of what was just drawn: log-probabilities, and why some have no token.
 
-    def take_failures(self, rows_host: np.ndarray) -> dict[int, str]:
-        """Which of these n rows, that were sampled last, have no token, and why: their Python processors failed."""
-        if not self._failures:
-            return {}
-        failures, self._failures = self._failures, {}
-        return {index: failures[row] for index, row in enumerate(rows_host.tolist()) if row in failures}
-
-    def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
-        """Stage 0, for the tokens [n] that were drawn: (members, what they asked for), one of each size asked for.
-
-        members: which of the n rows; with theirs as `logprobs.packed` has it.
+        Both as `Pipeline.logprobs` and `Pipeline.take_failures` say.
         """
-        asked = self._state.num_logprobs[rows_host]
-        results = []
-        for k in np.unique(asked[asked >= 0]):
-            members = np.flatnonzero(asked == k)
-            index = upload(members, logits.device)
-            results.append((members, packed(top_logprobs(logits[index], tokens[index], int(k)))))
-        return results
+        if self.pipeline is None:
+            return [], {}
+        return self.pipeline.logprobs(logits, tokens, rows_host), self.pipeline.take_failures(rows_host)
 
     def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Stages 8 to 12 on a GPU and without the host, so that it can be captured in a CUDA graph.
 
-        Reads `SamplingState.columns` as last uploaded, and keeps the tokens as `sample` does. rows, positions int32; a
+        Reads `DrawColumns.columns` as last uploaded, and keeps the tokens as `sample` does. rows, positions int32; a
         row of -1 is padding, which gives token 0 and keeps nothing.
         """
         from nanovllm.kernels.sample_triton import sample_triton
 
-        state = self._state
-        return sample_triton(logits, rows, positions, state.columns, state.last_token, self._is_deterministic)
-
-    # -- stages 1 to 7 --
-
-    def _edit(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions_host: np.ndarray) -> Tensor:
-        """logits [n, V] float32, a copy of our own; each stage in turn, for those rows that ask."""
-        state = self._state
-        asked = [state.edits[row] for row in rows_host]
-        logits = self._with_ids(allow_only, logits, [edits.allowed_ids for edits in asked])
-        logits = self._with_ids(rule_out, logits, [self._completing(row) for row in rows_host])
-        too_short = positions_host < state.min_length[rows_host]
-        stop_ids = [edits.stop_ids if short else _NO_IDS for edits, short in zip(asked, too_short, strict=True)]
-        logits = self._with_ids(rule_out, logits, stop_ids)
-        biases = np.concatenate([edits.bias for edits in asked])
-        if len(biases):
-            bias_ids = [edits.bias_ids for edits in asked]
-            logits = self._with_ids(add_bias, logits, bias_ids, upload(biases, logits.device))
-        members = np.flatnonzero([bool(edits.processors) for edits in asked])
-        if len(members):
-            index = upload(members, logits.device)
-            values = logits[index]
-            functions = [asked[i].processors for i in members]
-            reasons = run_processors(values, [state.histories[rows_host[i]] for i in members], functions, self._tp)
-            self._failures.update((int(rows_host[members[i]]), reason) for i, reason in reasons.items())
-            logits = logits.index_copy(0, index, values)
-        members = np.flatnonzero(state.has_penalties[rows_host])
-        if len(members):
-            assert state.counts is not None
-            index = upload(members, logits.device)
-            params = state.select(rows[index])
-            penalised = apply_penalties(
-                logits[index],
-                state.counts.index_select(0, rows[index]),
-                params.repetition_penalty,
-                params.frequency_penalty,
-                params.presence_penalty,
-            )
-            logits = logits.index_copy(0, index, penalised)
-        members = np.flatnonzero(np.isin(rows_host, list(state.bitmasks)))
-        if len(members):
-            index, words = (
-                upload(array, logits.device)
-                for array in (members, np.stack([state.bitmasks[row] for row in rows_host[members]]))
-            )
-            logits = logits.index_copy(0, index, apply_bitmask(logits[index], words))
-        return logits
-
-    def _with_ids(
-        self, stage: Callable[..., Tensor], logits: Tensor, token_ids: Sequence[np.ndarray], *values: Tensor
-    ) -> Tensor:
-        """Run a stage on lists of tokens, one a row; not at all if they are all empty."""
-        flat = np.concatenate(token_ids)
-        if len(flat) == 0:
-            return logits
-        index = np.arange(len(token_ids)).repeat([len(ids) for ids in token_ids])
-        return stage(logits, *upload(np.stack((index, flat)), logits.device).unbind(0), *values)
-
-    def _completing(self, row: int) -> np.ndarray:
-        """Tokens that would complete a bad word after the row's output so far."""
-        bad_words = self._state.edits[row].bad_words
-        if not bad_words:
-            return _NO_IDS
-        first = self._state.edits[row].num_prompt_tokens
-        history = self._state.histories.get(row, [])
-        found = []
-        for *before, last in bad_words:
-            begin = len(history) - len(before)
-            if not before or (begin >= first and history[begin:] == before):
-                found.append(last)
-        return np.unique(np.array(found, dtype=np.int64))
+        columns = self.columns
+        return sample_triton(logits, rows, positions, columns.columns, columns.last_token, self._is_deterministic)
 
     # -- stages 8 to 12 --
 
-    def _draw_others(
-        self, logits: Tensor, edited: np.ndarray, rows_host: np.ndarray, rows: Tensor, positions: Tensor
-    ) -> Tensor:
+    def _draw_others(self, logits: Tensor, edited: np.ndarray, rows: SampledRows) -> Tensor:
         """As `_draw`, but for the rows that are edited first; their tokens are yet to come."""
         if use_triton(logits):
-            self._state.upload()
-            return self.sample_captured(logits, rows.index_fill(0, upload(edited, rows.device), -1), positions)
-        tokens = torch.empty(len(rows_host), dtype=torch.int32)
-        others = np.delete(np.arange(len(rows_host)), edited)
-        if len(others):
-            index = torch.from_numpy(others)
-            tokens[index] = self._draw(logits[index], rows_host[others], rows[index], positions[index])
+            self.columns.upload()
+            others = rows.rows.index_fill(0, upload(edited, logits.device), -1)
+            return self.sample_captured(logits, others, rows.positions)
+        tokens = torch.empty(len(rows), dtype=torch.int32)
+        members = np.delete(np.arange(len(rows)), edited)
+        if len(members):
+            index = torch.from_numpy(members)
+            tokens[index] = self._draw(logits[index], rows.select(members))
         return tokens
 
-    def _draw(self, logits: Tensor, rows_host: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
+    def _draw(self, logits: Tensor, rows: SampledRows) -> Tensor:
         """Without stages 1 to 7; each row's token is also kept in `last_token`."""
         if use_triton(logits):
-            self._state.upload()
-            return self.sample_captured(logits, rows, positions)
-        asked = self._state.host[rows_host]
+            self.columns.upload()
+            return self.sample_captured(logits, rows.rows, rows.positions)
+        asked = self.columns.host[rows.rows_host]
         greedy = asked["temperature"] == 0
         filtered = ~greedy & _asks_for_a_filter(asked)
-        tokens = torch.empty(len(rows_host), dtype=torch.int32)
+        tokens = torch.empty(len(rows), dtype=torch.int32)
         for members in (greedy, ~greedy & ~filtered, filtered):
             if members.all():
-                tokens.copy_(self._pick(logits, asked, rows, positions))
+                tokens.copy_(self._pick(logits, asked, rows.rows, rows.positions))
             elif members.any():
                 index = torch.from_numpy(np.flatnonzero(members))
-                tokens[index] = self._pick(logits[index], asked[members], rows[index], positions[index]).int()
-        self._state.last_token[rows] = tokens
+                picked = self._pick(logits[index], asked[members], rows.rows[index], rows.positions[index])
+                tokens[index] = picked.int()
+        self.columns.last_token[rows.rows] = tokens
         return tokens
 
     def _pick(self, logits: Tensor, asked: np.ndarray, rows: Tensor, positions: Tensor) -> Tensor:
         """Tokens of rows that are all greedy, all plain, or all filtered; on a CPU."""
         if asked["temperature"][0] == 0:
             return pick_highest(logits)
-        params = self._state.select(rows)
+        params = self.columns.select(rows)
         noise = uniform(params.seed, positions)
         size = max(1, CHUNK["cpu"] // logits.shape[1])
         picked = []

@@ -144,7 +144,7 @@ class GrammarConstraint:
         self._matcher.consume_tokens(list(token_ids))
 
     def bitmasks(self, constraints: Sequence["GrammarConstraint"]) -> np.ndarray:
-        """Which tokens may come next in each of these, int32 [n, words] as `sampling/bitmask.py` wants them."""
+        """Which tokens may come next in each of these, int32 [n, words] as `sampling/stages/grammar.py` wants them."""
         words = np.zeros((len(constraints), self._num_words), dtype=np.int32)
         matchers = [(constraint._matcher, row) for row, constraint in enumerate(constraints)]
         self._executor.unsafe_compute_mask_ptr(matchers, words.ctypes.data, words.strides[0], len(words))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.sampling.draw_columns import ROW, DrawColumns
 from nanovllm.sampling.sampler import Sampler
-from nanovllm.sampling.state import ROW, SamplingState
 from nanovllm.sampling_params import SamplingParams
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, twin_test
 from tests.sampling.reference import filtered_probabilities
+from tests.sampling.requests import sampled
 
 twin = load_twin("sample")
 pytestmark = twin_test
@@ -36,14 +37,14 @@ MIXED: list[dict[str, float]] = [
 ]
 
 
-def make_state(options: list[dict[str, float]], vocab_size: int, seeds: list[int]) -> SamplingState:
-    state = SamplingState(len(options), vocab_size, "cpu")
+def make_state(options: list[dict[str, float]], vocab_size: int, seeds: list[int]) -> DrawColumns:
+    state = DrawColumns(len(options), vocab_size, "cpu")
     for row, (option, seed) in enumerate(zip(options, seeds, strict=True)):
-        state.set_row(row, SamplingParams(**option), seed, 1, ())  # type: ignore[arg-type]
+        state.set_row(row, SamplingParams(**option), seed)  # type: ignore[arg-type]
     return state
 
 
-def draw(logits: torch.Tensor, state: SamplingState, rows: list[int], positions: list[int]) -> list[int]:
+def draw(logits: torch.Tensor, state: DrawColumns, rows: list[int], positions: list[int]) -> list[int]:
     """Also checks that each row's token is left in `last_token`, and that no other row's is touched."""
     arrays = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (rows, positions))
     last_token = torch.full_like(state.last_token, -7, device=DEVICE)
@@ -56,13 +57,10 @@ def draw(logits: torch.Tensor, state: SamplingState, rows: list[int], positions:
     return tokens.tolist()
 
 
-def draw_by_torch(logits: torch.Tensor, state: SamplingState, rows: list[int], positions: list[int]) -> list[int]:
-    rows_host = np.array(rows, dtype=np.int32)
-    return (
-        Sampler(state)
-        .sample(logits, rows_host, torch.from_numpy(rows_host), np.array(positions), torch.tensor(positions))
-        .tolist()
-    )
+def draw_by_torch(logits: torch.Tensor, state: DrawColumns, rows: list[int], positions: list[int]) -> list[int]:
+    sampler = Sampler(len(state.host), logits.shape[1], "cpu")
+    sampler.columns = state
+    return sampler.sample(logits, sampled(rows, positions)).tolist()
 
 
 def make_logits(seed: int, num_rows: int, vocab_size: int, kind: str, dtype: torch.dtype) -> torch.Tensor:

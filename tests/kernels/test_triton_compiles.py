@@ -24,7 +24,7 @@ from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.runner.cascade_items import cut
-from nanovllm.sampling.state import SamplingState
+from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import make_case
 from tests.kernels.test_moe import random_ids
 from tests.kernels.twins import INTERPRETED
@@ -164,7 +164,7 @@ def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
 
 
 def sample(is_deterministic: bool) -> None:
-    rows, state = torch.arange(3, dtype=torch.int32), SamplingState(3, 151_936, "cpu")
+    rows, state = torch.arange(3, dtype=torch.int32), DrawColumns(3, 151_936, "cpu")
     MODULES["sample"].sample_triton(bf16(3, 151_936), rows, rows, state.upload(), state.last_token, is_deterministic)
 
 

@@ -16,6 +16,7 @@ from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, 
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.sampling.rows import SampledRows
 from nanovllm.sampling.sampler import Sampler
 
 
@@ -81,7 +82,8 @@ def sample_on_cpu(sampler: Sampler, logits: Tensor, rows: Tensor, positions: Ten
     tokens = torch.zeros(len(rows), dtype=torch.int32)
     real = (rows >= 0).nonzero()[:, 0]
     if len(real):
-        tokens[real] = sampler._draw(logits[real], rows[real].numpy(), rows[real], positions[real])
+        drawn = SampledRows(rows[real].numpy(), rows[real], positions[real].numpy(), positions[real])
+        tokens[real] = sampler._draw(logits[real], drawn)
     return tokens
 
 

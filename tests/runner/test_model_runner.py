@@ -16,6 +16,7 @@ from nanovllm.runner.graphs.layouts import PromptLayout
 from nanovllm.runner.graphs.step_parts import split
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling.sampler import Sampler
+from nanovllm.sampling.stages.pipeline import Pipeline
 from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
@@ -139,8 +140,8 @@ def test_one_row_that_asks_leaves_the_others_as_they_are(
 ) -> None:
     """Only the row that asks is edited, once for each token that it draws."""
     fake = fake_graphs(monkeypatch)
-    real, sizes = Sampler._edit, []
-    monkeypatch.setattr(Sampler, "_edit", lambda *arguments: sizes.append(len(arguments[1])) or real(*arguments))
+    real, sizes = Pipeline.apply, []
+    monkeypatch.setattr(Pipeline, "apply", lambda *arguments: sizes.append(len(arguments[1])) or real(*arguments))
     which = [1, 3, 5, REQUESTS.index(ASKING[name])]
     with make_llm(folder, overlap_depth=overlap_depth) as llm:
         outputs = llm.generate([PROMPTS[i] for i in which], [REQUESTS[i] for i in which], use_tqdm=False)
@@ -157,7 +158,7 @@ def test_a_plain_step_does_nothing_but_replay(folder: Path, monkeypatch: pytest.
     def unwanted(*_: Any) -> None:
         raise AssertionError("work for rows that ask, in a step where none does")
 
-    for name in ("redraw", "logprobs", "_edit"):
+    for name in ("redraw", "find_edited", "finish"):
         monkeypatch.setattr(Sampler, name, unwanted)
     monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.upload", unwanted)
     with make_llm(folder) as llm:
@@ -256,7 +257,7 @@ def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
     with make_llm(folder, dtype="bfloat16", enforce_eager=enforce_eager) as llm:
         ((runner, config),) = runners
         state, caches = runner.state, [cache.data for cache in runner.kv_caches]
-        tensors = [state.num_computed, state.sampling.last_token, state.block_tables, *caches]
+        tensors = [state.num_computed, runner.sampler.columns.last_token, state.block_tables, *caches]
         told = [tensor.clone() for tensor in tensors]
         sampled.clear()
         compile_ahead(runner, config, captures_prompts=True)

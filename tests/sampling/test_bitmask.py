@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.sampling.bitmask import apply_bitmask
+from nanovllm.sampling.stages.grammar import apply_bitmask
 
 
 def reference(logits: np.ndarray, words: np.ndarray) -> np.ndarray:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.sampling.edits import add_bias, allow_only, apply_penalties, rule_out
+from nanovllm.sampling.stages.allowed_tokens import allow_only
+from nanovllm.sampling.stages.logit_bias import add_bias
+from nanovllm.sampling.stages.penalties import apply_penalties
+from nanovllm.sampling.stages.stage import rule_out
 
 N, V = 4, 30
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.sampler import Sampler
-from nanovllm.sampling.state import SamplingState
 from nanovllm.sampling_params import SamplingParams
 from tests.sampling.reference import edited, filtered_probabilities
+from tests.sampling.requests import begin, enter, sampled
 
 MIXED = [
     {"temperature": 0},
@@ -42,18 +42,15 @@ def sample(
 ) -> list[int]:
     """Put the requests into rows of a new state and sample once."""
     rows = rows or list(range(len(params)))
-    state = SamplingState(max(rows) + 1, logits.shape[1], "cpu")
+    sampler = Sampler(max(rows) + 1, logits.shape[1], "cpu")
     for i, (row, param, seed) in enumerate(zip(rows, params, seeds, strict=True)):
-        state.set_row(row, param, seed, prompt_len, stop_ids, histories[i] if histories else None, bad_words)
+        enter(sampler, row, param, seed, prompt_len, stop_ids, histories[i] if histories else None, bad_words)
     before = logits.clone()
-    rows_host = np.array(rows, dtype=np.int32)
-    tokens = Sampler(state).sample(
-        logits, rows_host, torch.from_numpy(rows_host), np.array(positions), torch.tensor(positions)
-    )
+    tokens = sampler.sample(logits, sampled(rows, positions))
     assert tokens.dtype == torch.int32
     assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7)), "logits are not changed"
     assert ((tokens >= 0) & (tokens < logits.shape[1])).all()
-    assert torch.equal(state.last_token[rows], tokens), "the next step finds them there"
+    assert torch.equal(sampler.columns.last_token[rows], tokens), "the next step finds them there"
     return tokens.tolist()
 
 
@@ -158,19 +155,14 @@ def test_every_two_edits_on_two_rows_and_on_one_agree_with_numpy() -> None:
     bad_words, stop_ids = ((7, 8), (21,), (5, 21, 3)), (8, 34)
 
     def run(asked: list[tuple[str, ...]], which: list[int]) -> list[int]:
-        state = SamplingState(len(asked), logits.shape[1], "cpu")
+        sampler = Sampler(len(asked), logits.shape[1], "cpu")
         for row, names in enumerate(asked):
             options = {key: value for name in names for key, value in EDITS[name].items()}
             tokens = [token for part in history for token in part]
             words = bad_words if "bad_words" in names else ()
-            state.set_row(row, SamplingParams(**options, temperature=0), 0, 3, stop_ids, tokens, words)
-        state.bitmasks = {row: MASK for row, names in enumerate(asked) if "grammar" in names}
-        rows, positions = np.arange(len(asked), dtype=np.int32), np.full(len(asked), 8)
-        return (
-            Sampler(state)
-            .sample(logits[which], rows, torch.from_numpy(rows), positions, torch.from_numpy(positions))
-            .tolist()
-        )
+            enter(sampler, row, SamplingParams(**options, temperature=0), 0, 3, stop_ids, tokens, words)
+        begin(sampler, grammar_bitmask={row: MASK for row, names in enumerate(asked) if "grammar" in names})
+        return sampler.sample(logits[which], sampled(range(len(asked)), [8] * len(asked))).tolist()
 
     def wanted(names: tuple[str, ...], which: int) -> int:
         options = {key: value for name in names for key, value in EDITS[name].items()}
@@ -260,13 +252,10 @@ def test_drawn_frequencies(options: dict[str, float], vocab_size: int) -> None:
     num_draws = 20_000
     logits = make_logits(0, 1, vocab_size, torch.float32, spread=1.0)
     param = SamplingParams(**options)  # type: ignore[arg-type]
-    state = SamplingState(1, vocab_size, "cpu")
-    state.set_row(0, param, 20_251_123, 1, ())
-    rows = np.zeros(num_draws, dtype=np.int32)
-    positions = torch.arange(num_draws, dtype=torch.int32)
-    drawn = Sampler(state).sample(
-        logits.expand(num_draws, -1), rows, torch.from_numpy(rows), positions.numpy(), positions
-    )
+    sampler = Sampler(1, vocab_size, "cpu")
+    enter(sampler, 0, param, 20_251_123, 1, ())
+    rows = sampled(np.zeros(num_draws), np.arange(num_draws, dtype=np.int32))
+    drawn = sampler.sample(logits.expand(num_draws, -1), rows)
     probabilities = torch.from_numpy(
         filtered_probabilities(
             edited(logits[0].numpy(), [0], [], param), param.temperature, param.top_k, param.top_p, param.min_p
@@ -289,18 +278,17 @@ def test_neighbours_are_independent(neighbour: str) -> None:
     False alarms: one in 10,000, for other seeds than these.
     """
     num_draws = 20_000
-    state = SamplingState(2, 4, "cpu")
-    state.set_row(0, SamplingParams(), 1, 1, ())
-    state.set_row(1, SamplingParams(), 2, 1, ())
-    rows = np.zeros(num_draws, dtype=np.int32)
-    logits, positions = torch.zeros(num_draws, 4), torch.arange(num_draws)
-    sampler = Sampler(state)
-    first = sampler.sample(logits, rows, torch.from_numpy(rows), positions.numpy(), positions)
+    sampler = Sampler(2, 4, "cpu")
+    enter(sampler, 0, SamplingParams(), 1, 1, ())
+    enter(sampler, 1, SamplingParams(), 2, 1, ())
+    rows, positions = np.zeros(num_draws), np.arange(num_draws)
+    logits = torch.zeros(num_draws, 4)
+    first = sampler.sample(logits, sampled(rows, positions))
     if neighbour == "position":
-        second = sampler.sample(logits, rows, torch.from_numpy(rows), positions.numpy() + 1, positions + 1)
+        second = sampler.sample(logits, sampled(rows, positions + 1))
         first, second = first[::2], second[::2]  # disjoint pairs
     else:
-        second = sampler.sample(logits, rows + 1, torch.from_numpy(rows + 1), positions.numpy(), positions)
+        second = sampler.sample(logits, sampled(rows + 1, positions))
     counts = torch.bincount(first * 4 + second, minlength=16)
     assert chi_squared_p_value(counts, torch.full((16,), 1 / 16)) > 1e-4
 
@@ -314,16 +302,15 @@ def test_min_tokens_holds_stop_ids_back_until_the_position() -> None:
     assert tokens == [5, 5, 3, 3]
 
 
-def test_needs_edits_is_about_these_rows_at_these_positions() -> None:
+def test_who_is_edited_is_about_these_rows_at_these_positions() -> None:
     """A row of min_tokens is a plain one again once it is long enough, so that a GPU returns to its captured path."""
-    state = SamplingState(3, 10, "cpu")
-    state.set_row(1, SamplingParams(min_tokens=2), 0, 1, (3,))
-    state.set_row(2, SamplingParams(logit_bias={1: 1.0}), 0, 1, (3,))
-    sampler = Sampler(state)
-    assert sampler.needs_edits(np.arange(3), np.array([2, 2, 2])).tolist() == [False, True, True]
-    assert sampler.needs_edits(np.arange(3), np.array([3, 3, 3])).tolist() == [False, False, True]
-    state.set_row(2, SamplingParams(), 0, 1, (3,))
-    assert not sampler.needs_edits(np.array([2]), np.array([0])).any()
+    sampler = Sampler(3, 10, "cpu")
+    enter(sampler, 1, SamplingParams(min_tokens=2), 0, 1, (3,))
+    enter(sampler, 2, SamplingParams(logit_bias={1: 1.0}), 0, 1, (3,))
+    assert sampler.find_edited(sampled(range(3), [2, 2, 2])).tolist() == [1, 2]
+    assert sampler.find_edited(sampled(range(3), [3, 3, 3])).tolist() == [2]
+    enter(sampler, 2, SamplingParams(), 0, 1, (3,))
+    assert not len(sampler.find_edited(sampled([2], [0])))
 
 
 def test_extreme_temperatures() -> None:
@@ -375,13 +362,11 @@ def test_cpu_and_gpu_draw_the_same_tokens() -> None:
     """W12 across devices, but for a draw that lands on the rounding of a boundary: one in a thousand may differ."""
     n, vocab_size = 1000, 20_000
     logits = make_logits(0, n, vocab_size, torch.bfloat16)
-    rows_host = np.arange(n, dtype=np.int32)
     drawn = []
     for device in ("cpu", "cuda"):
-        state = SamplingState(n, vocab_size, device)
+        sampler = Sampler(n, vocab_size, device)
         for row in range(n):
             options = MIXED[row % len(MIXED)]
-            state.set_row(row, SamplingParams(min_tokens=row % 2, **options), row, 5, (1, 2))  # type: ignore[arg-type]
-        rows, positions = torch.from_numpy(rows_host).to(device), torch.full((n,), 5, device=device)
-        drawn.append(Sampler(state).sample(logits.to(device), rows_host, rows, np.full(n, 5), positions).cpu())
+            enter(sampler, row, SamplingParams(min_tokens=row % 2, **options), row, 5, (1, 2))  # type: ignore[arg-type]
+        drawn.append(sampler.sample(logits.to(device), sampled(range(n), np.full(n, 5), device)).cpu())
     assert (drawn[0] != drawn[1]).sum() <= n // 1000

@@ -16,7 +16,7 @@ from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
 from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens, seq_lens_of
-from nanovllm.sampling.state import upload
+from nanovllm.sampling.rows import SampledRows, upload
 
 # Of the layers' weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
 LIGHT_BYTES = 8 * 2**30
@@ -48,7 +48,7 @@ class GraphRunner:
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
         """Queue one step."""
         with dependent_launch(self._dependent_launch):
-            self._runner.state.enter(plan)
+            self._runner.enter(plan)
             parts = self._parts(plan)
             if parts is None:
                 return self._run(plan)
@@ -82,7 +82,7 @@ class GraphRunner:
     def _run(self, plan: SchedulerOutput) -> PendingTokens:
         if plan.prompt_logprobs or plan.capture_layers:  # these need hidden states, and a graph leaves none
             return self._runner.run(plan)
-        self._runner.state.sampling.upload()
+        self._runner.sampler.columns.upload()
         if (size := self._decodes.size(plan)) is not None:
             graphs = self._cascade_graphs if plan.shared_prefixes else self._decode_graphs
             return self._finish(plan, *graphs.run(size, plan))
@@ -99,16 +99,16 @@ class GraphRunner:
         runner = self._runner
         num_sampled = sum(plan.num_samples)
         tokens, logits = tokens[:num_sampled], logits[:num_sampled]
-        if runner.state.sampling.is_plain(plan.rows):
+        if runner.sampler.is_plain(plan.rows):
             return runner.read_back(tokens)
         sampled = np.flatnonzero(plan.num_samples)
         rows_host, positions_host = np.array(plan.rows)[sampled], seq_lens_of(plan)[sampled]
-        edited = np.flatnonzero(runner.sampler.needs_edits(rows_host, positions_host))
+        uploaded = upload(np.stack((rows_host, positions_host)).astype(np.int32), runner.device)
+        rows = SampledRows(rows_host, uploaded[0], positions_host, uploaded[1])
+        edited = runner.sampler.find_edited(rows)
         if len(edited):
-            rows, positions = upload(np.stack((rows_host, positions_host)).astype(np.int32), runner.device).unbind(0)
-            runner.sampler.redraw(logits, tokens, edited, rows_host, rows, positions_host, positions)
-        logprobs = runner.sampler.logprobs(logits, tokens, rows_host)
-        return runner.read_back(tokens, logprobs, failures=runner.sampler.take_failures(rows_host))
+            runner.sampler.redraw(logits, tokens, edited, rows)
+        return runner.read_back(tokens, *runner.sampler.finish(logits, tokens, rows_host))
 
 
 def can_capture_prompts(model_config: ModelConfig) -> bool:

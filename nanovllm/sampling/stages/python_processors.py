@@ -8,13 +8,47 @@ alone calls the functions: one may count its calls, draw random numbers, or fail
 import traceback
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.engine.scheduler_output import NewRow
+from nanovllm.sampling.rows import SampledRows, upload
+from nanovllm.sampling.stages.histories import Histories
+from nanovllm.sampling.stages.stage import Stage
 from nanovllm.sampling_params import LogitsProcessor
 
 _REASON_BYTES = 1024  # of what other ranks are told
+
+
+class PythonProcessors(Stage):
+    """The engine's functions, then the request's. failures: row -> why one of its functions failed, until taken."""
+
+    def __init__(
+        self, max_num_seqs: int, functions: Sequence[LogitsProcessor], histories: Histories, tp: TensorParallel
+    ) -> None:
+        """functions: the engine's, which run for every row. tp: the ranks that sample the same logits."""
+        super().__init__(max_num_seqs)
+        self._of_engine = tuple(functions)
+        self._functions: dict[int, tuple[LogitsProcessor, ...]] = {}
+        self._histories = histories
+        self._tp = tp
+        self.failures: dict[int, str] = {}
+
+    def read(self, new: NewRow) -> bool:
+        functions = self._functions[new.row] = (*self._of_engine, *(new.params.logits_processors or ()))
+        return bool(functions)
+
+    def apply(self, logits: Tensor, rows: SampledRows) -> Tensor:
+        members = np.flatnonzero(self.asks(rows))
+        asking = rows.rows_host[members].tolist()
+        index = upload(members, logits.device)
+        values = logits[index]
+        histories, functions = map(self._histories.of, asking), [self._functions[row] for row in asking]
+        failures = run_processors(values, list(histories), functions, self._tp)
+        self.failures.update((asking[i], reason) for i, reason in failures.items())
+        return logits.index_copy(0, index, values)
 
 
 def run_processors(
