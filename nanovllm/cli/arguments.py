@@ -177,7 +177,8 @@ def _add_check_model(commands: Commands) -> None:
         "compare a model's logits with Hugging Face's",
         """\
 Both run in float32 on the CPU. If they differ, the first layer whose output differs is named, and the exit
-status is 1.
+status is 1. Token ids, chat template and stop tokens are compared with the model's own tokenizer. The last
+line sums up: "check-model: PASS" or "FAIL", and how many of how many agree of each.
 
 examples:
   nanovllm check-model ./my-finetune
@@ -191,6 +192,7 @@ examples:
         "--tolerance", type=float, default=1e-3, metavar="X", help="largest difference of a logit (default: 0.001)"
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub name")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="the model's own tokenizer, for a GGUF file")
 
 
 def _add_memory(commands: Commands) -> None:

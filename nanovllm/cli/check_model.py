@@ -1,8 +1,8 @@
 """`nanovllm check-model`: our logits beside Hugging Face's, and the first layer where the two part.
 
-Owns the comparison. Both models run in float32 on the CPU; Hugging Face's is loaded by transformers itself, so that a
-mistake of our loader shows too. Invariant: ours runs through the whole engine, in chunks and through the KV cache, and
-every position of every prompt is compared.
+Owns the comparison of numbers; that of text is in `check_tokenizer.py`. Both models run in float32 on the CPU; Hugging
+Face's is loaded by transformers itself, so that a mistake of our loader shows too. Invariant: ours runs through the
+whole engine, in chunks and through the KV cache, and every position of every prompt is compared.
 
         ours    embedding -> layer 0 -> layer 1 -> ... -> norm -> logits          (embedding: what enters layer 0)
                     =           =          =               =        =       largest difference, stage by stage
@@ -10,29 +10,31 @@ every position of every prompt is compared.
 """
 
 import random
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from nanovllm.cli.check_tokenizer import Verdict, compare_tokenizers
 from nanovllm.llm import LLM
 from nanovllm.model_files.locate import locate_model
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.tokenizer import load_tokenizer
 
 _RANDOM_PROMPT_LENGTHS = (1, 9, 150)
 _LONGEST_WINDOW = 1024  # that the random prompts go beyond
+_LOGITS_AT_ONCE = 2**24  # numbers of each side, 64 MiB
 _CHUNK_TOKENS = 64  # below the longest prompt, so that attention reads earlier chunks from the KV cache
 
-Stages = dict[str, Tensor]  # "embedding", "layer 0", ..., "norm", "logits" -> [num_tokens, size]
+Stages = dict[str, Tensor]  # "embedding", "layer 0", ..., "norm" -> [num_tokens, size]
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Of one stage: the largest absolute difference, and the largest absolute value of Hugging Face's side."""
 
     stage: str
@@ -54,15 +56,48 @@ def run(args: Namespace) -> int:
         max_num_batched_tokens=_CHUNK_TOKENS,
         skip_tokenizer_init=not args.prompt,
     ) as llm:
+        verdicts = _check_text(llm, args)
+        _say("loading the model with transformers ...")
         theirs = _load_hugging_face(args.model, args.revision)
         prompts = args.prompt or _random_prompts(llm)
         num_different = 0
         for number, prompt in enumerate(prompts):
+            _say(f"prompt {number + 1} of {len(prompts)} ...")
             ours, token_ids = _run_ours(llm, prompt)
-            differences = compare(ours, _run_theirs(theirs, token_ids))
+            their_stages = _run_theirs(theirs, token_ids)
+            differences = compare(ours, their_stages)
+            differences.append(_compare_logits(_model_of(llm), ours["norm"], theirs, their_stages["norm"]))
             num_different += not _report(number, len(token_ids), differences, args.tolerance)
     print(f"{len(prompts) - num_different} of {len(prompts)} prompts agree within {args.tolerance:g}")
-    return 1 if num_different else 0
+    verdicts = [Verdict("logits", len(prompts) - num_different, len(prompts)), *verdicts]
+    agrees = all(verdict.agrees for verdict in verdicts)
+    counts = " ".join(f"{verdict.what.replace(' ', '_')}={verdict.equal}/{verdict.compared}" for verdict in verdicts)
+    print(f"check-model: {'PASS' if agrees else 'FAIL'} {counts}")
+    return 0 if agrees else 1
+
+
+def _check_text(llm: LLM, args: Namespace) -> list[Verdict]:
+    """Tokens, chat template and stop tokens, where there is a tokenizer to compare with; printed as they come."""
+    source = locate_model(
+        args.tokenizer or args.model, args.revision if args.tokenizer is None else None, with_weights=False
+    )
+    try:
+        tokenizer = load_tokenizer(args.model, revision=args.revision)
+        if source.is_file() or not any(source.glob("*token*")):
+            raise ValueError(f"{source} holds none that transformers reads: give the model's own with --tokenizer")
+        verdicts = compare_tokenizers(tokenizer, sorted(llm._input_processor.eos_token_ids), source)
+    except (ValueError, NotImplementedError) as error:
+        print(f"tokenizer: not compared ({error})", flush=True)
+        return []
+    for verdict in verdicts:
+        word = "not compared" if not verdict.compared else "agree" if verdict.agrees else "DIFFER"
+        note = f": {verdict.note}" if verdict.note else ""
+        print(f"{verdict.what}: {word} ({verdict.equal} of {verdict.compared}){note}", flush=True)
+    return verdicts
+
+
+def _say(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
 
 
 def compare(ours: Stages, theirs: Stages) -> list[Difference]:
@@ -85,7 +120,9 @@ def _report(number: int, num_tokens: int, differences: list[Difference], toleran
     logits = differences[-1]
     agrees = logits.largest <= tolerance
     verdict = "agree" if agrees else "DIFFER"
-    print(f"prompt {number} ({num_tokens} tokens): logits {verdict}, largest difference {logits.largest:.2g}")
+    print(
+        f"prompt {number} ({num_tokens} tokens): logits {verdict}, largest difference {logits.largest:.2g}", flush=True
+    )
     if not agrees:
         first = first_different(differences, tolerance)
         print(f"  first stage that differs: {first.stage}, by {first.largest:.3g} in values up to {first.scale:.3g}")
@@ -129,16 +166,43 @@ def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
         )
     num_tokens = len(output.prompt_token_ids)
     stages = {stage: torch.cat(parts)[:num_tokens] for stage, parts in recorded.items()}
-    with torch.inference_mode():
-        return stages | {"logits": model.compute_logits(stages["norm"])}, output.prompt_token_ids
+    return stages, output.prompt_token_ids
 
 
 @torch.inference_mode()
 def _run_theirs(model: Any, token_ids: list[int]) -> Stages:
     decoder = model.model
     with _record(decoder.layers, decoder.norm) as recorded:
-        logits = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-    return {stage: parts[0][0] for stage, parts in recorded.items()} | {"logits": logits}
+        decoder(torch.tensor([token_ids]), use_cache=False)
+    return {stage: parts[0][0] for stage, parts in recorded.items()}
+
+
+class _Given(nn.Module):
+    """A decoder that has computed already: what the model does behind it can be done for some rows at a time."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.hidden[None])
+
+
+@torch.inference_mode()
+def _compare_logits(ours: Any, our_hidden: Tensor, theirs: Any, their_hidden: Tensor) -> Difference:
+    """A few rows at a time: all of them, for 262,144 tokens in float32, would take more memory than the model."""
+    decoder, num_rows = theirs.model, max(1, _LOGITS_AT_ONCE // theirs.config.vocab_size)
+    parts: list[Difference] = []
+    try:
+        for our_rows, their_rows in zip(our_hidden.split(num_rows), their_hidden.split(num_rows), strict=True):
+            theirs.model = _Given(their_rows)
+            logits = theirs(torch.zeros(1, len(their_rows), dtype=torch.long), use_cache=False).logits[0]
+            parts += compare({"logits": ours.compute_logits(our_rows)}, {"logits": logits})
+    finally:
+        theirs.model = decoder
+    # torch's maximum, since NaN has to stay one.
+    largest, scale = (torch.tensor(values).max().item() for values in zip(*(part[1:] for part in parts), strict=True))
+    return Difference("logits", largest, scale)
 
 
 def _model_of(llm: LLM) -> Any:

@@ -1,5 +1,7 @@
 """`memory` and `check-model` on tiny checkpoints."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from nanovllm.cli.memory import count_parameters
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.host_memory import HostMemory
 from nanovllm.weights.checkpoint import open_checkpoint
-from tests.tiny_models import edit_json, load_hugging_face, save_random
+from tests.tiny_models import (
+    EOS,
+    VOCAB_WITH_TOKENIZER,
+    edit_json,
+    load_hugging_face,
+    save_random,
+    save_tokenizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +108,38 @@ def test_check_model_agrees_or_names_the_first_layer_that_differs(
     assert "logits DIFFER" in shown
     assert "first stage that differs: layer 1," in shown
     assert f"0 of {num_prompts} prompts agree" in shown
+
+
+def test_check_model_compares_text_and_ends_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are compared some rows at a time, so that a large vocabulary needs no memory; it is all the same."""
+    monkeypatch.setattr("nanovllm.cli.check_model._LOGITS_AT_ONCE", 272 * 7)
+    folder = save_random(tmp_path, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS)
+    save_tokenizer(folder)
+    assert main(["check-model", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == (
+        "check-model: PASS logits=3/3 token_ids=12/12 chat_template=1/1 stop_tokens=1/1"
+    )
+    assert "prompt 3 of 3 ..." in shown.err
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (other / name).write_text((folder / name).read_text())
+    edit_json(other / "generation_config.json", eos_token_id=[EOS, 5])
+    edit_json(other / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    if (folder / "chat_template.jinja").exists():
+        (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"] |= {"a": 98, "b": 97}
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert main(["check-model", str(folder), "--tokenizer", str(other)]) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"token ids: DIFFER \(\d+ of 12\): .* from token \d+ on: \[9[78], ", shown.out)
+    assert "chat template: DIFFER" in shown.out
+    assert "stop tokens: DIFFER (0 of 1): [257] and [5, 257]" in shown.out
+    assert shown.out.splitlines()[-1].startswith("check-model: FAIL logits=3/3 token_ids=")
 
 
 def test_not_a_number_never_agrees() -> None:
