@@ -112,6 +112,10 @@ class LogprobsOfRequests:
             self._prompts[request].start_after(request.token_ids[0])
         return [None, *self._prompts[request].extend(request.prompt_logprobs)]
 
+    def cumulative(self, request: Request) -> float | None:
+        """Sum over the output tokens; None if the request did not ask for their log-probabilities."""
+        return None if request.params.logprobs is None else sum(map(own_logprob, request.logprobs))
+
     def forget(self, request: Request) -> None:
         self._outputs.pop(request, None)
         self._prompts.pop(request, None)
@@ -122,13 +126,6 @@ class LogprobsOfRequests:
 
 def _no_text(token_id: int) -> None:
     return None
-
-
-def cumulative_logprob(request: Request) -> float | None:
-    """Sum over the output tokens; None if the request did not ask for log-probabilities."""
-    if request.params.logprobs is None:
-        return None
-    return sum(map(own_logprob, request.logprobs))
 
 
 def own_logprob(entry: TokenLogprobs) -> float:

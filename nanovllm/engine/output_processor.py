@@ -5,14 +5,16 @@ Invariant: text only ever grows, and is cut at a stop string before anyone sees 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.detokenizer import DetokenizerStream
-from nanovllm.engine.logprobs import LogprobsOfRequests, cumulative_logprob
 from nanovllm.engine.output_text import OutputText
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nanovllm.engine.logprobs import LogprobsOfRequests
 
 
 class OutputProcessor:
@@ -21,7 +23,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None, is_deterministic: bool = False) -> None:
         self._tokenizer = tokenizer
         self._is_deterministic = is_deterministic
-        self._logprobs = LogprobsOfRequests(tokenizer)
+        self._logprobs: LogprobsOfRequests | None = None  # a leaf, for requests that ask
         self._texts: dict[Request, OutputText] = {}
         self._prompts: dict[Request, list[int]] = {}  # one list for all outputs of a request
 
@@ -36,6 +38,7 @@ class OutputProcessor:
     def make_output(self, group: Sequence[Request]) -> RequestOutput:
         """What the sequences of one prompt have produced so far."""
         first = group[0]
+        logprobs = self._logprobs_of(first)
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
@@ -43,7 +46,7 @@ class OutputProcessor:
             outputs=[self._completion(request) for request in group],
             finished=all(request.is_finished for request in group),
             num_cached_tokens=first.num_cached_tokens or 0,
-            prompt_logprobs=self._logprobs.of_prompt(first),
+            prompt_logprobs=None if logprobs is None else logprobs.of_prompt(first),
             deterministic=self._is_deterministic,
         )
 
@@ -51,21 +54,31 @@ class OutputProcessor:
         """Drop the decoding state. If the request is asked for again, its tokens are decoded anew."""
         self._texts.pop(request, None)
         self._prompts.pop(request, None)
-        self._logprobs.forget(request)
+        if self._logprobs is not None:
+            self._logprobs.forget(request)
 
     def _completion(self, request: Request) -> CompletionOutput:
-        text = self._text_of(request)
+        text, logprobs = self._text_of(request), self._logprobs_of(request)
         return CompletionOutput(
             index=request.index,
             text="" if text is None else text.whole(text.num_characters()),
             token_ids=request.output_token_ids,
-            cumulative_logprob=cumulative_logprob(request),
-            logprobs=self._logprobs.of_output(request),
+            cumulative_logprob=None if logprobs is None else logprobs.cumulative(request),
+            logprobs=None if logprobs is None else logprobs.of_output(request),
             hidden_states=self._hidden_states(request),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             error=request.error,
         )
+
+    def _logprobs_of(self, request: Request) -> "LogprobsOfRequests | None":
+        if request.params.logprobs is None and request.params.prompt_logprobs is None:
+            return None
+        if self._logprobs is None:
+            from nanovllm.engine.logprobs import LogprobsOfRequests
+
+            self._logprobs = LogprobsOfRequests(self._tokenizer)
+        return self._logprobs
 
     def _prompt_of(self, first: Request) -> list[int]:
         if first not in self._prompts:
