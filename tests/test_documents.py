@@ -11,7 +11,7 @@ from nanovllm.cli.arguments import build_parser
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     line
-    for name in ("README.md", "benchmarks/README.md")
+    for name in ("README.md", "benchmarks/README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
     for line in (ROOT / name).read_text().replace("\\\n", " ").splitlines()
     if line.startswith("nanovllm ")
 ]
