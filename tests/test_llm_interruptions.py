@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,4 +212,27 @@ def test_a_forked_child_is_told_and_disturbs_nothing(llm: LLM) -> None:
     os.waitpid(pid, 0)
     assert len(list(stream)) == 7
     assert generate(llm) == expected
+    check_nothing_is_left(llm)
+
+
+def test_threads_that_generate_stream_and_score_at_once_get_what_they_get_alone(llm: LLM) -> None:
+    def stream() -> list[int]:
+        return [token_id for output in llm.stream(PROMPTS[0], GREEDY) for token_id in output.outputs[0].token_ids]
+
+    def score() -> list[float]:
+        return [round(value, 2) for value in llm.score(PROMPTS[1], ["a", "bc"])]
+
+    calls: list[Callable[[], Any]] = [lambda: generate(llm), stream, score]
+    expected = [call() for call in calls]
+    results: list[Any] = [None] * 6
+
+    def work(i: int) -> None:
+        results[i] = [calls[i % 3]() for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert results == [[expected[i % 3]] * 3 for i in range(6)]
     check_nothing_is_left(llm)

@@ -100,3 +100,27 @@ def test_closing_tells_everyone_who_waits() -> None:
     *errors, closer = in_threads(5, work)
     assert closer == "closed"
     assert all(isinstance(error, RuntimeError) and "closed (by close())" in str(error) for error in errors)
+
+
+def test_a_thread_that_leaves_in_mid_run_takes_only_its_own_requests_with_it() -> None:
+    """It may have been stepping for all; another one takes over."""
+    session, _ = make_session(num_blocks=1200)
+
+    def work(i: int) -> Any:
+        if i % 2:
+            return [generate(session, [[i, call]], max_tokens=20) for call in range(10)]
+        inbox = Inbox(tokens)
+        with session.numbers(1) as (number,):
+            handle = Handle([make_request([i, i], 10_000, name=str(number), limit=1000)], inbox, only_ends=False)
+        for _, news in session.run([handle], inbox):
+            if len(news) >= 3 + i:
+                raise KeyError(i)
+        return "it ran to its end"
+
+    results = in_threads(8, work)
+    for i, result in enumerate(results):
+        if i % 2:
+            assert result == [expected([[i, call]], 20) for call in range(10)]
+        else:
+            assert isinstance(result, KeyError)
+    check_idle(session)
