@@ -109,6 +109,15 @@ class Body:
         value = self.take(name, dict)
         return None if value is None else Body(value, f"{self._path}{name}.")
 
+    def require_inner(self, name: str) -> "Body":
+        return Body(self.require(name, dict), f"{self._path}{name}.")
+
+    def of(self, item: Any, name: str) -> "Body":
+        """The fields of an object that stands in a list, or wherever else `take` has found it."""
+        if not isinstance(item, dict):
+            raise BadRequest(f"{self._path}{name} must be an object, got {brief(item)}", param=self._path + name)
+        return Body(item, f"{self._path}{name}.")
+
     def ignore(self, *names: str) -> None:
         """Fields that say nothing about the answer, or ask for what is so anyway."""
         for name in names:

@@ -12,12 +12,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
+from nanovllm.server.conversation import Conversation, Prepared
 from nanovllm.server.events import stream_events, unless_gone
+from nanovllm.server.reply import Call, Piece, Reader, Reply, read_whole
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
+from nanovllm.server.tools import take_tools
 from nanovllm.server.usage import chat_logprobs, num_generated, usage_of
 
 DONE = "data: [DONE]\n\n"
@@ -33,15 +35,15 @@ async def chat_completions(request: Request) -> Response:
     num_top = _take_logprobs(body)
     max_tokens = body.take("max_completion_tokens", int) or body.take("max_tokens", int)
     params = take_sampling_params(body, served.defaults, max_tokens, is_stream, logprobs=num_top)
-    render = _take_conversation(body)
+    conversation = _take_conversation(body)
     body.ignore(*_OF_NO_EFFECT)
     body.finish()
-    prompt = await served.in_thread(render, served.tokenizer)
-    answer = _Answer(name, request.state.request_id, num_top or 0, params.n)
+    prepared = await conversation.prepare(served, params)
+    answer = _Answer(name, request.state.request_id, num_top or 0, prepared)
     if is_stream:
-        return await stream_events(answer.stream(served, prompt, params, wants_usage))
+        return await stream_events(answer.stream(served, wants_usage))
     with served.admitted(1):
-        output = await unless_gone(request, served.final(prompt, params, answer.id))
+        output = await unless_gone(request, served.final(prepared.prompt, prepared.params, answer.id))
     return Response(status_code=499) if output is None else JSONResponse(answer.whole(output))
 
 
@@ -65,8 +67,7 @@ def _take_logprobs(body: Body) -> int | None:
     return (num_top or 0) if is_asked else None
 
 
-def _take_conversation(body: Body) -> Any:
-    """A function of the tokenizer that makes the prompt; rendering takes a while, and belongs in a thread."""
+def _take_conversation(body: Body) -> Conversation:
     messages: list[Any] = body.require("messages", list)
     options: dict[str, Any] = dict(body.take("chat_template_kwargs", dict, {}))
     for field, kind in (("add_generation_prompt", bool), ("continue_final_message", bool), ("chat_template", str)):
@@ -75,68 +76,110 @@ def _take_conversation(body: Body) -> Any:
             options[field] = value
     if options.get("continue_final_message"):
         options.setdefault("add_generation_prompt", False)
-    body.refuse("tools", ([],), "this server reads no tool calls yet")
-    body.refuse("tool_choice", ("none", "auto"), "this server reads no tool calls yet")
-    body.ignore("parallel_tool_calls")
-
-    def render(tokenizer: Any) -> dict[str, Any]:
-        text = tokenizer.render_chat(messages, **options)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-
-    return render
+    return Conversation(messages, options, take_tools(body))
 
 
 def _choice(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
+def _message(reply: Reply) -> dict[str, Any]:
+    content = reply.content if reply.content or not (reply.calls or reply.reasoning) else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if reply.reasoning:
+        message |= _reasoning(reply.reasoning)
+    if reply.calls:
+        message["tool_calls"] = [_call(call) for call in reply.calls]
+    return message
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under vLLM's name, and under the one that it had before, which some clients read."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _reason(completion: CompletionOutput, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and completion.finish_reason == "stop" else completion.finish_reason
+
+
 class _Answer:
     """The answer to one conversation, whole or in chunks."""
 
-    def __init__(self, model: str, request_id: str, num_top: int, n: int) -> None:
+    def __init__(self, model: str, request_id: str, num_top: int, prepared: Prepared) -> None:
         self.id = f"chatcmpl-{request_id}"
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
-        self._num_top, self._n = num_top, n
+        self._num_top, self._prepared = num_top, prepared
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
-        choices = [
-            {
-                "index": completion.index,
-                "message": {"role": "assistant", "content": completion.text, "refusal": None},
-                "logprobs": chat_logprobs(completion, self._num_top),
-                "finish_reason": completion.finish_reason,
-                **({"error": completion.error} if completion.error is not None else {}),
-            }
-            for completion in sorted(output.outputs, key=lambda completion: completion.index)
-        ]
+        choices = []
+        for completion in sorted(output.outputs, key=lambda completion: completion.index):
+            reply = read_whole(self._prepared.new_reader(), completion.text)
+            choices.append(
+                {
+                    "index": completion.index,
+                    "message": _message(reply),
+                    "logprobs": chat_logprobs(completion, self._num_top),
+                    "finish_reason": _reason(completion, bool(reply.calls)),
+                    **({"error": completion.error} if completion.error is not None else {}),
+                }
+            )
         usage = usage_of([output], num_generated(output))
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    async def stream(
-        self, served: Served, prompt: Any, params: SamplingParams, wants_usage: bool
-    ) -> AsyncIterator[str]:
+    async def stream(self, served: Served, wants_usage: bool) -> AsyncIterator[str]:
         head = json.dumps({**self._head, "object": "chat.completion.chunk"})[:-1]
 
         def chunk(choice: dict[str, Any]) -> str:
             return f'data: {head}, "choices": [{json.dumps(choice)}]}}\n\n'
 
+        n = self._prepared.params.n
         with served.admitted(1):
             total, last, is_open = 0, None, False
-            async for output in served.run(prompt, params, self.id):
+            readers = [_ChoiceReader(i, self._prepared.new_reader(), self._num_top) for i in range(n)]
+            async for output in served.run(self._prepared.prompt, self._prepared.params, self.id):
                 choices = []
                 if not is_open:
                     is_open = True
-                    choices += [_choice(i, {"role": "assistant", "content": ""}) for i in range(self._n)]
+                    choices += [_choice(i, {"role": "assistant", "content": ""}) for i in range(n)]
                 for completion in output.outputs:
-                    if completion.text or completion.logprobs:
-                        logprobs = chat_logprobs(completion, self._num_top)
-                        choices.append(_choice(completion.index, {"content": completion.text}, logprobs))
-                    if completion.finish_reason is not None:
-                        error = {"error": completion.error} if completion.error is not None else {}
-                        choices.append({**_choice(completion.index, {}, None, completion.finish_reason), **error})
+                    choices += readers[completion.index].read(completion)
                 total, last = total + num_generated(output), output
                 if choices:
                     yield "".join(map(chunk, choices))
             if wants_usage and last is not None:
                 yield f'data: {head}, "choices": [], "usage": {json.dumps(usage_of([last], total))}}}\n\n'
             yield DONE
+
+
+class _ChoiceReader:
+    """What one choice sends of each output."""
+
+    def __init__(self, index: int, reader: Reader, num_top: int) -> None:
+        self._index, self._reader, self._num_top = index, reader, num_top
+        self._num_calls = 0
+
+    def read(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+        pieces = self._reader.feed(completion.text)
+        is_finished = completion.finish_reason is not None
+        if is_finished:
+            pieces += self._reader.finish()
+        deltas = [self._delta(piece) for piece in pieces]
+        logprobs = chat_logprobs(completion, self._num_top)
+        if logprobs is not None and not deltas:
+            deltas = [{"content": ""}]
+        # An output's log-probabilities go with its first piece: pieces are no whole tokens.
+        choices = [_choice(self._index, delta, logprobs if i == 0 else None) for i, delta in enumerate(deltas)]
+        if is_finished:
+            error = {"error": completion.error} if completion.error is not None else {}
+            choices.append({**_choice(self._index, {}, None, _reason(completion, self._num_calls > 0)), **error})
+        return choices
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        if piece.call is not None:
+            self._num_calls += 1
+            return {"tool_calls": [{"index": self._num_calls - 1, **_call(piece.call)}]}
+        return _reasoning(piece.text) if piece.kind == "reasoning" else {"content": piece.text}

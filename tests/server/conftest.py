@@ -47,6 +47,32 @@ def looping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running.close()
 
 
+HERMES = (
+    "{{ bos_token }}{% if tools %}<|im_start|>system\nAnswer with <tool_call>. {{ tools | tojson }}"
+    "<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# it may write <think> first #}"
+)
+
+
+@pytest.fixture(scope="session")
+def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Its chat template knows tools and reasoning. What it says is up to a form of the request: `says`."""
+    folder = save_scripted(tmp_path_factory.mktemp("tooled"), "abcdefgh", ends=False)
+    edit_json(folder / "config.json", max_position_embeddings=4000)
+    (folder / "chat_template.jinja").write_text(HERMES)
+    running = Running(str(folder), max_model_len=4000, num_gpu_blocks_override=600, max_num_seqs=8)
+    yield running
+    running.close()
+
+
+def says(text: str) -> dict[str, Any]:
+    """Fields of a body that make a model write this."""
+    return {"structured_outputs": {"choice": [text]}}
+
+
 @pytest.fixture
 def server(looping: Running) -> Iterator[Running]:
     """With nothing left over by a test."""

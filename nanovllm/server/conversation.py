@@ -1,0 +1,72 @@
+"""A conversation on its way to the engine: its prompt, what forms its answer, and who reads it.
+
+Owns what the dialects of chat share. Invariant: what cannot be done for a conversation (a template that knows no
+tools, a form beside a forced call) is known before the engine gets it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.body import BadRequest
+from nanovllm.server.reply import PlainReader, Reader, TemplateReader
+from nanovllm.server.response_templates import find_response_template
+from nanovllm.server.served import Served
+from nanovllm.server.tools import Tools
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """prompt: for the engine. new_reader: makes the reader of one answer."""
+
+    prompt: dict[str, Any]
+    params: SamplingParams
+    new_reader: Callable[[], Reader]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages: as chat templates have them. options: of `render_chat`."""
+
+    messages: list[Any]
+    options: dict[str, Any]
+    tools: Tools | None = None
+
+    async def prepare(self, served: Served, params: SamplingParams) -> Prepared:
+        """Rendering and tokenizing take a while: in a thread."""
+        prepared: Prepared = await served.in_thread(self._prepare, served.tokenizer, params)
+        return prepared
+
+    def _prepare(self, tokenizer: Any, params: SamplingParams) -> Prepared:
+        tools, options, hf = self.tools, dict(self.options), tokenizer.hf
+        schemas = tools.for_template() if tools is not None else None
+        if tools is not None:
+            options["tools"] = schemas
+            if tools.is_forced:
+                options.setdefault("enable_thinking", False)  # the call is the answer's first token on
+        text = tokenizer.render_chat(self.messages, **options)
+        prompt = {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        template = hf.get_chat_template(options.get("chat_template"), schemas)
+        if tools is not None and not re.search(r"\btools\b", template):
+            raise BadRequest("this model's chat template knows no tools; it would not be told of them", param="tools")
+        if tools is not None and tools.is_forced:
+            if params.structured_outputs is not None:
+                raise BadRequest("a forced tool call has a form of its own: leave the other out", param="tool_choice")
+            return Prepared(prompt, replace(params, structured_outputs=tools.form()), tools.form_reader)
+        try:
+            response_template = find_response_template(hf, template, tools is not None)
+        except ValueError as error:
+            raise BadRequest(str(error), param="tools") from error
+        if response_template is None:
+            return Prepared(prompt, params, PlainReader)
+        is_parallel = tools is None or tools.is_parallel
+
+        def new_reader() -> Reader:
+            return TemplateReader(response_template, text, schemas or [], is_parallel)
+
+        # A form holds from the first token on: also where the prompt has begun to reason, that text is the answer.
+        if params.structured_outputs is not None and TemplateReader(response_template, text, [], True).begins_inside:
+            return Prepared(prompt, params, PlainReader)
+        return Prepared(prompt, replace(params, skip_special_tokens=False), new_reader)

@@ -1,0 +1,98 @@
+"""How models write reasoning and tool calls: the response template that reads a model's answers.
+
+Owns the choice. A tokenizer's own `response_template` (transformers' format) comes first; else one of those below is
+chosen by marks in the chat template, which teaches the model the form that it shall answer in. Invariant: whoever
+offers no tools has no calls read: such text stays text.
+"""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# Where an assistant's turn begins, for all of the templates below: what a prompt has behind it belongs to the answer.
+_TURNS = [
+    "<|im_start|>assistant\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|Assistant|>",
+    "<\uff5cAssistant\uff5c>",  # DeepSeek
+    "[/INST]",
+]
+_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+_REASONING = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*", "content": "text"}
+# White space before a call belongs to neither the text before it nor the call.
+_TOOL_CALLS: dict[str, dict[str, Any]] = {
+    "function tags": {  # Qwen3-Coder, Qwen 3.5
+        "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        "close_pattern": r"</function>\s*</tool_call>\s*",
+        "content": "xml-inline",
+        "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+        "transform": _CALL,
+        "repeats": True,
+    },
+    "tagged JSON": {  # Hermes, Qwen 2.5 and 3
+        "open_pattern": r"\s*<tool_call>",
+        "close_pattern": r"</tool_call>\s*",
+        "content": "json",
+        "transform": {"type": "function", "function": "{content}"},
+        "repeats": True,
+    },
+    "named JSON": {  # Mistral since 2025
+        "open_pattern": r"\s*\[TOOL_CALLS\](?P<name>[^\[{\s]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]",
+        "close_pattern": r"(?=\[TOOL_CALLS\])",
+        "content": "json",
+        "transform": _CALL,
+        "repeats": True,
+    },
+    "a list of JSON": {  # Mistral before
+        "open_pattern": r"\s*\[TOOL_CALLS\]\s*",
+        "content": "json",
+        "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+        "transform_each": True,
+    },
+    "bare JSON": {  # Llama 3.x: the whole answer is one call
+        "open_pattern": r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")",
+        "content": "json",
+        "transform": {"type": "function", "function": "{content}"},
+    },
+}
+_MARKS = {
+    "<function=": "function tags",
+    "<tool_call>": "tagged JSON",
+    "[ARGS]": "named JSON",
+    "[TOOL_CALLS]": "a list of JSON",
+    "<|python_tag|>": "bare JSON",
+    '"parameters": dictionary': "bare JSON",
+}
+
+
+def find_response_template(hf: Any, chat_template: str, has_tools: bool) -> Any | None:
+    """The transformers ResponseTemplate for answers to a conversation laid out by `chat_template`.
+
+    None where an answer is text and nothing else. Raises ValueError if tools are offered and nothing can read calls.
+    """
+    own = getattr(hf, "response_template", None)
+    if own is None:
+        kind = next((kind for mark, kind in _MARKS.items() if mark in chat_template), None) if has_tools else None
+        if has_tools and kind is None:
+            raise ValueError("nobody knows how this model writes tool calls; use tool_choice 'required' or a name")
+        fields = {"reasoning_content": _REASONING} if "think>" in chat_template else {}
+        if kind is not None:
+            fields["tool_calls"] = _TOOL_CALLS[kind]
+        own = {"start_anchor": _TURNS, "fields": {**fields, "content": {"content": "text"}}}
+    elif has_tools and "tool_calls" not in own.get("fields", {}):
+        raise ValueError("this model's response template reads no tool calls; use tool_choice 'required' or a name")
+    return _load(json.dumps(own), has_tools)
+
+
+@lru_cache(16)
+def _load(text: str, has_tools: bool) -> Any | None:
+    spec = json.loads(text)
+    spec["fields"] = {name: field for name, field in spec["fields"].items() if has_tools or name != "tool_calls"}
+    if not has_tools and not any(name in spec["fields"] for name in REASONING_FIELDS):
+        return None
+    try:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+    except ImportError as error:
+        raise NotImplementedError(f"tool calls and reasoning need transformers 5.24 or later ({error})") from error
+    return load_response_template(spec)

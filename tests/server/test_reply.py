@@ -1,0 +1,143 @@
+"""Reasoning and tool calls out of text, in every form that the table of templates knows, in pieces of any size."""
+
+import json
+from typing import ClassVar
+
+import pytest
+
+from nanovllm.server.reply import Piece, Reader, Reply, TemplateReader, read_whole
+from nanovllm.server.response_templates import find_response_template
+
+pytest.importorskip("transformers.utils.chat_parsing")
+TURN = "<|im_start|>assistant\n"
+BRACES = {"command": 'mkdir {a,b} && echo "]}"', "n": 3}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "run",
+        "parameters": {"type": "object", "properties": {"command": {"type": "string"}, "n": {"type": "integer"}}},
+    },
+}
+
+
+class Tokenizer:
+    """One without a template of its own."""
+
+
+def new_reader(chat_template: str, prompt: str = TURN, *, tools: bool = True, is_parallel: bool = True) -> Reader:
+    template = find_response_template(Tokenizer(), chat_template, tools)
+    assert template is not None
+    return TemplateReader(template, prompt, [TOOL] if tools else [], is_parallel)
+
+
+def in_pieces(reader: Reader, text: str, size: int) -> Reply:
+    reply = Reply()
+    for start in range(0, len(text), size):
+        reply.add(reader.feed(text[start : start + size]))
+    reply.add(reader.finish())
+    return reply
+
+
+def hermes(name: str, arguments: object) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+FORMS = {
+    "<think></think><tool_call>": f"<think>\nWell.\n</think>\n\nI look.\n{hermes('run', BRACES)}\n{hermes('now', {})}",
+    "<think><tool_call><function=": (
+        "<think>\nWell.\n</think>\n\nI look.\n<tool_call>\n<function=run>\n<parameter=command>\n"
+        f"{BRACES['command']}\n</parameter>\n<parameter=n>\n3\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>"
+    ),
+    "<think>[TOOL_CALLS][ARGS]": (
+        f"<think>Well.</think>I look.[TOOL_CALLS]run[ARGS]{json.dumps(BRACES)}[TOOL_CALLS]now[ARGS]{{}}"
+    ),
+    "<think>[TOOL_CALLS]": "<think>Well.</think>I look.[TOOL_CALLS] "
+    + json.dumps([{"name": "run", "arguments": BRACES}, {"name": "now", "arguments": {}}]),
+}
+
+
+@pytest.mark.parametrize("chat_template", FORMS)
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_reasoning_content_and_two_calls(chat_template: str, size: int) -> None:
+    reply = in_pieces(new_reader(chat_template), FORMS[chat_template], size)
+    assert (reply.reasoning, reply.content) == ("Well.", "I look.")
+    assert [(call.name, json.loads(call.arguments)) for call in reply.calls] == [("run", BRACES), ("now", {})]
+    assert len({call.id for call in reply.calls}) == 2
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize("tag", ["", "<|python_tag|>"])
+def test_an_answer_that_is_one_bare_call(size: int, tag: str) -> None:
+    prompt = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    text = tag + json.dumps({"name": "run", "parameters": BRACES})
+    reply = in_pieces(new_reader("<|python_tag|>", prompt), text, size)
+    assert reply.content == "" and json.loads(reply.calls[0].arguments) == BRACES
+    said = 'An object: {"name": "run"}'
+    assert in_pieces(new_reader("<|python_tag|>", prompt), said, size) == Reply(said)
+
+
+@pytest.mark.parametrize("chat_template", FORMS)
+def test_no_cut_loses_text_or_makes_an_error(chat_template: str) -> None:
+    """Wherever an answer ends, what is no whole call is content, as it was written."""
+    text = FORMS[chat_template]
+    for end in range(len(text)):
+        reply = read_whole(new_reader(chat_template), text[:end])
+        num_whole = len(reply.calls)
+        assert num_whole <= 1 or end > len(text) - 30
+        if "I look." in text[:end] and num_whole == 0:
+            begun = text[text.index("I look.") : end]
+            assert reply.content.replace("\n", "") == begun.replace("\n", "")
+
+
+def test_what_is_no_call_stays_text() -> None:
+    text = "Look: <tool_call>\nnot JSON\n</tool_call> and more"
+    for size in (1, 5, 1000):
+        assert in_pieces(new_reader("<tool_call>"), text, size).content.split() == text.split()
+    nameless = "<tool_call>[1]</tool_call>"
+    assert read_whole(new_reader("<tool_call>"), nameless) == Reply(nameless)
+
+
+def test_reasoning_that_the_prompt_has_begun() -> None:
+    reader = new_reader("<think>", TURN + "<think>\n", tools=False)
+    assert reader.feed("So") == [Piece("reasoning", "So")]
+    reply = read_whole(new_reader("<think>", "unknown turn <think>\n", tools=False), "So.\n</think>\n\nYes")
+    assert reply == Reply("Yes", "So.")
+    ended = TURN + "<think>\n\n</think>\n\n"
+    assert read_whole(new_reader("<think>", ended, tools=False), "Yes") == Reply("Yes")
+
+
+def test_without_tools_calls_are_text() -> None:
+    text = hermes("run", {})
+    assert read_whole(new_reader("<think><tool_call>", tools=False), text) == Reply(text)
+    assert find_response_template(Tokenizer(), "<tool_call>", False) is None
+
+
+def test_one_call_where_no_more_are_wanted() -> None:
+    text = hermes("run", {}) + hermes("now", {})
+    reply = in_pieces(new_reader("<tool_call>", is_parallel=False), text, 3)
+    assert [call.name for call in reply.calls] == ["run"]
+
+
+def test_a_tokenizers_own_template_comes_first() -> None:
+    class Own(Tokenizer):
+        response_template: ClassVar = {
+            "start_anchor": TURN,
+            "fields": {
+                "thinking": {"open": "((", "close": "))", "content": "text"},
+                "tool_calls": {
+                    "open_pattern": r"!(?P<name>\w+) ", "close": "!", "content": "json", "repeats": True,
+                    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+                },
+                "content": {"content": "text"},
+            },
+        }  # fmt: skip
+
+    template = find_response_template(Own(), "<tool_call>", True)
+    reply = read_whole(TemplateReader(template, TURN, [], True), '((hm))yes!run {"a": 1}!')
+    assert (reply.reasoning, reply.content, reply.calls[0].name) == ("hm", "yes", "run")
+
+
+def test_a_form_that_nobody_knows() -> None:
+    with pytest.raises(ValueError, match="nobody knows how this model writes tool calls"):
+        find_response_template(Tokenizer(), "{{ tools }}", True)
