@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.cache_specs import group_layers
 from nanovllm.config import DTYPES, EngineConfig, ModelConfig, ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
@@ -59,6 +60,7 @@ class EngineParts:
     model_config: ModelConfig
     engine: Engine | DataParallelEngine
     num_blocks: int  # of the smallest KV cache
+    num_cache_tokens: int  # that it holds, in requests as long as they may be
     input_processor: InputProcessor
     tokenizer: Tokenizer | None
     hf_config: Mapping[str, Any]
@@ -86,11 +88,14 @@ def build_engine(config: EngineConfig) -> EngineParts:
     if is_remote:
         check_importable(config.logits_processors, "logits_processors")
     engine, num_blocks, runner_times = _start_engine(config, model_config, checkpoint, device, tokenizer)
+    groups = group_layers(model_config.windows, config.max_model_len)
+    sizes = config.block_size, config.max_model_len, config.max_num_batched_tokens
     return EngineParts(
         config=config,
         model_config=model_config,
         engine=engine,
         num_blocks=num_blocks,
+        num_cache_tokens=groups.num_tokens_in(num_blocks, *sizes),
         input_processor=InputProcessor(
             encode=tokenizer.encode if tokenizer else None,
             special_tokens=tokenizer.special_tokens if tokenizer else {},
@@ -98,7 +103,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             num_layers=model_config.num_layers,
             max_model_len=config.max_model_len,
             eos_token_ids=eos_token_ids,
-            num_cache_tokens=num_blocks * config.block_size,
+            num_cache_tokens=groups.longest_request(num_blocks, *sizes),
             seed=config.seed,
             max_logprobs=config.max_logprobs,
             length_dependent_from=model_config.length_dependent_from,
@@ -135,19 +140,34 @@ def _start_engine(
         return replicas, replicas.num_blocks, replicas.runner_times
     executor, times = _start_executor(config, model_config, checkpoint, device)
     scheduler = Scheduler(
-        CacheManager(executor.num_blocks, config.block_size, config.enable_prefix_caching),
+        _cache_manager(config, model_config, executor.num_blocks),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        shared_prefixes=_shared_prefixes(config, device),
+        shared_prefixes=_shared_prefixes(config, model_config, device),
     )
     engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
     return engine, executor.num_blocks, times
 
 
-def _shared_prefixes(config: ResolvedConfig, device: torch.device) -> SharedPrefixes | None:
-    """Where a kernel reads at once what decodes share. Its sums have another order, so no bit would be promised."""
+def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:
+    groups = group_layers(model_config.windows, config.max_model_len)
+    if groups.keep_everything:
+        return CacheManager(num_blocks, config.block_size, config.enable_prefix_caching)
+    from nanovllm.engine.grouped_cache import GroupedCache  # a leaf: most models have no window
+
+    limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
+    return GroupedCache(num_blocks, config.block_size, config.enable_prefix_caching, groups.specs, **limits)
+
+
+def _shared_prefixes(config: ResolvedConfig, model_config: ModelConfig, device: torch.device) -> SharedPrefixes | None:
+    """Where a kernel reads at once what decodes share. Its sums have another order, so no bit would be promised.
+
+    It reads one block table for all layers.
+    """
     if device.type == "cpu" or config.deterministic or config.disable_cascade_attn:
+        return None
+    if not group_layers(model_config.windows, config.max_model_len).keep_everything:
         return None
     return SharedPrefixes(TILE, config.block_size)
 

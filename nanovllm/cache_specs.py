@@ -42,6 +42,11 @@ class CacheGroups:
     layers: tuple[tuple[int, ...], ...]
 
     @property
+    def keep_everything(self) -> bool:
+        """All layers keep all tokens, in one group."""
+        return self.specs == (PagedKV(),)
+
+    @property
     def num_places(self) -> int:
         """Layers that a block holds keys and values for."""
         return max(map(len, self.layers))
@@ -50,9 +55,15 @@ class CacheGroups:
         """Blocks that one request of so many tokens holds at most, in all groups together."""
         return sum(spec.num_blocks(num_tokens, num_step_tokens, block_size) for spec in self.specs)
 
-    def num_tokens_in(self, num_blocks: int, num_step_tokens: int, block_size: int, limit: int) -> int:
-        """The longest request that so many blocks hold, at most `limit` tokens."""
-        low, high = 0, limit
+    def num_tokens_in(self, num_blocks: int, block_size: int, max_model_len: int, num_step_tokens: int) -> int:
+        """What so many blocks hold, in requests of max_model_len tokens."""
+        if self.keep_everything:
+            return num_blocks * block_size
+        return num_blocks * max_model_len // self.num_blocks(max_model_len, num_step_tokens, block_size)
+
+    def longest_request(self, num_blocks: int, block_size: int, max_model_len: int, num_step_tokens: int) -> int:
+        """Tokens of the longest request that so many blocks hold, at most max_model_len."""
+        low, high = 0, max_model_len
         while low < high:
             middle = (low + high + 1) // 2
             if self.num_blocks(middle, num_step_tokens, block_size) <= num_blocks:

@@ -45,7 +45,7 @@ class LLM(VLLMSurface):
         parts = build_engine(EngineConfig(model=model, **options))
         self.config = parts.config
         self.model_config = parts.model_config
-        self.num_kv_cache_tokens = parts.num_blocks * parts.config.block_size  # of one engine, where there are several
+        self.num_kv_cache_tokens = parts.num_cache_tokens  # of one engine, where there are several
         self._engine = parts.engine
         self._session = Session(parts.engine)
         self._input_processor = parts.input_processor

@@ -62,7 +62,14 @@ def test_the_most_blocks_of_a_request_are_those_that_some_step_needs() -> None:
 def test_the_longest_request_that_fits() -> None:
     groups = group_layers([None] + [1024] * 5, 32768)
     assert groups.num_blocks(32768, 512, 16) == 2048 + 5 * 97
-    most = groups.num_tokens_in(1000, 512, 16, limit=32768)
+    most = groups.longest_request(1000, 16, 32768, 512)
     assert groups.num_blocks(most, 512, 16) <= 1000 < groups.num_blocks(most + 1, 512, 16)
-    assert groups.num_tokens_in(10**6, 512, 16, limit=32768) == 32768
-    assert groups.num_tokens_in(5, 512, 16, limit=32768) == 0
+    assert groups.longest_request(10**6, 16, 32768, 512) == 32768
+    assert groups.longest_request(5, 16, 32768, 512) == 0
+    assert group_layers([None] * 4, 32768).longest_request(7, 16, 32768, 512) == 7 * 16
+
+
+def test_how_many_tokens_fit_is_told_for_requests_as_long_as_they_may_be() -> None:
+    assert group_layers([None] * 4, 32768).num_tokens_in(7, 16, 32768, 512) == 7 * 16
+    groups = group_layers([None] + [1024] * 5, 32768)
+    assert groups.num_tokens_in(2 * (2048 + 5 * 97), 16, 32768, 512) == 2 * 32768

@@ -6,7 +6,7 @@ arrives in the context.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -35,12 +35,19 @@ class AttentionBackend(Protocol):
         return 0
 
 
+class GroupInputs(NamedTuple):
+    """A step, for the layers that share a block table. prepared: what the backend made of its metadata."""
+
+    prepared: Any
+    slot_mapping: Tensor  # [num_tokens]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
-    """kv_caches: by layer. rope_lens: see `layers/rotary.py`."""
+    """kv_caches, group_of_layer: by layer. rope_lens: see `layers/rotary.py`."""
 
     kv_caches: Sequence[LayerCache]
     backend: AttentionBackend
-    prepared: Any
-    slot_mapping: Tensor  # [num_tokens]
+    groups: Sequence[GroupInputs]
+    group_of_layer: Sequence[int]
     rope_lens: Tensor | None = None  # [num_tokens]

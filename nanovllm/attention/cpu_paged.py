@@ -111,8 +111,11 @@ def _attend(
 ) -> Tensor:
     """Requests of equal lengths, together: q [n * query_len, num_heads, head_dim]; mask [query_len, seq_len]."""
     scale, softcap = shape.scale, shape.softcap
-    num_blocks = -(-seq_len // cache.block_size)
-    blocks = table[:, :num_blocks].flatten()
+    window = seq_len if shape.window is None else shape.window
+    first = max(0, seq_len - query_len - window + 1) // cache.block_size  # blocks before it are seen by no query
+    seq_len -= first * cache.block_size
+    mask = None if mask is None else mask[:, first * cache.block_size :]
+    blocks = table[:, first : first + -(-seq_len // cache.block_size)].flatten()
     n, by_head = table.shape[0], cache.data.transpose(1, 2)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
     copied = by_head.index_select(2, blocks)
     context = copied.view(*by_head.shape[:2], n, -1, by_head.shape[4])[:, :, :, :seq_len]

@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import torch
 
+from nanovllm.cache_specs import group_layers
 from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.worker import with_quantization
@@ -33,7 +34,8 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--max-model-len {length} is more than the model's {config.max_model_len} positions")
 
     num_parameters, weight_bytes = count_parameters(config, args.quantization)
-    kv_bytes = config.kv_bytes_per_token * length * args.max_num_seqs
+    bytes_per_request = kv_bytes_of(config, length)
+    kv_bytes = bytes_per_request * args.max_num_seqs
     needed = weight_bytes + kv_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
     print(f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {dtype}\n")
@@ -41,7 +43,8 @@ def run(args: Namespace) -> int:
     _print_row(
         "KV cache",
         kv_bytes,
-        f"{args.max_num_seqs:,} x {length:,} tokens at {config.kv_bytes_per_token / 1024:,.1f} KiB each",
+        f"{args.max_num_seqs:,} x {length:,} tokens at {bytes_per_request / length / 1024:,.1f} KiB each"
+        + _windows_note(config, length),
     )
     _print_row("together", needed, "and the work space of a step")
     print()
@@ -49,7 +52,7 @@ def run(args: Namespace) -> int:
         _print_row("free", free, place)
         _print_row("may use", share, "of its memory, by --gpu-memory-utilization")
         room = min(free, share)
-        _print_row("fits", "yes" if needed <= room else "no", _room(room - weight_bytes, config, length))
+        _print_row("fits", "yes" if needed <= room else "no", _room(room - weight_bytes, bytes_per_request, length))
     return 0
 
 
@@ -65,10 +68,25 @@ def count_parameters(config: ModelConfig, quantization: str | None = None) -> tu
     return sum(p.numel() for p in dense.parameters()), sum(p.nbytes for p in kept.parameters())
 
 
-def _room(num_bytes: int, config: ModelConfig, length: int) -> str:
-    if num_bytes < config.kv_bytes_per_token:
+def kv_bytes_of(config: ModelConfig, length: int) -> int:
+    """What the engine keeps of a request of so many tokens: layers with a window give back what has left it."""
+    groups = group_layers(config.windows, length)
+    num_tokens = groups.num_blocks(length, num_step_tokens=1, block_size=1)  # in all groups together
+    return num_tokens * groups.num_places * config.kv_bytes_per_token // config.num_layers
+
+
+def _windows_note(config: ModelConfig, length: int) -> str:
+    windows = [window for window in config.windows if window is not None and window < length]
+    if not windows:
+        return ""
+    spans = " or ".join(f"{window:,}" for window in sorted(set(windows)))
+    return f"; {len(windows)} of {config.num_layers} layers keep the last {spans}"
+
+
+def _room(num_bytes: int, bytes_per_request: int, length: int) -> str:
+    num_tokens = num_bytes * length // bytes_per_request
+    if num_tokens < 1:
         return "there is no room for a KV cache beside the weights"
-    num_tokens = num_bytes // config.kv_bytes_per_token
     return f"beside the weights {num_tokens:,} tokens of KV cache, {num_tokens // length:,} x {length:,}"
 
 

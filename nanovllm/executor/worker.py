@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.cpu_paged import CpuPagedBackend
 from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
+from nanovllm.cache_specs import group_layers
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
@@ -69,7 +70,7 @@ def build_runner(
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     times.append(perf_counter())
     spec = KVCacheSpec(
-        num_layers=model_config.num_layers,
+        groups=group_layers(model_config.windows, config.max_model_len),
         num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
         head_dim=model_config.head_dim,
         block_size=config.block_size,
@@ -78,7 +79,8 @@ def build_runner(
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
     def make_runner(config: ResolvedConfig, num_blocks: int) -> ModelRunner:
-        return ModelRunner(config, model_config, model, spec.allocate(num_blocks, device), backend, device, tp)
+        caches = spec.allocate(num_blocks, device)
+        return ModelRunner(config, model_config, model, caches, backend, device, tp, spec.groups)
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())
@@ -182,7 +184,7 @@ def plan_num_blocks(
         total = host_memory().total // tp.size  # the ranks share the memory
         num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization))
         is_set = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
-        return num_blocks if is_set else min(num_blocks, useful_num_blocks(config))
+        return num_blocks if is_set else min(num_blocks, useful_num_blocks(config, spec.groups))
     if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:
         return choose_num_blocks(config, spec, 0)
     from nanovllm.runner.graphs.memory import measure_free_bytes

@@ -24,11 +24,12 @@ class Attention:
     ) -> Tensor:
         """qkv [num_tokens, (num_heads + 2 num_kv_heads) head_dim] -> [num_tokens, num_heads * head_dim]."""
         cache = ctx.kv_caches[self.layer_idx]
-        heads = HeadInputs(cos_sin, ctx.slot_mapping)
+        prepared, slot_mapping = ctx.groups[ctx.group_of_layer[self.layer_idx]]
+        heads = HeadInputs(cos_sin, slot_mapping)
         if q_norm is not None and k_norm is not None:
-            heads = HeadInputs(cos_sin, ctx.slot_mapping, q_norm.weight, k_norm.weight, q_norm.eps)
-        out = ctx.backend.forward_qkv(self.shape, qkv, heads, cache, ctx.prepared)
+            heads = HeadInputs(cos_sin, slot_mapping, q_norm.weight, k_norm.weight, q_norm.eps)
+        out = ctx.backend.forward_qkv(self.shape, qkv, heads, cache, prepared)
         if out is None:
             q = self.ops.qkv_rope_store(qkv, heads, cache, self.shape)
-            out = ctx.backend.forward(self.shape, q, cache, ctx.prepared)
+            out = ctx.backend.forward(self.shape, q, cache, prepared)
         return out.flatten(1)

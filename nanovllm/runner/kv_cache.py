@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.cache_specs import CacheGroups
 from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """What one device's cache holds per layer."""
+    """What one device's cache holds per layer, and how layers share blocks."""
 
-    num_layers: int
+    groups: CacheGroups
     num_kv_heads: int
     head_dim: int
     block_size: int
@@ -27,15 +28,20 @@ class KVCacheSpec:
 
     @property
     def bytes_per_block(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+        return self.groups.num_places * 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
 
     def num_blocks_in(self, num_bytes: int) -> int:
         return num_bytes // self.bytes_per_block
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[LayerCache]:
-        """One per layer, zeroed: kernels may read a whole block of which only a part was written."""
+        """By layer, zeroed: kernels may read a whole block of which only a part was written.
+
+        A block is of one group at a time, so layers that have the same place in their groups have one tensor.
+        """
         shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        return [LayerCache(_zeros(shape, self.dtype, device)) for _ in range(self.num_layers)]
+        places = [LayerCache(_zeros(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
+        by_layer = {layer: places[i] for layers in self.groups.layers for i, layer in enumerate(layers)}
+        return [by_layer[layer] for layer in range(len(by_layer))]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -51,8 +57,8 @@ def choose_num_blocks(config: ResolvedConfig, spec: KVCacheSpec, free_bytes: int
 
     config is resolved. Raises ValueError if not even one block of the budget fits.
     """
-    if config.num_gpu_blocks_override is not None:
-        return config.num_gpu_blocks_override
+    if config.num_gpu_blocks_override is not None:  # blocks for all layers
+        return config.num_gpu_blocks_override * len(spec.groups.specs)
     num_bytes = config.kv_cache_memory_bytes if config.kv_cache_memory_bytes is not None else free_bytes
     num_blocks = spec.num_blocks_in(max(num_bytes, 0))
     if num_blocks < 1:
@@ -64,6 +70,9 @@ def choose_num_blocks(config: ResolvedConfig, spec: KVCacheSpec, free_bytes: int
     return num_blocks
 
 
-def useful_num_blocks(config: ResolvedConfig) -> int:
-    """Blocks that max_num_seqs requests of max_model_len can hold; more would only serve the prefix cache."""
-    return -(-config.max_model_len // config.block_size) * config.max_num_seqs
+def useful_num_blocks(config: ResolvedConfig, groups: CacheGroups) -> int:
+    """Blocks that max_num_seqs requests of max_model_len can hold; more would only serve the prefix cache.
+
+    What they hold of a window's group at one time is less, and the rest of these blocks is for the prefix cache.
+    """
+    return -(-config.max_model_len // config.block_size) * config.max_num_seqs * len(groups.specs)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.attention.backend import AttentionBackend, ForwardContext
+from nanovllm.attention.backend import AttentionBackend, ForwardContext, GroupInputs
+from nanovllm.cache_specs import CacheGroups
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
@@ -28,6 +29,7 @@ from nanovllm.sampling.sampler import Sampler
 if TYPE_CHECKING:
     from nanovllm.kernels.cascade import CascadeInputs
     from nanovllm.runner.cascade_items import CascadeItems
+    from nanovllm.runner.layer_groups import LayerGroups
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ class ModelRunner:
         backend: AttentionBackend,
         device: torch.device,
         tp: TensorParallel | None = None,
+        groups: CacheGroups | None = None,
     ) -> None:
-        """kv_caches as `runner/kv_cache.py` allocates them; tp: the ranks that share the model."""
+        """kv_caches as `runner/kv_cache.py` allocates them; tp: the ranks that share the model; groups: of its layers,
+        one if not given.
+        """
         self.model = model
         self.kv_caches = kv_caches
         self.backend = backend
@@ -88,12 +93,18 @@ class ModelRunner:
         self.block_size = config.block_size
         self.num_blocks = kv_caches[0].num_blocks
         max_blocks = -(-config.max_model_len // config.block_size)
-        self.state = BatchState(config.max_num_seqs, max_blocks, device)
+        num_groups = len(groups.specs) if groups is not None else 1
+        self.state = BatchState(config.max_num_seqs, max_blocks, device, num_groups)
+        self.layer_groups = self._layer_groups(groups) if groups is not None and num_groups > 1 else None
+        self._one_group = [0] * len(kv_caches)
+        self._first_tables = self.state.block_tables[:, :max_blocks]  # of the first group
         processors = config.logits_processors
         self.sampler = Sampler(
             config.max_num_seqs, model_config.vocab_size, device, processors, config.deterministic, tp
         )
-        self._stager = InputStager(max_blocks, config.overlap_depth + 1, device)
+        # A step of several groups may be staged twice, in two parts.
+        num_buffers = (config.overlap_depth + 1) * min(num_groups, 2)
+        self._stager = InputStager(max_blocks * num_groups, num_buffers, device)
         self.cascade_items = self._cascade_items(model_config.num_heads // config.tensor_parallel_size)
         self._needs_rope_lens = model_config.length_dependent_from is not None or model_config.long_from is not None
         self._dependent_launch = config.dependent_launch
@@ -154,7 +165,7 @@ class ModelRunner:
             cascade=self._cascade(plan) if plan.shared_prefixes else None,
         )
         rope_lens = self._rope_lens(plan, batch) if self._needs_rope_lens else None
-        return self.run_model(inputs, meta, rope_lens), inputs.seq_lens
+        return self.run_model(batch.rows, inputs, meta, rope_lens), inputs.seq_lens
 
     def prepare(
         self,
@@ -172,19 +183,26 @@ class ModelRunner:
             token_ids,
             self.sampler.columns.last_token,
             state.num_computed,
-            state.block_tables,
+            self._first_tables,
             self.block_size,
             num_blocks,
             new_blocks,
         )
 
-    def run_model(self, inputs: StepInputs, meta: AttentionMetadata, rope_lens: Tensor | None = None) -> Tensor:
-        """Hidden states [num_tokens, hidden_size]."""
+    def run_model(
+        self, rows: Tensor, inputs: StepInputs, meta: AttentionMetadata, rope_lens: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden_size]. rows, inputs: as `prepare` takes and returns them."""
+        if self.layer_groups is None:
+            groups, group_of_layer = [GroupInputs(self.backend.prepare(meta), inputs.slot_mapping)], self._one_group
+        else:
+            groups = self.layer_groups.inputs(rows, inputs.positions, meta, self.backend)
+            group_of_layer = self.layer_groups.group_of_layer
         ctx = ForwardContext(
             kv_caches=self.kv_caches,
             backend=self.backend,
-            prepared=self.backend.prepare(meta),
-            slot_mapping=inputs.slot_mapping,
+            groups=groups,
+            group_of_layer=group_of_layer,
             rope_lens=rope_lens,
         )
         return self.model(inputs.input_ids, inputs.positions, ctx)
@@ -214,6 +232,11 @@ class ModelRunner:
         return host.copy_(tensor, non_blocking=True)
 
     # -- what few requests, models or devices need, in leaves --
+
+    def _layer_groups(self, groups: CacheGroups) -> "LayerGroups":
+        from nanovllm.runner.layer_groups import LayerGroups
+
+        return LayerGroups(groups, self.state.block_tables, self.block_size)
 
     def _cascade_items(self, num_heads: int) -> "CascadeItems | None":
         cache = self.kv_caches[0]

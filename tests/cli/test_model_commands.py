@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.cli.check_model import Difference, compare, first_different
 from nanovllm.cli.main import main
-from nanovllm.cli.memory import count_parameters
+from nanovllm.cli.memory import count_parameters, kv_bytes_of
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.host_memory import HostMemory
 from nanovllm.weights.checkpoint import open_checkpoint
@@ -50,6 +50,17 @@ def test_memory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "8 x 100 tokens at 0.2 KiB each" in shown  # 2 layers, K and V, 2 heads of 8, 4 bytes: 256 bytes
     assert "free" in shown
+
+
+def test_memory_knows_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer_types = ["sliding_attention", "full_attention"]
+    folder = save_random(tmp_path, "Gemma2ForCausalLM", head_dim=8, sliding_window=9, layer_types=layer_types)
+    assert main(["memory", str(folder), "--max-model-len", "100", "--max-num-seqs", "8", "--dtype", "float32"]) == 0
+    # 128 bytes a layer: all 100 tokens of one, the last 9 and the one that comes of the other
+    assert "8 x 100 tokens at 0.1 KiB each; 1 of 2 layers keep the last 9" in capsys.readouterr().out
+    config = read_model_config(open_checkpoint(str(folder), load_format="dummy", revision=None).config, "float32")
+    assert kv_bytes_of(config, 100) == 128 * (100 + 10)
+    assert kv_bytes_of(config, 8) == 128 * 2 * 8, "no window is left"
 
 
 def test_memory_is_told_against_what_an_engine_takes(

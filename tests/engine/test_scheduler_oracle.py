@@ -54,7 +54,7 @@ def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> t
         specs=specs,
     )
     groups = CacheGroups(tuple(specs), ((0,),) * len(specs))
-    capacity = groups.num_tokens_in(num_blocks, engine.scheduler.max_num_batched_tokens, block_size, limit=320)
+    capacity = groups.longest_request(num_blocks, block_size, 320, engine.scheduler.max_num_batched_tokens)
     prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, capacity // 2))] for _ in range(3)]
     requests, aborted = [], set()
     arrivals = [rng.randint(0, 40) for _ in range(rng.randint(1, 12))]

@@ -161,8 +161,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "batch": {},
     "chunks": {"max_num_seqs": 4, "max_num_batched_tokens": 7},
     "overlap": {"overlap_depth": 2, "max_num_batched_tokens": 16},
-    "preempting": {"num_gpu_blocks_override": 8, "block_size": 8, "enable_prefix_caching": False},
-    "preempting-cached-overlap": {"num_gpu_blocks_override": 8, "block_size": 8, "overlap_depth": 2},
+    "preempting": {"num_gpu_blocks_override": 7, "block_size": 8, "enable_prefix_caching": False},
+    "preempting-cached-overlap": {"num_gpu_blocks_override": 7, "block_size": 8, "overlap_depth": 2},
 }
 
 

@@ -28,7 +28,7 @@ class CapturedSteps:
         size, max_blocks = inputs.rows.shape[0], self._runner.state.max_blocks
         starts = self._starts[: size + 1]
         step = self._runner.prepare(inputs.rows, starts, inputs.token_ids, max_blocks, inputs.new_blocks)
-        hidden = self._forward(step, starts, [1] * size, size, cascade)
+        hidden = self._forward(inputs.rows, step, starts, [1] * size, size, cascade)
         return self._sample(hidden, inputs.rows, step.seq_lens)
 
     def decode_cascade(self, inputs: tuple[DecodeInputs, CascadeInputs]) -> tuple[Tensor, Tensor]:
@@ -41,12 +41,13 @@ class CapturedSteps:
             inputs.rows, inputs.query_start_loc, inputs.token_ids, self._runner.state.max_blocks
         )
         lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
-        hidden = self._forward(step, inputs.query_start_loc, lens, num_decodes=0, cascade=None)
+        hidden = self._forward(inputs.rows, step, inputs.query_start_loc, lens, num_decodes=0, cascade=None)
         hidden = take_rows(hidden, inputs.sampled_from)
         return self._sample(hidden, inputs.sampled_rows, inputs.sampled_positions)
 
     def _forward(
         self,
+        rows: Tensor,
         inputs: StepInputs,
         query_start_loc: Tensor,
         query_lens: list[int],
@@ -68,7 +69,7 @@ class CapturedSteps:
             seq_lens_host=[max_len] * len(query_lens),
             cascade=cascade,
         )
-        return self._runner.run_model(inputs, meta)
+        return self._runner.run_model(rows, inputs, meta)
 
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._runner.model.compute_logits(hidden)

@@ -4,6 +4,8 @@ Owns the choice, the graphs, and what is queued behind a replay for rows that as
 tokens are those of the ModelRunner alone, whose model, cache and rows the graphs use.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -84,6 +86,9 @@ class GraphRunner:
             return self._runner.run(plan)
         self._runner.sampler.columns.upload()
         if (size := self._decodes.size(plan)) is not None:
+            if self._runner.layer_groups is not None and plan.new_blocks:  # a graph takes those of one table
+                self._runner.stage(plan)
+                plan = replace(plan, new_blocks=[])
             graphs = self._cascade_graphs if plan.shared_prefixes else self._decode_graphs
             return self._finish(plan, *graphs.run(size, plan))
         if self._captures_prompts and (prompt_size := self._prompts.size(plan)) is not None:
