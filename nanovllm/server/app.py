@@ -1,7 +1,7 @@
-"""The web application: which route is answered where, who may ask, and what errors look like.
+"""The web application: which route is answered where, who may ask, and which error is whose fault.
 
-Owns the table of routes, the key, request ids and the bodies of errors. Invariant: whatever goes wrong with one
-request, the client gets OpenAI's error body with a status that says whose fault it was, and the others go on.
+Owns the table of routes, the key and request ids. Invariant: whatever goes wrong with one request, the client gets an
+error in its dialect with a status that says whose fault it was, and the others go on.
 """
 
 import asyncio
@@ -25,6 +25,8 @@ from nanovllm.errors import EngineDeadError, cut
 from nanovllm.server.body import BadRequest, read_body
 from nanovllm.server.chat import chat_completions
 from nanovllm.server.completions import completions
+from nanovllm.server.errors import error_response
+from nanovllm.server.messages import count_tokens, messages
 from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
 
 _log = logging.getLogger("nanovllm.server")
@@ -36,6 +38,8 @@ def make_app(served: Served, api_key: str | None = None) -> Starlette:
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/messages", messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         Route("/v1/models", _models),
         Route("/v1/models/{name:path}", _model),
         Route("/tokenize", _tokenize, methods=["POST"]),
@@ -87,7 +91,7 @@ class _Gate:
             await send(message)
 
         if self._key is not None and scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
-            response = _error_body("the API key is missing or wrong", 401, "invalid_api_key")
+            response = error_response(scope["path"], "the API key is missing or wrong", 401, "invalid_api_key")
             await response(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
@@ -102,27 +106,18 @@ class _Gate:
 # -- errors --
 
 
-def _error_body(
-    message: str, status: int, code: str | int | None = None, param: str | None = None, headers: Any = None
-) -> JSONResponse:
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    error = {"message": message, "type": kind, "param": param, "code": code if code is not None else status}
-    return JSONResponse({"error": error}, status, headers=headers)
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, BadRequest):
-        return _error_body(str(error), error.status, error.code, error.param)
+        return error_response(request.url.path, str(error), error.status, error.code, error.param)
     if isinstance(error, Overloaded):
         status = 503 if request.app.state.served.is_draining else 429
-        return _error_body(str(error), status, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+        return error_response(request.url.path, str(error), status, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
     if isinstance(error, (ValueError, TypeError, NotImplementedError)):
-        return _error_body(str(error), 400)
+        return error_response(request.url.path, str(error), 400)
     if isinstance(error, EngineDeadError) or not request.app.state.served.is_alive:
-        return _error_body(f"the engine has ended: {cut(str(error))}", 503)
+        return error_response(request.url.path, f"the engine has ended: {cut(str(error))}", 503)
     _log.error("%s", request.state.request_id, exc_info=error)
-    return _error_body(f"{type(error).__name__}: {cut(str(error))}", 500)
+    return error_response(request.url.path, f"{type(error).__name__}: {cut(str(error))}", 500)
 
 
 async def _answer_group(request: Request, group: Exception) -> Response:
@@ -136,7 +131,7 @@ async def _answer_group(request: Request, group: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail if error.status_code != 404 else f"there is no {request.url.path} here"
-    return _error_body(message, error.status_code)
+    return error_response(request.url.path, message, error.status_code)
 
 
 # -- small routes --
@@ -162,7 +157,9 @@ async def _model(request: Request) -> Response:
     served: Served = request.app.state.served
     name = request.path_params["name"]
     if name not in served.names:
-        return _error_body(f"the model {name!r} is not served here", 404, "model_not_found", "model")
+        return error_response(
+            request.url.path, f"the model {name!r} is not served here", 404, "model_not_found", "model"
+        )
     return JSONResponse(_card(served, name))
 
 

@@ -5,13 +5,14 @@ tools, a form beside a forced call) is known before the engine gets it.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest
-from nanovllm.server.reply import PlainReader, Reader, TemplateReader
+from nanovllm.server.reply import Piece, PlainReader, Reader, TemplateReader
 from nanovllm.server.response_templates import find_response_template
 from nanovllm.server.served import Served
 from nanovllm.server.tools import Tools
@@ -70,3 +71,16 @@ class Conversation:
         if params.structured_outputs is not None and TemplateReader(response_template, text, [], True).begins_inside:
             return Prepared(prompt, params, PlainReader)
         return Prepared(prompt, replace(params, skip_special_tokens=False), new_reader)
+
+
+async def stream_pieces(
+    served: Served, prepared: Prepared, request_id: str
+) -> AsyncIterator[tuple[list[Piece], RequestOutput]]:
+    """A single answer as it comes: what each output adds to it."""
+    reader = prepared.new_reader()
+    async for output in served.run(prepared.prompt, prepared.params, request_id):
+        (completion,) = output.outputs
+        pieces = reader.feed(completion.text)
+        if completion.finish_reason is not None:
+            pieces += reader.finish()
+        yield pieces, output

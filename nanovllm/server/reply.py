@@ -38,13 +38,15 @@ class Reader(Protocol):
 
 
 def new_call(function: Any) -> Call:
-    """Of an object with a name and arguments. Raises ValueError for any other."""
+    """Of an object with a name and arguments, an object or its JSON text. Raises ValueError for any other."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a call needs a name")
     arguments = function.get("arguments", function.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return Call(f"call_{uuid.uuid4().hex[:24]}", function["name"], arguments)
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments or "{}")
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments of a call are named")
+    return Call(f"call_{uuid.uuid4().hex[:24]}", function["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 class PlainReader:
@@ -156,8 +158,22 @@ class Reply:
                 self.content += piece.text
 
 
+def read_pieces(reader: Reader, text: str) -> list[Piece]:
+    return [*reader.feed(text), *reader.finish()]
+
+
 def read_whole(reader: Reader, text: str) -> Reply:
     reply = Reply()
-    reply.add(reader.feed(text))
-    reply.add(reader.finish())
+    reply.add(read_pieces(reader, text))
     return reply
+
+
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """With texts of one kind that follow each other made one."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result and piece.call is None and result[-1].kind == piece.kind:
+            result[-1] = piece._replace(text=result[-1].text + piece.text)
+        else:
+            result.append(piece)
+    return result

@@ -12,7 +12,7 @@ from nanovllm.server.body import BadRequest, Body
 from nanovllm.server.reply import FormReader
 from nanovllm.structured_outputs import StructuredOutputsParams
 
-_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Tools:
 
 
 def _schema(function: dict[str, Any]) -> dict[str, Any]:
-    return function.get("parameters") or _NO_ARGUMENTS
+    return function.get("parameters") or NO_ARGUMENTS
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -109,7 +109,7 @@ def take_function(function: Body) -> dict[str, Any]:
     return {
         "name": name,
         **({"description": description} if description is not None else {}),
-        "parameters": parameters if parameters is not None else _NO_ARGUMENTS,
+        "parameters": parameters if parameters is not None else NO_ARGUMENTS,
     }
 
 

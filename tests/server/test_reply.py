@@ -94,8 +94,9 @@ def test_what_is_no_call_stays_text() -> None:
     text = "Look: <tool_call>\nnot JSON\n</tool_call> and more"
     for size in (1, 5, 1000):
         assert in_pieces(new_reader("<tool_call>"), text, size).content.split() == text.split()
-    nameless = "<tool_call>[1]</tool_call>"
-    assert read_whole(new_reader("<tool_call>"), nameless) == Reply(nameless)
+    for nameless in ("[1]", '{"name": 1}', '{"name": "run", "arguments": [1]}', '{"name": "run", "arguments": "x"}'):
+        text = f"<tool_call>{nameless}</tool_call>"
+        assert read_whole(new_reader("<tool_call>"), text) == Reply(text)
 
 
 def test_reasoning_that_the_prompt_has_begun() -> None:
