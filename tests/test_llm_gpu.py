@@ -162,7 +162,9 @@ def test_soak_with_poisoned_blocks(folder: Path) -> None:
     with make_llm(folder, **options) as llm:
         pool = llm._engine.scheduler.cache.pool
         runner = llm._engine.executor._runner  # type: ignore[attr-defined]
-        caches = [cache.data for cache in runner.kv_caches]
+        caches = [
+            cache.data for cache in getattr(runner, "_runner", runner).kv_caches
+        ]  # a GraphRunner has a ModelRunner
         shared = random_prompts([70])[0]
         live: dict[str, tuple[list[int], int]] = {}  # prompt and number of tokens
         ended: dict[str, tuple[list[int], int]] = {}
