@@ -5,6 +5,7 @@ model itself would not. What it leaves out is the work space of a step and the f
 """
 
 from argparse import Namespace
+from math import prod
 
 import torch
 
@@ -40,6 +41,7 @@ def run(args: Namespace) -> int:
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
     print(f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {dtype}\n")
     _print_row("weights", weight_bytes, f"{num_parameters / 1e6:,.1f} million parameters")
+    _print_row("loading", weight_bytes + largest_tensor(config), "at most, with one tensor beside its place")
     _print_row(
         "KV cache",
         kv_bytes,
@@ -66,6 +68,14 @@ def count_parameters(config: ModelConfig, quantization: str | None = None) -> tu
             dict(models[-1].slots())  # makes the weights
     dense, kept = models
     return sum(p.numel() for p in dense.parameters()), sum(p.nbytes for p in kept.parameters())
+
+
+def largest_tensor(config: ModelConfig) -> int:
+    """Bytes of the largest tensor of the checkpoint in the model's dtype: loading has one at a time unpacked."""
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, 1, dtype, TensorParallel(), PLAIN)
+        return dtype.itemsize * max(prod(slot.shape) for _, slot in model.slots() if not slot.instead_of)
 
 
 def kv_bytes_of(config: ModelConfig, length: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.cli.check_model import Difference, compare, first_different
 from nanovllm.cli.main import main
-from nanovllm.cli.memory import count_parameters, kv_bytes_of
+from nanovllm.cli.memory import count_parameters, kv_bytes_of, largest_tensor
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.host_memory import HostMemory
 from nanovllm.weights.checkpoint import open_checkpoint
@@ -48,6 +48,7 @@ def test_memory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "model.safetensors").unlink()
     assert main(["memory", str(folder), "--max-model-len", "100", "--max-num-seqs", "8", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
+    assert re.search(r"loading +0\.00 GiB +at most", shown)
     assert "8 x 100 tokens at 0.2 KiB each" in shown  # 2 layers, K and V, 2 heads of 8, 4 bytes: 256 bytes
     assert "free" in shown
 
@@ -61,6 +62,12 @@ def test_memory_knows_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = read_model_config(open_checkpoint(str(folder), load_format="dummy", revision=None).config, "float32")
     assert kv_bytes_of(config, 100) == 128 * (100 + 10)
     assert kv_bytes_of(config, 8) == 128 * 2 * 8, "no window is left"
+
+
+def test_loading_takes_one_tensor_beside_the_weights(tmp_path: Path) -> None:
+    hf = open_checkpoint(str(save_random(tmp_path)), load_format="dummy", revision=None).config
+    assert largest_tensor(read_model_config(hf, "float32")) == 4 * 128 * 32  # the embedding
+    assert largest_tensor(read_model_config({**hf, "intermediate_size": 200}, "bfloat16")) == 2 * 200 * 32
 
 
 def test_memory_is_told_against_what_an_engine_takes(
