@@ -5,7 +5,7 @@ it is refused by name before any weight is read.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -13,10 +13,12 @@ from typing import Any
 
 from nanovllm.config import ModelConfig
 from nanovllm.models.hf_config import from_hf
+from nanovllm.models.hf_fields import flag
 
 _DECODER = "nanovllm.models.llama:LlamaForCausalLM"
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 _PROOF = "tests/models/test_hf_parity.py"
+_WRAPPED_PROOF = "tests/models/test_wrapped_models.py"
 _MOE_PROOF = "tests/models/test_moe_parity.py"
 _BIASES = {"attention_bias": False, "mlp_bias": False}
 _GEMMA = {
@@ -51,12 +53,26 @@ class Architecture:
     proof: str = ""
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {
+_ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         serves="Llama 2 and 3, SmolLM2, and models of their shape", proof=_PROOF, fields=_BIASES
     ),
     "MistralForCausalLM": Architecture(
         serves="Mistral, with or without a sliding window", proof=_PROOF, fields={"sliding_window": 4096}
+    ),
+    "MinistralForCausalLM": Architecture(
+        serves="Ministral 8B: windows in some layers",
+        proof=_PROOF,
+        fields={"sliding_window": 4096, "layer_types": None},
+    ),
+    "SeedOssForCausalLM": Architecture(
+        serves="Seed-OSS",
+        proof=_PROOF,
+        fields={
+            **{"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "residual_dropout": 0.0},
+            **{"head_dim": 128, "num_key_value_heads": 8},
+        },
+        switches={"o_bias": lambda hf: flag(hf, "attention_out_bias")},
     ),
     "Qwen2ForCausalLM": Architecture(
         serves="Qwen2, Qwen2.5",
@@ -83,6 +99,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "tie_word_embeddings": True,
             "use_sliding_window": False,
         },
+    ),
+    "GemmaForCausalLM": Architecture(
+        serves="Gemma 1",
+        proof=_PROOF,
+        fields={
+            **{"attention_bias": False, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+            **{"num_key_value_heads": 16, "tie_word_embeddings": True},
+        },
+        # Whatever the config says, as in transformers: the first releases meant the approximation by "gelu".
+        switches={"norm_offset": 1.0, "activation": "gelu_tanh", "embedding_scale": _GEMMA_SWITCHES["embedding_scale"]},
     ),
     "Gemma2ForCausalLM": Architecture(
         serves="Gemma 2",
@@ -164,6 +190,32 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         switches={"qk_norm": "projection"},
         mlp="nanovllm.models.mixture:olmoe",
     ),
+}
+
+# Multimodal checkpoints, of which the text model is run. Some leave out of its config what is transformers' default.
+_WRAPPED = {
+    "Gemma3ForConditionalGeneration": (
+        "Gemma3ForCausalLM",
+        "Gemma 3, 4B and up",
+        {
+            **{"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "Mistral Small 3.1 and 3.2", {}),
+    "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM", "Qwen3-VL", {}),
+}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    **_ARCHITECTURES,
+    **{
+        name: replace(
+            _ARCHITECTURES[of],
+            serves=f"{serves}: the text model",
+            proof=_WRAPPED_PROOF,
+            fields={**_ARCHITECTURES[of].fields, **fields},
+        )
+        for name, (of, serves, fields) in _WRAPPED.items()
+    },
 }
 
 

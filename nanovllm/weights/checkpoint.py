@@ -7,7 +7,7 @@ one is refused before memory is taken; tensors are memory-mapped and come one by
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.model_files.locate import locate_model, only_gguf_file
+from nanovllm.weights.wrapped import text_config, text_name, warn_of_other_parts
 
 _SINGLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
@@ -70,16 +71,22 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
-        self.config = _read_json(path / "config.json", required=True)
+        config = _read_json(path / "config.json", required=True)
+        self.config = text_config(config, path)
         self.generation_config = _read_json(path / "generation_config.json", required=False)
         self._files = files
-        _check_tensor_names(path, files)
+        self._has_other_parts = "text_config" in config
+        names = _read_tensor_names(path, files)
+        if self._has_other_parts:
+            warn_of_other_parts(names, path)
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield name, tensors.get_tensor(name)
+                for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    name = text_name(stored_name) if self._has_other_parts else stored_name
+                    if name is not None:
+                        yield name, tensors.get_tensor(stored_name)
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
         # A mapped tensor takes no memory before somebody looks at its numbers.
@@ -136,8 +143,8 @@ def _no_weights_message(folder: Path) -> str:
     return f"{folder} holds no weight file: expected model.safetensors, {_INDEX_NAME} with its shards, or a .gguf file"
 
 
-def _check_tensor_names(folder: Path, files: list[Path]) -> None:
-    """Open every file once. Raises ValueError for a damaged one, or a tensor held twice."""
+def _read_tensor_names(folder: Path, files: list[Path]) -> Iterable[str]:
+    """Open every file once, and return all names. Raises ValueError for a damaged one, or a tensor held twice."""
     home: dict[str, str] = {}
     for file in files:
         try:
@@ -149,6 +156,7 @@ def _check_tensor_names(folder: Path, files: list[Path]) -> None:
             if name in home:
                 raise ValueError(f"tensor {name} is in both {home[name]} and {file.name} of {folder}")
             home[name] = file.name
+    return home
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:

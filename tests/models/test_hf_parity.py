@@ -39,6 +39,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 42, "num_attention_heads": 14, "head_dim": 64, "sliding_window": 7},
     ),
     "mistral-tied-window-2": ("MistralForCausalLM", {"sliding_window": 2, "tie_word_embeddings": True}),
+    "ministral-some-windows": (
+        "MinistralForCausalLM",
+        {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"], "head_dim": 24},
+    ),
+    "seed-oss": ("SeedOssForCausalLM", {"head_dim": 24, "residual_dropout": 0.0, "attention_dropout": 0.0}),
+    "seed-oss-all-bias": (
+        "SeedOssForCausalLM",
+        {
+            **{"head_dim": 16, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+            **{"residual_dropout": 0.1, "attention_bias": False},
+        },
+    ),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 24, "num_key_value_heads": 1}),
     "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen2-gqa7-d64": (
         "Qwen2ForCausalLM",

@@ -102,10 +102,11 @@ def test_every_architecture_names_the_test_that_proves_it(
     assert re.search(rf"^{architecture} +{re.escape(row.serves)} +{row.proof}$", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("architecture", registry.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in registry.ARCHITECTURES if name.endswith("ForCausalLM")])
 def test_a_field_that_no_row_knows_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
     """W1, W13: rather than a model that is not quite the checkpoint's; null says that a feature is not there."""
-    folder = save_random(tmp_path, architecture)
+    # transformers makes no Ministral without a head_dim.
+    folder = save_random(tmp_path, architecture, **({"head_dim": 8} if architecture == "MinistralForCausalLM" else {}))
     edit_json(folder / "config.json", attention_chunk_size=None, output_attentions=False)
     with LLM(str(folder), device="cpu", skip_tokenizer_init=True, load_format="dummy"):
         pass

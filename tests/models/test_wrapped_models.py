@@ -1,0 +1,145 @@
+"""Text models inside multimodal checkpoints, beside transformers, which runs the whole without an image."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from nanovllm.models.registry import read_model_config
+from nanovllm.weights.checkpoint import open_checkpoint
+from nanovllm.weights.wrapped import text_name
+from tests.models.parity import check_greedy_tokens, check_logits, make_llm
+from tests.tiny_models import edit_json, hugging_face_greedy, random_prompts
+
+TEXT: dict[str, Any] = {
+    **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+    **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
+}
+VISION: dict[str, Any] = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14, "num_channels": 3},
+}
+# architecture: (text fields, vision fields, fields of the whole)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "Gemma3ForConditionalGeneration": (
+        {
+            **{
+                "sliding_window": 9,
+                "query_pre_attn_scalar": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+        {},
+        {"mm_tokens_per_image": 4, "tie_word_embeddings": True},
+    ),
+    "Mistral3ForConditionalGeneration": (
+        {"sliding_window": None},
+        {"head_dim": 8},
+        {"tie_word_embeddings": False, "image_token_index": 5},
+    ),
+    "Qwen3VLForConditionalGeneration": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [4, 2, 2]}},
+        {
+            **{"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+            **{"num_position_embeddings": 4, "spatial_merge_size": 1},
+        },
+        {"tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text, vision, whole = CASES[request.param]
+    model_class = getattr(transformers, request.param)
+    config = model_class.config_class(text_config={**TEXT, **text}, vision_config={**VISION, **vision}, **whole)
+    model = model_class(config).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5
+            parameter.copy_(noise * scale if parameter.dim() >= 2 else 0.2 * noise + (not name.endswith("bias")))
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return path
+
+
+def hugging_face(folder: Path) -> Any:
+    model_class = transformers.AutoModelForImageTextToText
+    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*only the text model is read")
+@pytest.mark.parametrize("max_num_batched_tokens", [256, 5], ids=["whole", "chunked"])
+def test_logits_equal_those_of_the_whole(folder: Path, max_num_batched_tokens: int) -> None:
+    check_logits(folder, hugging_face(folder), max_num_batched_tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*only the text model is read")
+def test_greedy_tokens_equal_those_of_the_whole(folder: Path) -> None:
+    prompts = random_prompts([1, 40, 3, 17])
+    theirs = hugging_face(folder)
+    expected = [hugging_face_greedy(theirs, prompt, 12) for prompt in prompts]
+    options = {"num_gpu_blocks_override": 8, "block_size": 8, "enable_prefix_caching": False}
+    check_greedy_tokens(folder, prompts, expected, preempts=True, **options)
+
+
+def test_what_is_left_out_is_said(folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"only the text model is read; \d+ tensors of .*vis.* are left out"):
+        checkpoint = open_checkpoint(str(folder), load_format="auto", revision=None)
+    assert not any(re.search("vis|project", name) for name, _ in checkpoint.headers())
+
+
+@pytest.mark.filterwarnings("ignore:.*only the text model is read")
+def test_both_spellings_of_names_and_a_tensor_of_no_part(folder: Path, tmp_path: Path) -> None:
+    """transformers 5 and those before it name the parts of the whole in other ways."""
+    tensors = load_file(folder / "model.safetensors")
+    text = {text_name(name): tensor for name, tensor in tensors.items() if text_name(name) is not None}
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    for model, head, vision in (
+        ("model.language_model.", "lm_head.", "model.visual.x"),
+        ("language_model.model.", "language_model.lm_head.", "vision_tower.x"),
+    ):
+        spelt = {name.replace("model.", model, 1).replace("lm_head.", head): tensor for name, tensor in text.items()}
+        save_file({**spelt, vision: torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        make_llm(tmp_path).close()
+        save_file({**spelt, "audio.weight": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"'audio\.weight', which this model does not have"):
+            make_llm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(tmp_path / "config.json", text_config={**config["text_config"], "attention_chunk_size": 64})
+    with pytest.raises(ValueError, match="attention_chunk_size=64 is not supported"):
+        make_llm(tmp_path)
+    edit_json(tmp_path / "config.json", text_config=[1])
+    with pytest.raises(ValueError, match=r"config\.json: text_config must be an object"):
+        make_llm(tmp_path)
+
+
+def test_what_gemma_3_leaves_out_of_its_config_is_transformers_default() -> None:
+    """The 4B's says five numbers."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    config = read_model_config({"architectures": ["Gemma3ForConditionalGeneration"], **text}, "bfloat16")
+    theirs = transformers.Gemma3TextConfig(**{name: value for name, value in text.items() if name != "model_type"})
+    for ours, name in (("vocab_size", "vocab_size"), ("num_heads", "num_attention_heads"), ("head_dim", "head_dim")):
+        assert getattr(config, ours) == getattr(theirs, name)
+    assert (config.num_kv_heads, config.tie_word_embeddings) == (theirs.num_key_value_heads, theirs.tie_word_embeddings)
+    assert config.ropes[5].theta == theirs.rope_parameters["full_attention"]["rope_theta"]
+
+
+def test_names() -> None:
+    assert text_name("model.language_model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+    assert text_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert text_name("model.visual.x") is None and text_name("multi_modal_projector.x") is None
+    assert text_name("model.norm.weight") == "model.norm.weight"
