@@ -7,7 +7,7 @@
     python scripts/mutate.py --lines 120-140 nanovllm/engine/scheduler.py
 
 Makes one change at a time in a temporary copy (a comparison, an operator, a constant, a condition, a statement gone)
-and runs tests/engine there until one fails: first those of single rules, then 300 random workloads against the oracle.
+and runs tests there until one fails: first those of single rules, then 300 random workloads against the oracle.
 A change that makes a test hang counts as noticed, and is listed, for a test should have a bound of its own. Prints what
 nobody noticed and the score. Some changes alter nothing that anyone could notice, so 100 % is out of reach.
 """
@@ -30,10 +30,11 @@ from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("block_pool", "request", "scheduler", "steady_decode")
+FILES = ("block_pool", "cache_manager", "grouped_cache", "request", "scheduler", "steady_decode")
 ORACLE = "tests/engine/test_scheduler_oracle.py"
+RULES = ("block_pool", "ends", "grouped_cache", "planner_rules", "scheduler", "shared_prefixes", "steady_decode")
 STAGES = {
-    "rules": ["tests/engine", f"--ignore={ORACLE}"],
+    "rules": [f"tests/engine/test_{name}.py" for name in RULES],
     "oracle": [f"{ORACLE}::test_random_workloads_equal_the_oracle[0]"],
 }
 
