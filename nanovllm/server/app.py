@@ -27,6 +27,7 @@ from nanovllm.server.chat import chat_completions
 from nanovllm.server.completions import completions
 from nanovllm.server.errors import error_response
 from nanovllm.server.messages import count_tokens, messages
+from nanovllm.server.responses import responses
 from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
 
 _log = logging.getLogger("nanovllm.server")
@@ -38,6 +39,7 @@ def make_app(served: Served, api_key: str | None = None) -> Starlette:
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/messages", messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         Route("/v1/models", _models),

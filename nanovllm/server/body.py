@@ -89,6 +89,11 @@ class Body:
             raise BadRequest(f"{self._path}{name} must be {names}, got {brief(value)}", param=self._path + name)
         return value
 
+    def look(self, name: str, default: Any) -> Any:
+        """The field as it is, for an answer that repeats it; it is still to be taken."""
+        value = self._fields.get(name)
+        return default if value is None else value
+
     def require(self, name: str, kind: type[Kind] | tuple[type, ...]) -> Any:
         value = self.take(name, kind)
         if value is None:
