@@ -17,6 +17,11 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Does Triton convert FP8 (e4m3) there, and cuBLAS multiply it?"""
+    return device.type != "cuda" or compute_capability(device) >= (8, 9)
+
+
 def has_large_shared_memory(device: torch.device) -> bool:
     """Can a program have 160 KB? GPUs for data centres have as much, others (8.6, 8.9, 12.0) 99 KB."""
     return device.type != "cuda" or compute_capability(device) in _LARGE_SHARED_MEMORY

@@ -1,7 +1,7 @@
 """Weight-only quantized products: x W^T with W in 4 or 8 bits, and inputs rounded to 8 bits where a format says so.
 
-Owns what the numbers mean; the formats of checkpoints are `quantization/`'s. Invariant: W = (codes - zero) * scale,
-computed in float32 and rounded once to the dtype of x.
+Owns what the numbers mean; the formats of checkpoints are `quantization/`'s. Invariant: W = (codes - zero) * scale, up
+to rounding to the dtype of x.
 
     codes    int4   [outputs, inputs / 2] uint8: two inputs in a byte, the even one in the lower half, 8 added to each
              int8   [outputs, inputs] int8
@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanovllm.kernels.device_limits import has_fp8
+from nanovllm.kernels.dispatch import use_triton
 
 FP8_MAX = 448.0  # of float8_e4m3fn: beyond it, some versions of torch give NaN
 
@@ -29,6 +32,14 @@ class QuantizedWeight(NamedTuple):
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """W [outputs, inputs]."""
+    if use_triton(weight.codes) and (weight.codes.dtype != torch.float8_e4m3fn or has_fp8(weight.codes.device)):
+        from nanovllm.kernels.quantized_linear_triton import dequantize_triton
+
+        return dequantize_triton(*weight, dtype)
+    return dequantize_reference(weight, dtype)
+
+
+def dequantize_reference(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     values = (unpack_int4(weight.codes) if weight.codes.dtype == torch.uint8 else weight.codes).float()
     if weight.zero is not None:
         values = values - _by_input(weight.zero.float(), weight.group_size, values.shape[1])
@@ -53,9 +64,41 @@ def unpack_int4(codes: Tensor) -> Tensor:
     return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1).to(torch.int8) - 8
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. x [num_rows, inputs] -> [num_rows, outputs]."""
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, arrived: Tensor | None = None
+) -> Tensor:
+    """x W^T + b. x [num_rows, inputs] -> [num_rows, outputs]. arrived: room that a GPU counts in, where there is some
+    (`small_tile_triton.new_arrived`)."""
+    if use_triton(x):
+        from nanovllm.kernels.quantized_linear_triton import choose, quantized_linear_triton
+
+        config = choose(x, weight.codes, weight.scale.shape[1])
+        if config is not None:
+            return quantized_linear_triton(x, weight.codes, weight.scale, weight.zero, bias, config, arrived)
     return F.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def fp8_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, arrived: Tensor | None = None) -> Tensor:
+    """quantized_linear(round_rows(x, "fp8"), weight, bias), for codes "fp8" with a scale an output.
+
+    On a GPU that multiplies FP8 it does, for more than one row.
+    """
+    if use_triton(x):
+        from nanovllm.kernels.quantized_linear_triton import quantize_rows_triton
+
+        if x.shape[0] > 1 and _multiplies_fp8(x, weight):
+            codes, scales = quantize_rows_triton(x, "fp8")
+            # Not the fast accumulation: it is off by some percent.
+            product = torch._scaled_mm(
+                codes, weight.codes.t(), scales, weight.scale.t(), out_dtype=x.dtype, use_fast_accum=False
+            )
+            return product if bias is None else product + bias
+    return quantized_linear(round_rows(x, "fp8"), weight, bias, arrived)
+
+
+def _multiplies_fp8(x: Tensor, weight: QuantizedWeight) -> bool:
+    sizes = weight.codes.shape
+    return x.dtype == torch.bfloat16 and has_fp8(x.device) and not (sizes[0] % 16 or sizes[1] % 16)
 
 
 def round_rows(x: Tensor, kind: str, group_size: int | None = None, scale: Tensor | None = None) -> Tensor:
@@ -64,6 +107,14 @@ def round_rows(x: Tensor, kind: str, group_size: int | None = None, scale: Tenso
 
     kind: "fp8" or "int8". x [num_rows, inputs] -> the same shape and dtype.
     """
+    if use_triton(x) and (kind != "fp8" or has_fp8(x.device)):
+        from nanovllm.kernels.quantized_linear_triton import round_rows_triton
+
+        return round_rows_triton(x, kind, group_size, scale)
+    return round_rows_reference(x, kind, group_size, scale)
+
+
+def round_rows_reference(x: Tensor, kind: str, group_size: int | None, scale: Tensor | None) -> Tensor:
     codes, scales = quantize_rows(x, kind, group_size, scale)
     if group_size is not None:
         scales = _by_input(scales, group_size, x.shape[1])

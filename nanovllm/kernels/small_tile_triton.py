@@ -57,7 +57,7 @@ def _sliced_product(acc, w, x, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SLICES
 
 
 @triton.jit
-def _sum_in_order(ptr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+def sum_in_order(ptr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
     """The parts that other multiprocessors wrote: .cg reads past this one's L1 cache."""
     total = tl.load(ptr, cache_modifier=".cg")
     for i in tl.static_range(1, PARTS):
@@ -206,7 +206,7 @@ def _tile_kernel(
         tl.debug_barrier()  # every warp's stores come before the one thread's release
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrived_ptr + tile, 0)
-            first = _sum_in_order(tile_part_ptr, SPLITS, PART)
+            first = sum_in_order(tile_part_ptr, SPLITS, PART)
             _store_tile(
                 first, second, bias_ptr, out_ptr, tile, num_rows, num_outputs, GATED, GELU, BIAS, JOINED, ROWS, OUTPUTS
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nanovllm.kernels.quantized_linear import (
     QuantizedWeight,
     dequantize,
+    fp8_linear,
     pack_int4,
     quantized_linear,
     round_rows,
@@ -68,6 +69,7 @@ class QuantizedLinear(LinearMethod):
         if rounding is not None and rounding.is_static:
             self.input_scale = nn.Parameter(torch.zeros(len(spec.sizes)), requires_grad=False)
         self.order: Tensor | None = None  # of the inputs, where groups are not of neighbours
+        self.arrived: Tensor | None = None  # room that a GPU counts in
         self._group_of_input: dict[int, Tensor] = {}
 
     def _check_sizes(self, inputs: int, has_order: bool) -> None:
@@ -142,6 +144,10 @@ class QuantizedLinear(LinearMethod):
         target.data[self.spec.rows(part)][: len(held)].copy_(held)
 
     def finish(self) -> None:
+        if self.codes.is_cuda:
+            from nanovllm.kernels.small_tile_triton import new_arrived
+
+            self.arrived = new_arrived(self.codes.device)
         if self.zero is not None and not self.zero.any():
             self.zero = None
         if self._group_of_input:
@@ -175,22 +181,24 @@ class QuantizedLinear(LinearMethod):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.order is not None:
             x = x[:, self.order]
-        if self.rounding is None:
-            return quantized_linear(x, self.weight, bias)
+        rounding, weight = self.rounding, self.weight
+        if rounding is None:
+            return quantized_linear(x, weight, bias, self.arrived)
+        if rounding == Rounding("fp8") and self.kind == "fp8" and not self.is_grouped:
+            return fp8_linear(x, weight, bias, self.arrived)
         if self.input_scale is not None and len(self.input_scale) > 1:
-            return self._multiply_parts(x, bias)
-        scale = None if self.input_scale is None else self.input_scale[0]
-        return quantized_linear(round_rows(x, self.rounding.kind, self.rounding.group_size, scale), self.weight, bias)
+            return self._multiply_parts(rounding, x, bias, self.input_scale)
+        rounded = round_rows(x, rounding.kind, rounding.group_size, self.input_scale)
+        return quantized_linear(rounded, weight, bias, self.arrived)
 
-    def _multiply_parts(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply_parts(self, rounding: Rounding, x: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
         """Each matrix has rounded its inputs in its own way."""
-        assert self.rounding is not None and self.input_scale is not None
         products = []
-        for part, scale in enumerate(self.input_scale):
+        for part in range(len(scales)):
             rows = self.spec.rows(part)
             own = QuantizedWeight(self.codes[rows], self.scale[rows], None, self.group_size)
-            rounded = round_rows(x, self.rounding.kind, scale=scale)
-            products.append(quantized_linear(rounded, own, None if bias is None else bias[rows]))
+            rounded = round_rows(x, rounding.kind, scale=scales[part : part + 1])
+            products.append(quantized_linear(rounded, own, None if bias is None else bias[rows], self.arrived))
         return torch.cat(products, dim=1)
 
     def take_rows(self, ids: Tensor) -> Tensor:

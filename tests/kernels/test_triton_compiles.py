@@ -154,6 +154,38 @@ def normalize_and_multiply(num_rows: int, inputs: int, has_bias: bool, gated: bo
     twin.rms_norm_linear_triton(x, residual, norm, 1e-6, weight, bias, config, gated, gelu)
 
 
+def multiply_codes(
+    num_rows: int,
+    kind: str,
+    group_size: int | None,
+    more: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    inputs: int = 1024,
+) -> None:
+    """more: with zeros and a bias."""
+    twin = MODULES["quantized_linear"]
+    if kind == "fp8" and not twin.has_fp8(torch.device("cpu")):
+        return
+    x = torch.randn(num_rows, inputs).to(dtype)
+    codes_dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    codes = torch.zeros(256, inputs // 2 if kind == "int4" else inputs, dtype=codes_dtype)
+    groups = 1 if group_size is None else inputs // group_size
+    scale, zero = torch.rand(256, groups), torch.zeros(256, groups, dtype=torch.int8) if more else None
+    config = twin.choose(x, codes, groups)._replace(ahead=1)
+    bias, arrived = bf16(256) if more else None, MODULES["small_tile"].new_arrived(torch.device("cpu"))
+    twin.quantized_linear_triton(x, codes, scale, zero, bias, config, arrived)
+    if num_rows > 1:
+        twin.quantized_linear_triton(x, codes, scale, zero, None, config._replace(splits=1))
+    twin.dequantize_triton(codes, scale, zero, inputs // groups, dtype)
+
+
+def round_inputs(kind: str, group_size: int | None, scale: Tensor | None) -> None:
+    twin = MODULES["quantized_linear"]
+    if kind != "fp8" or twin.has_fp8(torch.device("cpu")):
+        twin.round_rows_triton(bf16(5, 1000), kind, group_size, scale)
+        twin.quantize_rows_triton(bf16(5, 1000), kind)
+
+
 def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
     twin = MODULES["moe"]
     expert_ids = random_ids(num_tokens, 2, num_experts)
@@ -227,6 +259,22 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
     "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
     "fixed_linear": lambda: MODULES["fixed_linear"].fixed_linear_triton(bf16(5, 200), bf16(96, 200), bf16(96)),
+    "int4, groups, zeros": lambda: multiply_codes(3, "int4", 128, more=True),
+    "int4, small groups, 64 rows": lambda: multiply_codes(64, "int4", 32),
+    "int4, groups, float16": lambda: multiply_codes(3, "int4", 128, dtype=torch.float16),
+    "int8, a scale an output": lambda: multiply_codes(3, "int8", None),
+    "int8, groups, zeros": lambda: multiply_codes(40, "int8", 64, more=True),
+    "fp8, a scale an output": lambda: multiply_codes(3, "fp8", None),
+    "fp8, groups": lambda: multiply_codes(64, "fp8", 128),
+    "int4 of a row, groups, zeros": lambda: multiply_codes(1, "int4", 128, more=True),
+    "int4 of a row, float16": lambda: multiply_codes(1, "int4", 128, dtype=torch.float16),
+    "int4 of a row, a chunk that is not full": lambda: multiply_codes(1, "int4", 128, inputs=1280),
+    "int8 of a row": lambda: multiply_codes(1, "int8", None),
+    "fp8 of a row": lambda: multiply_codes(1, "fp8", None),
+    "inputs in fp8": lambda: round_inputs("fp8", None, None),
+    "inputs in fp8, groups": lambda: round_inputs("fp8", 128, None),
+    "inputs in int8": lambda: round_inputs("int8", None, None),
+    "inputs in int8, static": lambda: round_inputs("int8", None, torch.ones(1)),
     "moe, a token": lambda: mix_experts(1, 8, 256),
     "moe, blocks of 16": lambda: mix_experts(5, 8, 200),
     "moe, blocks of 64": lambda: mix_experts(80, 2, 256),
@@ -277,9 +325,9 @@ class Compiled:
 
 
 def statements_for_hopper(function: ast.stmt) -> Iterator[ast.AST]:
-    """What a kernel does only where it may start early or load tiles whole."""
+    """What a kernel does only where it may start early, load tiles whole or convert FP8."""
     for node in ast.walk(function):
-        if isinstance(node, ast.If) and any(word in ast.unparse(node.test) for word in ("PDL", "cache_desc")):
+        if isinstance(node, ast.If) and any(word in ast.unparse(node.test) for word in ("PDL", "cache_desc", "IS_FP8")):
             for statement in node.body:
                 yield from ast.walk(statement)
 
@@ -309,6 +357,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         answers = {
             "has_dependent_launch": compiled.capability >= 90,
             "has_tile_loads": compiled.capability >= 90,
+            "has_fp8": compiled.capability >= 89,
             "has_large_shared_memory": SHARED_MEMORY[compiled.capability] > 160 * 1024,
         }
         for module, (question, answer) in product(MODULES.values(), answers.items()):
