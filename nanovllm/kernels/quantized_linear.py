@@ -96,6 +96,20 @@ def fp8_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, a
     return quantized_linear(round_rows(x, "fp8"), weight, bias, arrived)
 
 
+def int8_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, arrived: Tensor | None = None
+) -> Tensor:
+    """quantized_linear(round_rows(x, "int8"), weight, bias), for codes "int8" with a scale an output.
+
+    On a CPU in whole numbers, which its matrix instructions are for.
+    """
+    if x.is_cpu:
+        codes, scales = quantize_rows(x, "int8")
+        product = (torch._int_mm(codes, weight.codes.t()).float() * scales * weight.scale.t()).to(x.dtype)
+        return product if bias is None else product + bias
+    return quantized_linear(round_rows(x, "int8"), weight, bias, arrived)
+
+
 def _multiplies_fp8(x: Tensor, weight: QuantizedWeight) -> bool:
     sizes = weight.codes.shape
     return x.dtype == torch.bfloat16 and has_fp8(x.device) and not (sizes[0] % 16 or sizes[1] % 16)

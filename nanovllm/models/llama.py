@@ -156,7 +156,7 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """max_len: positions that the rotary table must cover. ops: see `kernels/ops.py`. mlp: see DecoderLayer."""
+    """max_len: positions that the rotary table must cover. ops: see `layers/ops.py`. mlp: see DecoderLayer."""
 
     def __init__(
         self,

@@ -22,27 +22,27 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class OnlineScheme:
-    """kind: "fp8" (weights and inputs), "int8" or "int4" (weights alone)."""
+    """name: "fp8" or "int8_dynamic" (weights and inputs), "int8" or "int4" (weights alone)."""
 
-    kind: str
+    name: str
 
     def method_of(self, name: str) -> "Online | None":
-        return None if is_named(name, ("embed_tokens", "lm_head")) else Online(self.kind)
+        return None if is_named(name, ("embed_tokens", "lm_head")) else Online(self.name)
 
 
 @dataclass(frozen=True)
 class Online:
-    kind: str
+    name: str
 
     def __call__(self, spec: LinearSpec) -> QuantizedLinear:
-        group_size = None
-        if self.kind == "int4":
+        group_size, kind = None, self.name.removesuffix("_dynamic")
+        if kind == "int4":
             group_size = next((n for n in _GROUP_SIZES if len(spec.inputs) % n == 0), None)
             if group_size is None:
                 names = ", ".join(spec.names)
                 raise ValueError(f"{names}: {len(spec.inputs)} inputs are no multiple of 8, which 'int4' needs")
-        rounding = Rounding("fp8") if self.kind == "fp8" else None
-        return OnlineLinear(spec, self.kind, group_size, has_zeros=self.kind == "int4", rounding=rounding)
+        rounding = Rounding(kind) if self.name in ("fp8", "int8_dynamic") else None
+        return OnlineLinear(spec, kind, group_size, has_zeros=kind == "int4", rounding=rounding)
 
 
 class OnlineLinear(QuantizedLinear):

@@ -14,6 +14,7 @@ from nanovllm.kernels.quantized_linear import (
     QuantizedWeight,
     dequantize,
     fp8_linear,
+    int8_linear,
     pack_int4,
     quantized_linear,
     round_rows,
@@ -184,8 +185,8 @@ class QuantizedLinear(LinearMethod):
         rounding, weight = self.rounding, self.weight
         if rounding is None:
             return quantized_linear(x, weight, bias, self.arrived)
-        if rounding == Rounding("fp8") and self.kind == "fp8" and not self.is_grouped:
-            return fp8_linear(x, weight, bias, self.arrived)
+        if rounding == Rounding(self.kind) and not self.is_grouped:
+            return (fp8_linear if self.kind == "fp8" else int8_linear)(x, weight, bias, self.arrived)
         if self.input_scale is not None and len(self.input_scale) > 1:
             return self._multiply_parts(rounding, x, bias, self.input_scale)
         rounded = round_rows(x, rounding.kind, rounding.group_size, self.input_scale)

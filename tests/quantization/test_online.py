@@ -15,7 +15,7 @@ from nanovllm.quantization.quantized_linear import QuantizedLinear
 from tests.tiny_models import save_random
 
 # Largest difference from the dense matrix, as a share of its largest number: half a step of the codes.
-STEP = {"fp8": 16 / 448, "int8": 0.5 / 127, "int4": 1.01 / 15}
+STEP = {"fp8": 16 / 448, "int8": 0.5 / 127, "int8_dynamic": 0.5 / 127, "int4": 1.01 / 15}
 
 
 def layer_of(kind: str, weights: list[Tensor], inputs: range | None = None) -> QuantizedLinear:
@@ -64,6 +64,17 @@ def test_inputs_are_rounded_row_by_row(kind: str, group_size: int | None) -> Non
     assert codes.float().isfinite().all(), "what is beyond the largest code becomes it"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_numbers_on_a_cpu(dtype: torch.dtype) -> None:
+    """Exact sums of codes: as the rounded inputs times the matrix, whatever the number of rows."""
+    layer, x = layer_of("int8_dynamic", [torch.randn(24, 64)]), torch.randn(9, 64).to(dtype)
+    bias = torch.randn(24).to(dtype)
+    want = round_rows(x.float(), "int8") @ dequantize(layer.weight, torch.float32).t() + bias.float()
+    got = layer.multiply(x, bias)
+    torch.testing.assert_close(got.float(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
+    assert torch.equal(torch.cat([layer.multiply(row[None], bias) for row in x]), got)
+
+
 def logprobs(folder: Path, **options: Any) -> list[float]:
     with LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True, **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
@@ -73,7 +84,7 @@ def logprobs(folder: Path, **options: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Phi3ForCausalLM"])
-@pytest.mark.parametrize(("kind", "tolerance"), [("fp8", 0.4), ("int8", 0.15), ("int4", 2.0)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp8", 0.4), ("int8", 0.15), ("int8_dynamic", 0.2), ("int4", 2.0)])
 def test_through_the_engine(tmp_path: Path, kind: str, tolerance: float, architecture: str) -> None:
     """Near the dense model, and not it; Phi-3's checkpoints hold queries, keys and values in one tensor."""
     folder = save_random(tmp_path, architecture)
@@ -87,5 +98,7 @@ def test_inputs_that_are_no_groups(tmp_path: Path) -> None:
     folder = save_random(tmp_path, intermediate_size=44)
     with pytest.raises(ValueError, match=r"mlp.down_proj: 44 inputs are no multiple of 8, which 'int4' needs"):
         logprobs(folder, quantization="int4")
-    with pytest.raises(ValueError, match=r"quantization must be one of None, fp8, int8, int4, got 'int3'"):
+    with pytest.raises(
+        ValueError, match=r"quantization must be one of None, fp8, int8, int8_dynamic, int4, got 'int3'"
+    ):
         logprobs(folder, quantization="int3")
