@@ -28,7 +28,10 @@ PLAIN_DTYPES = {
 # So many numbers and their parts stay in a core's cache, and are as many as torch computes without waking its other
 # threads: those wait for each other after every operation, which on a busy machine made reading a hundred times slower.
 _NUMBERS_AT_ONCE = 32768
-_NUMBERS_A_TASK = 32 * _NUMBERS_AT_ONCE  # scales are read for so many at a time: an operation on few costs as much
+# Bits are taken apart and scales are read for more numbers at a time: an operation on few costs as much. Four bytes at
+# a time, these are as many elements.
+_NUMBERS_A_STEP = 8 * _NUMBERS_AT_ONCE
+_STEPS_A_TASK = 8
 _LOW_NIBBLES, _PAIRS_UP, _LOW_BITS = 0x0F0F0F0F, 0x30303030, 0x01010101  # masks of four bytes
 
 Unpack = Callable[[Tensor, Tensor], object]  # (blocks uint8 [n, bytes of a block], numbers [n, numbers of a block])
@@ -48,9 +51,14 @@ def dequantize(
     unpack = _UNPACKERS.get(kind, partial(_unpack_with_gguf, info))
     blocks = torch.from_numpy(rows).view(-1, block_bytes)
     numbers = torch.empty(len(blocks), block_size, dtype=dtype)
-    share = _NUMBERS_A_TASK // block_size
-    tasks = blocks.split(share), numbers.split(share)
-    list(map(unpack, *tasks) if threads is None else threads.map(unpack, *tasks))
+    step = _NUMBERS_A_STEP // block_size
+
+    def unpack_task(some_blocks: Tensor, some_numbers: Tensor) -> None:
+        for pair in zip(some_blocks.split(step), some_numbers.split(step), strict=True):
+            unpack(*pair)
+
+    tasks = blocks.split(_STEPS_A_TASK * step), numbers.split(_STEPS_A_TASK * step)
+    list(map(unpack_task, *tasks) if threads is None else threads.map(unpack_task, *tasks))
     return numbers.view(info.shape)
 
 
@@ -82,16 +90,16 @@ def _unpack_with_gguf(info: TensorInfo, blocks: Tensor, numbers: Tensor) -> None
 
 def _unpack_q4_0(blocks: Tensor, numbers: Tensor) -> None:
     """d | 16 bytes, low nibbles before high ones, which stand for -8 to 7."""
-    scales = _halves(blocks[:, :2])
+    scales, nibbles = _halves(blocks[:, :2]), _nibbles(blocks[:, 2:], 16)
     for part, values in _chunks(numbers):
-        values.copy_(_nibbles(blocks[part, 2:], 16)).sub_(8).mul_(scales[part])
+        values.copy_(nibbles[part]).sub_(8).mul_(scales[part])
 
 
 def _unpack_q4_1(blocks: Tensor, numbers: Tensor) -> None:
     """d, the least number | 16 bytes, low nibbles before high ones."""
-    headers = _halves(blocks[:, :4])
+    headers, nibbles = _halves(blocks[:, :4]), _nibbles(blocks[:, 4:], 16)
     for part, values in _chunks(numbers):
-        values.copy_(_nibbles(blocks[part, 4:], 16)).mul_(headers[part, :1]).add_(headers[part, 1:])
+        values.copy_(nibbles[part]).mul_(headers[part, :1]).add_(headers[part, 1:])
 
 
 def _unpack_q8_0(blocks: Tensor, numbers: Tensor) -> None:
@@ -106,29 +114,31 @@ def _unpack_q8_0(blocks: Tensor, numbers: Tensor) -> None:
 def _unpack_q4_k(blocks: Tensor, numbers: Tensor) -> None:
     """d dmin | 12 bytes: 8 scales and 8 minima of 6 bits | 4 x 32 bytes, low nibbles before high ones."""
     scales, minima = _scales_and_minima(blocks)
+    nibbles = _nibbles(blocks[:, 16:], 32)
     for part, values in _chunks(numbers):
-        values.copy_(_nibbles(blocks[part, 16:], 32))
+        values.copy_(nibbles[part])
         values.view(-1, 8, 32).mul_(scales[part]).sub_(minima[part])
 
 
 def _unpack_q5_k(blocks: Tensor, numbers: Tensor) -> None:
     """As Q4_K; before the nibbles 32 bytes, whose bit j is the fifth bit of part j."""
     scales, minima = _scales_and_minima(blocks)
+    nibbles, fifth = _nibbles(blocks[:, 48:], 32), _words(blocks[:, 16:48])[:, None]
+    bits = torch.cat([((fifth >> j) & _LOW_BITS) << 4 for j in range(8)], dim=1).view(torch.uint8).view(-1, 256)
     for part, values in _chunks(numbers):
-        fifth = _words(blocks[part, 16:48])[:, None]
-        bits = torch.cat([(fifth >> j) & _LOW_BITS for j in range(8)], dim=1) << 4
-        values.copy_(_nibbles(blocks[part, 48:], 32) | bits.view(torch.uint8).view(-1, 256))
+        values.copy_(nibbles[part] | bits[part])
         values.view(-1, 8, 32).mul_(scales[part]).sub_(minima[part])
 
 
 def _unpack_q6_k(blocks: Tensor, numbers: Tensor) -> None:
     """2 x 64 bytes with the low nibbles | 2 x 32 bytes with pairs of high bits | 16 scales of 8 bits | d."""
     scales = (blocks[:, 192:208].view(torch.int8).float() * _halves(blocks[:, 208:]))[:, :, None]
+    nibbles, high = _nibbles(blocks[:, :128], 64), _words(blocks[:, 128:192]).view(-1, 2, 8)
+    # The pairs of part 0 move up by four bits, those of parts 1 to 3 by two, not at all, and down by two.
+    moved = [part & _PAIRS_UP for part in (high << 4, high << 2, high, high >> 2)]
+    pairs = torch.cat(moved, dim=2).view(torch.uint8).view(-1, 256)
     for part, values in _chunks(numbers):
-        high = _words(blocks[part, 128:192]).view(-1, 2, 8)
-        # The pairs of part 0 move up by four bits, those of parts 1 to 3 by two, not at all, and down by two.
-        pairs = torch.cat((high << 4, high << 2, high, high >> 2), dim=2) & _PAIRS_UP
-        values.copy_(_nibbles(blocks[part, :128], 64) | pairs.view(torch.uint8).view(-1, 256)).sub_(32)
+        values.copy_(nibbles[part] | pairs[part]).sub_(32)
         values.view(-1, 16, 16).mul_(scales[part])
 
 
