@@ -29,6 +29,7 @@ from nanovllm.server.errors import error_response
 from nanovllm.server.messages import count_tokens, messages
 from nanovllm.server.responses import responses
 from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
+from nanovllm.server.tokens import generate
 
 _log = logging.getLogger("nanovllm.server")
 _OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has no key
@@ -42,6 +43,7 @@ def make_app(served: Served, api_key: str | None = None) -> Starlette:
         Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/messages", messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+        Route("/inference/v1/generate", generate, methods=["POST"]),
         Route("/v1/models", _models),
         Route("/v1/models/{name:path}", _model),
         Route("/tokenize", _tokenize, methods=["POST"]),
