@@ -66,5 +66,5 @@ class AwqLinear(QuantizedLinear):
 def _unpack(words: Tensor) -> Tensor:
     """[rows, outputs / 8] -> int8 [outputs, rows]."""
     in_words = unpack_words(words, 4, dim=1).unflatten(1, (-1, 8))
-    place = torch.tensor(_ORDER).argsort()  # of each output in its word
+    place = torch.tensor(_ORDER, device=words.device).argsort()  # of each output in its word
     return signed(in_words[:, :, place].flatten(1), 4).t()

@@ -53,7 +53,7 @@ class OnlineLinear(QuantizedLinear):
     def _quantize(self, part: int, dense: Tensor) -> None:
         rows, columns = self.spec.parts[part], self.spec.inputs
         own = self.spec.rows(part)
-        held = dense[rows.start : rows.stop].to(self.codes.device).float()
+        held = dense[rows.start : rows.stop].float()
         if self.kind == "int4":
             assert self.zero is not None
             values, scale, zero = _round_to_int4(held[:, columns.start : columns.stop], self.group_size)

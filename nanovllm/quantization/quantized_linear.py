@@ -113,8 +113,9 @@ class QuantizedLinear(LinearMethod):
         fill: Callable[[int, Tensor], object],
         has_rows: bool = False,
     ) -> tuple[str, WeightSlot]:
-        """(name, slot) of a tensor, for `weights`."""
-        return name, WeightSlot(shape, lambda tensor: fill(part, tensor), dtypes=dtypes, has_rows=has_rows)
+        """(name, slot) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer."""
+        device = self.codes.device
+        return name, WeightSlot(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, has_rows=has_rows)
 
     def fill_codes(self, part: int, codes: Tensor) -> None:
         """codes: of the whole matrix, in the form that is kept; of "int4", two inputs in a byte."""
