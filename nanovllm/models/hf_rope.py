@@ -76,9 +76,7 @@ def _read_rope(
     if rope_type in ("su", "yarn") and "short_factor" in parameters:
         rope_type = "longrope"  # what Phi-3's first configs called it
     if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
-        raise ValueError(
-            f"config.json: rope type {rope_type!r} (rope_type) is not supported; supported are {', '.join(_REQUIRED)}"
-        )
+        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported; supported are {', '.join(_REQUIRED)}")
     if share != 1.0 and "partial_rotary_factor" not in hf:
         raise ValueError(f"partial_rotary_factor={share} is not supported for this architecture; only 1.0 is")
     rotary_dim = int(head_dim * share)
