@@ -16,6 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--broken-files", default=20, help="how many of each kind tests/weights/test_broken_files.py makes"
     )
+    parser.addoption("--kills", default=2, help="how often tests/batch/test_kills.py kills a job")
+    parser.addoption("--rows", default=40, help="and how many rows that job has")
 
 
 def pytest_configure() -> None:

@@ -19,6 +19,7 @@ examples:
   nanovllm chat Qwen/Qwen3-0.6B                     talk to a model in the terminal
   nanovllm complete "Once upon a time" --max-tokens 64
   nanovllm complete --model ./model.gguf --file prompts.txt --json > answers.jsonl
+  nanovllm batch questions.jsonl answers.jsonl --model Qwen/Qwen3-0.6B
   nanovllm serve Qwen/Qwen3-0.6B                    an HTTP server for OpenAI's clients
   nanovllm memory Qwen/Qwen3-8B --max-model-len 8192 --max-num-seqs 32
   nanovllm bench throughput --batch-sizes 1 16 64 --compare hf
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_complete(commands)
     _add_chat(commands)
     _add_demo(commands)
+    _add_batch(commands)
     _add_serve(commands)
     add_bench(commands)
     _add_check_model(commands)
@@ -130,6 +132,37 @@ A second run needs no network.
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="length of each answer (default: 64)")
     _add_quiet(parser)
     add_engine_options(parser, exclude=["skip_tokenizer_init", "tokenizer", "revision", "load_format"])
+
+
+def _add_batch(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "batch",
+        "answer all rows of a file, in a job that may be killed and goes on",
+        """\
+IN is .jsonl, .csv or .parquet; OUT has its rows with the answers, in order, as the same or .jsonl. A line of
+IN may also be a request of OpenAI's batch API. The same command again goes on with a job that was
+interrupted; what is done is in OUT.journal until then.
+
+examples:
+  nanovllm batch questions.jsonl answers.jsonl --model Qwen/Qwen3-0.6B --temperature 0
+  nanovllm batch reviews.parquet labels.parquet --prompt-column text --max-tokens 8 --data-parallel-size 4
+""",
+        " IN OUT",
+    )
+    parser.add_argument("input", metavar="IN", help="a table of prompts or messages, or OpenAI's batch lines")
+    parser.add_argument("output", metavar="OUT", help="written when all rows are done")
+    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
+    group = parser.add_argument_group("job options")
+    group.add_argument("--prompt-column", metavar="NAME", help="texts or lists of token ids (default: prompt)")
+    group.add_argument("--messages-column", metavar="NAME", help="conversations, also as JSON (default: messages)")
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="what OpenAI's lines call the model (default: MODEL)"
+    )
+    group.add_argument("--restart", action="store_true", help="forget what is done, and replace OUT at the end")
+    add_sampling_options(parser, max_tokens="256")
+    _add_quiet(parser)
+    add_engine_options(parser, exclude=["skip_tokenizer_init"])
 
 
 def _add_serve(commands: Commands) -> None:

@@ -23,6 +23,7 @@ _COMMANDS = {
     "complete": "nanovllm.cli.complete",
     "chat": "nanovllm.cli.chat",
     "demo": "nanovllm.cli.demo",
+    "batch": "nanovllm.cli.batch",
     "serve": "nanovllm.cli.serve",
     "bench": "nanovllm.cli.bench",
     "check-model": "nanovllm.cli.check_model",

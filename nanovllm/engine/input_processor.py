@@ -120,7 +120,7 @@ class InputProcessor:
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
         grows_long = self._long_from is not None and len(token_ids) <= self._long_from < max_total_tokens
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
-        seed = self._request_seed(number) if params.seed is None else params.seed
+        seed = self.request_seed(number) if params.seed is None else params.seed
         # Of n sequences one scores the prompt, and the others may take its blocks.
         others = params if params.prompt_logprobs is None or params.n == 1 else replace(params, prompt_logprobs=None)
         requests = [
@@ -250,7 +250,8 @@ class InputProcessor:
                 f"is {self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
             )
 
-    def _request_seed(self, number: int) -> int:
+    def request_seed(self, number: int) -> int:
+        """What the request of that number draws with, if its parameters have no seed."""
         return int.from_bytes(blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest(), "little")
 
     def _cache_salt(self, num_prompt_tokens: int) -> bytes:
