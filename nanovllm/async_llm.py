@@ -1,21 +1,21 @@
 """AsyncLLM: an LLM for asyncio, with vLLM's interface: each request is an async iterator of its outputs.
 
-Owns the thread that steps the engine, and the way of outputs from it to the event loops of those who wait. Prompts are
-tokenized in threads of their own. Invariant: the stepping thread never waits for a consumer, and calls an event loop at
-most once a step; who is slow finds several steps' tokens in one output.
+Owns the thread that steps the engine, and the way of its news to the event loops of those who wait, where outputs are
+made. Prompts are tokenized in threads of their own. Invariant: the stepping thread never waits for a consumer, and
+calls an event loop at most once a step; who is slow finds several steps' tokens in one output.
 """
 
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from nanovllm.engine.deltas import delta
 from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.output_processor import Mark
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import RequestError
 from nanovllm.llm import LLM
@@ -39,7 +39,7 @@ class AsyncLLM:
     def __init__(self, model: str, **options: Any) -> None:
         self.llm = LLM(model, **options)
         self._session = self.llm._session
-        self._inbox = Inbox(self.llm._make_output)
+        self._inbox = Inbox(self.llm._output_processor.mark)
         self._streams: dict[Handle, _Stream] = {}
         self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING_THREADS, "nanovllm tokenizing")
         # Nothing that the thread holds leads back here: an engine that is forgotten ends, also at the interpreter's.
@@ -64,18 +64,20 @@ class AsyncLLM:
         self._session.check_open()
         handle = await loop.run_in_executor(self._tokenizing, make_handle)
         stream = self._streams[handle] = _Stream(loop)
-        seen: RequestOutput | None = None
+        is_delta = params.output_kind is RequestOutputKind.DELTA
+        seen: Sequence[Mark] = ()
+        is_finished = False
         try:
             self._session.submit(handle)
-            while seen is None or not seen.finished:
-                output = await stream.next()
-                new = delta(output, seen) if params.output_kind is RequestOutputKind.DELTA else output
-                seen = output
-                if new.outputs:
-                    yield new
-            for completion in seen.outputs:
-                if completion.error is not None:
-                    raise RequestError(completion.error)
+            while not is_finished:
+                marks = await stream.next()
+                output = self.llm._make_output(handle.requests, marks, seen if is_delta else None)
+                seen, is_finished = marks, output.finished
+                if output.outputs:
+                    yield output
+            for request in handle.requests:
+                if request.error is not None:
+                    raise RequestError(request.error)
         finally:
             del self._streams[handle]
             self._session.cancel([handle])
@@ -104,11 +106,11 @@ class AsyncLLM:
 
 
 class _Stream:
-    """Where one iterator waits, in its event loop, for the newest output or the error that ended the engine."""
+    """Where one iterator waits, in its event loop, for the newest marks or the error that ended the engine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.newest: RequestOutput | RuntimeError | None = None
+        self.newest: list[Mark] | RuntimeError | None = None
         self.is_called = False  # the loop has been asked to wake it, and has not come to it yet
         self._has_news = asyncio.Event()
 
@@ -116,7 +118,7 @@ class _Stream:
         self.is_called = False
         self._has_news.set()
 
-    async def next(self) -> RequestOutput:
+    async def next(self) -> list[Mark]:
         await self._has_news.wait()
         self._has_news.clear()
         assert self.newest is not None
@@ -125,17 +127,17 @@ class _Stream:
         return self.newest
 
 
-def _step_for_all(session: Session, inbox: Inbox[RequestOutput], streams: dict[Handle, _Stream]) -> None:
+def _step_for_all(session: Session, inbox: Inbox[list[Mark]], streams: dict[Handle, _Stream]) -> None:
     """The thread's work: step the engine while there is something to do, and tell the streams."""
     try:
         while True:
             session.wait(inbox)
             told = []
             for handle in list(inbox.news):
-                output, _ = inbox.news.pop(handle)
+                marks, _ = inbox.news.pop(handle)
                 stream = streams.get(handle)  # None: its iterator has just been left
                 if stream is not None:
-                    stream.newest = output
+                    stream.newest = marks
                     told.append(stream)
             _call(told)
     except BaseException as error:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from nanovllm.beam_search import BeamSearchParams, beam_search
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
-from nanovllm.engine.deltas import delta
 from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.output_processor import Mark
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import RequestError
@@ -53,8 +53,9 @@ class LLM(VLLMSurface):
         self._hf_config = parts.hf_config
         self._generation_config = parts.generation_config
         self._start_times = parts.start_times
-        self._inbox = Inbox(self._make_output)  # of `add_request` and `step`
-        self._returned: dict[Handle, RequestOutput] = {}  # the newest that `step` has returned, of each of the inbox
+        self._output_processor = parts.engine.output_processor
+        self._inbox = Inbox(self._output_processor.mark)  # of `add_request` and `step`
+        self._returned: dict[Handle, list[Mark]] = {}  # how far `step` has returned each of the inbox
 
     # -- whole batches --
 
@@ -101,15 +102,15 @@ class LLM(VLLMSurface):
         take turns: each sees its own requests only.
         """
         given: Any = prompts if isinstance(prompts, _NO_LISTS) else list(prompts)
-        inbox = Inbox(self._make_output)
+        inbox = Inbox(self._output_processor.mark)
         handles = [Handle(group, inbox, only_ends=False) for group in self._process(given, sampling_params)]
         return self._stream(handles, inbox, _is_one(given))
 
-    def _stream(self, handles: list[Handle], inbox: Inbox[RequestOutput], is_one: bool) -> Iterator[RequestOutput]:
-        seen: dict[Handle, RequestOutput] = {}
-        for handle, output in self._session.run(handles, inbox):
-            new = delta(output, seen.get(handle))
-            seen[handle] = output
+    def _stream(self, handles: list[Handle], inbox: Inbox[list[Mark]], is_one: bool) -> Iterator[RequestOutput]:
+        seen: dict[Handle, list[Mark]] = {}
+        for handle, marks in self._session.run(handles, inbox):
+            new = self._make_output(handle.requests, marks, seen.get(handle, ()))
+            seen[handle] = marks
             if new.outputs:
                 yield new
             if is_one:
@@ -203,7 +204,7 @@ class LLM(VLLMSurface):
         return handle.request_id
 
     def _make_handle(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[RequestOutput]
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[list[Mark]]
     ) -> Handle:
         """One prompt, checked and not queued."""
         with self._session.numbers(1) as (number,):
@@ -217,28 +218,28 @@ class LLM(VLLMSurface):
         """
         news = self._session.exclusively(self._step)
         outputs = []
-        for handle, output in news.items():
-            if handle.requests[0].params.output_kind is RequestOutputKind.DELTA:
-                output = delta(output, self._returned.get(handle))
+        for handle, marks in news.items():
+            is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
+            output = self._make_output(handle.requests, marks, self._returned.get(handle, ()) if is_delta else None)
             if output.outputs:
                 outputs.append(output)
         # In the line that returns: what an interruption keeps from the caller is returned by the next call.
         return self._returned.update(news) or outputs
 
-    def _step(self) -> dict[Handle, RequestOutput]:
+    def _step(self) -> dict[Handle, list[Mark]]:
         """News of the inbox after one step; they stay there until the call after the one that returns them."""
         inbox = self._inbox.news
-        for handle, output in list(self._returned.items()):
-            if handle in inbox and inbox[handle][0] is output:
+        for handle, marks in list(self._returned.items()):
+            if handle in inbox and inbox[handle][0] is marks:
                 del inbox[handle]
-            if output.finished:
+            if all(mark.is_ended for mark in marks):
                 del self._returned[handle]
         self._session.step()
-        return {handle: output for handle, (output, _) in list(inbox.items())}
+        return {handle: marks for handle, (marks, _) in list(inbox.items())}
 
     def has_unfinished_requests(self) -> bool:
         returned = self._returned
-        is_told = all(returned.get(handle) is output for handle, (output, _) in list(self._inbox.news.items()))
+        is_told = all(returned.get(handle) is marks for handle, (marks, _) in list(self._inbox.news.items()))
         return self._session.has_unfinished_requests() or not is_told
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -253,8 +254,10 @@ class LLM(VLLMSurface):
             elif handle is not None:
                 self._session.abort(handle)
 
-    def _make_output(self, group: Sequence[Request]) -> RequestOutput:
-        output = self._engine.output_processor.make_output(group)
+    def _make_output(
+        self, group: Sequence[Request], marks: Sequence[Mark] | None = None, since: Sequence[Mark] | None = None
+    ) -> RequestOutput:
+        output = self._output_processor.make_output(group, marks, since)
         for completion in output.outputs:
             if completion.hidden_states is not None:
                 parts = completion.hidden_states

@@ -8,4 +8,5 @@ def check_nothing_is_left(llm: LLM) -> None:
     assert not llm.has_unfinished_requests()
     metrics = llm.get_metrics()
     assert metrics["num_free_blocks"] == metrics["num_blocks"]
-    assert llm.step() == [] and not llm._engine.output_processor._texts
+    assert llm.step() == []
+    assert not llm._output_processor._texts and not llm._output_processor._logprobs

@@ -1,6 +1,6 @@
 """Log-probabilities as a caller sees them: maps from token id to `Logprob`, whose entries are made when they are read.
 
-Owns the maps, the text of single tokens, and what was made of requests that are still growing. Invariant: a map takes
+Owns the maps, the text of single tokens, and what was made of a request that is still growing. Invariant: a map takes
 no more memory than the worker's numbers, of which it may have one for each token of the vocabulary.
 """
 
@@ -87,41 +87,46 @@ class LogprobsDecoder:
         return None if self._stream is None else self._stream.step(token_id)
 
 
-class LogprobsOfRequests:
-    """The maps of requests that are still growing."""
+class LogprobsOfRequest:
+    """The maps of a request that is still growing. They are only ever added to: while one thread takes what is new,
+    another may read what was there before.
+    """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
-        self._outputs: dict[Request, LogprobsDecoder] = {}
-        self._prompts: dict[Request, LogprobsDecoder] = {}
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self._request = request
+        self._tokenizer = tokenizer if request.params.detokenize else None
+        self._output = LogprobsDecoder(self._tokenizer)
+        self._sums: list[float] = []  # of the log-probabilities of the output up to each token
+        self.prompt: list[Mapping[int, Logprob] | None] | None = None
 
-    def of_output(self, request: Request) -> list[Mapping[int, Logprob]] | None:
-        """One map for each output token; None if the request did not ask."""
-        if request.params.logprobs is None:
+    def take(self) -> None:
+        """Take what has come since the last call."""
+        request = self._request
+        if request.params.logprobs is not None:
+            for entry in request.logprobs[len(self._sums) :]:
+                self._sums.append(own_logprob(entry) + (self._sums[-1] if self._sums else 0.0))
+            self._output.extend(request.logprobs)
+        if request.params.prompt_logprobs is not None and self.prompt is None:
+            self.prompt = self._of_prompt()
+
+    def between(self, start: int, end: int) -> list[Mapping[int, Logprob]] | None:
+        """One map for each of these output tokens; None if the request did not ask."""
+        return None if self._request.params.logprobs is None else [*self._output.maps[start:end]]
+
+    def cumulative(self, end: int) -> float | None:
+        """Sum over the output tokens up to there; None if the request did not ask for their log-probabilities."""
+        if self._request.params.logprobs is None:
             return None
-        if request not in self._outputs:
-            self._outputs[request] = self._new_decoder(request)
-        return list(self._outputs[request].extend(request.logprobs))
+        return self._sums[end - 1] if end else 0.0
 
-    def of_prompt(self, request: Request) -> list[Mapping[int, Logprob] | None] | None:
+    def _of_prompt(self) -> list[Mapping[int, Logprob] | None] | None:
         """One map for each prompt token, None for the first; None until the whole prompt is computed."""
-        if request.params.prompt_logprobs is None or len(request.prompt_logprobs) < request.num_prompt_tokens - 1:
+        request = self._request
+        if len(request.prompt_logprobs) < request.num_prompt_tokens - 1:
             return None
-        if request not in self._prompts:
-            self._prompts[request] = self._new_decoder(request)
-            self._prompts[request].start_after(request.token_ids[0])
-        return [None, *self._prompts[request].extend(request.prompt_logprobs)]
-
-    def cumulative(self, request: Request) -> float | None:
-        """Sum over the output tokens; None if the request did not ask for their log-probabilities."""
-        return None if request.params.logprobs is None else sum(map(own_logprob, request.logprobs))
-
-    def forget(self, request: Request) -> None:
-        self._outputs.pop(request, None)
-        self._prompts.pop(request, None)
-
-    def _new_decoder(self, request: Request) -> LogprobsDecoder:
-        return LogprobsDecoder(self._tokenizer if request.params.detokenize else None)
+        decoder = LogprobsDecoder(self._tokenizer)
+        decoder.start_after(request.token_ids[0])
+        return [None, *decoder.extend(request.prompt_logprobs)]
 
 
 def _no_text(token_id: int) -> None:

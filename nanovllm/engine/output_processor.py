@@ -1,20 +1,36 @@
 """OutputProcessor: token ids to text, stop strings, and the RequestOutput a caller sees.
 
 Owns the decoding state of each request that needs text before it ends; counters and queues belong to the scheduler.
-Invariant: text only ever grows, and is cut at a stop string before anyone sees it.
+Whoever steps the engine marks how far a request may be read; whoever reads remembers the mark, and makes an output of
+what lies between two of them, in any thread. Invariant: what lies before a mark never changes. Text only ever grows,
+and is cut at a stop string before anyone sees it.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.engine.features.capture import hidden_states_of
 from nanovllm.engine.output_text import OutputText
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nanovllm.engine.logprobs import LogprobsOfRequests
+    from nanovllm.engine.logprobs import LogprobsOfRequest
+
+
+class Mark(NamedTuple):
+    """How far a sequence may be read."""
+
+    num_tokens: int  # of its output
+    num_characters: int
+    is_ended: bool
+    text: OutputText | None
+    logprobs: "LogprobsOfRequest | None"
+
+
+_START = Mark(0, 0, False, None, None)
 
 
 class OutputProcessor:
@@ -23,9 +39,8 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None, is_deterministic: bool = False) -> None:
         self._tokenizer = tokenizer
         self._is_deterministic = is_deterministic
-        self._logprobs: LogprobsOfRequests | None = None  # a leaf, for requests that ask
         self._texts: dict[Request, OutputText] = {}
-        self._prompts: dict[Request, list[int]] = {}  # one list for all outputs of a request
+        self._logprobs: dict[Request, LogprobsOfRequest] = {}
 
     def find_stop_string(self, request: Request) -> str | None:
         """The stop string that the request's newest token completed, if any; not before min_tokens. See `ends.py`."""
@@ -35,62 +50,61 @@ class OutputProcessor:
         found = text.find_stop_string()
         return found if len(request.token_ids) - request.num_prompt_tokens > request.params.min_tokens else None
 
-    def make_output(self, group: Sequence[Request]) -> RequestOutput:
-        """What the sequences of one prompt have produced so far."""
+    def mark(self, group: Sequence[Request]) -> list[Mark]:
+        """How far the sequences of one prompt may be read now, between two steps."""
+        return [self._mark(request) for request in group]
+
+    def make_output(
+        self, group: Sequence[Request], marks: Sequence[Mark] | None = None, since: Sequence[Mark] | None = None
+    ) -> RequestOutput:
+        """What the sequences of one prompt have produced up to these marks; None: up to now, between two steps.
+
+        since: marks of an earlier output, () if there is none. Then only what is new, of the sequences that have
+        anything new; the prompt's log-probabilities come with its first token.
+        """
         first = group[0]
-        logprobs = self._logprobs_of(first)
+        if first.prompt_token_ids is None:
+            first.prompt_token_ids = first.token_ids[: first.num_prompt_tokens]
+        if marks is None:
+            marks = self.mark(group)
+        outputs = []
+        is_finished = True
+        for request, start, mark in zip(group, since or [_START] * len(group), marks, strict=True):
+            is_finished &= mark.is_ended
+            if since is None or mark.num_tokens > start.num_tokens or mark.is_ended > start.is_ended:
+                outputs.append(_completion(request, start, mark))
+        logprobs = marks[0].logprobs
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
-            prompt_token_ids=self._prompt_of(first),
-            outputs=[self._completion(request) for request in group],
-            finished=all(request.is_finished for request in group),
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=outputs,
+            finished=is_finished,
             num_cached_tokens=first.num_cached_tokens or 0,
-            prompt_logprobs=None if logprobs is None else logprobs.of_prompt(first),
+            prompt_logprobs=None if logprobs is None or (since and since[0].num_tokens) else logprobs.prompt,
             deterministic=self._is_deterministic,
         )
 
     def forget(self, request: Request) -> None:
         """Drop the decoding state. If the request is asked for again, its tokens are decoded anew."""
         self._texts.pop(request, None)
-        self._prompts.pop(request, None)
-        if self._logprobs is not None:
-            self._logprobs.forget(request)
+        self._logprobs.pop(request, None)
 
-    def _completion(self, request: Request) -> CompletionOutput:
+    def _mark(self, request: Request) -> Mark:
         text, logprobs = self._text_of(request), self._logprobs_of(request)
-        return CompletionOutput(
-            index=request.index,
-            text="" if text is None else text.whole(text.num_characters()),
-            token_ids=request.output_token_ids,
-            cumulative_logprob=None if logprobs is None else logprobs.cumulative(request),
-            logprobs=None if logprobs is None else logprobs.of_output(request),
-            hidden_states=self._hidden_states(request),
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            error=request.error,
-        )
+        if logprobs is not None:
+            logprobs.take()
+        num_tokens = len(request.token_ids) - request.num_prompt_tokens
+        return Mark(num_tokens, 0 if text is None else text.num_characters(), request.is_finished, text, logprobs)
 
-    def _logprobs_of(self, request: Request) -> "LogprobsOfRequests | None":
+    def _logprobs_of(self, request: Request) -> "LogprobsOfRequest | None":
         if request.params.logprobs is None and request.params.prompt_logprobs is None:
             return None
-        if self._logprobs is None:
-            from nanovllm.engine.logprobs import LogprobsOfRequests
+        if request not in self._logprobs:
+            from nanovllm.engine.logprobs import LogprobsOfRequest  # a leaf, for requests that ask
 
-            self._logprobs = LogprobsOfRequests(self._tokenizer)
-        return self._logprobs
-
-    def _prompt_of(self, first: Request) -> list[int]:
-        if first not in self._prompts:
-            self._prompts[first] = first.token_ids[: first.num_prompt_tokens]
-        return self._prompts[first]
-
-    @staticmethod
-    def _hidden_states(request: Request) -> dict[int, list[Any]] | None:
-        """Layer -> parts in order, to be joined by whoever may know of tensors."""
-        if request.params.capture is None or not request.is_finished:
-            return None
-        return {layer: [part[layer] for part in request.hidden_states] for layer in request.params.capture["layers"]}
+            self._logprobs[request] = LogprobsOfRequest(request, self._tokenizer)
+        return self._logprobs[request]
 
     def _text_of(self, request: Request) -> OutputText | None:
         params = request.params
@@ -103,3 +117,22 @@ class OutputProcessor:
             )
             text = self._texts[request] = OutputText(request, stream)
         return text
+
+
+def _completion(request: Request, start: Mark, end: Mark) -> CompletionOutput:
+    """What lies between two marks of a sequence. Of the request it reads what does not change any more."""
+    text, logprobs, num_before = end.text, end.logprobs, request.num_prompt_tokens
+    output = CompletionOutput(
+        index=request.index,
+        text="" if text is None else text.between(start.num_characters, end.num_characters),
+        token_ids=request.token_ids[num_before + start.num_tokens : num_before + end.num_tokens],
+    )
+    if logprobs is not None:
+        output.logprobs = logprobs.between(start.num_tokens, end.num_tokens)
+        output.cumulative_logprob = logprobs.cumulative(end.num_tokens)
+    if end.is_ended:
+        output.finish_reason, output.stop_reason = request.finish_reason, request.stop_reason
+        output.error = request.error
+        if request.params.capture is not None:
+            output.hidden_states = hidden_states_of(request, request.params.capture["layers"])
+    return output

@@ -1,9 +1,11 @@
 """OutputText: the text of one request's output as it grows, its stop strings, and what of it may be shown.
 
-Owns the pieces that tokens became. Invariant: what may be shown only ever grows, whatever is cut at the end; neither
-taking a token nor showing what is new looks at more of the text than a stop string is long.
+Owns the pieces that tokens became, which are only ever added to: while one thread takes tokens, another may read what
+was shown before. Invariant: what may be shown only ever grows, whatever is cut at the end; neither taking a token nor
+showing what is new looks at more of the text than a stop string is long.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from nanovllm.detokenizer import DetokenizerStream
@@ -17,7 +19,9 @@ class OutputText:
         self._stops: Sequence[str] = request.params.stop or ()
         self._longest_stop = max(map(len, self._stops), default=0)
         self._pieces: list[str] = []
-        self._length = 0  # of all of them
+        self._ends: list[int] = []  # of each of them in the text
+        self._length = 0  # of the text: of all pieces, until the request has ended and the rest is cut off
+        self._whole = ""  # as it was read last
         self._num_taken = 0  # tokens
         self._before_newest = 0  # length of the text before the newest token's
         self._is_complete = False
@@ -31,41 +35,38 @@ class OutputText:
     def num_characters(self) -> int:
         """How much text may be shown now. While the request runs, an ending that may become a stop string may not."""
         self._catch_up()
-        if self._request.is_finished or self._request.params.include_stop_str_in_output:
+        if not self._stops or self._request.is_finished or self._request.params.include_stop_str_in_output:
             return self._length
         return self._length - self._length_of_possible_stop()
 
-    def whole(self, length: int) -> str:
-        """The first so many characters of the text."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0][:length] if self._pieces else ""
+    def between(self, start: int, end: int) -> str:
+        """Characters of the text that may be shown. It costs what they do, wherever they are."""
+        if start:
+            return self._join(start, end)
+        whole = self._whole  # who reads all each time does not join small pieces each time
+        self._whole = whole = (whole + self._join(len(whole), end))[:end]
+        return whole
 
-    def _from(self, start: int) -> str:
-        """The text from there on; quick near its end."""
-        parts: list[str] = []
-        at = self._length
-        for piece in reversed(self._pieces):
-            if at <= start:
-                break
-            at -= len(piece)
-            parts.append(piece[max(0, start - at) :])
-        return "".join(reversed(parts))
+    def _join(self, start: int, end: int) -> str:
+        first, last = bisect_right(self._ends, start), bisect_left(self._ends, end)
+        at = self._ends[first - 1] if first else 0
+        return "".join(self._pieces[first : last + 1])[start - at : end - at]
 
     def _catch_up(self) -> None:
         """Take what has come since the last call; at the request's end also what that leaves, and cut the text."""
+        request = self._request
+        if not request.is_finished:
+            self._take_tokens(len(request.token_ids))
+            return
         if self._is_complete:
             return
-        request = self._request
         is_ended_by_token = _is_ended_by_token(request)
         is_left_out = is_ended_by_token and not request.params.include_stop_str_in_output
         self._take_tokens(len(request.token_ids) - is_left_out)
-        if not request.is_finished:
-            return
         if isinstance(request.stop_reason, str) and not is_ended_by_token:
             found = self._find()
             assert found is not None, "the newest token has completed it"
-            self._cut(found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0))
+            self._length = found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0)
         else:
             self._append(self._stream.flush())
         self._is_complete = True
@@ -83,19 +84,14 @@ class OutputText:
 
     def _append(self, piece: str) -> None:
         if piece:
-            self._pieces.append(piece)
             self._length += len(piece)
-
-    def _cut(self, length: int) -> None:
-        while self._length > length:
-            piece = self._pieces.pop()
-            self._length -= len(piece)
-            self._append(piece[: max(0, length - self._length)])
+            self._pieces.append(piece)
+            self._ends.append(self._length)
 
     def _find(self) -> tuple[int, str] | None:
         """Where the first stop string begins that is not whole without the newest token's text; and which it is."""
         first = max(0, self._before_newest - self._longest_stop + 1)
-        text = self._from(first)
+        text = self._join(first, self._length)
         found: tuple[int, str] | None = None
         for stop in self._stops:
             at = text.find(stop, max(0, self._before_newest - len(stop) + 1 - first))
@@ -105,7 +101,7 @@ class OutputText:
 
     def _length_of_possible_stop(self) -> int:
         """Of the longest ending that is the beginning of a stop string."""
-        text = self._from(self._length - self._longest_stop + 1) if self._stops else ""
+        text = self._join(max(0, self._length - self._longest_stop + 1), self._length)
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):

@@ -66,6 +66,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # why it could not go on, where finish_reason is "error"
+    prompt_token_ids: list[int] | None = None  # one list for all outputs, made with the first
 
     @property
     def num_tokens(self) -> int:

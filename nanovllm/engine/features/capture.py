@@ -4,6 +4,9 @@ Owns their order in the request; `runner/hidden_states.py` takes them out of the
 kept once, though a preempted request computes the token again.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler_output import ModelRunnerOutput
 
@@ -19,3 +22,8 @@ def take_hidden_states(captured: Captured, output: ModelRunnerOutput) -> None:
         if num_new and not request.is_finished:
             request.hidden_states.append(new)
             request.num_captured_tokens += num_new
+
+
+def hidden_states_of(request: Request, layers: Iterable[int]) -> dict[int, list[Any]]:
+    """Layer -> parts in order, to be joined by whoever may know of tensors."""
+    return {layer: [part[layer] for part in request.hidden_states] for layer in layers}
