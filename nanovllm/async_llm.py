@@ -8,14 +8,14 @@ calls an event loop at most once a step; who is slow finds several steps' tokens
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from nanovllm.engine.input_processor import Prompt
-from nanovllm.engine.output_processor import Mark
+from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import RequestError
 from nanovllm.llm import LLM
@@ -65,7 +65,7 @@ class AsyncLLM:
         handle = await loop.run_in_executor(self._tokenizing, make_handle)
         stream = self._streams[handle] = _Stream(loop)
         is_delta = params.output_kind is RequestOutputKind.DELTA
-        seen: Sequence[Mark] = ()
+        seen: Marks = ()
         is_finished = False
         try:
             self._session.submit(handle)
@@ -110,7 +110,7 @@ class _Stream:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.newest: list[Mark] | RuntimeError | None = None
+        self.newest: Marks | RuntimeError | None = None
         self.is_called = False  # the loop has been asked to wake it, and has not come to it yet
         self._has_news = asyncio.Event()
 
@@ -118,7 +118,7 @@ class _Stream:
         self.is_called = False
         self._has_news.set()
 
-    async def next(self) -> list[Mark]:
+    async def next(self) -> Marks:
         await self._has_news.wait()
         self._has_news.clear()
         assert self.newest is not None
@@ -127,7 +127,7 @@ class _Stream:
         return self.newest
 
 
-def _step_for_all(session: Session, inbox: Inbox[list[Mark]], streams: dict[Handle, _Stream]) -> None:
+def _step_for_all(session: Session, inbox: Inbox[Marks], streams: dict[Handle, _Stream]) -> None:
     """The thread's work: step the engine while there is something to do, and tell the streams."""
     try:
         while True:

@@ -18,13 +18,14 @@ from nanovllm.beam_search import BeamSearchParams, beam_search
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Prompt
-from nanovllm.engine.output_processor import Mark
+from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import RequestError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.scoring import score
+from nanovllm.stepping import SteppedRequests
 from nanovllm.vllm_options import refuse_absent
 from nanovllm.vllm_surface import Message, VLLMSurface, is_conversation
 
@@ -54,8 +55,7 @@ class LLM(VLLMSurface):
         self._generation_config = parts.generation_config
         self._start_times = parts.start_times
         self._output_processor = parts.engine.output_processor
-        self._inbox = Inbox(self._output_processor.mark)  # of `add_request` and `step`
-        self._returned: dict[Handle, list[Mark]] = {}  # how far `step` has returned each of the inbox
+        self._stepped = SteppedRequests(self._session, self._output_processor.mark, self._make_output)
 
     # -- whole batches --
 
@@ -106,8 +106,8 @@ class LLM(VLLMSurface):
         handles = [Handle(group, inbox, only_ends=False) for group in self._process(given, sampling_params)]
         return self._stream(handles, inbox, _is_one(given))
 
-    def _stream(self, handles: list[Handle], inbox: Inbox[list[Mark]], is_one: bool) -> Iterator[RequestOutput]:
-        seen: dict[Handle, list[Mark]] = {}
+    def _stream(self, handles: list[Handle], inbox: Inbox[Marks], is_one: bool) -> Iterator[RequestOutput]:
+        seen: dict[Handle, Marks] = {}
         for handle, marks in self._session.run(handles, inbox):
             new = self._make_output(handle.requests, marks, seen.get(handle, ()))
             seen[handle] = marks
@@ -199,12 +199,12 @@ class LLM(VLLMSurface):
         """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
         self._session.check_open()
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        handle = self._make_handle(prompt, params, request_id, self._inbox)
+        handle = self._make_handle(prompt, params, request_id, self._stepped.inbox)
         self._session.submit(handle)
         return handle.request_id
 
     def _make_handle(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[list[Mark]]
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[Marks]
     ) -> Handle:
         """One prompt, checked and not queued."""
         with self._session.numbers(1) as (number,):
@@ -216,31 +216,10 @@ class LLM(VLLMSurface):
 
         Each has what `SamplingParams.output_kind` says: all its output so far, what is new, or nothing before its end.
         """
-        news = self._session.exclusively(self._step)
-        outputs = []
-        for handle, marks in news.items():
-            is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
-            output = self._make_output(handle.requests, marks, self._returned.get(handle, ()) if is_delta else None)
-            if output.outputs:
-                outputs.append(output)
-        # In the line that returns: what an interruption keeps from the caller is returned by the next call.
-        return self._returned.update(news) or outputs
-
-    def _step(self) -> dict[Handle, list[Mark]]:
-        """News of the inbox after one step; they stay there until the call after the one that returns them."""
-        inbox = self._inbox.news
-        for handle, marks in list(self._returned.items()):
-            if handle in inbox and inbox[handle][0] is marks:
-                del inbox[handle]
-            if all(mark.is_ended for mark in marks):
-                del self._returned[handle]
-        self._session.step()
-        return {handle: marks for handle, (marks, _) in list(inbox.items())}
+        return self._stepped.step()
 
     def has_unfinished_requests(self) -> bool:
-        returned = self._returned
-        is_told = all(returned.get(handle) is marks for handle, (marks, _) in list(self._inbox.news.items()))
-        return self._session.has_unfinished_requests() or not is_told
+        return self._session.has_unfinished_requests() or not self._stepped.are_all_returned()
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """Stop requests, each with all its sequences. An id that has ended, or never was, is passed over.
@@ -249,13 +228,13 @@ class LLM(VLLMSurface):
         """
         for name in [request_id] if isinstance(request_id, str) else list(request_id):
             handle = self._session.find(name)
-            if handle is not None and handle.inbox is self._inbox:
+            if handle is not None and handle.inbox is self._stepped.inbox:
                 self._session.cancel([handle])
             elif handle is not None:
                 self._session.abort(handle)
 
     def _make_output(
-        self, group: Sequence[Request], marks: Sequence[Mark] | None = None, since: Sequence[Mark] | None = None
+        self, group: Sequence[Request], marks: Marks | None = None, since: Marks | None = None
     ) -> RequestOutput:
         output = self._output_processor.make_output(group, marks, since)
         for completion in output.outputs:

@@ -30,6 +30,7 @@ class Mark(NamedTuple):
     logprobs: "LogprobsOfRequest | None"
 
 
+Marks = Sequence[Mark]  # of the sequences of one prompt
 _START = Mark(0, 0, False, None, None)
 
 
@@ -50,12 +51,12 @@ class OutputProcessor:
         found = text.find_stop_string()
         return found if len(request.token_ids) - request.num_prompt_tokens > request.params.min_tokens else None
 
-    def mark(self, group: Sequence[Request]) -> list[Mark]:
+    def mark(self, group: Sequence[Request]) -> Marks:
         """How far the sequences of one prompt may be read now, between two steps."""
         return [self._mark(request) for request in group]
 
     def make_output(
-        self, group: Sequence[Request], marks: Sequence[Mark] | None = None, since: Sequence[Mark] | None = None
+        self, group: Sequence[Request], marks: Marks | None = None, since: Marks | None = None
     ) -> RequestOutput:
         """What the sequences of one prompt have produced up to these marks; None: up to now, between two steps.
 
