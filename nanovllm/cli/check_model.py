@@ -146,7 +146,11 @@ def _load_hugging_face(name: str, revision: str | None) -> Any:
         path = gguf_files[0].parent
     else:
         source = {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    is_multimodal = not source and hasattr(
+        transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), "text_config"
+    )
+    auto_class = transformers.AutoModelForImageTextToText if is_multimodal else transformers.AutoModelForCausalLM
+    model = auto_class.from_pretrained(
         path,
         dtype=torch.float32,
         attn_implementation="eager",  # the one that has every family's soft-caps
@@ -171,7 +175,7 @@ def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
 
 @torch.inference_mode()
 def _run_theirs(model: Any, token_ids: list[int]) -> Stages:
-    decoder = model.model
+    decoder = getattr(model.model, "language_model", model.model)  # of a multimodal model, the text model alone
     with _record(decoder.layers, decoder.norm) as recorded:
         decoder(torch.tensor([token_ids]), use_cache=False)
     return {stage: parts[0][0] for stage, parts in recorded.items()}
@@ -191,12 +195,16 @@ class _Given(nn.Module):
 @torch.inference_mode()
 def _compare_logits(ours: Any, our_hidden: Tensor, theirs: Any, their_hidden: Tensor) -> Difference:
     """A few rows at a time: all of them, for 262,144 tokens in float32, would take more memory than the model."""
-    decoder, num_rows = theirs.model, max(1, _LOGITS_AT_ONCE // theirs.config.vocab_size)
+    decoder, num_rows = theirs.model, max(1, _LOGITS_AT_ONCE // theirs.config.get_text_config().vocab_size)
+    is_multimodal = hasattr(decoder, "language_model")  # its head is all that comes behind its text model
     parts: list[Difference] = []
     try:
         for our_rows, their_rows in zip(our_hidden.split(num_rows), their_hidden.split(num_rows), strict=True):
-            theirs.model = _Given(their_rows)
-            logits = theirs(torch.zeros(1, len(their_rows), dtype=torch.long), use_cache=False).logits[0]
+            if is_multimodal:
+                logits = theirs.lm_head(their_rows)
+            else:
+                theirs.model = _Given(their_rows)
+                logits = theirs(torch.zeros(1, len(their_rows), dtype=torch.long), use_cache=False).logits[0]
             parts += compare({"logits": ours.compute_logits(our_rows)}, {"logits": logits})
     finally:
         theirs.model = decoder

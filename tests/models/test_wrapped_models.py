@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from nanovllm.cli.main import main
 from nanovllm.models.registry import read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.wrapped import text_name
@@ -99,6 +100,12 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
     with pytest.warns(UserWarning, match=r"only the text model is read; \d+ tensors of .*vis.* are left out"):
         checkpoint = open_checkpoint(str(folder), load_format="auto", revision=None)
     assert not any(re.search("vis|project", name) for name, _ in checkpoint.headers())
+
+
+@pytest.mark.filterwarnings("ignore:.*only the text model is read")
+def test_check_model_compares_the_text_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-model", str(folder)]) == 0
+    assert "check-model: PASS logits=" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*only the text model is read")
