@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from tqdm import tqdm
 
+from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.logprobs import LogprobsMap
 from nanovllm.options import accepting, check_fields, option, takes_options
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.tokenizer import Tokenizer
 
 Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
 
@@ -39,6 +42,39 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def search_prompts(
+    generate: Generate,
+    input_processor: InputProcessor,
+    tokenizer: Tokenizer | None,
+    max_model_len: int,
+    prompts: Sequence[Prompt],
+    params: BeamSearchParams,
+    use_tqdm: bool,
+) -> list[BeamSearchOutput]:
+    """See `LLM.beam_search`."""
+    if not isinstance(params, BeamSearchParams):
+        raise TypeError(f"params must be BeamSearchParams, got {params!r}")
+    longest = max_model_len - params.max_tokens
+    token_ids = [input_processor.read_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    for i, ids in enumerate(token_ids):
+        if len(ids) > longest:
+            raise ValueError(
+                f"prompts[{i}] has {len(ids)} tokens; with max_tokens={params.max_tokens} and max_model_len="
+                f"{max_model_len} there is room for {max(longest, 0)}"
+            )
+    with tqdm(total=params.max_tokens, desc="Beam search", unit=" tokens", disable=not use_tqdm) as progress:
+
+        def generate_and_count(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
+            progress.update()
+            return generate(beams, step)
+
+        outputs = beam_search(generate_and_count, token_ids, params, input_processor.eos_token_ids)
+    for sequence in (sequence for output in outputs for sequence in output.sequences):
+        if tokenizer is not None:
+            sequence.text = tokenizer.decode(sequence.tokens[sequence.num_prompt_tokens :])
+    return outputs
 
 
 def beam_search(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nanovllm.beam_search import BeamSearchParams, beam_search
+from nanovllm.beam_search import BeamSearchParams, search_prompts
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.engine.input_processor import Prompt
@@ -158,30 +158,14 @@ class LLM(VLLMSurface):
     ) -> list[BeamSearchOutput]:
         """For each prompt the `beam_width` most likely continuations that a beam search finds, best first."""
         self._session.check_open()
-        if not isinstance(params, BeamSearchParams):
-            raise TypeError(f"params must be BeamSearchParams, got {params!r}")
-        max_model_len = self.config.max_model_len
-        longest = max_model_len - params.max_tokens
-        token_ids = [self._input_processor.read_prompt(p, f"prompts[{i}]") for i, p in enumerate(_as_list(prompts))]
-        for i, ids in enumerate(token_ids):
-            if len(ids) > longest:
-                raise ValueError(
-                    f"prompts[{i}] has {len(ids)} tokens; with max_tokens={params.max_tokens} and max_model_len="
-                    f"{max_model_len} there is room for {max(longest, 0)}"
-                )
-        with tqdm(total=params.max_tokens, desc="Beam search", unit=" tokens", disable=not use_tqdm) as progress:
 
-            def generate(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
-                progress.update()
-                results = self.generate(beams, step, use_tqdm=False)
-                _raise_error_of(results)
-                return results
+        def generate(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
+            results = self.generate(beams, step, use_tqdm=False)
+            _raise_error_of(results)
+            return results
 
-            outputs = beam_search(generate, token_ids, params, self._input_processor.eos_token_ids)
-        for sequence in (sequence for output in outputs for sequence in output.sequences):
-            if self._tokenizer is not None:
-                sequence.text = self._tokenizer.decode(sequence.tokens[sequence.num_prompt_tokens :])
-        return outputs
+        about = self._input_processor, self._tokenizer, self.config.max_model_len
+        return search_prompts(generate, *about, _as_list(prompts), params, use_tqdm)
 
     def score(self, prefix: Prompt, options: Sequence[str | Sequence[int]]) -> list[float]:
         """Log-likelihood of each option given the prefix: the sum of its tokens' log-probabilities (natural log).
