@@ -23,6 +23,8 @@ _PUBLIC = {
     "RequestOutput": "nanovllm.outputs",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
+    "EmbeddingOutput": "nanovllm.embedding",
+    "EmbeddingRequestOutput": "nanovllm.embedding",
     "TextPrompt": "nanovllm.prompts",
     "TokensPrompt": "nanovllm.prompts",
     "RequestError": "nanovllm.errors",

@@ -42,7 +42,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[Mapping[int, Logprob]] | None = None
-    hidden_states: dict[int, Any] | None = None
+    hidden_states: dict[int | str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None

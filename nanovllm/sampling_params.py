@@ -41,13 +41,15 @@ def _read_form(form: Any) -> Any:
     return form
 
 
-def _read_capture(capture: Any) -> dict[str, tuple[int, ...]] | None:
+def _read_capture(capture: Any) -> dict[str, tuple[int | str, ...]] | None:
     if capture is None:
         return None
     if not isinstance(capture, Mapping):
         raise TypeError(f"capture must be a dict like {{'layers': [0, 5]}}, got {capture!r}")
     reject_unknown_options("capture", capture, ["layers"])
-    layers = read_list("capture['layers']", capture.get("layers"), int)
+    layers: Any = capture.get("layers")
+    norm = ("norm",) if isinstance(layers, (list, tuple)) and "norm" in layers else ()
+    layers = read_list("capture['layers']", [one for one in layers if one != "norm"] if norm else layers, int) + norm
     if not layers:
         raise ValueError("capture['layers'] is empty; name a layer, or leave capture out")
     return {"layers": tuple(dict.fromkeys(layers))}
@@ -107,9 +109,9 @@ class SamplingParams:
     skip_special_tokens: leave special tokens out of the text.
     spaces_between_special_tokens: where special tokens are not left out, False puts no space between two of them.
     detokenize: False leaves `text` empty.
-    capture: {"layers": [...]} returns the hidden states behind these decoder layers (0 is the first, -1 the last) for
-        each token of prompt and output but the last, when the request ends. Its whole prompt is computed, also where
-        the prefix cache holds it.
+    capture: {"layers": [...]} returns the hidden states behind these decoder layers (0 is the first, -1 the last,
+        "norm" the model's last norm) for each token of prompt and output but the last, when the request ends. Its whole
+        prompt is computed, also where the prefix cache holds it.
     output_kind: what `LLM.step` returns of this request; `LLM.generate` returns all, `LLM.stream` what is new.
     """
 

@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.embedding import PARAMS as EMBED_PARAMS
+from nanovllm.embedding import EmbeddingRequestOutput, Pooling, embed
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
@@ -129,6 +131,22 @@ class VLLMSurface:
     def _queue(self) -> "_Queue":
         return _Queue(Inbox(self._make_output))
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, of the hidden states behind the last norm; see `embedding.Pooling`.
+
+        pooling: "last", as for Qwen3-Embedding and most embedding models that are decoders, or "mean".
+        """
+        how = Pooling(kind=pooling, is_normalized=normalize, dimensions=dimensions)
+        how.check(self.model_config.hidden_size)
+        return embed(self._session, self._process(prompts, EMBED_PARAMS), how)
+
     # -- what wrappers read --
 
     @cached_property
@@ -156,9 +174,8 @@ class VLLMSurface:
 
     # -- what is not here --
 
-    _POOLING = "pooling models are not supported; `capture` in SamplingParams returns hidden states"
+    _POOLING = "only embed() pools; `capture` in SamplingParams returns hidden states"
     encode = _refused("encode", _POOLING)
-    embed = _refused("embed", _POOLING)
     classify = _refused("classify", _POOLING)
     reward = _refused("reward", _POOLING)
     sleep = _refused("sleep", "close() frees the device")

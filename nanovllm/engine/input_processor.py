@@ -102,7 +102,7 @@ class InputProcessor:
         if self._is_remote:
             check_importable(params.logits_processors or (), f"{name}: logits_processors")
         for layer in (params.capture or {}).get("layers", ()):
-            if not -self._num_layers <= layer < self._num_layers:
+            if layer != "norm" and not -self._num_layers <= layer < self._num_layers:
                 raise ValueError(
                     f"{name}: capture names layer {layer}; the model's are in [-{self._num_layers}, {self._num_layers})"
                 )

@@ -61,7 +61,7 @@ class Request:
     num_scored_tokens: int = 0  # leading tokens whose successor's log-probability is known or in flight
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens
-    hidden_states: list[dict[int, Any]] = field(default_factory=list)  # of its tokens in order, as steps brought them
+    hidden_states: list[dict[int | str, Any]] = field(default_factory=list)  # of its tokens in order, by steps
     num_captured_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -67,7 +67,7 @@ class SchedulerOutput:
     token_ids: list[int] = field(default_factory=list)
     grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
-    capture_layers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    capture_layers: dict[int, tuple[int | str, ...]] = field(default_factory=dict)
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
 
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":
@@ -112,5 +112,5 @@ class ModelRunnerOutput:
     token_ids: list[list[int]]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
-    hidden_states: list[dict[int, Any]] = field(default_factory=list)
+    hidden_states: list[dict[int | str, Any]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)

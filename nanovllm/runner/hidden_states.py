@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 # For each request that captures, layer -> [its tokens in the step, hidden_size], in the model's dtype.
-Captured = Sequence[dict[int, Tensor]]
+Captured = Sequence[dict[int | str, Tensor]]
 
 
 @contextmanager
@@ -20,17 +20,18 @@ def captured_layers(
     model: Any,
     rows: Sequence[int],
     query_lens: Sequence[int],
-    layers_of_row: Mapping[int, Sequence[int]],
+    layers_of_row: Mapping[int, Sequence[int | str]],
     to_host: Callable[[Tensor], Tensor],
 ) -> Iterator[Captured]:
     """Inside, the result fills with the residual stream behind the layers, for those rows that name some.
 
     rows, query_lens: the step's requests, and the tokens of each. model.layers: modules that return (what the layer
-    adds to the residual stream, the stream before that). Each part goes to the host at once, so that the device holds
-    what is behind one layer at a time.
+    adds to the residual stream, the stream before that). "norm" is model.norm, which returns (the stream
+    normalized, anything). Each part goes to the host at once, so that the device holds what is behind one
+    layer at a time.
     """
-    captured: list[dict[int, Tensor]] = []
-    parts: dict[int, list[tuple[dict[int, Tensor], slice]]] = {}  # per layer, whose
+    captured: list[dict[int | str, Tensor]] = []
+    parts: dict[int | str, list[tuple[dict[int | str, Tensor], slice]]] = {}  # per layer, whose
     first = 0
     for row, count in zip(rows, query_lens, strict=True):
         if row in layers_of_row:
@@ -39,14 +40,16 @@ def captured_layers(
                 parts.setdefault(layer, []).append((captured[-1], slice(first, first + count)))
         first += count
 
-    def keep(layer: int) -> Callable[..., None]:
+    def keep(layer: int | str) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
             for request, tokens in parts[layer]:
-                request[layer] = to_host(output[0][tokens] + output[1][tokens])
+                states = output[0][tokens]
+                request[layer] = to_host(states if layer == "norm" else states + output[1][tokens])
 
         return hook
 
-    handles = [model.layers[layer].register_forward_hook(keep(layer)) for layer in parts]
+    modules = {layer: model.norm if layer == "norm" else model.layers[layer] for layer in parts}
+    handles = [module.register_forward_hook(keep(layer)) for layer, module in modules.items()]
     try:
         yield captured
     finally:

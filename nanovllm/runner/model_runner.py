@@ -40,7 +40,7 @@ class PendingTokens:
     event: torch.cuda.Event | None
     logprobs: Sequence[tuple[np.ndarray, Tensor]] = ()  # (which of the tokens, theirs), packed as all that follow
     prompt_logprobs: Sequence[Sequence[Tensor]] = ()  # per item of the plan's, in parts
-    hidden_states: Sequence[dict[int, Tensor]] = ()  # as in `hidden_states.py`
+    hidden_states: Sequence[dict[int | str, Tensor]] = ()  # as in `hidden_states.py`
     failures: dict[int, str] = field(default_factory=dict)  # as in ModelRunnerOutput
 
     def result(self) -> ModelRunnerOutput:
@@ -213,7 +213,7 @@ class ModelRunner:
         logprobs: Sequence[tuple[np.ndarray, Tensor]] = (),
         failures: dict[int, str] | None = None,
         prompt_logprobs: Sequence[Sequence[Tensor]] = (),
-        captured: Sequence[dict[int, Tensor]] = (),
+        captured: Sequence[dict[int | str, Tensor]] = (),
     ) -> PendingTokens:
         """tokens and logprobs are on the device, everything else is on its way to the host already."""
         host = self.to_host(tokens)
@@ -256,7 +256,7 @@ class ModelRunner:
         words = self.cascade_items.words(plan.shared_prefixes, plan.num_decodes)
         return cascade_inputs(upload(words, self.device), plan.num_decodes)
 
-    def _capturing(self, plan: SchedulerOutput) -> AbstractContextManager[Sequence[dict[int, Tensor]]]:
+    def _capturing(self, plan: SchedulerOutput) -> AbstractContextManager[Sequence[dict[int | str, Tensor]]]:
         if not plan.capture_layers:
             return nullcontext(())
         from nanovllm.runner.hidden_states import captured_layers

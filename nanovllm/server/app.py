@@ -25,6 +25,7 @@ from nanovllm.errors import EngineDeadError, cut
 from nanovllm.server.body import BadRequest, read_body
 from nanovllm.server.chat import chat_completions
 from nanovllm.server.completions import completions
+from nanovllm.server.embeddings import embeddings
 from nanovllm.server.errors import error_response
 from nanovllm.server.messages import count_tokens, messages
 from nanovllm.server.responses import responses
@@ -41,6 +42,7 @@ def make_app(served: Served, api_key: str | None = None) -> Starlette:
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/v1/messages", messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         Route("/inference/v1/generate", generate, methods=["POST"]),

@@ -30,7 +30,7 @@ async def completions(request: Request) -> Response:
     name = served.check_model(body)
     is_stream = body.take("stream", bool, False)
     wants_usage = take_stream_options(body, is_stream)
-    prompts = _take_prompts(body)
+    prompts = take_prompts(body, "prompt")
     echo: bool = body.take("echo", bool, False)
     num_top: int | None = body.take("logprobs", int)
     max_tokens: int = body.take("max_tokens", int, 16)
@@ -57,12 +57,13 @@ async def completions(request: Request) -> Response:
     return JSONResponse(answer.whole(outputs, texts, echo, only_echo))
 
 
-def _take_prompts(body: Body) -> list[Any]:
-    prompt = body.require("prompt", (str, list))
+def take_prompts(body: Body, name: str) -> list[Any]:
+    """One or several prompts, texts or lists of token ids, out of the field `name`."""
+    prompt = body.require(name, (str, list))
     if isinstance(prompt, str) or (prompt and all(isinstance(item, int) for item in prompt)):
         return [_as_prompt(prompt)]
     if not prompt or len(prompt) > _MAX_PROMPTS:
-        raise BadRequest(f"prompt holds {len(prompt)} prompts; give 1 to {_MAX_PROMPTS}", param="prompt")
+        raise BadRequest(f"{name} holds {len(prompt)} prompts; give 1 to {_MAX_PROMPTS}", param=name)
     return [_as_prompt(item) for item in prompt]
 
 

@@ -24,6 +24,6 @@ def take_hidden_states(captured: Captured, output: ModelRunnerOutput) -> None:
             request.num_captured_tokens += num_new
 
 
-def hidden_states_of(request: Request, layers: Iterable[int]) -> dict[int, list[Any]]:
+def hidden_states_of(request: Request, layers: Iterable[int | str]) -> dict[int | str, list[Any]]:
     """Layer -> parts in order, to be joined by whoever may know of tensors."""
     return {layer: [part[layer] for part in request.hidden_states] for layer in layers}
