@@ -7,6 +7,7 @@ without a seed gets the row's.
 
 import asyncio
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,14 @@ from nanovllm.server.app import make_app
 from nanovllm.server.served import Served
 
 URLS = ("/v1/chat/completions", "/v1/completions")
+_ENGINE_IS_GONE = 503
 
 
 class OpenAILinesJob:
-    def __init__(self, engine: AsyncLLM, names: list[str], max_unfinished: int) -> None:
+    def __init__(self, engine: AsyncLLM, names: list[str]) -> None:
         """names: what lines may call the model."""
         self._engine = engine
-        self._app = make_app(Served(engine, names, max_unfinished))
+        self._app = make_app(Served(engine, names, max_unfinished=sys.maxsize))  # the job has its own bound
 
     async def answer(self, row: Row) -> dict[str, Any]:
         identity: dict[str, Any] = {"id": f"batch_req_{row.number}", "custom_id": row.fields.get("custom_id")}
@@ -35,6 +37,8 @@ class OpenAILinesJob:
         if body.get("seed") is None:
             body["seed"] = row_seed(self._engine, row)
         status, answer = await self._post(url, json.dumps(body).encode(), str(row.number))
+        if status == _ENGINE_IS_GONE:  # that is no row's fault: the job ends, and the row is computed when it goes on
+            raise RuntimeError(answer["error"]["message"])
         _forget_the_hour(answer, row.number)
         response = {"status_code": status, "request_id": str(row.number), "body": answer}
         return {**identity, "response": response, "error": None}

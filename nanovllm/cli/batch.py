@@ -30,6 +30,7 @@ from nanovllm.model_files.locate import locate_model
 
 _MAX_TOKENS = 256
 _WINDOW = 2  # rows in flight for each that the engine runs at once: those that wait are tokenized by the time they run
+_LOG_SECONDS = 60.0  # how often a log, where there is no terminal, hears of the progress
 # Options that decide how much runs at once, and not what comes out: they may differ when a job goes on.
 _HOW_MUCH = (
     "data_parallel_size", "distributed_executor_backend", "distributed_timeout_seconds", "engine_process",
@@ -115,12 +116,15 @@ def _check_done(table: Table, out: Path, journal: Journal) -> int:
 
 def _run(args: Namespace, paths: _Paths, columns: Columns | None, journal: Journal, about: Mapping[str, Any]) -> None:
     num_rows, num_before = paths.table.count(), journal.num_rows
-    is_shown = sys.stderr.isatty() and not args.quiet
+    seconds = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
     engine = AsyncLLM(args.model, **engine_options(args), use_tqdm_on_load=not args.quiet)
     config = engine.llm.config
     window = _WINDOW * config.max_num_seqs * config.data_parallel_size
-    job = _make_job(engine, args, columns, window)
-    with tqdm(total=num_rows, initial=num_before, unit=" rows", disable=not is_shown, dynamic_ncols=True) as bar:
+    job = _make_job(engine, args, columns)
+    with tqdm(
+        total=num_rows, initial=num_before, unit=" rows", disable=args.quiet, dynamic_ncols=True,
+        mininterval=seconds, maxinterval=max(seconds, 10),
+    ) as bar:  # fmt: skip
         counts = _Counts(bar)
 
         async def work() -> None:
@@ -137,7 +141,7 @@ def _run(args: Namespace, paths: _Paths, columns: Columns | None, journal: Journ
         print(f"[{counts.summary(journal.num_rows, num_before)}: {paths.out}]", file=sys.stderr)
 
 
-def _make_job(engine: AsyncLLM, args: Namespace, columns: Columns | None, window: int) -> Job:
+def _make_job(engine: AsyncLLM, args: Namespace, columns: Columns | None) -> Job:
     if columns is not None:
         return ColumnsJob(engine, columns, make_sampling_params(engine.llm, args, _MAX_TOKENS))
     try:
@@ -146,7 +150,7 @@ def _make_job(engine: AsyncLLM, args: Namespace, columns: Columns | None, window
         raise ImportError(
             f"OpenAI's batch lines need the extra `serve`: pip install 'nanovllm[serve]' ({error})"
         ) from error
-    return OpenAILinesJob(engine, args.served_model_name or [args.model], window)
+    return OpenAILinesJob(engine, args.served_model_name or [args.model])
 
 
 class _Counts:

@@ -1,5 +1,6 @@
 """`nanovllm batch` in this process, on a tiny random model."""
 
+import asyncio
 import errno
 import json
 import os
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from nanovllm.async_llm import AsyncLLM
 from nanovllm.batch import job
-from nanovllm.batch.tables import open_table
+from nanovllm.batch.tables import Row, open_table
 from nanovllm.cli.main import main
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
@@ -122,7 +124,7 @@ def test_openai_lines(model: str, tmp_path: Path) -> None:
 
     rows = [
         line("a", "/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], n=2),
-        line("b", "/v1/completions", prompt=["one", "two"]),
+        line("b", "/v1/completions", prompt=["one", "two"] * 10),
         line("c", "/v1/completions", prompt="x", temperature=-1),
         line("d", "/v1/embeddings", input="x"),
         "no JSON",
@@ -136,11 +138,27 @@ def test_openai_lines(model: str, tmp_path: Path) -> None:
     assert [row["custom_id"] for row in (chat, texts, bad, unknown, broken)] == ["a", "b", "c", "d", None]
     assert chat["response"]["status_code"] == 200
     assert [choice["index"] for choice in chat["response"]["body"]["choices"]] == [0, 1]
-    assert len(texts["response"]["body"]["choices"]) == 2
+    assert len(texts["response"]["body"]["choices"]) == 20, "more than are in flight otherwise"
     assert bad["response"]["status_code"] == 400
     assert "temperature" in bad["response"]["body"]["error"]["message"]
     assert "/v1/embeddings" in unknown["error"]["message"]
     assert "no JSON" in broken["error"]["message"]
+
+
+def test_an_engine_that_ends_is_no_answer(model: str) -> None:
+    pytest.importorskip("starlette")
+    from nanovllm.batch.openai_lines import OpenAILinesJob
+
+    body = {"model": "tiny", "prompt": "x"}
+    row = Row(0, b"", {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body})
+
+    async def ask_after_the_end() -> None:
+        async with AsyncLLM(model, device="cpu", num_gpu_blocks_override=64) as engine:
+            job = OpenAILinesJob(engine, ["tiny"])
+        await job.answer(row)
+
+    with pytest.raises(RuntimeError, match="the engine has ended"):
+        asyncio.run(ask_after_the_end())
 
 
 class Killed(BaseException):
