@@ -67,18 +67,18 @@ def logprobs(output: Any) -> list[float]:
     return [number for entry in entries for token_id in entry for number in (token_id, entry[token_id].logprob)]
 
 
-def test_results_are_those_of_one_engine_in_the_prompts_order(folder: Path, two: LLM) -> None:
-    with make_llm(folder) as one:
+def test_results_are_those_of_one_engine_in_the_prompts_order(folder: Path) -> None:
+    with make_llm(folder) as one, make_llm(folder, data_parallel_size=2) as two:  # both new: the same seeds are drawn
         expected = one.generate(PROMPTS, VARIED, use_tqdm=False)
-        outputs = two.generate(PROMPTS, VARIED, use_tqdm=False)  # both are new, so the same seeds are drawn
+        outputs = two.generate(PROMPTS, VARIED, use_tqdm=False)
         assert list(map(facts, outputs)) == list(map(facts, expected))
         assert logprobs(outputs[2]) == pytest.approx(logprobs(expected[2]), abs=1e-4)
         for output, alone in zip(outputs[2].outputs, expected[2].outputs, strict=True):
             torch.testing.assert_close(output.hidden_states, alone.hidden_states)
         assert isinstance(outputs[3].outputs[0].stop_reason, str)
         assert generate(two, GREEDY) == generate(one, GREEDY)
-    metrics = two.get_metrics()
-    assert metrics["num_free_blocks"] == metrics["num_blocks"]
+        metrics = two.get_metrics()
+        assert metrics["num_free_blocks"] == metrics["num_blocks"]
 
 
 def test_both_engines_work(two: LLM) -> None:

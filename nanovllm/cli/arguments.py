@@ -238,7 +238,6 @@ Reads the model's config only; no weight is loaded.
 
 examples:
   nanovllm memory demo
-  nanovllm serve Qwen/Qwen3-0.6B                    an HTTP server for OpenAI's clients
   nanovllm memory Qwen/Qwen3-8B --max-model-len 8192 --max-num-seqs 32 --dtype bfloat16
 """,
         " MODEL",
