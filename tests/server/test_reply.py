@@ -1,10 +1,12 @@
 """Reasoning and tool calls out of text, in every form that the table of templates knows, in pieces of any size."""
 
 import json
+import sys
 from typing import ClassVar
 
 import pytest
 
+from nanovllm.server import response_templates
 from nanovllm.server.reply import Piece, Reader, Reply, TemplateReader, read_whole
 from nanovllm.server.response_templates import find_response_template
 
@@ -137,6 +139,15 @@ def test_a_tokenizers_own_template_comes_first() -> None:
     template = find_response_template(Own(), "<tool_call>", True)
     reply = read_whole(TemplateReader(template, TURN, [], True), '((hm))yes!run {"a": 1}!')
     assert (reply.reasoning, reply.content, reply.calls[0].name) == ("hm", "yes", "run")
+
+
+def test_an_older_transformers_leaves_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.utils.chat_parsing.response_templates", None)
+    response_templates._load.cache_clear()
+    assert find_response_template(Tokenizer(), "<think>", False) is None
+    with pytest.raises(NotImplementedError, match=r"needs transformers 5\.24"):
+        find_response_template(Tokenizer(), "<tool_call>", True)
+    response_templates._load.cache_clear()
 
 
 def test_a_form_that_nobody_knows() -> None:
