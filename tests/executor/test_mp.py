@@ -237,8 +237,9 @@ def test_a_rank_that_hangs_is_not_waited_for_longer_than_asked(folder: Path) -> 
     assert not any(map(is_alive, pids))
 
 
-def test_a_bad_checkpoint_raises_what_it_raises_in_one_process(tmp_path: Path) -> None:
-    """W2"""
+def test_a_bad_checkpoint_raises_what_it_raises_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W2. As a worker finds it: what this process would have found before starts none."""
+    monkeypatch.setattr("nanovllm.build._rehearse_loading", lambda *_: None)
     folder = save_random(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("model.norm.weight")
