@@ -12,6 +12,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.weights.checkpoint import SafetensorsCheckpoint
 from tests.executor.rank_process import OPTIONS, Ranks, generate
+from tests.models.wrapped import CASES as WRAPPED
+from tests.models.wrapped import save_wrapped
 from tests.tiny_models import random_prompts, save_random
 
 PROMPTS = random_prompts([1, 9, 30, 16])
@@ -21,6 +23,16 @@ MIXED = [SamplingParams(seed=i, max_tokens=8, top_k=20 * (i % 2), top_p=0.9) for
 GREEDY_ROUND, SAMPLED_ROUND = (PROMPTS, GREEDY), (PROMPTS, MIXED)
 TIGHT_ROUND = (PROMPTS[2:4], GREEDY)
 TIGHT = {"num_gpu_blocks_override": 7, "max_num_batched_tokens": 11, "max_num_seqs": 8, "overlap_depth": 2}
+
+# What an architecture's own config has no default for. Short windows would leave nothing to preempt for.
+FIELDS: dict[str, dict[str, Any]] = {
+    "MinistralForCausalLM": {
+        "sliding_window": 256,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "head_dim": 16,
+    },
+    "Gemma3ForConditionalGeneration": {"sliding_window": 256},
+}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -37,7 +49,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(architecture: str) -> Any:
         if architecture not in known:
-            folder = save_random(tmp_path_factory.mktemp(architecture), architecture)
+            folder = tmp_path_factory.mktemp(architecture)
+            if architecture in WRAPPED:
+                save_wrapped(folder, architecture, **FIELDS.get(architecture, {}))
+            else:
+                save_random(folder, architecture, **FIELDS.get(architecture, {}))
             known[architecture] = folder, generate(folder, {}, [GREEDY_ROUND, SAMPLED_ROUND])[:-1]
         return known[architecture]
 
@@ -111,8 +127,8 @@ def growth_while_loading(folder: Path, size: int) -> int:
     seen = [own_bytes()]
     tensors = SafetensorsCheckpoint.tensors
 
-    def watched(self: SafetensorsCheckpoint) -> Iterator[tuple[str, torch.Tensor]]:
-        for item in tensors(self):
+    def watched(self: SafetensorsCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in tensors(self, dtype):
             yield item
             seen.append(own_bytes())
 
