@@ -15,11 +15,14 @@ from nanovllm.models.registry import read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.wrapped import text_name
 from tests.models.parity import check_greedy_tokens, check_logits, make_llm
-from tests.models.wrapped import CASES, save_wrapped
+from tests.models.wrapped import save_wrapped
 from tests.tiny_models import edit_json, hugging_face_greedy, random_prompts
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=["Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen3VLForConditionalGeneration"],
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wrapped(tmp_path_factory.mktemp("model"), request.param)
 
