@@ -183,7 +183,18 @@ examples:
     group = parser.add_argument_group("server options")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
-    group.add_argument("--api-key", metavar="KEY", help="what clients must send as a bearer token")
+    group.add_argument(
+        "--api-key", metavar="KEY",
+        help="what clients must send as a bearer token (default: $NANOVLLM_API_KEY, which other users do not see)",
+    )  # fmt: skip
+    group.add_argument(
+        "--allowed-origins", nargs="+", default=(), metavar="ORIGIN",
+        help="sites whose pages may use the server from a browser, as https://chat.example (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--trust-request-chat-template", action="store_true",
+        help="run chat templates that come with requests: programs of whoever may ask",
+    )  # fmt: skip
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (default: MODEL)"
     )

@@ -6,6 +6,7 @@ nothing new. Invariant: the port answers only once the model is ready.
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from argparse import Namespace
@@ -20,6 +21,7 @@ def run(args: Namespace) -> int:
         import uvicorn
 
         from nanovllm.server.app import make_app
+        from nanovllm.server.http import BoundedHttp
         from nanovllm.server.served import Served
     except ImportError as error:
         raise ImportError(
@@ -28,17 +30,21 @@ def run(args: Namespace) -> int:
     from nanovllm.async_llm import AsyncLLM
 
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    key = _read_key(args.api_key)
     listener = _listen(args.host, args.port)
     engine = AsyncLLM(args.model, **{"engine_process": True, **engine_options(args)})
-    served = Served(engine, args.served_model_name or [args.model], args.max_unfinished)
+    served = Served(
+        engine, args.served_model_name or [args.model], args.max_unfinished, args.trust_request_chat_template
+    )
     config = uvicorn.Config(
-        make_app(served, args.api_key),
+        make_app(served, key, args.allowed_origins),
+        http=BoundedHttp,
+        ws="none",
         log_config=None,
         access_log=False,
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
         timeout_graceful_shutdown=args.drain_seconds,
-        h11_max_incomplete_event_size=2**16,
     )
     scheme = "https" if args.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
@@ -55,6 +61,17 @@ def run(args: Namespace) -> int:
 
     asyncio.run(Server(config).serve(sockets=[listener]))
     return 0
+
+
+def _read_key(given: str | None) -> str | None:
+    """An empty one, of a variable that is not set, would let in whom it was meant to keep out."""
+    key = os.environ.get("NANOVLLM_API_KEY") if given is None else given
+    if key is not None and not key.strip():
+        source = "$NANOVLLM_API_KEY" if given is None else "--api-key"
+        raise ValueError(
+            f"the key in {source} is empty; give one, or leave {source} out for a server that asks for none"
+        )
+    return key
 
 
 def _listen(host: str, port: int) -> socket.socket:

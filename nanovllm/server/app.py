@@ -7,14 +7,16 @@ error in its dialect with a status that says whose fault it was, and the others 
 import asyncio
 import hmac
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -34,10 +36,16 @@ from nanovllm.server.tokens import generate
 
 _log = logging.getLogger("nanovllm.server")
 _OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has no key
+_REQUEST_ID = re.compile(
+    rb"[\w.:-]{1,100}"
+)  # of bytes: ASCII alone, so that none can forge or colour a line of the log
 
 
-def make_app(served: Served, api_key: str | None = None) -> Starlette:
-    """api_key: what clients must send as a bearer token; None asks for none."""
+def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequence[str] = ()) -> Starlette:
+    """api_key: what clients must send as a bearer token; None asks for none.
+
+    allowed_origins: of the pages on other sites whose scripts may use the server in a browser.
+    """
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
@@ -70,6 +78,10 @@ def make_app(served: Served, api_key: str | None = None) -> Starlette:
 
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.add_middleware(_Gate, api_key=api_key)  # type: ignore[arg-type]
+    if allowed_origins:  # around the gate: what a browser asks ahead of a request carries no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
     app.state.served = served
     return app
 
@@ -85,7 +97,8 @@ class _Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:100] or uuid.uuid4().hex
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         start, status = time.perf_counter(), 0
 
@@ -93,7 +106,7 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode("latin-1"))]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
         if self._key is not None and scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
@@ -101,12 +114,13 @@ class _Gate:
             await response(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
-        _log.info("%s %s %s %s %.3f s", request_id, scope["method"], scope["path"], status, time.perf_counter() - start)
+        path = cut(scope["raw_path"].decode("latin-1"))  # as it was sent: decoded, it may hold line breaks
+        _log.info("%s %s %s %s %.3f s", request_id, scope["method"], path, status, time.perf_counter() - start)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         assert self._key is not None
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
-        return hmac.compare_digest(given, self._key.encode())
+        return given != b"" and hmac.compare_digest(given, self._key.encode())
 
 
 # -- errors --

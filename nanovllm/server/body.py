@@ -4,6 +4,7 @@ Owns what every route asks of a body. Invariant: a field that nobody took is ref
 accepted and ignored.
 """
 
+import asyncio
 import json
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
@@ -14,7 +15,11 @@ from starlette.requests import ClientDisconnect, Request
 from nanovllm.errors import brief
 
 MAX_BYTES = 32 * 2**20
+MAX_VALUES = (
+    4_000_000  # numbers, texts, lists and objects in a body, of which each takes much more memory than its text
+)
 MAX_DEPTH = 64  # of nested lists and objects: schemas are a dozen deep
+MAX_SECONDS = 120.0  # to send one: a connection that trickles is a descriptor held
 
 Kind = TypeVar("Kind")
 
@@ -29,24 +34,38 @@ class BadRequest(ValueError):
 
 async def read_body(request: Request) -> "Body":
     """The body of a request as JSON. Raises BadRequest for one that is too long, too deep or no JSON object."""
-    parts: list[bytes] = []
-    size = 0
+    # A page on any site can have a browser send texts and forms here, and nothing of this type unless it is allowed to.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise BadRequest(f"content-type must be application/json, got {brief(kind)}", status=415)
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > MAX_BYTES:
-                raise BadRequest(f"the body is larger than {MAX_BYTES:,} bytes", status=413)
-            parts.append(part)
+        async with asyncio.timeout(MAX_SECONDS):
+            text = await _read_bytes(request)
     except ClientDisconnect as error:
         raise BadRequest("the client went away") from error
+    except TimeoutError as error:
+        raise BadRequest(f"the body did not come within {MAX_SECONDS:.0f} s", status=408) from error
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise BadRequest(f"the body holds more than {MAX_VALUES:,} values", status=413)
     try:
-        value = json.loads(b"".join(parts), parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is no JSON: {brief(str(error))}") from error
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be a JSON object, got {brief(value)}")
     _check_depth(value)
     return Body(value)
+
+
+async def _read_bytes(request: Request) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BYTES:
+            raise BadRequest(f"the body is larger than {MAX_BYTES:,} bytes", status=413)
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _refuse_constant(name: str) -> float:
@@ -139,7 +158,7 @@ class Body:
     def finish(self) -> None:
         """Refuse what is left."""
         for name in self._fields:
-            nearest = get_close_matches(name, self._known, n=1, cutoff=0.75)
+            nearest = get_close_matches(name[:100], self._known, n=1, cutoff=0.75)  # comparing long texts takes seconds
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise BadRequest(f"{self._path}{brief(name)[1:-1]} is not supported{hint}", param=self._path + name[:100])
 

@@ -37,6 +37,12 @@ class Conversation:
 
     async def prepare(self, served: Served, params: SamplingParams) -> Prepared:
         """Rendering and tokenizing take a while: in a thread."""
+        if self.options.get("chat_template") is not None and not served.trust_request_chat_template:
+            raise BadRequest(
+                "chat_template is a program, and this server runs none that comes with a request; start it with "
+                "--trust-request-chat-template for that",
+                param="chat_template",
+            )
         prepared: Prepared = await served.in_thread(self._prepare, served.tokenizer, params)
         return prepared
 

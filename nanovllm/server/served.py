@@ -26,12 +26,18 @@ class Overloaded(RuntimeError):
 
 
 class Served:
-    """names: that requests may call the model by, the first of which answers carry."""
+    """names: that requests may call the model by, the first of which answers carry.
 
-    def __init__(self, engine: AsyncLLM, names: Sequence[str], max_unfinished: int) -> None:
+    trust_request_chat_template: run the chat templates that requests bring.
+    """
+
+    def __init__(
+        self, engine: AsyncLLM, names: Sequence[str], max_unfinished: int, trust_request_chat_template: bool = False
+    ) -> None:
         self.engine = engine
         self.names = list(names)
         self.max_unfinished = max_unfinished
+        self.trust_request_chat_template = trust_request_chat_template
         self.num_unfinished = 0
         self.start_time = int(time.time())
         self.is_draining = False

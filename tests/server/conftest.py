@@ -10,6 +10,7 @@ import uvicorn
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.server.app import make_app
+from nanovllm.server.http import BoundedHttp
 from nanovllm.server.served import Served
 from tests.tiny_models import edit_json, save_scripted
 
@@ -20,7 +21,8 @@ class Running:
     def __init__(self, folder: str, api_key: str | None = None, max_unfinished: int = 64, **options: Any) -> None:
         self.engine = AsyncLLM(folder, device="cpu", dtype="float32", **options)
         self.served = Served(self.engine, ["tiny", "alias"], max_unfinished)
-        config = uvicorn.Config(make_app(self.served, api_key), host="127.0.0.1", port=0, log_config=None)
+        app = make_app(self.served, api_key)
+        config = uvicorn.Config(app, http=BoundedHttp, ws="none", host="127.0.0.1", port=0, log_config=None)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
