@@ -30,10 +30,11 @@ from nanovllm.executor.worker import RunnerTimes, build_runner, with_quantizatio
 from nanovllm.kernels.cascade import TILE
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.ops import PLAIN
+from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.structured_outputs import StructuredOutputsParams
-from nanovllm.tokenizer import Tokenizer, load_tokenizer
+from nanovllm.tokenizer import Tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.weights.loader import load_weights
 

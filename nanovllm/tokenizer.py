@@ -1,44 +1,24 @@
 """Tokenizer: text to token ids and back, by a Hugging Face tokenizer.
 
-Owns special tokens around prompts. Does not own where tokenizers come from (`model_files/`), how ids become text
-(`detokenizer.py`) and conversations a prompt (`chat_template.py`). Invariant: `decode` gives what a stream would.
+Owns special tokens around prompts. Does not own the files of tokenizers (`model_files/tokenizer_files.py`), how ids
+become text (`detokenizer.py`) and conversations a prompt (`chat_template.py`). Invariant: `decode` gives what a stream
+would.
 
-transformers is imported only where it is needed (a chat template, a model folder): importing it takes longer than
-building a tokenizer.
+transformers is imported only where it is needed: importing it takes longer than building a tokenizer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from nanovllm.detokenizer import (
-    BytesOfTokens,
-    DetokenizerStream,
-    FixedScheme,
-    TextsOfTokens,
-    TokenTables,
-    find_fixed_scheme,
-)
-from nanovllm.model_files.locate import locate_model, only_gguf_file
-
-_SENTENCEPIECE_FILE, _TEKKEN_FILE = "tokenizer.model", "tekken.json"
-_HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_TOKENIZER_FILES = (*_HF_FILES, _SENTENCEPIECE_FILE, _TEKKEN_FILE)
-# What transformers needs to read some files, by the file.
-_REMEDIES = {
-    _TEKKEN_FILE: "tekken.json needs mistral-common: pip install 'nanovllm[mistral]'",
-    _SENTENCEPIECE_FILE: (
-        "tokenizer.model beside other files needs sentencepiece and protobuf: pip install sentencepiece protobuf; or "
-        "add the model's tokenizer.json"
-    ),
-}
+from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.token_bytes import FixedScheme, TokenTables, find_fixed_scheme, make_tables
 
 
 class Tokenizer:
-    """One model's tokenizer. Build it with `load_tokenizer`.
+    """One model's tokenizer. Built by `model_files/tokenizer_files.py`.
 
     hf: the transformers tokenizer, for all that is not wrapped here. eos_token_id, bos_token_id: None if it has none.
     """
@@ -135,8 +115,7 @@ class Tokenizer:
         if skip_special_tokens not in self._token_tables:
             assert self._backend is not None and self.fixed_scheme is not None
             left_out = self.special_ids if skip_special_tokens else frozenset[int]()
-            bytes_of = BytesOfTokens(self._backend, self.fixed_scheme.to_bytes, left_out)
-            self._token_tables[skip_special_tokens] = TokenTables(bytes_of, TextsOfTokens(bytes_of))
+            self._token_tables[skip_special_tokens] = make_tables(self._backend, self.fixed_scheme, left_out)
         return self._token_tables[skip_special_tokens]
 
     @cached_property
@@ -150,66 +129,3 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
-
-
-def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:
-    """Load the tokenizer of a folder, a .gguf file, a Hugging Face Hub name (only small files are fetched), or "demo".
-
-    No code of the model is ever run. Raises ValueError or NotImplementedError that says what is missing or unknown,
-    ConnectionError if a download fails.
-    """
-    path = locate_model(model, revision, with_weights=False)
-    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
-        if not any(path.glob("*.gguf")):
-            raise ValueError(
-                f"{path} holds no tokenizer (tokenizer.json or the like): add its files, name another folder with "
-                "tokenizer=, or set skip_tokenizer_init=True to work on token ids"
-            )
-        path = only_gguf_file(path)
-    if path.is_file():
-        # A leaf: only GGUF files need the gguf package.
-        from nanovllm.model_files.gguf_tokenizer import build_gguf_tokenizer
-
-        return _from_backend(*build_gguf_tokenizer(path))
-    present = [name for name in _TOKENIZER_FILES if (path / name).exists()]
-    if present == [_SENTENCEPIECE_FILE]:
-        from nanovllm.model_files.gguf_tokenizer import build_tokenizer
-        from nanovllm.model_files.sentencepiece_file import read_sentencepiece
-
-        file = path / _SENTENCEPIECE_FILE
-        return _from_backend(*build_tokenizer(file, read_sentencepiece(file)))
-    return _from_folder(path, present)
-
-
-def _from_backend(backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> Tokenizer:
-    """special: what transformers' wrapper is told beside it."""
-
-    def wrap() -> Any:
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
-
-    eos_token_id, bos_token_id = (
-        backend.token_to_id(special[name]) if name in special else None for name in ("eos_token", "bos_token")
-    )
-    return Tokenizer(wrap, backend, eos_token_id=eos_token_id, bos_token_id=bos_token_id)
-
-
-def _from_folder(path: Path, present: Sequence[str]) -> Tokenizer:
-    """present: which of _TOKENIZER_FILES are there."""
-    from transformers import AutoTokenizer
-
-    try:
-        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        remedies = (
-            "" if "tokenizer.json" in present else "; ".join(_REMEDIES[name] for name in present if name in _REMEDIES)
-        )
-        raise ValueError(
-            f"the tokenizer in {path} cannot be loaded{f' ({remedies})' if remedies else ''}: {error}"
-        ) from error
-    backend = getattr(hf, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    return Tokenizer(lambda: hf, backend, eos_token_id=hf.eos_token_id, bos_token_id=hf.bos_token_id)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanovllm.tokenizer import load_tokenizer
+from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.vllm_options import refuse_absent
 
 

@@ -267,7 +267,7 @@ def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
 
 def byte_level_keys(pre: str = "gpt-2", **extra: Any) -> dict[str, Any]:
     """Tokenizer metadata of a byte-level vocabulary: 256 bytes, six merges, BOS 262, EOS 263, user-defined 264."""
-    from nanovllm.detokenizer import _BYTE_OF_CHARACTER
+    from nanovllm.token_bytes import _BYTE_OF_CHARACTER
 
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2"]
     tokens = [*_BYTE_OF_CHARACTER, *(merge.replace(" ", "") for merge in merges), "<bos>", "<eos>", "<think>"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanovllm.chat_template import MAX_TEMPLATE_CHARACTERS, call_within
-from nanovllm.tokenizer import Tokenizer, load_tokenizer
+from nanovllm.model_files.tokenizer_files import load_tokenizer
+from nanovllm.tokenizer import Tokenizer
 from tests.tiny_models import save_tokenizer
 
 HI = {"role": "user", "content": "Hi"}

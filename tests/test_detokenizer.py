@@ -9,7 +9,8 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from nanovllm.detokenizer import DetokenizerStream
-from nanovllm.tokenizer import Tokenizer, load_tokenizer
+from nanovllm.model_files.tokenizer_files import load_tokenizer
+from nanovllm.tokenizer import Tokenizer
 from tests.tiny_models import save_tokenizer
 
 WORDS = ["▁Hello", "▁world", "▁", "▁▁", "a", "é", "你", "<0x", "##b", "ab.", "true", "▁true"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
-from nanovllm.tokenizer import DetokenizerStream, load_tokenizer
+from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.model_files.tokenizer_files import load_tokenizer
 from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import EOS, IM_END, VOCAB_WITH_TOKENIZER, edit_json, save_random, save_scripted, save_tokenizer
 

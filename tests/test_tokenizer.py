@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.detokenizer import DetokenizerStream
-from nanovllm.tokenizer import Tokenizer, load_tokenizer
+from nanovllm.model_files.tokenizer_files import load_tokenizer
+from nanovllm.tokenizer import Tokenizer
 from tests.gguf_files import byte_level_keys, sentencepiece_keys, write_gguf
 
 TEMPLATE = (

@@ -44,7 +44,7 @@ class GroupInputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
-    """kv_caches, group_of_layer: by layer. rope_lens: see `layers/rotary.py`."""
+    """kv_caches, group_of_layer: by layer. rope_lens: see `layers/rope_scaling.py`."""
 
     kv_caches: Sequence[LayerCache]
     backend: AttentionBackend

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from nanovllm.cli.check_tokenizer import Verdict, compare_tokenizers
 from nanovllm.llm import LLM
 from nanovllm.model_files.locate import locate_model
+from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.tokenizer import load_tokenizer
 
 _RANDOM_PROMPT_LENGTHS = (1, 9, 150)
 _LONGEST_WINDOW = 1024  # that the random prompts go beyond

@@ -64,7 +64,8 @@ class LMHead(LinearBase):
             self.make_method = lambda spec: tied_to.method.tied()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_gather(super().forward(x), self.vocab_size)
+        logits = super().forward(x)
+        return logits if self.tp.size == 1 else self.tp.all_gather(logits, self.vocab_size)
 
     def slots(self, *names: str) -> Slots:
         """None for a tied head. Those of the table that it is tied to come first."""

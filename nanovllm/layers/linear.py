@@ -141,7 +141,8 @@ class RowParallelLinear(LinearBase):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(super().forward(x))
+        product = super().forward(x)
+        return product if self.tp.size == 1 else self.tp.all_reduce(product)
 
     def _bias_slot(self, part: int, target: Tensor) -> WeightSlot:
         if self.tp.rank == 0:

@@ -7,7 +7,6 @@ which one it has.
 import torch
 from torch import Tensor, nn
 
-from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.slots import Slots, WeightSlot, parameter_slot
 
@@ -40,32 +39,6 @@ class RMSNorm(nn.Module):
             yield f"{name}.weight", WeightSlot(tuple(weight.shape), fill)
         else:
             yield parameter_slot(f"{name}.weight", self.weight)
-
-
-class ShardedRMSNorm(RMSNorm):
-    """Norm over all heads of a token together, of which this rank holds some: the mean square is that of all ranks."""
-
-    def __init__(
-        self, num_heads: int, held: range, head_dim: int, eps: float, dtype: torch.dtype, tp: TensorParallel, ops: Ops
-    ) -> None:
-        """held: the heads of this rank; a head that ranks share is held equally often as any other."""
-        super().__init__(len(held) * head_dim, eps, dtype, ops)
-        self.tp = tp
-        self.size = num_heads * head_dim
-        self.first = held.start * head_dim
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See RMSNorm; never with a residual."""
-        if self.tp.size == 1:
-            return super().forward(x)
-        values = x.float()
-        mean = self.tp.all_reduce(values.square().mean(-1, keepdim=True)) / self.tp.size
-        return (values * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight, x
-
-    def slots(self, name: str) -> Slots:
-        weight, first = self.weight.data, self.first
-        fill = lambda tensor: weight.copy_(tensor[first : first + weight.shape[0]])  # noqa: E731
-        yield f"{name}.weight", WeightSlot((self.size,), fill)
 
 
 class NoNorm(nn.Module):

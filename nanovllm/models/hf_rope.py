@@ -1,7 +1,7 @@
 """Rotary embedding in a Hugging Face config.json: which field wins, which layer has which, and what each type needs.
 
 Owns `rope_parameters`, `rope_scaling`, `rope_theta` and the fields beside them. Does not own the frequencies
-(`layers/rotary.py`). Invariant: a RopeConfig that is returned can be computed, and says all that the config does.
+(`layers/rope_scaling.py`). Invariant: a RopeConfig that is returned can be computed, and says all that the config does.
 """
 
 import warnings

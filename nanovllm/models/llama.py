@@ -26,9 +26,10 @@ from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
 from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.norm import NoNorm, RMSNorm, ShardedRMSNorm
+from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding, halves_order
+from nanovllm.layers.sharded_norm import ShardedRMSNorm
 from nanovllm.layers.slots import Slots, reordered_slot, with_joined
 
 

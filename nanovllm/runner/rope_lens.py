@@ -1,7 +1,7 @@
 """The context that each token of a step counts as part of, for models whose rotation depends on it.
 
-Owns the rule (`layers/rotary.py` says what is made of it). Invariant: it depends on the request alone, not on how its
-prompt was cut into steps.
+Owns the rule (`layers/rope_scaling.py` says what is made of it). Invariant: it depends on the request alone, not on how
+its prompt was cut into steps.
 """
 
 import numpy as np

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.attention import cpu_paged
+from nanovllm.attention import cpu_batched_decode
 from nanovllm.attention.cpu_paged import CpuPagedBackend
 from nanovllm.kernels.native import load_native
 from nanovllm.kernels.paged_attention import paged_attention_reference
@@ -77,7 +77,7 @@ def test_shared_prefix_blocks() -> None:
 
 @pytest.mark.parametrize("unused_share", [0.0, 100.0])
 def test_in_place_and_copied_blocks_agree(unused_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_paged, "MAX_UNUSED_SHARE", unused_share)
+    monkeypatch.setattr(cpu_batched_decode, "MAX_UNUSED_SHARE", unused_share)
     check(make_case([1] * 7 + [3], [9, 33, 40, 41, 48, 64, 65, 3], layout="heads outside"), 50, 1e-5)
 
 

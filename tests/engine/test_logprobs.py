@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from nanovllm.detokenizer import _BYTE_OF_CHARACTER
 from nanovllm.engine.logprobs import LogprobsDecoder, LogprobsMap, own_logprob
 from nanovllm.engine.scheduler_output import TOKEN_LOGPROB
 from nanovllm.outputs import Logprob
+from nanovllm.token_bytes import _BYTE_OF_CHARACTER
 from nanovllm.tokenizer import Tokenizer
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm.detokenizer import _BYTE_OF_CHARACTER
 from nanovllm.engine.output_processor import Mark, OutputProcessor
 from nanovllm.engine.request import Request, RequestStatus
 from nanovllm.engine.scheduler_output import TOKEN_LOGPROB
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.token_bytes import _BYTE_OF_CHARACTER
 from tests.engine.test_ends import LETTERS, make_tokenizer
 
 TOKEN_OF_BYTE = {_BYTE_OF_CHARACTER[character]: i for i, character in enumerate(LETTERS)}

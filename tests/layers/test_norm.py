@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.layers.norm import NoNorm, RMSNorm, ShardedRMSNorm
+from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import PLAIN
+from nanovllm.layers.sharded_norm import ShardedRMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

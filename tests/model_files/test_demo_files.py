@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanovllm.model_files.demo_model import ensure_demo_model
-from nanovllm.tokenizer import Tokenizer, load_tokenizer
+from nanovllm.model_files.tokenizer_files import load_tokenizer
+from nanovllm.tokenizer import Tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.demo_model

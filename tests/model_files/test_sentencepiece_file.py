@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nanovllm.model_files.sentencepiece_file import read_sentencepiece
-from nanovllm.tokenizer import load_tokenizer
+from nanovllm.model_files.tokenizer_files import load_tokenizer
 
 PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((f"<0x{byte:02X}>", 0.0, 6) for byte in range(256))]
 PIECES += [(piece, -float(rank), 1) for rank, piece in enumerate(["▁ab", "ab", "▁", "a", "b"])]

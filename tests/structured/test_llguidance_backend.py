@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nanovllm import StructuredOutputsParams
+from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.structured.llguidance_backend import GrammarCompiler, GrammarConstraint
-from nanovllm.tokenizer import load_tokenizer
 from tests.tiny_models import EOS, IM_END, VOCAB_WITH_TOKENIZER, save_tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Contexts that become long, for models whose keys are others there (longrope, see `layers/rotary.py`).
+"""Contexts that become long, for models whose keys are others there (longrope, see `layers/rope_scaling.py`).
 
 Owns what a request then is. Invariant: keys of short and of long contexts are never taken for each other, nor found in
 the prefix cache under one name.
