@@ -5,19 +5,22 @@ cache keeps what was computed. Invariant: of a prompt's beams and their likelies
 is more likely than one that was kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.logprobs import LogprobsMap
 from nanovllm.options import accepting, check_fields, option, takes_options
-from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, Logprob, RequestOutput
+from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
 
+Array = npt.NDArray[Any]
 Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
 
 
@@ -26,19 +29,19 @@ Generate = Callable[[list[list[int]], SamplingParams], list[RequestOutput]]
 class BeamSearchParams:
     """Parameters of `LLM.beam_search`. Raises TypeError for a wrong type or name and ValueError out of range.
 
-    beam_width: sequences that are kept at a time, and returned.
+    beam_width: sequences that are kept at a time, and returned; at most 1,024.
     max_tokens: at most this many output tokens.
     ignore_eos: go on past the model's end-of-sequence tokens.
     temperature: logits are divided by it; 0 and 1 leave them as they are.
     length_penalty: sequences are compared by their log-probability divided by this power of their length, prompt
-        included; above 0 it favours long ones.
+        included; above 0 it favours long ones. In [-50, 50].
     """
 
-    beam_width: int = field(metadata=accepting(low=1))
+    beam_width: int = field(metadata=accepting(low=1, high=1_024))  # a step weighs twice its square
     max_tokens: int = field(metadata=accepting(low=1))
     ignore_eos: bool = False
     temperature: float = option(0.0, low=0, words="0 or more")
-    length_penalty: float = 1.0
+    length_penalty: float = option(1.0, low=-50, high=50)  # beyond, no float holds the power of a long sequence
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -94,6 +97,7 @@ def beam_search(
         detokenize=False,
         ignore_eos=True,
     )
+    end_ids = [] if params.ignore_eos else sorted(eos_token_ids)
     beams = [[BeamSearchSequence(tokens=list(prompt), num_prompt_tokens=len(prompt))] for prompt in prompts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
 
@@ -106,23 +110,19 @@ def beam_search(
         running = [(which, beam) for which, kept in enumerate(beams) for beam in kept]
         if not running:
             break
-        results = generate([beam.tokens for _, beam in running], step)
-        candidates: list[list[BeamSearchSequence]] = [[] for _ in prompts]
-        for (which, beam), result in zip(running, results, strict=True):
-            entries = result.outputs[0].logprobs
-            assert entries is not None, "logprobs were asked for"
-            for token_id, logprob in _likeliest(entries[0], 2 * params.beam_width, params.temperature):
+        results = iter(generate([beam.tokens for _, beam in running], step))
+        for which, kept in enumerate(beams):
+            found = [_likeliest(next(results), 2 * params.beam_width, params.temperature) for _ in kept]
+            beams[which] = []
+            for beam, token_id, logprob, is_end in _best_first(kept, found, end_ids, params.beam_width):
                 extended = BeamSearchSequence(
                     tokens=[*beam.tokens, token_id],
                     num_prompt_tokens=beam.num_prompt_tokens,
                     cum_logprob=beam.cum_logprob + logprob,
+                    finish_reason="stop" if is_end else None,
                 )
-                if token_id in eos_token_ids and not params.ignore_eos:
-                    extended.finish_reason = "stop"
-                    ended[which].append(extended)
-                else:
-                    candidates[which].append(extended)
-        beams = [sorted(found, key=score, reverse=True)[: params.beam_width] for found in candidates]
+                (ended if is_end else beams)[which].append(extended)
+            ended[which] = sorted(ended[which], key=score, reverse=True)[: params.beam_width]
     for kept in beams:
         for beam in kept:
             beam.finish_reason = "length"
@@ -132,12 +132,38 @@ def beam_search(
     ]
 
 
-def _likeliest(logprobs: Mapping[int, Logprob], count: int, temperature: float) -> list[tuple[int, float]]:
-    """The likeliest tokens, lowest id first among equals; a temperature needs the whole vocabulary's."""
-    assert isinstance(logprobs, LogprobsMap), "the engine's maps hold arrays"
-    token_ids, values = logprobs.entries["token_id"], logprobs.entries["logprob"].astype(np.float64)
+def _likeliest(output: RequestOutput, count: int, temperature: float) -> tuple[Array, Array]:
+    """Ids and log-probabilities of the likeliest next tokens, lowest id first among equals.
+
+    A temperature needs the whole vocabulary's.
+    """
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None and isinstance(logprobs[0], LogprobsMap), "asked for, and the engine's hold arrays"
+    entries = logprobs[0].entries
+    token_ids, values = entries["token_id"], entries["logprob"].astype(np.float64)
     if temperature not in (0, 1):
         values /= temperature
         values -= np.logaddexp.reduce(values)
     best = np.lexsort((token_ids, -values))[:count]
-    return list(zip(token_ids[best].tolist(), values[best].tolist(), strict=True))
+    return token_ids[best], values[best]
+
+
+def _best_first(
+    kept: Sequence[BeamSearchSequence], found: Sequence[tuple[Array, Array]], end_ids: Sequence[int], beam_width: int
+) -> Iterator[tuple[BeamSearchSequence, int, float, bool]]:
+    """Beams with a token that follows and whether that ends them: all that end, and the best `beam_width` others.
+
+    Most likely sequence first, the earlier beam's among equals. All are of one length, so that their order is that of
+    their sums.
+    """
+    if not kept:
+        return
+    token_ids = np.concatenate([ids for ids, _ in found])
+    values = np.concatenate([values for _, values in found])
+    of_beam = np.repeat(np.arange(len(kept)), [len(ids) for ids, _ in found])
+    totals = np.array([beam.cum_logprob for beam in kept])[of_beam] + values
+    order = np.argsort(-totals, kind="stable")
+    is_end = np.isin(token_ids, end_ids)[order]
+    is_taken = is_end | (np.cumsum(~is_end) <= beam_width)
+    for index, ends in zip(order[is_taken].tolist(), is_end[is_taken].tolist(), strict=True):
+        yield kept[of_beam[index]], int(token_ids[index]), float(values[index]), ends

@@ -1,21 +1,26 @@
 """Conversations become the text of a prompt, by a model's chat template.
 
-Owns what a message may be (vLLM's forms, text alone) and a bound on the time of a template, which is a program that
-came with a checkpoint or from a caller. The template's language and its sandbox are transformers'. Invariant: what is
-wrong with messages or template is a ValueError or TypeError that names the one or the other.
+Owns what a message may be (vLLM's forms, text alone) and bounds on the time and memory of a template, which is a
+program that came with a checkpoint or from a caller. The template's language and its sandbox are transformers'.
+Invariant: what is wrong with messages or template is a ValueError or TypeError that names the one or the other.
 """
 
 import ctypes
 import json
+import resource
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import brief, cut
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 MAX_TEMPLATE_SECONDS = 10.0
+MAX_TEMPLATE_BYTES = 1 << 30
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # What transformers' method takes for other purposes than the template.
 _NO_VARIABLES = (
@@ -42,6 +47,7 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template: str | None = None,
     max_seconds: float = MAX_TEMPLATE_SECONDS,
+    max_bytes: int = MAX_TEMPLATE_BYTES,
     **variables: Any,
 ) -> str:
     """The text of one conversation; errors call it `name`. hf: the transformers tokenizer.
@@ -65,9 +71,9 @@ def render_chat(
     def guarded(function: Callable[[], Any]) -> Any:
         whose = "the model's chat template" if chat_template is None else "chat_template="
         try:
-            return call_within(max_seconds, function)
-        except TimeoutError:
-            raise ValueError(f"{name}: {whose} ran for {max_seconds} s and was stopped; give another one") from None
+            return call_within(max_seconds, function, max_bytes)
+        except (TimeoutError, MemoryError) as error:
+            raise ValueError(f"{name}: {whose} {error} and was stopped; give another one") from None
         except Exception as error:  # a template is a program: it may raise anything
             what = f"{type(error).__name__}: {cut(str(error))}"
             raise ValueError(f"{name} cannot be laid out by {whose}: {what}") from error
@@ -180,11 +186,12 @@ class _Stopped(BaseException):
     """Not an Exception: no `except` of a template's runtime takes it."""
 
 
-def call_within(seconds: float, function: Callable[[], Any]) -> Any:
-    """function(), for at most so long; then TimeoutError.
+def call_within(seconds: float, function: Callable[[], Any], max_bytes: int = MAX_TEMPLATE_BYTES) -> Any:
+    """function(), for at most so long and while the process grows by no more; else TimeoutError or MemoryError.
 
     It runs in a thread of its own, because only in a thread that does nothing else can an exception be raised from
-    outside and strike nobody else. It strikes between two bytecodes, so not in the middle of a long C call.
+    outside and strike nobody else. It strikes between two bytecodes, so not in the middle of a long C call. Whatever
+    grows beside it counts too, so memory is looked at only when the time is longer than that of any common template.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
 
@@ -194,16 +201,30 @@ def call_within(seconds: float, function: Callable[[], Any]) -> Any:
         except BaseException as error:
             outcome.append((None, error))
 
+    limit, deadline = _resident_bytes() + max_bytes, time.monotonic() + seconds
+    is_large = False
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        thread.join(seconds)
+        while thread.is_alive() and not is_large and (left := deadline - time.monotonic()) > 0:
+            thread.join(min(0.1, left))
+            is_large = thread.is_alive() and _resident_bytes() > limit
     finally:
         if thread.is_alive():  # also when the caller was interrupted while it waited
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped))
+    if is_large:
+        raise MemoryError(f"used more than {max_bytes >> 20} MiB")
     if not outcome or isinstance(outcome[0][1], _Stopped):
-        raise TimeoutError
+        raise TimeoutError(f"ran for {seconds} s")
     value, error = outcome[0]
     if error is not None:
         raise error
     return value
+
+
+def _resident_bytes() -> int:
+    """What the process holds in memory; where the system does not tell, the most that it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

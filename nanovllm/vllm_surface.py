@@ -16,6 +16,7 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.embedding import PARAMS as EMBED_PARAMS
 from nanovllm.embedding import EmbeddingRequestOutput, Pooling, embed
 from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.prompt_text import PromptText
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.outputs import RequestOutput
@@ -85,9 +86,12 @@ class VLLMSurface:
         }
         is_one = is_conversation(messages)
         prompts: list[TokensPrompt] = []
+        reader = PromptText(tokenizer.encode, self.config.max_model_len)
         for i, conversation in enumerate([messages] if is_one else messages):
-            text = tokenizer.render_chat(conversation, name="messages" if is_one else f"messages[{i}]", **options)
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+            name = "messages" if is_one else f"messages[{i}]"
+            text = tokenizer.render_chat(conversation, name=name, **options)
+            token_ids = reader.read(text, name, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return prompts
 
     # -- queue now, run later --

@@ -110,7 +110,9 @@ def test_bad_prompts_are_named_and_nothing_stays_behind(llm: LLM, prompts: Any) 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"beam_width": 0}, ValueError, "beam_width must be at least 1, got 0"),
+        ({"beam_width": 0}, ValueError, r"beam_width must be in \[1, 1024\], got 0"),
+        ({"beam_width": 1025}, ValueError, r"beam_width must be in \[1, 1024\], got 1025"),
+        ({"length_penalty": -51.0}, ValueError, r"length_penalty must be in \[-50, 50\], got -51"),
         ({"beam_width": 2.0}, TypeError, "beam_width.*2.0"),
         ({"max_tokens": 0}, ValueError, "max_tokens"),
         ({"max_tokens": None}, TypeError, "max_tokens"),

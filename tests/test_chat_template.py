@@ -138,6 +138,12 @@ def test_a_template_cannot_run_for_ever(tokenizer: Tokenizer) -> None:
         tokenizer.render_chat([HI], chat_template=loop, max_seconds=0.2)
 
 
+def test_a_template_cannot_take_all_memory(tokenizer: Tokenizer) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}" + "a" * 1000 + "{{ j }}{% endfor %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"messages: chat_template= used more than 32 MiB and was stopped"):
+        tokenizer.render_chat([HI], chat_template=loop, max_seconds=600, max_bytes=32 << 20)
+
+
 def test_other_bounds_of_templates(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="1000000 is the most"):
         tokenizer.render_chat([HI], chat_template="a" * (MAX_TEMPLATE_CHARACTERS + 1))

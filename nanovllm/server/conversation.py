@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nanovllm.engine.prompt_text import PromptText
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest
@@ -43,10 +44,10 @@ class Conversation:
                 "--trust-request-chat-template for that",
                 param="chat_template",
             )
-        prepared: Prepared = await served.in_thread(self._prepare, served.tokenizer, params)
+        prepared: Prepared = await served.in_thread(self._prepare, served.tokenizer, served.max_model_len, params)
         return prepared
 
-    def _prepare(self, tokenizer: Any, params: SamplingParams) -> Prepared:
+    def _prepare(self, tokenizer: Any, max_model_len: int, params: SamplingParams) -> Prepared:
         tools, options, hf = self.tools, dict(self.options), tokenizer.hf
         schemas = tools.for_template() if tools is not None else None
         if tools is not None:
@@ -54,7 +55,8 @@ class Conversation:
             if tools.is_forced:
                 options.setdefault("enable_thinking", False)  # the call is the answer's first token on
         text = tokenizer.render_chat(self.messages, **options)
-        prompt = {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        token_ids = PromptText(tokenizer.encode, max_model_len).read(text, "messages", add_special_tokens=False)
+        prompt = {"prompt": text, "prompt_token_ids": token_ids}
         template = hf.get_chat_template(options.get("chat_template"), schemas)
         if tools is not None and not re.search(r"\btools\b", template):
             raise BadRequest("this model's chat template knows no tools; it would not be told of them", param="tools")
