@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanovllm.cli.options import engine_options
-from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import has_dependent_launch
 from nanovllm_bench.report import print_record, print_table
 
 

@@ -53,15 +53,15 @@ def main() -> None:
 def _watch_compilers(device: str) -> list[float]:
     """Seconds of each compilation in this process from now on; the list grows. device: as in `EngineConfig`."""
     seconds: list[float] = []
-    native: Any = import_module("nanovllm.kernels.native")
-    build = native.build
+    cpu_kernels: Any = import_module("nanovllm.kernels.cpu.cpu_kernels")
+    build = cpu_kernels.build
 
     def timed_build(*arguments: Any) -> None:
         start = time()
         build(*arguments)
         seconds.append(time() - start)
 
-    native.build = timed_build
+    cpu_kernels.build = timed_build
     # An engine on a CPU never imports Triton.
     if device != "cpu" and import_module("torch").cuda.is_available() and find_spec("triton"):
         knobs: Any = import_module("triton.knobs")

@@ -21,10 +21,10 @@ for left_out in models executor kernels bench cli weights/test_gguf_models.py te
     test_features_pairwise.py test_llm_deterministic.py test_llm_equality.py test_llm_resources.py; do
     fast+=(--ignore="tests/$left_out")
 done
-interpreter=(tests/kernels/test_*_triton.py tests/runner/graphs/test_captured_steps.py)
+interpreter=(tests/kernels/triton tests/runner/graphs/test_captured_steps.py)
 narrow=(env ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell)
 validation=(tests/test_config.py tests/test_sampling_params.py tests/test_llm.py)
-to_the_bit=(tests/kernels/test_fixed_linear_triton.py tests/kernels/test_moe_triton.py)
+to_the_bit=(tests/kernels/triton/batch_invariant tests/kernels/triton/test_moe.py)
 
 summary=""
 status=0

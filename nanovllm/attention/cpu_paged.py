@@ -19,7 +19,7 @@ from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.capped import capped_attention
 from nanovllm.attention.cpu_batched_decode import DecodePlan, batched_decode, plan_decodes
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
-from nanovllm.kernels.native import NativeKernels
+from nanovllm.kernels.cpu.cpu_kernels import CpuKernels
 
 MIN_BATCHED_DECODES = 4  # below this, a call per request costs less than the batched path's fixed price
 
@@ -36,7 +36,7 @@ class PreparedStep:
 class CpuPagedBackend(AttentionBackend):
     """Equals `kernels.paged_attention` up to rounding; in bfloat16, PyTorch's paths round scores and weights to it."""
 
-    def __init__(self, native: NativeKernels | None = None) -> None:
+    def __init__(self, native: CpuKernels | None = None) -> None:
         """native: None keeps to PyTorch's operations."""
         self._native = native
 

@@ -1,6 +1,6 @@
 """TritonBackend: this project's own GPU kernels for attention over the paged KV cache.
 
-Owns the step's plans while its layers run; `kernels/paged_attention_triton.py` makes and reads them.
+Owns the step's plans while its layers run; `kernels/triton/attention/paged_attention.py` makes and reads them.
 """
 
 from dataclasses import dataclass, field
@@ -9,8 +9,13 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.cascade_triton import num_programs
-from nanovllm.kernels.paged_attention_triton import StepPlans, decode_qkv_triton, paged_attention_triton, takes_qkv
+from nanovllm.kernels.triton.attention.cascade import num_programs
+from nanovllm.kernels.triton.attention.paged_attention import (
+    StepPlans,
+    decode_qkv_triton,
+    paged_attention_triton,
+    takes_qkv,
+)
 
 
 @dataclass(frozen=True)

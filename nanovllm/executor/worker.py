@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.attention.backend import AttentionBackend
+from nanovllm.attention.batch_invariant import BatchInvariantBackend, cpp_or_reference
 from nanovllm.attention.cpu_paged import CpuPagedBackend
-from nanovllm.attention.tokenwise import TokenwiseBackend, native_or_reference
 from nanovllm.cache_specs import group_layers
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
@@ -25,7 +25,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.all_reduce import OneShotAllReduce
-from nanovllm.kernels.native import load_native
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import Ops, choose_ops
 from nanovllm.models.registry import model_class
@@ -158,16 +158,16 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
 
 def _choose_backend(device: torch.device, compilation: str, is_deterministic: bool) -> AttentionBackend:
     if is_deterministic and device.type == "cuda":
-        from nanovllm.kernels.tokenwise_attention_triton import tokenwise_attention_triton
+        from nanovllm.kernels.triton.batch_invariant.attention import batch_invariant_attention_triton
 
-        return TokenwiseBackend(tokenwise_attention_triton)
+        return BatchInvariantBackend(batch_invariant_attention_triton)
     if is_deterministic:
-        return TokenwiseBackend(native_or_reference(load_native()))
+        return BatchInvariantBackend(cpp_or_reference(load_cpu_kernels()))
     if device.type == "cuda":
         from nanovllm.attention.triton_paged import TritonBackend
 
         return TritonBackend()
-    return CpuPagedBackend(load_native() if compilation != "none" else None)
+    return CpuPagedBackend(load_cpu_kernels() if compilation != "none" else None)
 
 
 def plan_num_blocks(

@@ -37,7 +37,7 @@ class OneShotAllReduce:
         """memories: for each rank, the address of its `memory_bytes`, zeroed, as this rank's device reaches it, for as
         long as `owner` lives.
         """
-        from nanovllm.kernels.all_reduce_triton import PROGRAMS
+        from nanovllm.kernels.triton.all_reduce import PROGRAMS
 
         self._rank = rank
         self._owner = owner
@@ -48,7 +48,7 @@ class OneShotAllReduce:
     @staticmethod
     def memory_bytes(size: int, words_bytes: int = WORDS_BYTES, max_bytes: int = MAX_BYTES) -> int:
         """What each of `size` ranks needs as memory that all can write."""
-        from nanovllm.kernels.all_reduce_triton import memory_bytes
+        from nanovllm.kernels.triton.all_reduce import memory_bytes
 
         return memory_bytes(size, *limits(size, words_bytes, max_bytes))
 
@@ -63,7 +63,7 @@ class OneShotAllReduce:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        from nanovllm.kernels.all_reduce_triton import all_reduce_triton
+        from nanovllm.kernels.triton.all_reduce import all_reduce_triton
 
         size = len(self._memories)
         return all_reduce_triton(x, self._memories, self._calls, self._rank, size, self._words_bytes, self._max_bytes)

@@ -27,7 +27,7 @@ def fused_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, T
     probabilities among all experts, or, if `renormalize`, among the chosen ones.
     """
     if use_triton(logits):
-        from nanovllm.kernels.moe_triton import fused_topk_triton
+        from nanovllm.kernels.triton.moe import fused_topk_triton
 
         return fused_topk_triton(logits, top_k, renormalize)
     return fused_topk_reference(logits, top_k, renormalize)
@@ -52,7 +52,7 @@ def fused_experts(
     that is given, a token's result is the same to the bit in any batch.
     """
     if use_triton(x):
-        from nanovllm.kernels.moe_triton import fused_experts_triton
+        from nanovllm.kernels.triton.moe import fused_experts_triton
 
         return fused_experts_triton(x, gate_up, down, weights, expert_ids, block_size)
     return fused_experts_reference(x, gate_up, down, weights, expert_ids)
@@ -94,7 +94,7 @@ def align(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor
         expert_ids [[2, 0], [2, 1]], block_size 2  ->  rows [[1, 4], [3, 4], [0, 2]], block_experts [0, 1, 2]
     """
     if use_triton(expert_ids):
-        from nanovllm.kernels.moe_triton import MAX_ROWS_OF_ALIGN, align_triton
+        from nanovllm.kernels.triton.moe import MAX_ROWS_OF_ALIGN, align_triton
 
         if expert_ids.numel() <= MAX_ROWS_OF_ALIGN:
             return align_triton(expert_ids, num_experts, block_size)

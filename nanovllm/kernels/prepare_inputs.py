@@ -39,7 +39,7 @@ def prepare_inputs(
     block that the request's first new token opens; -1: that token's block is in the table already, as it is in padding.
     """
     if use_triton(rows):
-        from nanovllm.kernels.prepare_inputs_triton import prepare_inputs_triton
+        from nanovllm.kernels.triton.prepare_inputs import prepare_inputs_triton
 
         prepare = prepare_inputs_triton
     else:

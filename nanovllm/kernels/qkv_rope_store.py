@@ -21,7 +21,7 @@ def qkv_rope_store(qkv: Tensor, heads: HeadInputs, cache: LayerCache, shape: Att
     qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
     """
     if use_triton(qkv):
-        from nanovllm.kernels.qkv_rope_store_triton import qkv_rope_store_triton
+        from nanovllm.kernels.triton.attention.qkv_rope_store import qkv_rope_store_triton
 
         return qkv_rope_store_triton(qkv, heads, cache, shape)
     return qkv_rope_store_reference(qkv, heads, cache, shape)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.device_limits import has_fp8
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.kernels.triton.common.device_limits import has_fp8
 
 FP8_MAX = 448.0  # of float8_e4m3fn: beyond it, some versions of torch give NaN
 
@@ -33,7 +33,7 @@ class QuantizedWeight(NamedTuple):
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """W [outputs, inputs]."""
     if use_triton(weight.codes) and (weight.codes.dtype != torch.float8_e4m3fn or has_fp8(weight.codes.device)):
-        from nanovllm.kernels.quantized_linear_triton import dequantize_triton
+        from nanovllm.kernels.triton.linear.quantized_linear import dequantize_triton
 
         return dequantize_triton(*weight, dtype)
     return dequantize_reference(weight, dtype)
@@ -65,26 +65,28 @@ def unpack_int4(codes: Tensor) -> Tensor:
 
 
 def quantized_linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, arrived: Tensor | None = None
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, semaphores: Tensor | None = None
 ) -> Tensor:
-    """x W^T + b. x [num_rows, inputs] -> [num_rows, outputs]. arrived: room that a GPU counts in, where there is some
-    (`small_tile_triton.new_arrived`)."""
+    """x W^T + b. x [num_rows, inputs] -> [num_rows, outputs]. semaphores: for split-K on a GPU, where the caller
+    keeps some (`skinny_gemm.new_semaphores`)."""
     if use_triton(x):
-        from nanovllm.kernels.quantized_linear_triton import choose, quantized_linear_triton
+        from nanovllm.kernels.triton.linear.quantized_linear import choose, quantized_linear_triton
 
         config = choose(x, weight.codes, weight.scale.shape[1])
         if config is not None:
-            return quantized_linear_triton(x, weight.codes, weight.scale, weight.zero, bias, config, arrived)
+            return quantized_linear_triton(x, weight.codes, weight.scale, weight.zero, bias, config, semaphores)
     return F.linear(x, dequantize(weight, x.dtype), bias)
 
 
-def fp8_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, arrived: Tensor | None = None) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, semaphores: Tensor | None = None
+) -> Tensor:
     """quantized_linear(round_rows(x, "fp8"), weight, bias), for codes "fp8" with a scale an output.
 
     On a GPU that multiplies FP8 it does, for more than one row.
     """
     if use_triton(x):
-        from nanovllm.kernels.quantized_linear_triton import quantize_rows_triton
+        from nanovllm.kernels.triton.linear.quantized_linear import quantize_rows_triton
 
         if x.shape[0] > 1 and _multiplies_fp8(x, weight):
             codes, scales = quantize_rows_triton(x, "fp8")
@@ -93,11 +95,11 @@ def fp8_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, a
                 codes, weight.codes.t(), scales, weight.scale.t(), out_dtype=x.dtype, use_fast_accum=False
             )
             return product if bias is None else product + bias
-    return quantized_linear(round_rows(x, "fp8"), weight, bias, arrived)
+    return quantized_linear(round_rows(x, "fp8"), weight, bias, semaphores)
 
 
 def int8_linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, arrived: Tensor | None = None
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, semaphores: Tensor | None = None
 ) -> Tensor:
     """quantized_linear(round_rows(x, "int8"), weight, bias), for codes "int8" with a scale an output.
 
@@ -107,7 +109,7 @@ def int8_linear(
         codes, scales = quantize_rows(x, "int8")
         product = (torch._int_mm(codes, weight.codes.t()).float() * scales * weight.scale.t()).to(x.dtype)
         return product if bias is None else product + bias
-    return quantized_linear(round_rows(x, "int8"), weight, bias, arrived)
+    return quantized_linear(round_rows(x, "int8"), weight, bias, semaphores)
 
 
 def _multiplies_fp8(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -122,7 +124,7 @@ def round_rows(x: Tensor, kind: str, group_size: int | None = None, scale: Tenso
     kind: "fp8" or "int8". x [num_rows, inputs] -> the same shape and dtype.
     """
     if use_triton(x) and (kind != "fp8" or has_fp8(x.device)):
-        from nanovllm.kernels.quantized_linear_triton import round_rows_triton
+        from nanovllm.kernels.triton.linear.quantized_linear import round_rows_triton
 
         return round_rows_triton(x, kind, group_size, scale)
     return round_rows_reference(x, kind, group_size, scale)

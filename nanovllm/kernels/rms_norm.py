@@ -14,7 +14,7 @@ from nanovllm.kernels.dispatch import use_triton
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., dim] with any strides, weight [dim] of x's dtype or float32 -> a new tensor [..., dim] of x's dtype."""
     if use_triton(x):
-        from nanovllm.kernels.rms_norm_triton import rms_norm_triton
+        from nanovllm.kernels.triton.rms_norm import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps)
     return _rms_norm_by_layer_norm(x, weight, eps)
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [num_tokens, dim] -> (rms_norm(x + residual), x + residual), both new; the sum is rounded first."""
     if use_triton(x):
-        from nanovllm.kernels.rms_norm_triton import add_rms_norm_triton
+        from nanovllm.kernels.triton.rms_norm import add_rms_norm_triton
 
         return add_rms_norm_triton(x, residual, weight, eps)
     total = x + residual

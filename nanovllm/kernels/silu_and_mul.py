@@ -14,7 +14,7 @@ from nanovllm.kernels.dispatch import use_triton
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """gate_up [num_tokens, 2 * intermediate] -> [num_tokens, intermediate], new, of the same dtype."""
     if use_triton(gate_up):
-        from nanovllm.kernels.silu_and_mul_triton import silu_and_mul_triton
+        from nanovllm.kernels.triton.silu_and_mul import silu_and_mul_triton
 
         return silu_and_mul_triton(gate_up)
     return silu_and_mul_reference(gate_up)
@@ -23,7 +23,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def gelu_and_mul(gate_up: Tensor) -> Tensor:
     """As `silu_and_mul`, with gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) of the gate."""
     if use_triton(gate_up):
-        from nanovllm.kernels.silu_and_mul_triton import silu_and_mul_triton
+        from nanovllm.kernels.triton.silu_and_mul import silu_and_mul_triton
 
         return silu_and_mul_triton(gate_up, gelu=True)
     return gelu_and_mul_reference(gate_up)

@@ -24,11 +24,11 @@ class Embedding(LinearBase):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return self.method.take_rows(input_ids)
+            return self.method.gather_rows(input_ids)
         (held,) = self.spec.parts
         local = input_ids - held.start
         is_elsewhere = (local < 0) | (local >= len(held))
-        found = self.method.take_rows(local.masked_fill(is_elsewhere, 0))
+        found = self.method.gather_rows(local.masked_fill(is_elsewhere, 0))
         return self.tp.all_reduce(found.masked_fill_(is_elsewhere[:, None], 0))
 
     def finish(self) -> None:
@@ -40,7 +40,7 @@ class Embedding(LinearBase):
         if tuple(tensor.shape) != (vocab_size, self.spec.in_features):
             return False
         rows = tensor[held.start : held.stop]
-        own = self.method.take_rows(torch.arange(len(rows), device=next(self.parameters()).device))
+        own = self.method.gather_rows(torch.arange(len(rows), device=next(self.parameters()).device))
         return torch.equal(rows.to(own), own)
 
 

@@ -1,23 +1,23 @@
 """FusedLinear: dense weights on a GPU, multiplied by this project's kernels where rows are few.
 
-Owns nothing but the choice of the fused forms; `kernels/small_linear.py` says what they are and when they run.
+Owns nothing but the choice of the fused forms; `kernels/skinny_linear.py` says what they are and when they run.
 """
 
 from torch import Tensor
 
-from nanovllm.kernels.small_linear import rms_norm_gated_linear, rms_norm_linear, small_linear
+from nanovllm.kernels.skinny_linear import rms_norm_gated_linear, rms_norm_linear, skinny_linear
 from nanovllm.layers.linear_method import DenseLinear, Gate, LinearSpec, Norm
 
 
 class FusedLinear(DenseLinear):
-    """arrived: room for counters (`small_tile_triton.new_arrived`), shared by layers that run one after the other."""
+    """semaphores: room for counters (`skinny_gemm.new_semaphores`), shared by layers that run one after the other."""
 
-    def __init__(self, spec: LinearSpec, arrived: Tensor | None = None) -> None:
+    def __init__(self, spec: LinearSpec, semaphores: Tensor | None = None) -> None:
         super().__init__(spec)
-        self.arrived = arrived
+        self.semaphores = semaphores
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return small_linear(x, self.weight, bias, self.arrived)
+        return skinny_linear(x, self.weight, bias, self.semaphores)
 
     def multiply_after_norm(
         self, norm: Norm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Gate | None = None
@@ -26,5 +26,5 @@ class FusedLinear(DenseLinear):
             return super().multiply_after_norm(norm, x, residual, bias, gate)
         inputs = x, residual, norm.weight, norm.eps, self.weight, bias
         if gate is None:
-            return rms_norm_linear(*inputs, self.arrived)
-        return rms_norm_gated_linear(*inputs, gate.activation, self.arrived)
+            return rms_norm_linear(*inputs, self.semaphores)
+        return rms_norm_gated_linear(*inputs, gate.activation, self.semaphores)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.kernels.take_rows import take_rows
+from nanovllm.kernels.gather_rows import gather_rows
 from nanovllm.layers.slots import WeightSlot
 
 
@@ -86,7 +86,7 @@ class LinearMethod(nn.Module):
         product = self.multiply(x, bias)
         return product if gate is None else gate.apply(product), total
 
-    def take_rows(self, ids: Tensor) -> Tensor:
+    def gather_rows(self, ids: Tensor) -> Tensor:
         """Rows of W, for a table: ids [num_tokens] -> [num_tokens, inputs]."""
         raise NotImplementedError
 
@@ -112,8 +112,8 @@ class DenseLinear(LinearMethod):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)
 
-    def take_rows(self, ids: Tensor) -> Tensor:
-        return take_rows(self.weight, ids)
+    def gather_rows(self, ids: Tensor) -> Tensor:
+        return gather_rows(self.weight, ids)
 
 
 def _filler(target: Tensor, rows: range, columns: range) -> Callable[[Tensor], object]:

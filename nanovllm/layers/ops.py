@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.fixed_linear import fixed_linear
+from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
-from nanovllm.kernels.native import load_native
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from nanovllm.kernels.silu_and_mul import (
@@ -62,14 +62,14 @@ BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, qkv_rope_sto
 
 
 def _on_gpu(device: torch.device) -> Ops:
-    from nanovllm.kernels.small_tile_triton import new_arrived
+    from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores
 
-    arrived = new_arrived(device)  # one for the model: its products run one after the other
-    return BY_DEVICE._replace(linear_method=partial(FusedLinear, arrived=arrived))
+    semaphores = new_semaphores(device)  # one for the model: its products run one after the other
+    return BY_DEVICE._replace(linear_method=partial(FusedLinear, semaphores=semaphores))
 
 
 def _on_cpu() -> Ops:
-    native = load_native()
+    native = load_cpu_kernels()
     if native is None:
         return BY_DEVICE._replace(linear_method=PackedLinear)
     return Ops(
@@ -89,13 +89,13 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
     operations treat the ends of a thread's share differently.
     """
     if is_deterministic:
-        if device.type == "cpu" and load_native() is None:
+        if device.type == "cpu" and load_cpu_kernels() is None:
             raise ImportError("deterministic=True needs a C++ compiler (c++, g++ or clang++) for the CPU kernels")
         ops = choose_ops(device, compilation)
         if device.type == "cuda":
             experts = partial(fused_experts, block_size=64)
         else:
-            experts = partial(fused_experts_reference, linear=fixed_linear, gate=ops.silu_and_mul)
+            experts = partial(fused_experts_reference, linear=batch_invariant_linear, gate=ops.silu_and_mul)
         return ops._replace(fused_experts=experts, linear_method=BatchInvariantLinear)
     is_on_cpu = device.type == "cpu"
     linear_method = PackedLinear if is_on_cpu else DenseLinear

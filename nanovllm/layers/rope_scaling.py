@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.config import RopeConfig
-from nanovllm.kernels.take_rows import take_rows
+from nanovllm.kernels.gather_rows import gather_rows
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -46,8 +46,8 @@ def cos_sin_of_lengths(
     if rope.rope_type == "longrope":
         original, long_table = rope.parameters["original_max_position_embeddings"], tables["long_table"]
         is_changed = (rope_lens > original) & (positions < original)
-        changed = take_rows(long_table, positions.clamp(max=len(long_table) - 1))
-        return torch.where(is_changed[:, None], changed, take_rows(tables["table"], positions))
+        changed = gather_rows(long_table, positions.clamp(max=len(long_table) - 1))
+        return torch.where(is_changed[:, None], changed, gather_rows(tables["table"], positions))
     inv_freq = _dynamic_frequencies(_rotary_dim(head_dim, rope), rope, rope_lens)  # [num_tokens, rotary_dim / 2]
     return _cos_sin(head_dim, positions[:, None].float() * inv_freq)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.config import RopeConfig
-from nanovllm.kernels.take_rows import take_rows
+from nanovllm.kernels.gather_rows import gather_rows
 from nanovllm.layers.rope_scaling import LENGTH_DEPENDENT, cos_sin_of_lengths, rope_tables
 
 
@@ -30,7 +30,7 @@ class RotaryEmbedding(nn.Module):
         Without them, longrope takes each token to be the last one of its context.
         """
         if rope_lens is None or self.rope.rope_type not in LENGTH_DEPENDENT:
-            return take_rows(self.table, positions)
+            return gather_rows(self.table, positions)
         return cos_sin_of_lengths(self.head_dim, self.rope, dict(self.named_buffers()), positions, rope_lens)
 
 

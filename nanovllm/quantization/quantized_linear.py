@@ -70,7 +70,7 @@ class QuantizedLinear(LinearMethod):
         if rounding is not None and rounding.is_static:
             self.input_scale = nn.Parameter(torch.zeros(len(spec.sizes)), requires_grad=False)
         self.order: Tensor | None = None  # of the inputs, where groups are not of neighbours
-        self.arrived: Tensor | None = None  # room that a GPU counts in
+        self.semaphores: Tensor | None = None  # room that a GPU counts in
         self._group_of_input: dict[int, Tensor] = {}
 
     def _check_sizes(self, inputs: int, has_order: bool) -> None:
@@ -147,9 +147,9 @@ class QuantizedLinear(LinearMethod):
 
     def finish(self) -> None:
         if self.codes.is_cuda:
-            from nanovllm.kernels.small_tile_triton import new_arrived
+            from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores
 
-            self.arrived = new_arrived(self.codes.device)
+            self.semaphores = new_semaphores(self.codes.device)
         if self.zero is not None and not self.zero.any():
             self.zero = None
         if self._group_of_input:
@@ -185,13 +185,13 @@ class QuantizedLinear(LinearMethod):
             x = x[:, self.order]
         rounding, weight = self.rounding, self.weight
         if rounding is None:
-            return quantized_linear(x, weight, bias, self.arrived)
+            return quantized_linear(x, weight, bias, self.semaphores)
         if rounding == Rounding(self.kind) and not self.is_grouped:
-            return (fp8_linear if self.kind == "fp8" else int8_linear)(x, weight, bias, self.arrived)
+            return (fp8_linear if self.kind == "fp8" else int8_linear)(x, weight, bias, self.semaphores)
         if self.input_scale is not None and len(self.input_scale) > 1:
             return self._multiply_parts(rounding, x, bias, self.input_scale)
         rounded = round_rows(x, rounding.kind, rounding.group_size, self.input_scale)
-        return quantized_linear(rounded, weight, bias, self.arrived)
+        return quantized_linear(rounded, weight, bias, self.semaphores)
 
     def _multiply_parts(self, rounding: Rounding, x: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
         """Each matrix has rounded its inputs in its own way."""
@@ -200,9 +200,9 @@ class QuantizedLinear(LinearMethod):
             rows = self.spec.rows(part)
             own = QuantizedWeight(self.codes[rows], self.scale[rows], None, self.group_size)
             rounded = round_rows(x, rounding.kind, scale=scales[part : part + 1])
-            products.append(quantized_linear(rounded, own, None if bias is None else bias[rows], self.arrived))
+            products.append(quantized_linear(rounded, own, None if bias is None else bias[rows], self.semaphores))
         return torch.cat(products, dim=1)
 
-    def take_rows(self, ids: Tensor) -> Tensor:
+    def gather_rows(self, ids: Tensor) -> Tensor:
         zero = None if self.zero is None else self.zero[ids]
         return dequantize(QuantizedWeight(self.codes[ids], self.scale[ids], zero, self.group_size), self.spec.dtype)

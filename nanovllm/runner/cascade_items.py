@@ -11,7 +11,7 @@ import numpy as np
 
 from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels.cascade import ITEM_FIELDS, ROWS, TILE, max_items, max_parts, num_words
-from nanovllm.kernels.sizes import cdiv
+from nanovllm.kernels.triton.common.sizes import cdiv
 
 # Reading a request's results and starting from them takes as long as this many tiles of keys.
 ITEM_COST = 1

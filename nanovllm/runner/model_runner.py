@@ -19,8 +19,8 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
-from nanovllm.kernels.dependent_launch import dependent_launch
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
+from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.sampling.rows import SampledRows, upload

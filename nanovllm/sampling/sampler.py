@@ -10,7 +10,7 @@ The order of the stages; 0 to 7, what rows may ask for beyond how they are drawn
     12. draw                lowest id where the CDF exceeds uniform(seed, position)    all sampled rows
 
 Owns the choice of route; `logits.py` owns the arithmetic, `draw_columns.py` the parameters. On a GPU, stages 8 to 12
-are `kernels/sample_triton.py`, which reads the parameters there. On a CPU the host mirrors say which rows need what, so
+are `kernels/triton/sample.py`, which reads the parameters there. On a CPU the host mirrors say which rows need what, so
 a stage that nobody asked for is not run. Invariant: a row's token depends on its logits, parameters, history, seed and
 position alone, and so does the route to it.
 """
@@ -134,7 +134,7 @@ class Sampler:
         Reads `DrawColumns.columns` as last uploaded, and keeps the tokens as `sample` does. rows, positions int32; a
         row of -1 is padding, which gives token 0 and keeps nothing.
         """
-        from nanovllm.kernels.sample_triton import sample_triton
+        from nanovllm.kernels.triton.sample import sample_triton
 
         columns = self.columns
         return sample_triton(logits, rows, positions, columns.columns, columns.last_token, self._is_deterministic)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanovllm.attention import cpu_batched_decode
 from nanovllm.attention.cpu_paged import CpuPagedBackend
-from nanovllm.kernels.native import load_native
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_metadata
 
@@ -19,7 +19,7 @@ HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 def check(case: PagedCase, window: int | None, tolerance: float, softcap: float | None = None) -> None:
     shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
     expected = paged_attention_reference(case.q, case.cache, case.meta, shape)
-    for native in (None, load_native()) if HAS_COMPILER else (None,):
+    for native in (None, load_cpu_kernels()) if HAS_COMPILER else (None,):
         backend = CpuPagedBackend(native)
         prepared = backend.prepare(case.meta)
         for _layer in range(2):  # the second layer reuses the first one's indices
@@ -91,7 +91,7 @@ def test_queries_may_be_strided() -> None:
 def test_decodes_of_a_mixed_batch_are_those_of_a_decode_batch() -> None:
     """The C++ kernel takes the decodes of any batch; their bits do not depend on the other requests."""
     mixed = make_case([1] * 3 + [6], [40, 7, 90, 11], layout="heads outside", dtype=torch.bfloat16)
-    backend = CpuPagedBackend(load_native())
+    backend = CpuPagedBackend(load_cpu_kernels())
     out = backend.forward(mixed.shape(0.25), mixed.q, mixed.cache, backend.prepare(mixed.meta))
     for i in range(3):
         meta = make_metadata([1], mixed.meta.seq_lens_host[i : i + 1], mixed.meta.block_table[i : i + 1],

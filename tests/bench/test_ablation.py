@@ -74,7 +74,7 @@ def test_a_gpu_shows_what_it_has(
     capability: tuple[int, int],
     has_dependent_launch: bool,
 ) -> None:
-    monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: capability)
+    monkeypatch.setattr("nanovllm.kernels.triton.common.launch.compute_capability", lambda device: capability)
     rows, _ = rows_of(capsys, "--device", "cuda")
     names = {case.name for case in ABLATIONS if has_dependent_launch or case.name != "dependent launch"}
     assert {row["optimization"] for row in rows} == names
@@ -85,7 +85,7 @@ def test_a_gpu_shows_what_it_has(
 def test_only_some_by_name_or_part_of_it(
     measured: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr("nanovllm.kernels.triton.common.launch.compute_capability", lambda device: (9, 0))
     rows, _ = rows_of(capsys, "--device", "cuda", "--only", "dependent launch", "cuda")
     assert {row["optimization"] for row in rows} == {"dependent launch", "CUDA graphs"}
     assert len(measured) == 2 * len(rows)

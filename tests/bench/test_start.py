@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanovllm.cli.main import main
-from nanovllm.kernels import native
+from nanovllm.kernels.cpu import cpu_kernels
 from nanovllm_bench import start_probe
 from tests.tiny_models import save_random, save_tokenizer
 
@@ -55,9 +55,9 @@ def test_both_compilers_are_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(native, "build", lambda *arguments: time.sleep(0.01))
+    monkeypatch.setattr(cpu_kernels, "build", lambda *arguments: time.sleep(0.01))
     seconds = start_probe._watch_compilers("auto")
-    native.build("c++", tmp_path / "library.so")
+    cpu_kernels.build("c++", tmp_path / "library.so")
     assert len(seconds) == 1 and seconds[0] >= 0.01
 
     @triton.jit
@@ -79,7 +79,7 @@ def test_an_engine_on_a_cpu_watches_no_triton(monkeypatch: pytest.MonkeyPatch) -
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(native, "build", native.build)  # put back behind the test
+    monkeypatch.setattr(cpu_kernels, "build", cpu_kernels.build)  # put back behind the test
     start_probe._watch_compilers("cpu")
     assert triton.knobs.compilation.listener is None
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.dependent_launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import has_dependent_launch
 from tests.executor.rank_process import OPTIONS
 from tests.tiny_models import random_prompts, save_random
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm import kernels
 from nanovllm.engine.scheduler_output import SharedPrefix
+from nanovllm.kernels import triton as twins
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.runner.cascade_items import cut
@@ -43,11 +43,13 @@ pytestmark = pytest.mark.slow
 
 FOR_HOPPER = (".fence_tile_loads", ".row_of_tile")  # functions
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # by compute capability: the bytes that a program may ask for
+PREFIX = f"{twins.__name__}."
 MODULES = {
-    name.removesuffix("_triton"): importlib.import_module(f"{kernels.__name__}.{name}")
-    for _, name, _ in pkgutil.iter_modules(kernels.__path__)
-    if name.endswith("_triton")
+    name.removeprefix(PREFIX): importlib.import_module(name)
+    for _, name, is_folder in pkgutil.walk_packages(twins.__path__, PREFIX)
+    if not is_folder
 }
+ATTENTION = MODULES["attention.paged_attention"]
 FUNCTIONS = {
     f"{module.__name__}.{name}": value
     for module in MODULES.values()
@@ -61,6 +63,10 @@ FUNCTIONS = {
 
 def bf16(*shape: int) -> Tensor:
     return torch.randn(*shape).bfloat16()
+
+
+def new_semaphores() -> Tensor:
+    return MODULES["linear.skinny_gemm"].new_semaphores(torch.device("cpu"))
 
 
 def attend(
@@ -77,17 +83,17 @@ def attend(
         dtype=dtype, layout="heads outside",
     )  # fmt: skip
     shape, q, cache, meta = case.shape(0.1, window, softcap), case.q, case.cache, case.meta
-    plans = MODULES["paged_attention"].StepPlans()
+    plans = ATTENTION.StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].paged_attention_triton(q, cache, meta, shape, plans)
-    MODULES["tokenwise_attention"].tokenwise_attention_triton(q[:3], cache, meta, shape)
+        ATTENTION.paged_attention_triton(q, cache, meta, shape, plans)
+    MODULES["batch_invariant.attention"].batch_invariant_attention_triton(q[:3], cache, meta, shape)
 
 
 def decode_many(num_reqs: int) -> None:
     case = make_case([1] * num_reqs, [90] * num_reqs, num_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16)
-    shape, plans = case.shape(0.1), MODULES["paged_attention"].StepPlans()
+    shape, plans = case.shape(0.1), ATTENTION.StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
+        ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
 
 
 def decode_cascade(softcap: float | None, head_dim: int, block_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -96,11 +102,9 @@ def decode_cascade(softcap: float | None, head_dim: int, block_size: int, dtype:
         [1] * 20, [90] * 20, num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype, layout="heads outside"
     )
     words = torch.from_numpy(cut([SharedPrefix(0, 3, 0, 64)], 20, 2, 4, 8))
-    meta, plans = replace(case.meta, cascade=cascade_inputs(words, 20)), MODULES["paged_attention"].StepPlans()
+    meta, plans = replace(case.meta, cascade=cascade_inputs(words, 20)), ATTENTION.StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].paged_attention_triton(
-            case.q, case.cache, meta, case.shape(0.1, softcap=softcap), plans
-        )
+        ATTENTION.paged_attention_triton(case.q, case.cache, meta, case.shape(0.1, softcap=softcap), plans)
 
 
 def decode_from_qkv(
@@ -117,37 +121,41 @@ def decode_from_qkv(
     qkv = torch.randn(2, (shape.num_heads + 2 * shape.num_kv_heads) * head_dim).to(dtype)
     cos_sin = torch.randn(2, head_dim) if has_more else None
     norm = torch.randn(head_dim).to(dtype) if has_more else None
-    heads, plans = HeadInputs(cos_sin, meta.slot_mapping, norm, norm, 1e-6), MODULES["paged_attention"].StepPlans()
+    heads, plans = HeadInputs(cos_sin, meta.slot_mapping, norm, norm, 1e-6), ATTENTION.StepPlans()
     for _ in range(2):
-        MODULES["paged_attention"].decode_qkv_triton(qkv, heads, case.cache, meta, shape, plans)
+        ATTENTION.decode_qkv_triton(qkv, heads, case.cache, meta, shape, plans)
 
 
 def rotate_and_store(has_norm: bool, has_rotation: bool) -> None:
     norm, cos_sin = bf16(128) if has_norm else None, torch.randn(5, 128) if has_rotation else None
     heads, cache = HeadInputs(cos_sin, torch.arange(5), norm, norm, 1e-6), LayerCache(bf16(2, 4, 2, 64, 128))
     shape = AttentionShape(8, 2, 128, scale=0.1)
-    MODULES["qkv_rope_store"].qkv_rope_store_triton(bf16(5, 12 * 128), heads, cache, shape)
+    MODULES["attention.qkv_rope_store"].qkv_rope_store_triton(bf16(5, 12 * 128), heads, cache, shape)
 
 
 def multiply(num_rows: int, inputs: int, has_bias: bool = False, gated: bool = False, gelu: bool = False) -> None:
-    twin = MODULES["small_linear"]
+    twin = MODULES["linear.skinny_linear"]
     x, weight, bias = bf16(num_rows, inputs), bf16(1024, inputs), bf16(1024) if has_bias else None
     config = twin.choose(x, weight, gated)
     if config is not None:  # else this GPU leaves it to cuBLAS
-        twin.small_linear_triton(x, weight, bias, config, gated, gelu)
+        twin.skinny_linear_triton(x, weight, bias, config, gated, gelu)
 
 
 def multiply_in_chunks(num_rows: int, gated: bool) -> None:
     """Chunks held and chunks asked for on the way; and a norm of what has no residual."""
-    twin = MODULES["small_linear"]
-    x, weight, arrived = bf16(num_rows, 1024), bf16(1024, 1024), MODULES["small_tile"].new_arrived(torch.device("cpu"))
-    config = twin.TileConfig(64, num_warps=8, slices=1, chunk=128, ahead=1, x_ahead=1, splits=2)
-    twin.small_linear_triton(x, weight, None, config, gated, arrived=arrived)
+    twin = MODULES["linear.skinny_linear"]
+    x, weight, semaphores = (
+        bf16(num_rows, 1024),
+        bf16(1024, 1024),
+        new_semaphores(),
+    )
+    config = twin.GemmConfig(64, num_warps=8, slices=1, chunk=128, ahead=1, x_ahead=1, splits=2)
+    twin.skinny_linear_triton(x, weight, None, config, gated, semaphores=semaphores)
     twin.rms_norm_linear_triton(x[:7], None, bf16(1024), 1e-6, weight, None, twin.choose(x[:7], weight, normed=True))
 
 
 def normalize_and_multiply(num_rows: int, inputs: int, has_bias: bool, gated: bool, gelu: bool) -> None:
-    twin = MODULES["small_linear"]
+    twin = MODULES["linear.skinny_linear"]
     x, residual, norm = bf16(num_rows, inputs), bf16(num_rows, inputs), bf16(inputs)
     weight, bias = bf16(1024, inputs), bf16(1024) if has_bias else None
     config = twin.choose(x, weight, gated, normed=True)
@@ -163,7 +171,7 @@ def multiply_codes(
     inputs: int = 1024,
 ) -> None:
     """more: with zeros and a bias."""
-    twin = MODULES["quantized_linear"]
+    twin = MODULES["linear.quantized_linear"]
     if kind == "fp8" and not twin.has_fp8(torch.device("cpu")):
         return
     x = torch.randn(num_rows, inputs).to(dtype)
@@ -172,15 +180,15 @@ def multiply_codes(
     groups = 1 if group_size is None else inputs // group_size
     scale, zero = torch.rand(256, groups), torch.zeros(256, groups, dtype=torch.int8) if more else None
     config = twin.choose(x, codes, groups)._replace(ahead=1)
-    bias, arrived = bf16(256) if more else None, MODULES["small_tile"].new_arrived(torch.device("cpu"))
-    twin.quantized_linear_triton(x, codes, scale, zero, bias, config, arrived)
+    bias, semaphores = bf16(256) if more else None, new_semaphores()
+    twin.quantized_linear_triton(x, codes, scale, zero, bias, config, semaphores)
     if num_rows > 1:
         twin.quantized_linear_triton(x, codes, scale, zero, None, config._replace(splits=1))
     twin.dequantize_triton(codes, scale, zero, inputs // groups, dtype)
 
 
 def round_inputs(kind: str, group_size: int | None, scale: Tensor | None) -> None:
-    twin = MODULES["quantized_linear"]
+    twin = MODULES["linear.quantized_linear"]
     if kind != "fp8" or twin.has_fp8(torch.device("cpu")):
         twin.round_rows_triton(bf16(5, 1000), kind, group_size, scale)
         twin.quantize_rows_triton(bf16(5, 1000), kind)
@@ -240,25 +248,27 @@ CALLS: dict[str, Callable[[], Any]] = {
     "add_rms_norm": lambda: MODULES["rms_norm"].add_rms_norm_triton(bf16(5, 4096), bf16(5, 4096), bf16(4096), 1e-6),
     "silu_and_mul": lambda: MODULES["silu_and_mul"].silu_and_mul_triton(bf16(5, 6144)),
     "gelu_and_mul": lambda: MODULES["silu_and_mul"].silu_and_mul_triton(bf16(5, 6144), gelu=True),
-    "small_linear of a row": lambda: multiply(1, 1024),
+    "skinny_linear of a row": lambda: multiply(1, 1024),
     "gated_linear of a row": lambda: multiply(1, 4096, gated=True),
     "gated_linear of 2 rows": lambda: multiply(2, 4096, gated=True),
-    "small_linear of 7 rows": lambda: multiply(7, 3072, has_bias=True),
-    "small_linear of a long row": lambda: multiply(1, 12288),
+    "skinny_linear of 7 rows": lambda: multiply(7, 3072, has_bias=True),
+    "skinny_linear of a long row": lambda: multiply(1, 12288),
     "gated_linear of 7 rows": lambda: multiply(7, 2048, gated=True),
-    "small_linear of 16 rows, split": lambda: multiply(16, 4096),
-    "small_linear of 64 rows, split": lambda: multiply(64, 2048, has_bias=True),
-    "small_linear of 64 rows, held": lambda: multiply(64, 1024, has_bias=True),
+    "skinny_linear of 16 rows, split": lambda: multiply(16, 4096),
+    "skinny_linear of 64 rows, split": lambda: multiply(64, 2048, has_bias=True),
+    "skinny_linear of 64 rows, held": lambda: multiply(64, 1024, has_bias=True),
     "gated_linear of 33 rows, held": lambda: multiply(33, 1024, has_bias=True, gated=True),
     "gated_linear of 16 rows, split": lambda: multiply(16, 1536, gated=True),
     "gated_linear of 33 rows, split": lambda: multiply(33, 2048, gated=True, gelu=True),
-    "small_linear of 64 rows, in chunks": lambda: multiply_in_chunks(64, gated=False),
+    "skinny_linear of 64 rows, in chunks": lambda: multiply_in_chunks(64, gated=False),
     "gated_linear of 32 rows, in chunks": lambda: multiply_in_chunks(32, gated=True),
     "rms_norm_linear of 7 rows": lambda: normalize_and_multiply(7, 1024, False, False, False),
     "rms_norm_gated_linear of a row": lambda: normalize_and_multiply(1, 304, True, True, True),
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
     "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
-    "fixed_linear": lambda: MODULES["fixed_linear"].fixed_linear_triton(bf16(5, 200), bf16(96, 200), bf16(96)),
+    "batch_invariant_linear": lambda: MODULES["batch_invariant.linear"].batch_invariant_linear_triton(
+        bf16(5, 200), bf16(96, 200), bf16(96)
+    ),
     "int4, groups, zeros": lambda: multiply_codes(3, "int4", 128, more=True),
     "int4, small groups, 64 rows": lambda: multiply_codes(64, "int4", 32),
     "int4, groups, float16": lambda: multiply_codes(3, "int4", 128, dtype=torch.float16),
@@ -281,7 +291,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe, blocks of 128": lambda: mix_experts(200, 2, 256),
     "sample": lambda: sample(is_deterministic=False),
     "sample, deterministic": lambda: sample(is_deterministic=True),
-    "take_rows": lambda: MODULES["take_rows"].take_rows_triton(bf16(9, 1024), torch.arange(3, dtype=torch.int32)),
+    "gather_rows": lambda: MODULES["gather_rows"].gather_rows_triton(bf16(9, 1024), torch.arange(3, dtype=torch.int32)),
     "prepare_inputs": lambda: prepare_inputs(None),
     "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),
 }
@@ -411,7 +421,7 @@ def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> 
     """What does not fit into them is kept on the stack, at many times the cost. float32 and wide heads do so."""
     stacks, file = {}, tmp_path / "kernel.cubin"
     for kernel, call, binary in compiled.launches:
-        if (".paged_" in kernel or ".cascade" in kernel) and call in FAST_ATTENTION and compiled.capability >= 90:
+        if ".triton.attention." in kernel and call in FAST_ATTENTION and compiled.capability >= 90:
             file.write_bytes(binary.asm["cubin"])
             command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
             usage = re.search(

@@ -22,11 +22,11 @@ twin_test = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 def load_twin(operation: str) -> ModuleType:
-    """The module kernels/<operation>_triton.py; the tests of whoever asks are skipped where Triton is missing."""
+    """Module `nanovllm.kernels.triton.<operation>`; the tests of whoever asks are skipped where Triton is missing."""
     pytest.importorskip("triton")
     if INTERPRETED:
         _repair_interpreter()
-    return importlib.import_module(f"nanovllm.kernels.{operation}_triton")
+    return importlib.import_module(f"nanovllm.kernels.triton.{operation}")
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -58,6 +58,6 @@ def test_a_layer_keeps_one_copy() -> None:
     head = table.tied()
     head.finish()
     torch.testing.assert_close(head.multiply(x, None), F.linear(x, weight), atol=1e-5, rtol=1e-5)
-    assert torch.equal(table.take_rows(torch.arange(32)), weight)
+    assert torch.equal(table.gather_rows(torch.arange(32)), weight)
     if pack(weight) is not None:
         assert sum(parameter.numel() for parameter in head.parameters()) == 0

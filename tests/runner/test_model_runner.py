@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
-from nanovllm.kernels.dependent_launch import has_dependent_launch
-from nanovllm.runner.graphs.captured_steps import compile_ahead
+from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.runner.graphs.captured_steps import warm_up_kernels
 from nanovllm.runner.graphs.layouts import PromptLayout
 from nanovllm.runner.graphs.step_parts import split
 from nanovllm.runner.model_runner import ModelRunner
@@ -217,7 +217,7 @@ def test_each_engine_launches_as_it_was_told(folder: Path, monkeypatch: pytest.M
         answers.add(has_dependent_launch(torch.device("cuda")))
         return run_model(*arguments)
 
-    monkeypatch.setattr("nanovllm.kernels.dependent_launch.compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr("nanovllm.kernels.triton.common.launch.compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(ModelRunner, "run_model", noted)
     fake = fake_graphs(monkeypatch)
     with make_llm(folder) as on:
@@ -260,7 +260,7 @@ def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
         tensors = [state.num_computed, runner.sampler.columns.last_token, state.block_tables, *caches]
         told = [tensor.clone() for tensor in tensors]
         sampled.clear()
-        compile_ahead(runner, config, captures_prompts=True)
+        warm_up_kernels(runner, config, captures_prompts=True)
         assert sampled == [torch.bfloat16, torch.float32, torch.bfloat16]
         assert all(map(torch.equal, tensors, told))
         assert len(llm.generate(PROMPTS[:2], PLAIN[0], use_tqdm=False)) == 2

@@ -10,9 +10,9 @@ from torch import Tensor
 from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import AttentionMetadata
 from nanovllm.kernels.cascade import CascadeInputs
-from nanovllm.kernels.dependent_launch import dependent_launch
+from nanovllm.kernels.gather_rows import gather_rows
 from nanovllm.kernels.prepare_inputs import StepInputs
-from nanovllm.kernels.take_rows import take_rows
+from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.graphs.cuda_graphs import compile_kernels, padding
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.model_runner import ModelRunner
@@ -42,7 +42,7 @@ class CapturedSteps:
         )
         lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
         hidden = self._forward(inputs.rows, step, inputs.query_start_loc, lens, num_decodes=0, cascade=None)
-        hidden = take_rows(hidden, inputs.sampled_from)
+        hidden = gather_rows(hidden, inputs.sampled_from)
         return self._sample(hidden, inputs.sampled_rows, inputs.sampled_positions)
 
     def _forward(
@@ -82,7 +82,7 @@ def runs_before_capture(config: ResolvedConfig) -> bool:
 
 
 @torch.inference_mode()
-def compile_ahead(runner: ModelRunner, config: ResolvedConfig, captures_prompts: bool) -> None:
+def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompts: bool) -> None:
     """Compile, side by side, most kernels of large steps, be they captured or not. No request must be there yet."""
     if runs_before_capture(config):
         return

@@ -71,7 +71,7 @@ def padding(layout: Layout[Size, Inputs], size: Size, device: torch.device) -> I
 
 def compile_kernels(step: Callable[[], object], device: torch.device) -> None:
     """Compile what a step that could be captured launches. Nothing of it runs."""
-    from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
+    from nanovllm.kernels.triton.common.warmup import compile_together, missing_kernels
 
     with missing_kernels() as missing, torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
         step()
@@ -122,7 +122,7 @@ class StepGraphs(Generic[Size, Inputs]):
     def capture(self, size: Size) -> None:
         """Nothing runs while a graph is captured. So where kernels are missing, as all are at first, an attempt tells
         which, and they are compiled together."""
-        from nanovllm.kernels.compile_ahead import compile_together, missing_kernels
+        from nanovllm.kernels.triton.common.warmup import compile_together, missing_kernels
 
         inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
         with missing_kernels() as missing:

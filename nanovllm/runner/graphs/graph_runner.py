@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
-from nanovllm.kernels.dependent_launch import dependent_launch
+from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture
 from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout

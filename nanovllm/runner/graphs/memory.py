@@ -11,7 +11,7 @@ import torch
 
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
-from nanovllm.runner.graphs.captured_steps import compile_ahead
+from nanovllm.runner.graphs.captured_steps import warm_up_kernels
 from nanovllm.runner.graphs.graph_runner import can_capture_prompts
 from nanovllm.runner.graphs.layouts import PromptLayout
 from nanovllm.runner.kv_cache import KVCacheSpec
@@ -65,7 +65,7 @@ def measure_free_bytes(
     weights = torch.cuda.memory_allocated(device)
     runner = make_runner(replace(config, enforce_eager=True, logits_processors=()), 1)
     if model_config.length_dependent_from is None:
-        compile_ahead(runner, config, can_capture_prompts(model_config))
+        warm_up_kernels(runner, config, can_capture_prompts(model_config))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     runner.execute(largest_step(config)).result()

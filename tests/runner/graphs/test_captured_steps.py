@@ -104,7 +104,7 @@ def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
 def test_captured_steps_give_the_tokens_of_the_eager_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    for operation in ("paged_attention", "sample"):
+    for operation in ("attention.paged_attention", "sample"):
         load_twin(operation)
     from nanovllm.attention.triton_paged import TritonBackend
 
@@ -141,7 +141,7 @@ def test_decodes_that_share_prefixes_give_the_tokens_they_have_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
 ) -> None:
     """Siblings, and others behind the same beginning, some of them beside prompts; captured or not."""
-    for operation in ("paged_attention", "sample"):
+    for operation in ("attention.paged_attention", "sample"):
         load_twin(operation)
     from nanovllm.attention.triton_paged import TritonBackend
 

@@ -68,13 +68,13 @@ def test_only_what_changed_is_uploaded() -> None:
 def test_kernels_that_a_capture_finds_missing_are_compiled_before_the_next(
     runs_first: bool, num_missing: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_ahead = pytest.importorskip("nanovllm.kernels.compile_ahead")
+    warmup = pytest.importorskip("nanovllm.kernels.triton.common.warmup")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     done: list[str] = []
 
     class Graphs(StepGraphs[int, Tensor]):
         def _captured(self, inputs: Tensor) -> Any:
-            missing = compile_ahead._noted.get()
+            missing = warmup._noted.get()
             if missing is not None:
                 missing |= {("kernel", str(i)): lambda: done.append("compiled") for i in range(num_missing)}
             done.append("captured")

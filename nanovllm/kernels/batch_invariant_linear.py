@@ -1,0 +1,34 @@
+"""Linear layers that compute a row the same way in any batch, to the bit; for `deterministic=True`.
+
+Owns the tile. Invariant: a row's result depends on that row and the weight, not on the other rows, nor on how many
+there are. Matrix libraries choose another order of additions for another number of rows, so products here always have
+the same number of them: on a CPU, ROWS at a time through the library; on a GPU, by one kernel with one tile shape,
+which adds the whole inner dimension in order.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.dispatch import use_triton
+
+ROWS = 8  # what a decode of one request pays for; more would suit prompts better
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features]."""
+    if use_triton(x):
+        from nanovllm.kernels.triton.batch_invariant.linear import batch_invariant_linear_triton
+
+        return batch_invariant_linear_triton(x, weight, bias)
+    return in_row_tiles(lambda tile: F.linear(tile, weight, bias), x)
+
+
+def in_row_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x), ROWS rows at a time; what is missing in the last tile is zeros. x [num_rows > 0, in_features]."""
+    num_rows = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -num_rows % ROWS)).contiguous()
+    parts = [product(tile) for tile in padded.split(ROWS)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]

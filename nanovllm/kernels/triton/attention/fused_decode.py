@@ -1,0 +1,234 @@
+"""Attention of a few decodes straight from the QKV product, for when waiting is all that takes time.
+
+Owns the decode kernel for few requests, which does the work of `qkv_rope_store.py` as well; the ranges, and what a
+program leaves, are those of `decode.py`. Invariant: nobody reads a cell of the cache that this kernel
+writes.
+
+What the cache holds is settled since the step before, all but the new token. So a program asks for its first tile while
+the product ahead still runs, as others do for weights (`dependent_launch`). Then it makes its queries. Whoever has the
+end of an item makes the new token's key and value, too: it stores them, and takes them into its softmax from where
+they are.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.triton.attention.decode import sizes_of_heads, store_output_or_partial
+from nanovllm.kernels.triton.attention.decode_plan import DecodePlan, block_at, next_item, range_of_program, tiles_of
+from nanovllm.kernels.triton.attention.tiles import (
+    LOWEST,
+    apply_softcap,
+    attend_tile,
+    attend_tiles,
+    blocks_of_tile,
+    exp2_scales,
+    load_tile,
+    max_registers,
+)
+from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.linear.parts import normalize
+
+
+@triton.jit
+def _load_pairs(ptr, mask, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PAIRED: tl.constexpr):
+    """Of each row, [.., BLOCK_DIM]: its elements and, if PAIRED, in the same places what they are rotated with."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    x = tl.load(ptr + dim, mask=mask, other=0.0)
+    other = x
+    if PAIRED:
+        other = tl.load(ptr + tl.where(dim < HALF, dim + HALF, dim - HALF), mask=mask, other=0.0)
+    return x, other
+
+
+@triton.jit
+def _norm_and_rotate(
+    x, other, weight, other_weight, cos, sin, eps, HEAD_DIM: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr
+):
+    """Heads, normed and rotated. sin: negative in the first half of a head."""
+    if NORM:
+        squares = x.to(tl.float32) * x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / HEAD_DIM + eps)[:, None]
+        x = normalize(x, scale, weight)
+        if ROPE:
+            other = normalize(other, scale, other_weight)
+    if ROPE:
+        x = (x.to(tl.float32) * cos + other.to(tl.float32) * sin).to(x.dtype)
+    return x
+
+
+@triton.jit(do_not_specialize=["num_reqs", "table_stride"])
+def _fused_decode_kernel(
+    qkv_ptr,
+    cache_ptr,
+    out_ptr,
+    seq_lens_ptr,
+    table_ptr,
+    num_tiles_ptr,
+    starts_ptr,
+    semaphores_ptr,
+    partial_out_ptr,
+    partial_stats_ptr,
+    cos_sin_ptr,
+    slot_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    num_reqs,
+    table_stride,
+    qkv_stride,
+    cos_sin_stride,
+    cache_stride_kv,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
+    scale,
+    eps,
+    ROPE: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMBINE_COLS: tl.constexpr,
+    COMBINE_ROWS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KNOWN_WINDOW: tl.constexpr = WINDOW - 1 if WINDOW else 0  # of it, what is in the cache
+    length, position, end, req, in_request, seq_len, block = range_of_program(starts_ptr, num_tiles_ptr)
+    row = tl.arange(0, BLOCK_GROUP)[:, None]
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    row_mask = (row < GROUP) & (dim < HEAD_DIM)
+    dim_mask = dim < HEAD_DIM
+    q_weight, q_other_weight = 0.0, 0.0
+    k_weight, k_other_weight = 0.0, 0.0
+    if Q_NORM:
+        q_weight, q_other_weight = _load_pairs(q_weight_ptr, dim_mask, HEAD_DIM, BLOCK_DIM, ROPE)
+    if K_NORM:
+        k_weight, k_other_weight = _load_pairs(k_weight_ptr, dim_mask, HEAD_DIM, BLOCK_DIM, ROPE)
+    while position < end:
+        lowest, first_tile, tiles = tiles_of(seq_len, 0, TILE, WINDOW)
+        head, tile = in_request // tiles, in_request % tiles
+        stop = tl.minimum(tile + (end - position), tiles)
+        row_table_ptr = table_ptr + req.to(tl.int64) * table_stride
+        takes_new = (stop == tiles) & (seq_len > 0)
+        known = seq_len - 1  # tokens in the cache
+        t = first_tile + tile
+        if BLOCK_SIZE % TILE == 0:
+            blocks = block
+        else:
+            blocks = blocks_of_tile(row_table_ptr, t * TILE, known, TILE, BLOCK_SIZE)
+        slot = tl.load(slot_ptr + req).to(tl.int64)
+        cos, sin = 0.0, 0.0
+        if ROPE:
+            angle_ptr = cos_sin_ptr + req.to(tl.int64) * cos_sin_stride + dim % HALF
+            cos = tl.load(angle_ptr, mask=dim_mask, other=0.0)
+            sin = tl.load(angle_ptr + HALF, mask=dim_mask, other=0.0)
+            sin = tl.where(dim < HALF, -sin, sin)
+        k, v = load_tile(
+            cache_ptr, blocks, t, known, head,
+            cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, True,
+        )  # fmt: skip
+        if PDL and EARLY:
+            tl.extra.cuda.gdc_wait()  # after the first time, nothing is left to wait for
+            tl.extra.cuda.gdc_launch_dependents()
+
+        # First all loads, then what is computed from them: one latency.
+        row_ptr = qkv_ptr + req.to(tl.int64) * qkv_stride
+        k_ptr = row_ptr + (NUM_KV_HEADS * GROUP + head) * HEAD_DIM
+        new_mask = takes_new & dim_mask
+        q, q_other = _load_pairs(row_ptr + (head * GROUP + row) * HEAD_DIM, row_mask, HEAD_DIM, BLOCK_DIM, ROPE)
+        new_k, new_k_other = _load_pairs(k_ptr, new_mask, HEAD_DIM, BLOCK_DIM, ROPE)
+        new_v = tl.load(k_ptr + NUM_KV_HEADS * HEAD_DIM + dim, mask=new_mask, other=0.0)
+        q = _norm_and_rotate(q, q_other, q_weight, q_other_weight, cos, sin, eps, HEAD_DIM, Q_NORM, ROPE)
+        new_k = _norm_and_rotate(new_k, new_k_other, k_weight, k_other_weight, cos, sin, eps, HEAD_DIM, K_NORM, ROPE)
+        new_k, new_v = new_k.to(k.dtype), new_v.to(v.dtype)
+        cell_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + head * STRIDE_HEAD
+        cell_ptr += (slot % BLOCK_SIZE) * STRIDE_TOKEN + dim
+        tl.store(cell_ptr, new_k, mask=new_mask & (slot >= 0))
+        tl.store(cell_ptr + cache_stride_kv, new_v, mask=new_mask & (slot >= 0))
+        score = apply_softcap(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1), scale, SOFTCAP)
+        score = tl.where(takes_new, score * (1.0 if SOFTCAP > 0.0 else scale), LOWEST)
+
+        top = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
+        norm = tl.zeros([BLOCK_GROUP], tl.float32)
+        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        whole_from, whole_to = tl.cdiv(lowest, TILE), known // TILE
+        top, norm, acc = attend_tile(
+            top, norm, acc, q, k, v, t, known - 1, whole_from, whole_to, scale, TILE, KNOWN_WINDOW, SOFTCAP
+        )
+        if t + 1 < first_tile + stop:
+            blocks = blocks_of_tile(row_table_ptr, (t + 1) * TILE, known, TILE, BLOCK_SIZE)
+            top, norm, acc = attend_tiles(
+                top, norm, acc, q, cache_ptr, None, row_table_ptr, blocks, known - 1, t + 1, first_tile + stop,
+                whole_from, whole_to, known, head,
+                cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+                NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, KNOWN_WINDOW, SOFTCAP, True, NUM_STAGES,
+            )  # fmt: skip
+        new_top = tl.maximum(top, score)
+        decay = tl.exp2(top - new_top)
+        weight = tl.where(takes_new, tl.exp2(score - new_top), 0.0)
+        norm = norm * decay + weight
+        acc = acc * decay[:, None] + weight[:, None] * new_v.to(tl.float32)
+        store_output_or_partial(
+            new_top, norm, acc, out_ptr, semaphores_ptr, partial_out_ptr, partial_stats_ptr,
+            req, head, tile, stop, tiles, position, length,
+            NUM_KV_HEADS, GROUP, BLOCK_GROUP, HEAD_DIM, BLOCK_DIM, COMBINE_COLS, COMBINE_ROWS,
+        )  # fmt: skip
+        position += stop - tile
+        req, in_request, seq_len = next_item(
+            req, in_request + stop - tile, seq_len, tiles, seq_lens_ptr, num_reqs, NUM_KV_HEADS
+        )
+        if BLOCK_SIZE % TILE == 0:
+            block = block_at(
+                table_ptr, table_stride, req, in_request, seq_len, 0, position < end, TILE, BLOCK_SIZE, WINDOW
+            )
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_wait()  # also without any work: see rule 1 of dependent_launch.py
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def fused_decode(
+    qkv: Tensor,
+    heads: HeadInputs,
+    cache: LayerCache,
+    out: Tensor,
+    meta: AttentionMetadata,
+    plan: DecodePlan,
+    shape: AttentionShape,
+    is_settled: bool,
+) -> None:
+    """Writes the contiguous out [n, num_heads, head_dim], and the new keys and values, for the n requests planned.
+
+    qkv [n, (num_heads + 2 num_kv_heads) * head_dim]. A window is 2 or more. is_settled: an earlier call used the plan,
+    so that this one may read it, and the step's lengths and blocks, before it waits for the kernel ahead.
+    """
+    config = plan.config
+    exponent_scale, exponent_cap = exp2_scales(shape.scale, shape.softcap)
+    pdl = has_dependent_launch(qkv.device)
+    data, block_table = cache.data, meta.block_table
+    cos_sin, slots, q_weight, k_weight, eps = heads
+    _fused_decode_kernel[(plan.starts.shape[0],)](
+        qkv, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
+        plan.semaphores, plan.partial_out, plan.partial_stats, cos_sin, slots, q_weight, k_weight, plan.num_reqs,
+        block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4],
+        exponent_scale, eps,
+        ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
+        **sizes_of_heads(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
+        NUM_STAGES=config.num_stages, EARLY=is_settled and pdl, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
+        maxnreg=max_registers(config.occupancy, config.num_warps),
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""Triton twins of `moe.py`: routing, ordering by expert, and a product in which each block of rows has its expert.
+
+Owns how experts run on a GPU. Few tokens: the products read weights and little else, so blocks are as small as the
+matrix unit allows (16 rows), and programs many, each with several chunks of its weights on the way. Many tokens: blocks
+of 64 or 128 rows, an ordinary tiled product. Invariant: every (token, choice) has a row of its own, which one program
+writes; what is read and launched depends on sizes alone, so all of it can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.moe import align, num_blocks
+from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+
+MAX_ROWS_OF_ALIGN = 4096  # every program of the kernel looks at all rows; more are sorted by PyTorch
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """tile: outputs per program. chunk: bytes of each weight row per step. num_stages: chunks on the way, at most."""
+
+    tile: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_block_size(num_rows: int, num_experts: int) -> int:
+    """Rows per block, such that an expert's rows mostly fill one block, and a block fills the matrix unit."""
+    mean = num_rows / num_experts
+    if mean <= 12:
+        return 16
+    if mean <= 24:
+        return 32
+    return 64 if mean <= 96 else 128
+
+
+def choose_config(block_size: int, gated: bool) -> GroupedConfig:
+    """The form of the product; `gated` holds two tiles of weights, for gate and up."""
+    if block_size <= 32:
+        return GroupedConfig(tile=32 if gated else 64, chunk=256, num_warps=4, num_stages=4)
+    if block_size == 64:
+        return GroupedConfig(tile=64 if gated else 128, chunk=128, num_warps=4, num_stages=4)
+    return GroupedConfig(tile=128, chunk=128, num_warps=8, num_stages=3 if gated else 4)
+
+
+# --- routing ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _topk_kernel(
+    logits_ptr,
+    weights_ptr,
+    ids_ptr,
+    logits_stride,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS_PADDED)
+    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=expert < EXPERTS, other=-float("inf"))
+    logits = logits.to(tl.float32)
+    values = tl.exp(logits - tl.max(logits, axis=0))
+    left = tl.where(expert < EXPERTS, values, -1.0)
+    place = tl.arange(0, TOP_K_PADDED)
+    weights = tl.zeros([TOP_K_PADDED], tl.float32)
+    ids = tl.zeros([TOP_K_PADDED], tl.int32)
+    for i in tl.static_range(TOP_K):
+        best, index = tl.max(left, axis=0, return_indices=True)
+        index = tl.minimum(index, EXPERTS - 1)  # NaN compares with nothing: still an expert's, whatever the logits are
+        weights = tl.where(place == i, best, weights)
+        ids = tl.where(place == i, index, ids)
+        left = tl.where(expert == index, -1.0, left)
+    divisor = tl.sum(weights, axis=0) if RENORMALIZE else tl.sum(values, axis=0)
+    tl.store(weights_ptr + token * TOP_K + place, weights / divisor, mask=place < TOP_K)
+    tl.store(ids_ptr + token * TOP_K + place, ids, mask=place < TOP_K)
+
+
+def fused_topk_triton(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """See `moe.fused_topk`."""
+    num_tokens, num_experts = logits.shape
+    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
+    expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device)
+    if num_tokens:
+        pdl = has_dependent_launch(logits.device)
+        _topk_kernel[(num_tokens,)](
+            logits, weights, expert_ids, logits.stride(0),
+            EXPERTS=num_experts, EXPERTS_PADDED=next_power_of_2(num_experts),
+            TOP_K=top_k, TOP_K_PADDED=next_power_of_2(top_k), RENORMALIZE=renormalize,
+            PDL=pdl, num_warps=1, launch_pdl=pdl,
+        )  # fmt: skip
+    return weights, expert_ids
+
+
+# --- ordering by expert ---------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_rows", "blocks_in_all"])
+def _align_kernel(
+    ids_ptr,
+    rows_ptr,
+    block_experts_ptr,
+    num_rows,
+    blocks_in_all,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    BLOCKS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program per expert. Each counts all experts' rows, to know where its own blocks begin."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    expert = tl.program_id(0)
+    row = tl.arange(0, ROWS_PADDED)
+    ids = tl.load(ids_ptr + row, mask=row < num_rows, other=EXPERTS)  # behind the last row: no expert
+    other = tl.arange(0, EXPERTS_PADDED)
+    sizes = tl.histogram(ids, EXPERTS_PADDED)
+    blocks = tl.where(other < EXPERTS, (sizes + BLOCK - 1) // BLOCK, 0)
+    first = tl.sum(tl.where(other < expert, blocks, 0), axis=0)
+    end = first + tl.sum(tl.where(other == expert, blocks, 0), axis=0)
+    size = tl.sum(tl.where(other == expert, sizes, 0), axis=0)
+
+    is_mine = ids == expert
+    place = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
+    tl.store(rows_ptr + first * BLOCK + place, row, mask=is_mine)
+    last = size // BLOCK * BLOCK + tl.arange(0, BLOCK)
+    tl.store(rows_ptr + first * BLOCK + last, num_rows, mask=(last >= size) & (last < (end - first) * BLOCK))
+    block = tl.arange(0, BLOCKS_PADDED)
+    tl.store(block_experts_ptr + block, expert, mask=(block >= first) & (block < end))
+    if expert == EXPERTS - 1:
+        tl.store(block_experts_ptr + block, -1, mask=(block >= end) & (block < blocks_in_all))
+
+
+def align_triton(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """See `moe.align`; up to MAX_ROWS_OF_ALIGN rows."""
+    num_rows, device = expert_ids.numel(), expert_ids.device
+    blocks = num_blocks(num_rows, num_experts, block_size)
+    rows = torch.empty((blocks, block_size), dtype=torch.int32, device=device)
+    block_experts = torch.empty(blocks, dtype=torch.int32, device=device)
+    pdl = has_dependent_launch(device)
+    _align_kernel[(num_experts,)](
+        expert_ids, rows, block_experts, num_rows, blocks,
+        # At least one for each thread, of which each then counts its own.
+        EXPERTS=num_experts, EXPERTS_PADDED=max(128, next_power_of_2(num_experts + 1)),
+        ROWS_PADDED=max(128, next_power_of_2(num_rows)), BLOCKS_PADDED=next_power_of_2(blocks),
+        BLOCK=block_size, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+    return rows, block_experts
+
+
+# --- products -------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _grouped_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    rows_ptr,
+    block_experts_ptr,
+    out_ptr,
+    num_rows,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ROWS_PER_X: tl.constexpr,
+    GATED: tl.constexpr,
+    SORTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[row] = expert's weight times x[row // ROWS_PER_X]: with the SiLU gate if GATED, else times scale[row].
+
+    A block's tiles are neighbours in the grid, and so are the blocks of an expert: they meet in the L2 cache.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tiles: tl.constexpr = (OUTPUTS + TILE - 1) // TILE
+    block = tl.program_id(0) // tiles
+    expert = tl.load(block_experts_ptr + block)
+    if expert < 0:
+        return
+    index = tl.arange(0, BLOCK)
+    if SORTED:
+        row = tl.load(rows_ptr + block * BLOCK + index)
+    else:
+        row = tl.where(index == 0, block, num_rows)
+    is_row = row < num_rows
+    row = tl.where(is_row, row, 0).to(tl.int64)
+    output = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    is_output = output < OUTPUTS
+    planes: tl.constexpr = 2 if GATED else 1
+    x_ptrs = x_ptr + (row // ROWS_PER_X)[:, None] * INPUTS
+    weight_ptrs = weight_ptr + expert.to(tl.int64) * (planes * OUTPUTS * INPUTS)
+    weight_ptrs += tl.minimum(output, OUTPUTS - 1)[None, :] * INPUTS
+    first = tl.zeros([BLOCK, TILE], tl.float32)
+    second = tl.zeros([BLOCK, TILE], tl.float32)
+    for start in range(0, INPUTS, CHUNK):
+        col = start + tl.arange(0, CHUNK)
+        if INPUTS % CHUNK == 0:
+            x = tl.load(x_ptrs + col[None, :], mask=is_row[:, None], other=0.0)
+            weight = tl.load(weight_ptrs + col[:, None])
+        else:
+            x = tl.load(x_ptrs + col[None, :], mask=is_row[:, None] & (col < INPUTS)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs + col[:, None], mask=(col < INPUTS)[:, None], other=0.0)
+        first = tl.dot(x, weight, first, input_precision="ieee")
+        if GATED:
+            up_ptrs = weight_ptrs + OUTPUTS * INPUTS
+            if INPUTS % CHUNK == 0:
+                up = tl.load(up_ptrs + col[:, None])
+            else:
+                up = tl.load(up_ptrs + col[:, None], mask=(col < INPUTS)[:, None], other=0.0)
+            second = tl.dot(x, up, second, input_precision="ieee")
+    dtype = out_ptr.dtype.element_ty
+    if GATED:
+        gate = first.to(dtype).to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        result = silu * second.to(dtype).to(tl.float32)
+    else:
+        result = first * tl.load(scale_ptr + row, mask=is_row, other=0.0)[:, None]
+    mask = is_row[:, None] & is_output[None, :]
+    tl.store(out_ptr + row[:, None] * OUTPUTS + output[None, :], result.to(dtype), mask=mask)
+
+
+@triton.jit
+def _sum_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out[token] = the sum of its TOP_K rows of x."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        total += tl.load(x_ptr + (token * TOP_K + i) * WIDTH + col, mask=col < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * WIDTH + col, total.to(out_ptr.dtype.element_ty), mask=col < WIDTH)
+
+
+def fused_experts_triton(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, block_size: int | None = None
+) -> Tensor:
+    """See `moe.fused_experts`."""
+    num_tokens, top_k = expert_ids.shape
+    num_experts, hidden_size, intermediate_size = down.shape
+    out = torch.empty_like(x)
+    if not num_tokens:
+        return out
+    if num_tokens == 1 and block_size is None:  # the experts of a token differ: each is a block of one row already
+        rows, block_experts, block_size = None, expert_ids, 16
+    else:
+        block_size = block_size or choose_block_size(expert_ids.numel(), num_experts)
+        rows, block_experts = align(expert_ids, num_experts, block_size)
+    gated = torch.empty((expert_ids.numel(), intermediate_size), dtype=x.dtype, device=x.device)
+    chosen = torch.empty((expert_ids.numel(), hidden_size), dtype=x.dtype, device=x.device)
+    _multiply(x, gate_up, None, rows, block_experts, block_size, gated, top_k)
+    _multiply(gated, down, weights, rows, block_experts, block_size, chosen, 1)
+    pdl = has_dependent_launch(x.device)
+    _sum_kernel[(num_tokens, cdiv(hidden_size, SUM_BLOCK))](
+        chosen, out, WIDTH=hidden_size, TOP_K=top_k, BLOCK=SUM_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
+    return out
+
+
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    block_experts: Tensor,
+    block_size: int,
+    out: Tensor,
+    rows_per_x: int,
+) -> None:
+    """Launch `_grouped_kernel`; without a scale it is gated. rows None: block i is row i alone."""
+    config = choose_config(block_size, gated=scale is None)
+    num_rows, num_outputs = out.shape
+    chunk = config.chunk // x.element_size()
+    stage_bytes = config.chunk * (block_size + config.tile * (2 if scale is None else 1))
+    pdl = has_dependent_launch(x.device)
+    _grouped_kernel[(block_experts.numel() * cdiv(num_outputs, config.tile),)](
+        x, weight, scale, rows, block_experts, out, num_rows,
+        INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, GATED=scale is None, SORTED=rows is not None,
+        BLOCK=block_size, TILE=config.tile, CHUNK=chunk, PDL=pdl,
+        num_warps=config.num_warps, num_stages=_num_stages(x.device, config, stage_bytes), launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def _num_stages(device: torch.device, config: GroupedConfig, stage_bytes: int) -> int:
+    """What is wanted, or what fits into the shared memory of a multiprocessor."""
+    if device.type != "cuda":
+        return config.num_stages
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return max(1, min(config.num_stages, limit // stage_bytes))

@@ -1,0 +1,123 @@
+"""Products straight from codes, dense copies and rounded inputs, against the PyTorch references."""
+
+import pytest
+import torch
+
+from nanovllm.kernels.quantized_linear import (
+    QuantizedWeight,
+    dequantize_reference,
+    fp8_linear,
+    pack_int4,
+    round_rows_reference,
+)
+from tests.kernels.twins import DEVICE, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
+
+pytestmark = twin_test
+twin = load_twin("linear.quantized_linear")
+DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+
+
+def random_weight(kind: str, outputs: int, inputs: int, group_size: int | None, has_zeros: bool) -> QuantizedWeight:
+    groups = 1 if group_size is None else inputs // group_size
+    zero = torch.randint(-8, 8, (outputs, groups), dtype=torch.int8).to(DEVICE) if has_zeros else None
+    if kind == "int4":
+        codes = pack_int4(torch.randint(-8, 8, (outputs, inputs)))
+    elif kind == "int8":
+        codes = torch.randint(-119, 120, (outputs, inputs), dtype=torch.int8)
+    else:  # numbers that FP8 has
+        codes = (torch.randint(-15, 16, (outputs, inputs)) * 4.0).to(torch.float8_e4m3fn)
+    scale = torch.rand(outputs, groups).to(DEVICE) / 100
+    return QuantizedWeight(codes.to(DEVICE), scale, zero, group_size or inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("num_rows", "outputs", "inputs", "group_size", "has_zeros"),
+    [(2, 128, 512, 128, True), (7, 200, 256, 32, False), (17, 64, 384, None, False), (64, 72, 256, 64, True)],
+)
+def test_products(
+    dtype: torch.dtype, kind: str, num_rows: int, outputs: int, inputs: int, group_size: int | None, has_zeros: bool
+) -> None:
+    """Outputs that do not fill a tile; a scale an output; a bias; splits. A row is the same whatever the others are."""
+    weight = random_weight(kind, outputs, inputs, group_size, has_zeros and kind != "fp8")
+    x, bias = randn(num_rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
+    want = x.float() @ dequantize_reference(weight, torch.float32).t()
+    config = twin.choose(x, weight.codes, weight.scale.shape[1])
+    assert config is not None
+    semaphores = twin.new_semaphores(DEVICE)
+    for splits in sorted({1, config.splits}):
+        own = config._replace(splits=splits, ahead=2)
+        got = twin.quantized_linear_triton(x, *weight[:3], None, own, semaphores)
+        assert relative_error(got, want) < TOLERANCE[dtype]
+        with_bias = twin.quantized_linear_triton(x, *weight[:3], bias, own, semaphores)
+        assert relative_error(with_bias, want + bias.float()) < TOLERANCE[dtype]
+        others = torch.cat((x[:1], 100 * x[1:]))
+        assert torch.equal(twin.quantized_linear_triton(others, *weight[:3], None, own, semaphores)[0], got[0])
+    assert not semaphores.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group_size", "has_zeros"),
+    [(128, 512, 128, True), (20, 256, 32, False), (30, 1152, None, False), (9, 1280, 64, True)],
+)
+def test_a_row(
+    dtype: torch.dtype, kind: str, outputs: int, inputs: int, group_size: int | None, has_zeros: bool
+) -> None:
+    """Chunks of inputs that are not full, several chunks, outputs that do not fill a program."""
+    weight = random_weight(kind, outputs, inputs, group_size, has_zeros and kind != "fp8")
+    x, bias = randn(1, inputs, dtype=dtype), randn(outputs, dtype=dtype)
+    want = x.float() @ dequantize_reference(weight, torch.float32).t()
+    config = twin.choose(x, weight.codes, weight.scale.shape[1])
+    got = twin.quantized_linear_triton(x, *weight[:3], None, config._replace(ahead=1))
+    assert relative_error(got, want) < TOLERANCE[dtype]
+    with_bias = twin.quantized_linear_triton(x, *weight[:3], bias, config)
+    assert relative_error(with_bias, want + bias.float()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("group_size", [None, 24, 64])
+def test_dense_copies(kind: str, group_size: int | None) -> None:
+    weight = random_weight(kind, 20, 192, group_size, has_zeros=kind != "fp8")
+    got = twin.dequantize_triton(*weight, torch.float16)
+    assert relative_error(got, dequantize_reference(weight, torch.float32)) < TOLERANCE[torch.float16]
+
+
+def test_a_last_group_that_is_shorter() -> None:
+    weight = random_weight("int8", 6, 96, None, has_zeros=False)
+    weight = weight._replace(scale=torch.rand(6, 2).to(DEVICE), group_size=64)
+    got = twin.dequantize_triton(*weight, torch.float16)
+    assert relative_error(got, dequantize_reference(weight, torch.float32)) < TOLERANCE[torch.float16]
+    assert twin.choose(randn(3, 90, dtype=torch.float16), weight.codes, 3) is None, "groups of 30"
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("group_size", [None, 32, 100])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_rounded_inputs(kind: str, group_size: int | None, is_static: bool) -> None:
+    """A number between two codes may go to either, and does in Triton's interpreter, which rounds FP8 down."""
+    x = randn(6, 250, dtype=torch.float16)
+    x[2] = 0
+    scale = torch.tensor([0.02], device=DEVICE) if is_static else None
+    own_size = None if is_static else group_size
+    got = twin.round_rows_triton(x, kind, own_size, scale)
+    want = round_rows_reference(x, kind, own_size, scale)
+    assert relative_error(got, want.float()) < (0.1 if kind == "fp8" and INTERPRETED else 0.01)
+    assert not got[2].any()
+    if not is_static and group_size is None:
+        codes, scales = twin.quantize_rows_triton(x, kind)
+        assert torch.equal((codes.float() * scales).to(x.dtype), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU that multiplies FP8")
+@pytest.mark.parametrize("num_rows", [1, 2, 300])
+def test_fp8_products(num_rows: int) -> None:
+    """Positive numbers, so that a sum that is not exact shows."""
+    weight = random_weight("fp8", 256, 512, None, has_zeros=False)
+    weight = weight._replace(codes=weight.codes.float().abs().to(torch.float8_e4m3fn))
+    x = randn(num_rows, 512, dtype=torch.bfloat16).abs()
+    want = round_rows_reference(x, "fp8", None, None).float() @ dequantize_reference(weight, torch.float32).t()
+    assert relative_error(fp8_linear(x, weight), want) < TOLERANCE[torch.bfloat16]
