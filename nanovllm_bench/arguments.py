@@ -37,6 +37,9 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     add_engine_options(
         parallel, exclude=["skip_tokenizer_init", "tokenizer", "tensor_parallel_size", "data_parallel_size"]
     )
+    serve = _add_serve(kinds)
+    _add_record_options(serve)
+    add_engine_options(serve, exclude=["skip_tokenizer_init", "tokenizer", "engine_process"])
     _add_chart(kinds)
 
 
@@ -208,6 +211,51 @@ examples:
     parallel.add_argument("--input-len", type=int, default=64, metavar="N", help="prompt tokens (default: 64)")
     parallel.add_argument("--output-len", type=int, default=32, metavar="N", help="output tokens (default: 32)")
     return parallel
+
+
+def _add_serve(kinds: Commands) -> argparse.ArgumentParser:
+    serve = add_command(
+        kinds,
+        "serve",
+        "first tokens and gaps of a server's streams while requests arrive",
+        """\
+Without --url the engine alone is measured first, then `nanovllm serve` with the same model and options.
+Each gets the same requests at the same times, and ignores the end of text.
+
+examples:
+  nanovllm bench serve --num-prompts 64
+  nanovllm bench serve --model Qwen/Qwen3-0.6B --num-prompts 1000 --request-rate 50 --goodput ttft:100 tpot:10
+  nanovllm bench serve --url http://127.0.0.1:8000 http://127.0.0.1:9000 --chat
+""",
+    )
+    serve.add_argument(
+        "--url", nargs="+", default=[], metavar="URL", help="measure OpenAI-compatible servers that run already"
+    )
+    serve.add_argument("--api-key", metavar="KEY", help="for the servers of --url")
+    serve.add_argument("--chat", action="store_true", help="conversations instead of prompts of token ids")
+    serve.add_argument("--num-prompts", type=int, default=64, metavar="N", help="requests in a run (default: 64)")
+    serve.add_argument("--input-len", type=int, default=128, metavar="N", help="prompt tokens (default: 128)")
+    serve.add_argument("--output-len", type=int, default=128, metavar="N", help="output tokens (default: 128)")
+    serve.add_argument(
+        "--mixed", action="store_true", help="draw lengths between a quarter of the given ones and all of it"
+    )
+    serve.add_argument(
+        "--request-rate", type=float, default=float("inf"), metavar="X",
+        help="arrivals a second on average, at random times (default: all at once)",
+    )  # fmt: skip
+    serve.add_argument("--max-concurrency", type=int, metavar="N", help="unanswered requests at a time (default: any)")
+    serve.add_argument(
+        "--goodput", nargs="+", default=[], metavar="NAME:MS",
+        help="count requests within these limits: ttft (first token), tpot (mean gap), e2el (whole answer)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--num-alone", type=int, default=20, metavar="N",
+        help="requests sent one by one at the end, for the first token of an idle server (default: 20)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--idle-connections", type=int, default=0, metavar="N", help="connections that stay open beside (default: 0)"
+    )
+    return serve
 
 
 def _add_chart(kinds: Commands) -> None:

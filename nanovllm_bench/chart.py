@@ -80,6 +80,11 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
         batch = re.fullmatch(r"decode_(\d+)|(\d+) x 128\+512", workload)  # two names of one workload
         name = f"batch {batch[1] or batch[2]}" if batch else workload
         yield f"decode, {name}, ms a step (less is better)", Bar(row["step_ms"], spread)
+    if kind == "serve":
+        yield f"{workload}, output tok/s", Bar(row["output_tokens_per_second"], spread)
+        for name, text in (("first_token", "first token"), ("gap", "gap")):
+            for share in ("p50", "p99"):
+                yield f"{workload}, {text} {share}, ms (less is better)", Bar(row[f"{name}_{share}_ms"], None)
     elif kind == "start":
         for name, caches in (("cold_seconds", "nothing cached"), ("warm_seconds", "caches warm")):
             if name in row:

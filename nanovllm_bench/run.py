@@ -14,6 +14,7 @@ _KINDS = {
     "start": "nanovllm_bench.start",
     "ablation": "nanovllm_bench.ablation",
     "parallel": "nanovllm_bench.parallel",
+    "serve": "nanovllm_bench.serving",
     "chart": "nanovllm_bench.chart",
 }
 

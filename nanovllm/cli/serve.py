@@ -48,11 +48,15 @@ def run(args: Namespace) -> int:
     )
     scheme = "https" if args.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
-    print(f"ready after {perf_counter() - args.start_time:.1f} s: {scheme}://{host}:{port}/v1", file=sys.stderr)
 
     class Server(uvicorn.Server):
         should_exit: bool
         force_exit: bool
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            took = perf_counter() - args.start_time
+            print(f"ready after {took:.1f} s: {scheme}://{host}:{port}/v1", file=sys.stderr, flush=True)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """The first signal lets requests end, the second does not."""
