@@ -192,6 +192,9 @@ examples:
         help="sites whose pages may use the server from a browser, as https://chat.example (default: none)",
     )  # fmt: skip
     group.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template of conversations, in place of the model's own"
+    )
+    group.add_argument(
         "--trust-request-chat-template", action="store_true",
         help="run chat templates that come with requests: programs of whoever may ask",
     )  # fmt: skip

@@ -18,13 +18,17 @@ def test_sigterm_lets_a_stream_end_and_takes_nothing_new(tmp_path: Path) -> None
     folder = save_scripted(tmp_path, "abcdefgh", ends=False)
     edit_json(folder / "config.json", max_position_embeddings=2000)
     command = [sys.executable, "-m", "nanovllm.cli.main", "serve", str(folder), "--port", "0"]
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     options = ["--device", "cpu", "--dtype", "float32", "--served-model-name", "tiny", "--log-level", "error"]
+    options += ["--chat-template", str(tmp_path / "own.jinja")]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         ready = next(line for line in process.stderr if line.startswith("ready"))
         found = re.search(r"http://127\.0\.0\.1:\d+", ready)
         assert found is not None, ready
+        asked = {"messages": [{"role": "user", "content": "Hi"}]}
+        assert httpx.post(f"{found[0]}/tokenize", json=asked).json()["tokens"] == list(b"Hi")
         body = {"model": "tiny", "prompt": "a", "max_tokens": 1500, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=60) as stream:
             lines = stream.iter_lines()
