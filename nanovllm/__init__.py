@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LLM": "nanovllm.llm",
     "AsyncLLM": "nanovllm.async_llm",
-    "Architecture": "nanovllm.models.registry",
+    "Architecture": "nanovllm.models.architecture",
     "register_model": "nanovllm.models.registry",
     "EngineConfig": "nanovllm.config",
     "SamplingParams": "nanovllm.sampling_params",

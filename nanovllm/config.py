@@ -262,8 +262,10 @@ class ModelConfig:
     was made for, stretched as its rope says.
     windows: per layer, how many last tokens attention sees, None for all. ropes: per layer, None for no rotation.
     qk_norm: "head" norms each head of q and k, "projection" all heads of a token together.
-    norms: where a layer's norms are: "before" attention and MLP, "after" them, or "both". norm_offset: what is added to
-    the norm weights of the checkpoint.
+    norms: where a layer's norms are: "before" attention and MLP, "after" them, "both", or "shared": one before the two,
+    which run side by side. norm_names: what the checkpoint calls some of them, by their names in `models/llama.py`.
+    norm_offset: what is added to the norm weights of the checkpoint. is_neox_style: rotation turns dimensions i and
+    i + rotated / 2 together; otherwise 2i and 2i + 1.
     attention_scale: of q k^T. Soft-caps: x -> cap tanh(x / cap). residual_scale: of what a layer adds to the residual.
     extra: the config.json fields that this architecture has beyond those of all decoders. quantization: its
     quantization_config, read by `quantization/scheme.py`.
@@ -289,7 +291,9 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: str | None = None
     norms: str = "before"
+    norm_names: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
+    is_neox_style: bool = True
     activation: str = "silu"
     attention_softcap: float | None = None
     logits_softcap: float | None = None

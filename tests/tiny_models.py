@@ -33,6 +33,17 @@ _SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# What an architecture's config has no default for, or one that does not fit a model as small.
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "MinistralForCausalLM": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
+    "GlmForCausalLM": {"head_dim": 16, "eos_token_id": 127},
+    "Glm4ForCausalLM": {"head_dim": 16, "eos_token_id": 127},
+    "GraniteMoeHybridForCausalLM": {
+        **{"num_local_experts": 0, "layer_types": ["attention"] * 2, "mamba_n_heads": 4},
+        **{"position_embedding_type": "rope", "shared_intermediate_size": 48, "attention_multiplier": 0.3},
+    },
+}
 _EXPERT_SIZES = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
@@ -86,7 +97,8 @@ def _new_model(architecture: str, **config: Any) -> Any:
     model_class = getattr(transformers, architecture)
     config_class = model_class.config_class
     expert_sizes = {name: size for name, size in _EXPERT_SIZES.items() if hasattr(config_class, name)}
-    model = model_class(config_class(**{**_SIZES, **expert_sizes, **config}, attn_implementation="eager"))
+    fields = {**_SIZES, **expert_sizes, **_OWN_FIELDS.get(architecture, {}), **config}
+    model = model_class(config_class(**fields, attn_implementation="eager"))
     return model.float().eval()
 
 

@@ -1,11 +1,10 @@
 """Rotary position embedding (Su et al., 2021): the table of cosines and sines that a step's positions look up.
 
-Owns the table and the order of partly rotated dimensions; how frequencies are stretched for long inputs is
-`rope_scaling.py`, the rotation itself `kernels/rope.py`. Invariant: `cos_sin` of a position is the same in every step,
+Owns the table; how frequencies are stretched for long inputs is `rope_scaling.py`, which dimensions turn together
+`head_order.py`, the rotation itself `kernels/rope.py`. Invariant: `cos_sin` of a position is the same in every step,
 but for the types that `rope_scaling.LENGTH_DEPENDENT` names.
 """
 
-import torch
 from torch import Tensor, nn
 
 from nanovllm.config import RopeConfig
@@ -32,18 +31,3 @@ class RotaryEmbedding(nn.Module):
         if rope_lens is None or self.rope.rope_type not in LENGTH_DEPENDENT:
             return gather_rows(self.table, positions)
         return cos_sin_of_lengths(self.head_dim, self.rope, dict(self.named_buffers()), positions, rope_lens)
-
-
-def halves_order(head_dim: int, rope: RopeConfig) -> Tensor:
-    """An order of a head's dimensions in which a partial rotation is a whole one, for the rows of q and k. [head_dim]
-
-    The checkpoint rotates pairs (i, i + rotary_dim / 2); kernels rotate (i, i + head_dim / 2). Scores do not depend on
-    the order of the dimensions, as long as q and k agree on it.
-
-        checkpoint    [ a0 a1 | b0 b1 | c0 c1 c2 c3 ]        a, b: rotated        c: not rotated
-        here          [ a0 a1   c0 c1 | b0 b1   c2 c3 ]      pairs (a0, b0), (a1, b1), and (c0, c2), (c1, c3) by 0
-    """
-    rotary_dim = int(head_dim * rope.share)
-    a, b = torch.arange(rotary_dim, device="cpu").chunk(2)
-    c, d = torch.arange(rotary_dim, head_dim, device="cpu").chunk(2)
-    return torch.cat((a, c, b, d))

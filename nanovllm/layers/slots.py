@@ -49,16 +49,3 @@ def with_joined(name: str, parts: Sequence[tuple[str, WeightSlot]]) -> Slots:
 
         shape = (sum(slot.shape[0] for slot in slots), *slots[0].shape[1:])
         yield f"{name}.{suffix}", WeightSlot(shape, fill, instead_of=names, dtypes=slots[0].dtypes)
-
-
-def reordered_slot(named: tuple[str, WeightSlot], order: Tensor) -> tuple[str, WeightSlot]:
-    """The slot of a layer that keeps the rows of each head in another order: `order` [head_dim], on the CPU."""
-    name, slot = named
-    if not slot.has_rows:
-        raise NotImplementedError(f"{name}: heads of which a part is rotated cannot be quantized in this form")
-
-    def fill(tensor: Tensor) -> None:
-        heads = tensor[:].unflatten(0, (-1, order.shape[0]))
-        slot.fill(heads[:, order.to(heads.device)].flatten(0, 1))
-
-    return name, slot._replace(fill=fill)

@@ -73,12 +73,18 @@ _STATEMENTS: Mapping[str, Callable[[ModelConfig], Any]] = {
 
 
 def from_hf(
-    hf: Mapping[str, Any], *, dtype: str, fields: Mapping[str, Any], switches: Mapping[str, Any]
+    hf: Mapping[str, Any],
+    *,
+    dtype: str,
+    fields: Mapping[str, Any],
+    switches: Mapping[str, Any],
+    rope: Callable[..., Mapping[str, Any] | None] | None = None,
 ) -> ModelConfig:
     """Read a config.json dict. dtype is resolved already.
 
     fields: the fields that the architecture has beside those of all decoders, with the values they have when they are
     missing; it may also hold other defaults for common fields. switches: ModelConfig fields that the architecture sets.
+    rope: see `Architecture`.
     Raises ValueError for a missing field, and for one that changes the result in a way that is not implemented.
     """
     architecture = hf["architectures"][0]
@@ -98,7 +104,7 @@ def from_hf(
     max_position_embeddings = integer(hf, "max_position_embeddings") if has_length else 2048
     integer(hf, "num_hidden_layers", high=MAX_LAYERS)
     layer_types = _read_layer_types(hf)
-    ropes = read_ropes(hf, layer_types, _read_has_rope(hf), max_position_embeddings, head_dim)
+    ropes = read_ropes(hf, layer_types, _read_has_rope(hf), max_position_embeddings, head_dim, rope)
     attention_bias = flag(hf, "attention_bias")
     read = {
         "architecture": architecture,
@@ -122,7 +128,7 @@ def from_hf(
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
         "mlp_bias": flag(hf, "mlp_bias"),
-        "activation": switches["activation"] if "activation" in switches else _read_activation(hf),
+        "activation": switches["activation"] if "activation" in switches else read_activation(hf),
         "attention_softcap": _read_number(hf, "attn_logit_softcapping"),
         "logits_softcap": _read_number(hf, "final_logit_softcapping"),
         "embedding_scale": _read_number(hf, "embedding_multiplier") or 1.0,
@@ -175,12 +181,13 @@ def _read_attention_scale(hf: Mapping[str, Any], head_dim: int) -> float:
     return multiplier if multiplier is not None else (scalar or head_dim) ** -0.5
 
 
-def _read_activation(hf: Mapping[str, Any]) -> str:
+def read_activation(hf: Mapping[str, Any], supported: Mapping[str, str] = _ACTIVATIONS) -> str:
+    """This project's name of an activation that is among `supported`, by config.json's names."""
     field = "hidden_activation" if "hidden_activation" in hf else "hidden_act"
     name = hf.get(field) or "silu"
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ValueError(f"config.json: {field}={name!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if not isinstance(name, str) or name not in supported:
+        raise ValueError(f"config.json: {field}={name!r} is not supported; supported are {', '.join(supported)}")
+    return supported[name]
 
 
 # --- layers that differ ------------------------------------------------------------
@@ -190,10 +197,11 @@ def _read_layer_types(hf: Mapping[str, Any]) -> Sequence[str]:
     """`layer_types`, or what the older switches of an architecture make of them."""
     num_layers = hf["num_hidden_layers"]
     if hf.get("layer_types") is not None:
-        given = items(hf, "layer_types", LAYER_TYPES.__contains__, f"supported layer types ({', '.join(LAYER_TYPES)})")
+        known = (*LAYER_TYPES, "attention")  # the last as hybrid models called full attention before transformers 5
+        given = items(hf, "layer_types", known.__contains__, f"supported layer types ({', '.join(known)})")
         if len(given) != num_layers:
             raise ValueError(f"config.json has {len(given)} layer_types for {num_layers} layers")
-        return list(given)
+        return ["full_attention" if layer_type == "attention" else layer_type for layer_type in given]
     is_full = [False] * num_layers
     if hf.get("sliding_window_pattern") is not None:  # Gemma: every so many layers, one sees all
         pattern = integer(hf, "sliding_window_pattern")

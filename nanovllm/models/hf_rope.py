@@ -5,7 +5,7 @@ Owns `rope_parameters`, `rope_scaling`, `rope_theta` and the fields beside them.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log, sqrt
 from typing import Any
 
@@ -33,11 +33,13 @@ def read_ropes(
     has_rope: Sequence[bool],
     max_position_embeddings: int,
     head_dim: int,
+    adapt: Callable[..., Mapping[str, Any] | None] | None = None,
 ) -> tuple[RopeConfig | None, ...]:
     """One a layer, from `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (before), or both.
 
     A `rope_scaling` beside `rope_parameters` was added by hand, and wins as in transformers: it takes the whole place
-    of the other, or with one rotation a layer type, is laid over that of the layers that see all.
+    of the other, or with one rotation a layer type, is laid over that of the layers that see all. adapt: `rope` of an
+    `Architecture`.
     """
     saved, added = mapping(hf, "rope_parameters"), mapping(hf, "rope_scaling")
     if "rope_local_base_freq" in hf:  # the layers with a window have a base of their own, and are never stretched
@@ -57,10 +59,11 @@ def read_ropes(
                 f"rope_theta={lost}; repeat rope_theta in rope_scaling if the model was trained with it",
                 stacklevel=2,
             )
-    ropes = {
-        layer_type: _read_rope(hf, by_type[layer_type], max_position_embeddings, head_dim)
-        for layer_type in set(layer_types)
-    }
+    ropes: dict[str, RopeConfig | None] = {}
+    for layer_type in set(layer_types):
+        given = by_type[layer_type] if adapt is None else adapt(hf, layer_type, by_type[layer_type])
+        rope = None if given is None else _read_rope(hf, given, max_position_embeddings, head_dim)
+        ropes[layer_type] = rope
     return tuple(ropes[layer_type] if has else None for layer_type, has in zip(layer_types, has_rope, strict=True))
 
 

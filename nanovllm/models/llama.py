@@ -7,14 +7,11 @@ its arguments and the weights only.
               -> (+) norm -> head -> logits             (+): residual addition. What stands between two arrows is one
                                                         operation, and one kernel where that is faster.
 
-Families differ in where a layer's norms are (`ModelConfig.norms`), with these names in the checkpoint:
-
-    before    input_layernorm  attention                                 post_attention_layernorm   MLP
-    after                      attention  post_attention_layernorm                                  MLP  post_feedforward_layernorm
-    both      input_layernorm  attention  post_attention_layernorm       pre_feedforward_layernorm  MLP  post_feedforward_layernorm
-"""  # noqa: E501
+Families differ in where a layer's norms are (`norm_names.py`), and some bring another norm, attention or MLP along.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +22,14 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
+from nanovllm.layers.head_order import halves_order, reordered_slot
 from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.rotary import RotaryEmbedding, halves_order
+from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
-from nanovllm.layers.slots import Slots, reordered_slot, with_joined
+from nanovllm.layers.slots import Slots, with_joined
+from nanovllm.models.norm_names import PLACES, norm_names
 
 
 class SelfAttention(nn.Module):
@@ -65,8 +64,8 @@ class SelfAttention(nn.Module):
             ),
             ops,
         )
-        rope = config.ropes[layer_idx]
-        self.order = halves_order(head_dim, rope) if rope is not None and rope.share < 1 else None
+        self.order = halves_order(head_dim, config.ropes[layer_idx], config.is_neox_style)
+        self.norm_names = [config.norm_names.get(name, name) for name in ("q_norm", "k_norm")]
 
     def forward(
         self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
@@ -78,14 +77,13 @@ class SelfAttention(nn.Module):
         return self.o_proj(self.attention(qkv, cos_sin, ctx, *self.head_norms)), residual
 
     def slots(self, name: str) -> Slots:
-        parts = list(self.qkv_proj.slots(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"))
-        if self.order is not None:
-            parts = [part if ".v_proj." in part[0] else reordered_slot(part, self.order) for part in parts]
-        yield from with_joined(f"{name}.qkv_proj", parts)
+        parts = self.qkv_proj.slots(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
+        ordered = [part if ".v_proj." in part[0] else reordered_slot(part, self.order) for part in parts]
+        yield from with_joined(f"{name}.qkv_proj", ordered)
         yield from self.o_proj.slots(f"{name}.o_proj")
-        for norm, norm_name in ((self.q_norm, "q_norm"), (self.k_norm, "k_norm")):
+        for norm, norm_name in zip((self.q_norm, self.k_norm), self.norm_names, strict=True):
             if norm is not None:
-                yield from norm.slots(f"{name}.{norm_name}")
+                yield from (reordered_slot(slot, self.order) for slot in norm.slots(f"{name}.{norm_name}"))
 
 
 class MLP(nn.Module):
@@ -109,69 +107,73 @@ class MLP(nn.Module):
         yield from self.down_proj.slots(f"{name}.down_proj")
 
 
-MakeMLP = Callable[[ModelConfig, int, torch.dtype, TensorParallel, Ops], nn.Module]
+def rms_norm(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> RMSNorm:
+    """The norm of hidden states."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops, config.norm_offset)
+
+
+MakeBlock = Callable[[ModelConfig, int, torch.dtype, TensorParallel, Ops], nn.Module]
+MakeNorm = Callable[[ModelConfig, torch.dtype, Ops], nn.Module]
 
 
 class DecoderLayer(nn.Module):
-    """mlp: makes the feed-forward block: `forward` and `slots` as those of MLP."""
+    """norm, attention, mlp: make its parts. A block has `forward` and `slots` as SelfAttention and MLP do."""
 
     def __init__(
-        self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops, mlp: MakeMLP
+        self,
+        config: ModelConfig,
+        layer_idx: int,
+        dtype: torch.dtype,
+        tp: TensorParallel,
+        ops: Ops,
+        norm: MakeNorm = rms_norm,
+        attention: MakeBlock = SelfAttention,
+        mlp: MakeBlock = MLP,
     ) -> None:
         super().__init__()
-
-        def norm(exists: bool) -> RMSNorm | NoNorm:
-            return (
-                RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops, config.norm_offset) if exists else NoNorm()
-            )
-
-        self.norms = config.norms
+        self.norm_names = norm_names(config)
+        norms = (norm(config, dtype, ops) if place in self.norm_names else NoNorm() for place in PLACES)
+        self.before_attention, self.after_attention, self.before_mlp, self.after_mlp = norms
+        self.is_parallel = config.norms == "shared"
         self.residual_scale = config.residual_scale
-        self.before_attention, self.before_mlp = norm(config.norms != "after"), norm(config.norms != "after")
-        self.after_attention, self.after_mlp = norm(config.norms != "before"), norm(config.norms != "before")
-        self.self_attn = SelfAttention(config, layer_idx, dtype, tp, ops)
+        self.self_attn = attention(config, layer_idx, dtype, tp, ops)
         self.mlp = mlp(config, layer_idx, dtype, tp, ops)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """x: what the layer before adds to the residual stream. Returns the same for the next layer."""
+        if self.is_parallel:
+            normed, residual = self.before_attention(x, residual)
+            attended, _ = self.self_attn(self.before_mlp, normed, None, cos_sin, ctx)
+            return attended + self.mlp(self.before_mlp, normed, None)[0], residual
         x, residual = self.self_attn(self.before_attention, x, residual, cos_sin, ctx)
         x, residual = self.mlp(self.before_mlp, self._added(x, self.after_attention), residual)
         return self._added(x, self.after_mlp), residual
 
     def _added(self, x: Tensor, norm: nn.Module) -> Tensor:
         """What attention or MLP adds to the residual stream."""
-        if self.norms != "before":
+        if not isinstance(norm, NoNorm):
             x, _ = norm(x)
         return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def slots(self, name: str) -> Slots:
-        before_mlp = "pre_feedforward_layernorm" if self.norms == "both" else "post_attention_layernorm"
-        yield from self.before_attention.slots(f"{name}.input_layernorm")
-        yield from self.self_attn.slots(f"{name}.self_attn")
-        yield from self.after_attention.slots(f"{name}.post_attention_layernorm")
-        yield from self.before_mlp.slots(f"{name}.{before_mlp}")
+        yield from self.self_attn.slots(f"{name}.self_attn")  # type: ignore[operator]
         yield from self.mlp.slots(f"{name}.mlp")  # type: ignore[operator]
-        yield from self.after_mlp.slots(f"{name}.post_feedforward_layernorm")
+        for place, norm_name in self.norm_names.items():
+            yield from getattr(self, place).slots(f"{name}.{norm_name}")
 
 
 class LlamaForCausalLM(nn.Module):
-    """max_len: positions that the rotary table must cover. ops: see `layers/ops.py`. mlp: see DecoderLayer."""
+    """max_len: positions that the rotary table must cover. ops: see `layers/ops.py`. parts: see DecoderLayer."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        max_len: int,
-        dtype: torch.dtype,
-        tp: TensorParallel,
-        ops: Ops,
-        mlp: MakeMLP = MLP,
+        self, config: ModelConfig, max_len: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops, **parts: Any
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, tp, ops)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops, mlp) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, ops, config.norm_offset)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, tp, ops, **parts) for i in range(config.num_layers))
+        self.norm = parts.get("norm", rms_norm)(config, dtype, ops)
         distinct: list[RopeConfig] = []
         for rope in config.ropes:
             if rope is not None and rope not in distinct:
@@ -209,5 +211,5 @@ class LlamaForCausalLM(nn.Module):
         yield from self.embed_tokens.slots("model.embed_tokens")
         for i, layer in enumerate(self.layers):
             yield from layer.slots(f"model.layers.{i}")  # type: ignore[operator]
-        yield from self.norm.slots("model.norm")
+        yield from self.norm.slots("model.norm")  # type: ignore[operator]
         yield from self.lm_head.slots("lm_head")

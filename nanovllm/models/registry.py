@@ -5,17 +5,18 @@ it is refused by name before any weight is read.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 from nanovllm.config import ModelConfig
+from nanovllm.models.architecture import Architecture
+from nanovllm.models.dense_families import DENSE_FAMILIES
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
 
-_DECODER = "nanovllm.models.llama:LlamaForCausalLM"
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 _PROOF = "tests/models/test_hf_parity.py"
 _WRAPPED_PROOF = "tests/models/test_wrapped_models.py"
@@ -31,26 +32,6 @@ _GEMMA = {
     "tie_word_embeddings": True,
 }
 _GEMMA_SWITCHES = {"norms": "both", "norm_offset": 1.0, "embedding_scale": lambda hf: hf["hidden_size"] ** 0.5}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How a name in config.json's `architectures` is run.
-
-    fields: config.json fields beside those of all decoders, with the values they have when missing (transformers'
-        defaults); ModelConfig.extra hands them to the model. It may also hold other defaults for common fields.
-    switches: ModelConfig fields that the architecture sets; a function gets the config.json dict, defaults filled in.
-    model: a class, or its "module:name", called with (config, max_len, dtype, tp, ops).
-    mlp: another feed-forward block for the decoder, likewise, called with (config, layer_idx, dtype, tp, ops).
-    serves: the models it is for, in words. proof: the test that holds it beside transformers.
-    """
-
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    switches: Mapping[str, Any] = field(default_factory=dict)
-    model: str | Callable[..., Any] = _DECODER
-    mlp: str | Callable[..., Any] | None = None
-    serves: str = ""
-    proof: str = ""
 
 
 _ARCHITECTURES: Mapping[str, Architecture] = {
@@ -190,6 +171,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
         switches={"qk_norm": "projection"},
         mlp="nanovllm.models.mixture:olmoe",
     ),
+    **DENSE_FAMILIES,
 }
 
 # Multimodal checkpoints, of which the text model is run. Some leave out of its config what is transformers' default.
@@ -254,14 +236,15 @@ def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
     if not isinstance(given, (list, tuple)) or not isinstance(given[0], (str, type(None))):
         raise ValueError(f"config.json: architectures must be a list of names, got {given!r}")
     row = _architecture(given[0])
-    return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches)
+    return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches, rope=row.rope)
 
 
 def model_class(architecture: str) -> Any:
     """What makes the model of an architecture: `cls(config, max_len, dtype, tp, ops)`."""
     row = _architecture(architecture)
-    model = _load(row.model)
-    return model if row.mlp is None else partial(model, mlp=_load(row.mlp))
+    parts = {"norm": row.norm, "attention": row.attention, "mlp": row.mlp}
+    others = {name: _load(made_by) for name, made_by in parts.items() if made_by is not None}
+    return partial(_load(row.model), **others) if others else _load(row.model)
 
 
 def _architecture(name: str | None) -> Architecture:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.models.dense_families import DENSE_FAMILIES
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.weights.checkpoint import SafetensorsCheckpoint
 from tests.executor.rank_process import OPTIONS, Ranks, generate
@@ -24,13 +25,9 @@ GREEDY_ROUND, SAMPLED_ROUND = (PROMPTS, GREEDY), (PROMPTS, MIXED)
 TIGHT_ROUND = (PROMPTS[2:4], GREEDY)
 TIGHT = {"num_gpu_blocks_override": 7, "max_num_batched_tokens": 11, "max_num_seqs": 8, "overlap_depth": 2}
 
-# What an architecture's own config has no default for. Short windows would leave nothing to preempt for.
+# Short windows would leave nothing to preempt for.
 FIELDS: dict[str, dict[str, Any]] = {
-    "MinistralForCausalLM": {
-        "sliding_window": 256,
-        "layer_types": ["full_attention", "sliding_attention"],
-        "head_dim": 16,
-    },
+    "MinistralForCausalLM": {"sliding_window": 256},
     "Gemma3ForConditionalGeneration": {"sliding_window": 256},
 }
 
@@ -60,7 +57,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# What the dense families change does not depend on how many ranks there are.
+RANKS = [*((2, name) for name in ARCHITECTURES), *((4, name) for name in ARCHITECTURES if name not in DENSE_FAMILIES)]
+
+
+@pytest.mark.parametrize(("ranks", "architecture"), RANKS, indirect=["ranks"])
 def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architecture: str) -> None:
     """W8, C18: with two key/value heads for four ranks; cold and cached prefixes, chunks, preemption, overlap."""
     folder, (greedy, sampled) = checkpoint(architecture)

@@ -27,6 +27,14 @@ def check_logits(folder: Path, hugging_face: Any, max_num_batched_tokens: int) -
     assert output.outputs[0].token_ids == hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT)
 
 
+@torch.no_grad()
+def check_greedy_outputs(hugging_face: Any, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """Each token is the one that Hugging Face finds likeliest after those before it: what its greedy search gives."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        logits = hugging_face_logits(hugging_face, [*prompt, *output[:-1]])
+        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == output
+
+
 def check_greedy_tokens(
     folder: Path, prompts: list[list[int]], expected: list[list[int]], *, preempts: bool, **options: Any
 ) -> None:

@@ -25,8 +25,8 @@ from tests.tiny_models import (
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-model.md").read_text()
 OUTSIDE = {
-    "Olmo3ForCausalLM": {"sliding_window": 6, "num_hidden_layers": 4},
-    "ArceeForCausalLM": {"mlp_bias": True, "head_dim": 64},
+    "HeliumForCausalLM": {"head_dim": 8, "attention_bias": True},
+    "NemotronForCausalLM": {"mlp_bias": True, "head_dim": 64, "norm_eps": 0.1},
 }
 
 
@@ -69,7 +69,7 @@ def test_the_models_of_the_page_equal_hugging_face(
     else:
         module = package / "my_models.py"
         module.write_text(re.sub(r"^register_model.*$", "", module.read_text(), flags=re.MULTILINE))
-        name = {"Olmo3ForCausalLM": "OLMO3", "ArceeForCausalLM": "ARCEE"}[architecture]
+        name = {"HeliumForCausalLM": "HELIUM", "NemotronForCausalLM": "NEMOTRON"}[architecture]
         info = package / "my_models-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-models\nVersion: 1.0\n")
@@ -105,8 +105,7 @@ def test_every_architecture_names_the_test_that_proves_it(
 @pytest.mark.parametrize("architecture", [name for name in registry.ARCHITECTURES if name.endswith("ForCausalLM")])
 def test_a_field_that_no_row_knows_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
     """W1, W13: rather than a model that is not quite the checkpoint's; null says that a feature is not there."""
-    # transformers makes no Ministral without a head_dim.
-    folder = save_random(tmp_path, architecture, **({"head_dim": 8} if architecture == "MinistralForCausalLM" else {}))
+    folder = save_random(tmp_path, architecture)
     edit_json(folder / "config.json", attention_chunk_size=None, output_attentions=False)
     with LLM(str(folder), device="cpu", skip_tokenizer_init=True, load_format="dummy"):
         pass

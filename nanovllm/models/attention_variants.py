@@ -1,0 +1,28 @@
+"""Attention blocks that treat queries and keys otherwise than `llama.SelfAttention`, before they meet.
+
+Owns what happens to them between the projection and the cache. Invariant: called and loaded as SelfAttention; attention
+itself, with its cache and its kernels, is the same.
+"""
+
+import torch
+from torch import Tensor
+
+from nanovllm.attention.backend import ForwardContext
+from nanovllm.kernels.rope import apply_rope_reference
+from nanovllm.layers.norm import NoNorm, RMSNorm
+from nanovllm.models.llama import SelfAttention
+
+
+class NormAfterRotation(SelfAttention):
+    """The norms of heads come after the rotation, so neither is left to the kernel that stores keys and values."""
+
+    def forward(
+        self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None and self.k_norm is not None
+        qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
+        q, k, v = (part.unflatten(1, (-1, self.attention.shape.head_dim)) for part in qkv.split(self.parts, dim=1))
+        if cos_sin is not None:
+            q, k = (apply_rope_reference(heads, cos_sin) for heads in (q, k))
+        qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=1).flatten(1)
+        return self.o_proj(self.attention(qkv, None, ctx, None, None)), residual

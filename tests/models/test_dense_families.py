@@ -1,0 +1,85 @@
+"""Dense families beside the Llama-like ones: logits and greedy tokens beside Hugging Face, in every way of running.
+
+Each case is one tiny random checkpoint in which the family's switches matter; windows are shorter than the prompts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.parity import ONE, check_greedy_outputs, make_llm
+from tests.tiny_models import hugging_face_logits, load_hugging_face, random_prompts, record_logits, save_random
+
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        {
+            **{"sliding_window": 6, "num_hidden_layers": 4, "num_key_value_heads": 4},
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}},
+        },
+    ),
+    "exaone4": ("Exaone4ForCausalLM", {"sliding_window": 6, "num_hidden_layers": 4}),
+    "exaone4-no-window": ("Exaone4ForCausalLM", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "glm": ("GlmForCausalLM", {"head_dim": 24, "partial_rotary_factor": 0.5}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 16, "attention_bias": False}),
+    "ernie": ("Ernie4_5ForCausalLM", {"head_dim": 16}),
+    "ernie-bias": ("Ernie4_5ForCausalLM", {"head_dim": 24, "use_bias": True, "tie_word_embeddings": False}),
+    "arcee-bias": ("ArceeForCausalLM", {"mlp_bias": True, "head_dim": 24}),
+    "hunyuan": (
+        "HunYuanDenseV1ForCausalLM",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 9.0, "factor": 1.0}},
+    ),
+    "hunyuan-yarn": (
+        "HunYuanDenseV1ForCausalLM",
+        {"head_dim": 16, "rope_parameters": {**YARN, "attention_factor": 2.0}},
+    ),
+    "starcoder2": ("Starcoder2ForCausalLM", {"norm_epsilon": 0.1}),
+    "starcoder2-window": (
+        "Starcoder2ForCausalLM",
+        {"sliding_window": 44, "use_bias": False, "tie_word_embeddings": False},
+    ),
+    "cohere": ("CohereForCausalLM", {"logit_scale": 0.5, "layer_norm_eps": 0.1}),
+    "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 6, "num_hidden_layers": 4, "attention_bias": True}),
+    "apertus": ("ApertusForCausalLM", {}),
+    "granite4": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            **{"num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["attention"] * 2},
+            **{"shared_intermediate_size": 56, "position_embedding_type": "rope", "attention_multiplier": 0.3},
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 5.0, "mamba_n_heads": 4},
+        },
+    ),
+    "granite4-no-rotation": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            **{"num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 4},
+            **{"position_embedding_type": None, "attention_bias": True, "tie_word_embeddings": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:
+    """Logits of prompt and output; greedy tokens as a batch, from a warm prefix cache, in chunks, and preempted."""
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    hugging_face = load_hugging_face(folder)
+    prompts = random_prompts([40, 1, 17])
+    prompts.append(prompts[0][:32] + prompts[2])  # shares whole blocks with another one
+    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=64, block_size=16) as llm:
+        outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)]
+        check_greedy_outputs(hugging_face, prompts, outputs)
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
+        assert llm.get_metrics()["num_prompt_tokens_cached"] > 0
+    options = {"num_gpu_blocks_override": 8, "block_size": 8, "overlap_depth": 2, "enable_prefix_caching": False}
+    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=19, **options) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
+        assert llm.get_metrics()["num_preemptions"] > 0
+        logits = record_logits(llm)
+        llm.generate(prompts[:1], ONE, use_tqdm=False)
+    expected = hugging_face_logits(hugging_face, prompts[0] + outputs[0][:-1])
+    torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
