@@ -17,7 +17,7 @@ told to everyone who waits. `is_from_outside` tells the two apart.
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -173,7 +173,7 @@ class Session:
 
     # -- who waits --
 
-    def run(self, handles: Sequence[Handle], inbox: Inbox[News]) -> Iterator[tuple[Handle, News]]:
+    def run(self, handles: Sequence[Handle], inbox: Inbox[News]) -> Generator[tuple[Handle, News], None, None]:
         """Submit these, which report to `inbox`; yield their news until all have ended.
 
         Whatever ends the loop before cancels the rest: generators end in `finally` when they are closed or forgotten.
@@ -365,8 +365,8 @@ class Session:
             handle.inbox.news[handle] = handle.inbox.make(handle.requests), is_last
             _ring(handle.inbox.bell)
             if is_last:
-                self._remove(handle)
                 self._forget(handle)
+                self._remove(handle)  # last: until then an interruption is mended by a restart
 
     def _forget(self, handle: Handle) -> None:
         for request in handle.requests:

@@ -103,11 +103,17 @@ def check_idle(session: Session) -> None:
     assert not session.exclusively(session.step)  # it mends what the interruption left
     assert not session.has_unfinished_requests()
     check_nothing_leaked(session.engine)  # type: ignore[arg-type]
+    assert not session.engine.output_processor._texts
 
 
 def run_all(session: Session, tracer: Tracer) -> None:
     """Submit and wait as a caller does who tries again after each interruption."""
-    inbox: Inbox[list[list[int]]] = Inbox(lambda group: [request.output_token_ids for request in group])
+
+    def tell(group: Sequence[Request]) -> list[list[int]]:
+        session.engine.output_processor._texts.update(dict.fromkeys(group))  # type: ignore[arg-type]
+        return [request.output_token_ids for request in group]
+
+    inbox = Inbox(tell)
     handles = [Handle(group, inbox, only_ends=False) for group in requests()]
     newest: dict[Handle, list[list[int]]] = {}
     unfinished = set(handles)
