@@ -13,6 +13,7 @@ from torch import Tensor
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import brief
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=1, detokenize=False, capture={"layers": ["norm"]})
@@ -85,3 +86,12 @@ def embed(session: Session, groups: Sequence[Sequence[Request]], pooling: Poolin
         )
         for handle in handles
     ]
+
+
+def join_hidden_states(output: RequestOutput) -> RequestOutput:
+    """What `capture` brought in parts, as one float32 tensor a layer."""
+    for completion in output.outputs:
+        if completion.hidden_states is not None:
+            parts = completion.hidden_states
+            completion.hidden_states = {layer: torch.cat(parts[layer]).float() for layer in parts}
+    return output

@@ -3,9 +3,11 @@
 Plain data without torch. Invariant: `finish_reason` is None exactly while the sequence is still running.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from nanovllm.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +94,10 @@ class BeamSearchOutput:
     """sequences: the best ones of a prompt, best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+def raise_error_of(outputs: Iterable[RequestOutput]) -> None:
+    """Raise RequestError if a sequence among them could not go on."""
+    for completion in (completion for output in outputs for completion in output.outputs):
+        if completion.error is not None:
+            raise RequestError(completion.error)

@@ -1,9 +1,23 @@
-"""TextPrompt and TokensPrompt: the two forms of a prompt as a dict, with vLLM's names for type checkers and callers.
+"""What callers may give as prompts: one or several; TextPrompt and TokensPrompt, the forms that are dicts (as in vLLM).
 
-They are dicts: `engine/input_processor.py` reads and checks what stands in them.
+Owns how one prompt is told from several; `engine/input_processor.py` reads and checks what stands in them.
 """
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
+
+_NO_LISTS = (str, Mapping, bytes, bytearray, memoryview)  # bytes are no prompt, and no list of token ids either
+
+
+def list_prompts(prompts: Any) -> tuple[list[Any], bool]:
+    """The prompts, and whether one was given and no list of them. A flat list of integers is one."""
+    if isinstance(prompts, _NO_LISTS):
+        return [prompts], True
+    prompts = list(prompts)
+    # An array has __index__ too: only one without dimensions is a number.
+    if prompts and all(hasattr(item, "__index__") and not getattr(item, "ndim", 0) for item in prompts):
+        return [prompts], True
+    return prompts, False
 
 
 class TextPrompt(TypedDict):

@@ -1,16 +1,17 @@
-"""SteppedRequests: requests that their caller advances one step at a time, and how far it has been told of each.
+"""SteppedLLM: requests that their caller advances one step at a time, and how far it has been told of each.
 
-Owns what stands behind `LLM.add_request` and `LLM.step`; the requests themselves are the session's. Invariant: what an
+Owns `LLM.add_request`, `LLM.step` and what stands behind them; the requests are the session's. Invariant: what an
 interruption keeps from the caller of one step, the next one returns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 class SteppedRequests:
@@ -51,3 +52,51 @@ class SteppedRequests:
     def are_all_returned(self) -> bool:
         """Has the caller been told all there is?"""
         return all(self._returned.get(handle) is marks for handle, (marks, _) in list(self.inbox.news.items()))
+
+
+class SteppedLLM:
+    # What `LLM` has.
+    _session: Session
+    _stepped: SteppedRequests
+    _input_processor: InputProcessor
+    get_default_sampling_params: Callable[[], SamplingParams]
+
+    def add_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
+        self._session.check_open()
+        params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
+        handle = self._make_handle(prompt, params, request_id, self._stepped.inbox)
+        self._session.submit(handle)
+        return handle.request_id
+
+    def _make_handle(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[Marks]
+    ) -> Handle:
+        """One prompt, checked and not queued."""
+        with self._session.numbers(1) as (number,):
+            group = self._input_processor.process(prompt, params, "prompt", number, request_id)
+        return Handle(group, inbox, only_ends=params.output_kind is RequestOutputKind.FINAL_ONLY)
+
+    def step(self) -> list[RequestOutput]:
+        """Advance by one step; returns the requests of `add_request` that got tokens or ended.
+
+        Each has what `SamplingParams.output_kind` says: all its output so far, what is new, or nothing before its end.
+        """
+        return self._stepped.step()
+
+    def has_unfinished_requests(self) -> bool:
+        return self._session.has_unfinished_requests() or not self._stepped.are_all_returned()
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """Stop requests, each with all its sequences. An id that has ended, or never was, is passed over.
+
+        Those of `add_request` are forgotten. A call that waits for one gets it with the finish reason "abort".
+        """
+        for name in [request_id] if isinstance(request_id, str) else list(request_id):
+            handle = self._session.find(name)
+            if handle is not None and handle.inbox is self._stepped.inbox:
+                self._session.cancel([handle])
+            elif handle is not None:
+                self._session.abort(handle)

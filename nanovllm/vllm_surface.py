@@ -5,23 +5,29 @@ is here and says so, so that nobody has to guess from an AttributeError.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm.beam_search import BeamSearchParams, search_prompts
+from nanovllm.build import StartTimes
 from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.data_parallel import DataParallelEngine
 from nanovllm.embedding import PARAMS as EMBED_PARAMS
 from nanovllm.embedding import EmbeddingRequestOutput, Pooling, embed
-from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.prompt_text import PromptText
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
-from nanovllm.outputs import RequestOutput
-from nanovllm.prompts import TokensPrompt
+from nanovllm.outputs import BeamSearchOutput, RequestOutput, raise_error_of
+from nanovllm.prompts import TokensPrompt, list_prompts
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.scoring import score
+from nanovllm.tokenizer import Tokenizer
 from nanovllm.vllm_options import refuse_absent
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
@@ -48,12 +54,16 @@ class VLLMSurface:
     # What `LLM` has.
     config: ResolvedConfig
     model_config: ModelConfig
+    generate: Callable[..., list[RequestOutput]]
     _hf_config: Mapping[str, Any]
+    _generation_config: Mapping[str, Any]
+    _start_times: StartTimes
+    _engine: Engine | DataParallelEngine
     _session: Session
+    _input_processor: InputProcessor
+    _tokenizer: Tokenizer | None
     _process: Callable[..., list[list[Request]]]
     _make_output: Callable[[Sequence[Request]], RequestOutput]
-    _known_tokenizer: Callable[[], Any]
-    get_tokenizer: Callable[[], Any]
 
     def preprocess_chat(
         self,
@@ -94,6 +104,30 @@ class VLLMSurface:
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return prompts
 
+    # -- other questions than "what comes next" --
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """For each prompt the `beam_width` most likely continuations that a beam search finds, best first."""
+        self._session.check_open()
+
+        def generate(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
+            results = self.generate(beams, step, use_tqdm=False)
+            raise_error_of(results)
+            return results
+
+        about = self._input_processor, self._tokenizer, self.config.max_model_len
+        return search_prompts(generate, *about, list_prompts(prompts)[0], params, use_tqdm)
+
+    def score(self, prefix: Prompt, options: Sequence[str | Sequence[int]]) -> list[float]:
+        """Log-likelihood of each option given the prefix: the sum of its tokens' log-probabilities (natural log).
+
+        An option is a string or token ids. Strings are tokenized by themselves, so begin them with the space that a
+        prefix without one calls for. With prefix caching, which is on by default, the prefix is computed once.
+        """
+        return score(self._session, self._input_processor, prefix, options)
+
     # -- queue now, run later --
 
     def enqueue(
@@ -106,7 +140,8 @@ class VLLMSurface:
         """Queue prompts, to run beside whatever runs; returns their ids. `wait_for_completion` returns the outputs."""
         refuse_absent("LLM.generate", absent)
         queue = self._queue
-        handles = [Handle(group, queue.inbox, only_ends=True) for group in self._process(prompts, sampling_params)]
+        groups = self._process(list_prompts(prompts)[0], sampling_params)
+        handles = [Handle(group, queue.inbox, only_ends=True) for group in groups]
         try:
             for handle in handles:
                 self._session.submit(handle)
@@ -149,7 +184,47 @@ class VLLMSurface:
         """
         how = Pooling(kind=pooling, is_normalized=normalize, dimensions=dimensions)
         how.check(self.model_config.hidden_size)
-        return embed(self._session, self._process(prompts, EMBED_PARAMS), how)
+        return embed(self._session, self._process(list_prompts(prompts)[0], EMBED_PARAMS), how)
+
+    # -- about the engine --
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._known_tokenizer().hf
+
+    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        """Call function(model) on each worker's model, to look inside; returns the results."""
+        return self._session.exclusively(partial(self._engine.apply_model, function))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with what the model's generation_config.json sets."""
+        stated = self._generation_config
+        names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+        names["max_new_tokens"] = "max_tokens"
+        options = {ours: stated[name] for name, ours in names.items() if stated.get(name) is not None}
+        if stated.get("do_sample") is False:
+            options["temperature"] = 0.0
+        return SamplingParams(**options)
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counters since the start: steps, tokens, cache hits, preemptions, and where time went:
+
+        host_seconds planning and taking in results, execute_seconds queueing steps (on a CPU: running them),
+        wait_seconds waiting for the device. What steps had to read and multiply follows from num_steps (weights),
+        num_tokens_computed, num_tokens_sampled (the head), num_context_tokens_read (KV) and num_query_key_pairs
+        (attention). start_*_seconds: the parts of the start (`build.StartTimes`).
+        """
+        start = {f"start_{name}": seconds for name, seconds in asdict(self._start_times).items()}
+        return {**self._session.exclusively(self._engine.get_metrics), **start}
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what earlier requests left in the KV cache."""
+        self._session.exclusively(self._engine.reset_prefix_cache)
+
+    def _known_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            raise ValueError("there is no tokenizer (skip_tokenizer_init=True); pass token ids")
+        return self._tokenizer
 
     # -- what wrappers read --
 
