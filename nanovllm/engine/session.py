@@ -1,17 +1,12 @@
 """Session: requests from any thread, run together by one engine.
 
-Owns the unfinished requests, whose turn it is to step the engine, and what follows from an interruption or a failure.
-`LLM`, `AsyncLLM` and a data-parallel replica are its users.
+Owns the unfinished requests, and whose turn it is to step the engine; what interrupts, mends or ends it is
+`features/lifetime.py`. `LLM`, `AsyncLLM` and a data-parallel replica are its users.
 
 Rule for threads: any thread may call anything. What changes the engine happens inside the turn, which one thread holds
 at a time: whoever waits for news and finds the turn free steps the engine, for all. The others sleep until they have
 news or are called to take over. Submitting and cancelling never wait: they are commands in a queue, carried out at
 once if the turn is free, and else before the next step.
-
-Rule for interruptions: a step that did not come to its end has not happened. Whoever enters the turn and finds that the
-last one inside was interrupted restarts: what is in flight is dropped, and all unfinished requests compute their KV
-anew. An exception of the engine's own, after which the device's state is unknown, closes the session instead, and is
-told to everyone who waits. `is_from_outside` tells the two apart.
 """
 
 import os
@@ -22,19 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
-from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
-from nanovllm.engine.features.interruptions import is_from_outside
+from nanovllm.engine.features.lifetime import Lifetime
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
-from nanovllm.engine.turn import Turn
-from nanovllm.errors import EngineDeadError, cut
-
-_NAP_SECONDS = 1.0  # a call to take over that an interruption swallowed costs so much, and nothing else
+from nanovllm.engine.turn import Bell, Turn
 
 News = TypeVar("News")
-Result = TypeVar("Result")
 
 
 class SteppedEngine(Protocol):
@@ -59,14 +49,13 @@ class Inbox(Generic[News]):
     """Where one caller finds news of its requests. make: from a request's sequences, what the caller wants to know.
 
     news: of each request that has changed since its caller took them, the newest, and whether they are the last. `make`
-    is called inside the turn, and may be called again for the same state. The bell wakes the caller; it can be rung
-    anywhere, even by the garbage collector.
+    is called inside the turn, and may be called again for the same state. The bell wakes the caller.
     """
 
     def __init__(self, make: Callable[[Sequence[Request]], News]) -> None:
         self.make = make
         self.news: dict[Handle, tuple[News, bool]] = {}
-        self.bell: SimpleQueue[None] = SimpleQueue()
+        self.bell = Bell()
 
 
 @dataclass(eq=False, slots=True)
@@ -87,7 +76,7 @@ class Handle:
         return all(request.is_finished for request in self.requests)
 
 
-class Session:
+class Session(Lifetime):
     def __init__(self, engine: SteppedEngine) -> None:
         self.engine = engine
         self._handles: dict[str, Handle] = {}  # unfinished requests, by id
@@ -96,7 +85,7 @@ class Session:
         self._is_torn = False  # something inside the turn has begun, and has not come to its end
         self._num_restarts = 0
         self._waiting: dict[Inbox[Any], None] = {}
-        self._guests: deque[SimpleQueue[None]] = deque()  # bells of threads that want the turn once, before others
+        self._guests: deque[Bell] = deque()  # bells of threads that want the turn once, before others
         self._process = os.getpid()
         self._ending: str | None = None  # why it is closed
         self._is_closing = False
@@ -153,23 +142,10 @@ class Session:
     def has_unfinished_requests(self) -> bool:
         return bool(self._handles)
 
-    @property
-    def is_closed(self) -> bool:
-        return self._ending is not None
-
-    def closed_error(self) -> RuntimeError:
-        return RuntimeError(f"this engine is closed ({self._ending}); make a new one")
-
     def check_open(self) -> None:
         """Raise RuntimeError where no request can be run."""
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"this engine was made in process {self._process}, and a forked process cannot use it: make a new one"
-            )
-        if self._ending is not None:
-            raise self.closed_error()
-        if self._turn.is_mine():
-            raise RuntimeError("this engine was called from inside one of its own steps, where requests can only end")
+        if self._ending is not None or os.getpid() != self._process or self._turn.is_mine():
+            raise self._refusal()
 
     # -- who waits --
 
@@ -214,48 +190,10 @@ class Session:
                 if not inbox.news:
                     if was_inside:
                         self._pass_on()
-                    _sleep(inbox.bell)
+                    inbox.bell.sleep()
         finally:
             self._waiting.pop(inbox, None)
             self._pass_on()
-
-    def exclusively(self, function: Callable[[], Result]) -> Result:
-        """What function() returns, called in this thread between two steps."""
-        self.check_open()
-        results: list[Result] = []
-
-        def call() -> None:
-            results.append(function())
-
-        bell: SimpleQueue[None] = SimpleQueue()
-        try:
-            if self._guests or not self._try_inside(call):
-                self._guests.append(bell)
-                _sleep(bell)
-                while not self._try_inside(call):
-                    self._guests.append(bell)
-                    _sleep(bell)
-        finally:
-            while bell in self._guests:
-                self._guests.remove(bell)
-            self._pass_on()
-        return results[0]
-
-    def close(self) -> None:
-        """Close the engine, after the step that runs now; whoever waits gets an error. May be called twice."""
-        if os.getpid() != self._process:
-            return  # a forked process owns nothing of it
-        if self._ending is not None:
-            self.engine.close()  # perhaps the first was interrupted
-            return
-        self._is_closing = True
-        if self._turn.is_mine():
-            return  # called by a signal handler, say; the step that it interrupted sees to it
-        try:
-            self.exclusively(lambda: None)
-        except RuntimeError:
-            if self._ending is None:
-                raise
 
     def _carry_out_now(self) -> None:
         """Carry out the commands, unless somebody is inside, who will."""
@@ -271,11 +209,11 @@ class Session:
         """
         if self._guests:
             with suppress(IndexError):  # another thread was faster
-                _ring(self._guests.popleft())
+                self._guests.popleft().ring()
         elif self._waiting and (self._commands or self.engine.has_work()):
             for inbox in list(self._waiting)[:1]:
                 self._waiting.pop(inbox, None)
-                _ring(inbox.bell)
+                inbox.bell.ring()
 
     def _try_inside(self, function: Callable[[], object]) -> bool:
         """Call it inside the turn, unless that is taken; whether it was called."""
@@ -295,9 +233,7 @@ class Session:
             self._carry_out()
             function()
         except Exception as error:
-            is_ours = self._is_torn or isinstance(error, EngineDeadError)
-            if is_ours and not is_from_outside(error):
-                self._shut(f"because a step failed: {type(error).__name__}: {cut(str(error))}")
+            self._shut_for(error)
             raise
         if self._is_closing:
             self._shut("by close()")
@@ -363,7 +299,7 @@ class Session:
             return
         if self._handles.get(handle.request_id) is handle:  # else it was cancelled in mid-step
             handle.inbox.news[handle] = handle.inbox.make(handle.requests), is_last
-            _ring(handle.inbox.bell)
+            handle.inbox.bell.ring()
             if is_last:
                 self._forget(handle)
                 self._remove(handle)  # last: until then an interruption is mended by a restart
@@ -371,38 +307,3 @@ class Session:
     def _forget(self, handle: Handle) -> None:
         for request in handle.requests:
             self.engine.output_processor.forget(request)
-
-    def _restart(self) -> None:
-        """Mend what an interruption left: the engine begins anew with all that is unfinished, and all is told again."""
-        self._num_restarts += 1
-        handles = list(self._handles.values())
-        for handle in handles:
-            handle.queued_in = self._num_restarts
-        self.engine.restart([request for handle in handles for request in handle.requests])
-        for handle in handles:
-            self._forget(handle)  # its text may be half decoded
-            if any(request.output_token_ids for request in handle.requests) or handle.is_finished:
-                self._tell(handle)
-        self._is_torn = False
-
-    def _shut(self, ending: str) -> None:
-        """The end: nothing is run any more, and everyone who waits is told."""
-        self._ending = ending
-        self._is_closing = False
-        self._handles.clear()
-        self._commands.clear()
-        try:
-            self.engine.close()
-        finally:
-            for bell in [*self._guests, *(inbox.bell for inbox in list(self._waiting))]:
-                _ring(bell)
-
-
-def _ring(bell: "SimpleQueue[None]") -> None:
-    if bell.empty():
-        bell.put(None)
-
-
-def _sleep(bell: "SimpleQueue[None]") -> None:
-    with suppress(Empty):
-        bell.get(timeout=_NAP_SECONDS)
