@@ -45,6 +45,14 @@ def _with_alpha(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
     return {"rope_type": "default", "rope_theta": number(base, "rope_theta") * alpha ** (head_dim / (head_dim - 2))}
 
 
+def _with_query_scales(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
+    """Ministral 3 says here, too, how queries are scaled: `models/ministral3.py`."""
+    number(parameters, "llama_4_scaling_beta", at_least=0.0)
+    integer(parameters, "original_max_position_embeddings")
+    own = ("llama_4_scaling_beta", "max_position_embeddings")
+    return {name: value for name, value in parameters.items() if name not in own}
+
+
 def _ungated(hf: Fields) -> str:
     return read_activation(hf, {"relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"})
 
@@ -207,5 +215,20 @@ DENSE_FAMILIES: Mapping[str, Architecture] = {
         switches={"intermediate_size": lambda hf: integer(hf, "shared_intermediate_size")},
         rope=_if_positions_are_rotated,
         mlp="nanovllm.models.granite_hybrid:SharedMLP",
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        serves="Ministral 3",
+        proof=_PROOF,
+        fields={
+            **{"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None},
+            "rope_scaling": None,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0},
+                **{"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384},
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        rope=_with_query_scales,
+        model="nanovllm.models.ministral3:Ministral3ForCausalLM",
     ),
 }

@@ -184,9 +184,11 @@ _WRAPPED = {
             "max_position_embeddings": 131072,
         },
     ),
-    "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "Mistral Small 3.1 and 3.2", {}),
+    "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "Mistral Small 3.1 and 3.2, Ministral 3", {}),
     "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM", "Qwen3-VL", {}),
 }
+# By the whole and the `model_type` of its text model, where the whole alone does not say which text model it holds.
+_TEXT_MODELS = {"Mistral3ForConditionalGeneration, ministral3": "Ministral3ForCausalLM"}
 ARCHITECTURES: Mapping[str, Architecture] = {
     **_ARCHITECTURES,
     **{
@@ -235,7 +237,8 @@ def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
     given = hf.get("architectures") or [None]
     if not isinstance(given, (list, tuple)) or not isinstance(given[0], (str, type(None))):
         raise ValueError(f"config.json: architectures must be a list of names, got {given!r}")
-    row = _architecture(given[0])
+    name = _TEXT_MODELS.get(f"{given[0]}, {hf.get('model_type')}", given[0])
+    row, hf = _architecture(name), {**hf, "architectures": [name]}
     return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches, rope=row.rope)
 
 

@@ -1,10 +1,10 @@
 """FP8 checkpoints as DeepSeek-V3 and Qwen3-FP8 have them, with a scale for each block of a matrix (DeepSeek-AI, 2024),
-and AutoFP8's, with one for each matrix.
+and AutoFP8's or Ministral 3's, with one for each matrix.
 
 Owns the reading of their config and the layout of their tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +63,20 @@ class Fp8Linear(QuantizedLinear):
         size, inputs = self.spec.sizes[part], self.spec.in_features
         yield self.slot("weight", part, (size, inputs), FP8, self.fill_codes, has_rows=True)
         if self.block_size is None:
-            yield self.slot(self.scale_name, part, (1,), SCALES, self._fill_scale)
+            yield from self._scale_slots(self.scale_name, "weight_scale_inv", part, self._fill_scale)
         else:
             blocks = (-(-size // self.block_size[0]), self.num_groups)
             yield self.slot(self.scale_name, part, blocks, SCALES, self._fill_scale)
         if self.input_scale is not None:
-            yield self.slot("input_scale", part, (1,), SCALES, self.fill_input_scale)
+            yield from self._scale_slots("input_scale", "activation_scale", part, self.fill_input_scale)
+
+    def _scale_slots(
+        self, name: str, other_name: str, part: int, fill: Callable[[int, Tensor], object]
+    ) -> Iterator[tuple[str, WeightSlot]]:
+        """One scale a matrix, by AutoFP8's name or by transformers' own."""
+        _, slot = named = self.slot(name, part, (1,), SCALES, fill)
+        yield named
+        yield other_name, slot._replace(instead_of=(f"{self.spec.names[part]}.{name}",))
 
     def _fill_scale(self, part: int, scale: Tensor) -> None:
         if scale.dtype == torch.uint8:  # exponents

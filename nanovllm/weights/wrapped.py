@@ -18,6 +18,7 @@ _PREFIXES = {
 _OTHER_PARTS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
 # Said of the whole, and of the text model if the whole does not say it.
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
+_LISTS_OF_LAYERS = ("ignore", "ignored_layers", "modules_to_not_convert")  # in a quantization_config
 # Positions of text are the same in all sections, so that these change nothing without images.
 _ROTATION_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
@@ -34,10 +35,22 @@ def text_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / 'config.json'}: text_config must be an object, got {text!r}")
     whole = {name: config[name] for name in _OF_THE_WHOLE if config.get(name) is not None}
     merged = {**text, **whole, "architectures": config.get("architectures")}
+    if isinstance(config.get("quantization_config"), dict):
+        merged["quantization_config"] = _of_the_text(config["quantization_config"])
     for field in ("rope_scaling", "rope_parameters"):
         if isinstance(merged.get(field), dict):
             merged[field] = {name: value for name, value in merged[field].items() if name not in _ROTATION_OF_IMAGES}
     return merged
+
+
+def _of_the_text(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers that are listed as not quantized, by their names in the text model; those of other parts stay listed."""
+    renamed = {
+        key: [text_name(name) or name for name in names]
+        for key, names in quantization.items()
+        if key in _LISTS_OF_LAYERS and isinstance(names, list) and all(isinstance(name, str) for name in names)
+    }
+    return {**quantization, **renamed}
 
 
 def text_name(name: str) -> str | None:

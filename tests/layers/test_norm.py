@@ -5,6 +5,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers import fused_linear
+from nanovllm.layers.fused_linear import FusedLinear
+from nanovllm.layers.layer_norm import LayerNorm
+from nanovllm.layers.linear_method import Gate, LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import PLAIN
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
@@ -48,3 +52,31 @@ def test_no_norm_is_the_residual_addition() -> None:
     assert all(torch.equal(out, x + residual) for out in NoNorm()(x, residual))
     assert NoNorm()(x)[1] is x
     assert not list(NoNorm().slots("norm"))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_norm_is_taken_for_no_rms_norm(
+    has_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before a product that takes RMS norms into its kernel: it has the norm computed first."""
+    norm = LayerNorm(16, 0.1, has_bias, dtype)
+    slots = dict(norm.slots("n"))
+    assert list(slots) == ["n.weight", "n.bias"][: 1 + has_bias]
+    for slot in slots.values():
+        slot.fill(torch.randn(16))
+    x, residual = (torch.randn(3, 16).to(dtype) for _ in range(2))
+    normed, total = norm(x, residual)
+    assert torch.equal(total, x + residual) and norm(x)[1] is x
+    values = total.float() - total.float().mean(-1, keepdim=True)
+    expected = values / (values.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.gain.float()
+    if norm.bias is not None:
+        expected += norm.bias.float()
+    torch.testing.assert_close(normed, expected.to(dtype))
+
+    linear = FusedLinear(LinearSpec((4,), (range(4),), 16, range(16), dtype, ("l",)))
+    dict(linear.weights(0))["weight"].fill(torch.randn(4, 16))
+    monkeypatch.setattr(fused_linear, "rms_norm_linear", None)
+    monkeypatch.setattr(fused_linear, "rms_norm_gated_linear", None)
+    product, again = linear.multiply_after_norm(norm, x, residual, None, Gate("silu", PLAIN.silu_and_mul))
+    assert torch.equal(product, PLAIN.silu_and_mul(linear.multiply(normed, None))) and torch.equal(again, total)

@@ -44,6 +44,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereForCausalLM", {"logit_scale": 0.5, "layer_norm_eps": 0.1}),
     "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 6, "num_hidden_layers": 4, "attention_bias": True}),
     "apertus": ("ApertusForCausalLM", {}),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        {
+            **{"head_dim": 24, "num_key_value_heads": 1},
+            "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.7, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
     "granite4": (
         "GraniteMoeHybridForCausalLM",
         {

@@ -48,6 +48,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", {}),
+    # Rows in another order, norms after the rotation, LayerNorm before products that take an RMS norm in, no gate.
+    "glm4-d64": ("Glm4ForCausalLM", {"head_dim": 64}),
+    "hunyuan-d64": ("HunYuanDenseV1ForCausalLM", {"head_dim": 64}),
+    "starcoder2": ("Starcoder2ForCausalLM", {}),
+    "cohere2-window": ("Cohere2ForCausalLM", {"sliding_window": 40, "num_hidden_layers": 4, "logit_scale": 1.0}),
+    "apertus": ("ApertusForCausalLM", {}),
+    "ministral3-d64": (
+        "Ministral3ForCausalLM",
+        {
+            "head_dim": 64,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": 64},
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "granite": (
         "GraniteForCausalLM",
         {

@@ -14,26 +14,35 @@ from nanovllm.models.registry import read_model_config
 HIDDEN, HEADS, KV_HEADS, DIM = 32, 4, 2, 8
 
 
-def config(share: float) -> ModelConfig:
+def config(share: float, is_neox_style: bool = True) -> ModelConfig:
     hf = {
         "architectures": ["Phi3ForCausalLM"],
         **{"vocab_size": 64, "hidden_size": HIDDEN, "intermediate_size": 16, "num_hidden_layers": 1},
         **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "partial_rotary_factor": share},
     }
-    return read_model_config(hf, "float32")
+    return replace(read_model_config(hf, "float32"), is_neox_style=is_neox_style, qk_norm="head")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(share: float, size: int) -> None:
-    """W8, C18: q, k and v, with a partial rotation in the order that kernels rotate in."""
+@pytest.mark.parametrize(
+    ("share", "is_neox_style", "order"),
+    [
+        (1.0, True, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (0.5, True, [0, 1, 4, 5, 2, 3, 6, 7]),
+        (1.0, False, [0, 2, 4, 6, 1, 3, 5, 7]),
+        (0.5, False, [0, 2, 4, 5, 1, 3, 6, 7]),
+    ],
+)
+def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(
+    share: float, is_neox_style: bool, order: list[int], size: int
+) -> None:
+    """W8, C18: q, k and v, and the norms of their heads, in the order that kernels rotate in."""
     q, k, v = (torch.randn(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    order = [0, 1, 2, 3, 4, 5, 6, 7] if share == 1 else [0, 1, 4, 5, 2, 3, 6, 7]
     for rank in range(size):
         tp = TensorParallel(rank, size)
         weights = []
         for names in ({"a.q_proj": q, "a.k_proj": k, "a.v_proj": v}, {"a.qkv_proj": torch.cat((q, k, v))}):
-            attention = SelfAttention(config(share), 0, torch.float32, tp, PLAIN)
+            attention = SelfAttention(config(share, is_neox_style), 0, torch.float32, tp, PLAIN)
             slots = dict(attention.slots("a"))
             for name, tensor in names.items():
                 assert slots[f"{name}.weight"].shape == tensor.shape
@@ -45,6 +54,9 @@ def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(share: float, size:
         parts = zip((q, k, v), held, orders, strict=True)
         expected = [t.view(-1, DIM, HIDDEN)[h.start : h.stop, o].flatten(0, 1) for t, h, o in parts]
         assert torch.equal(weights[0], torch.cat(expected))
+        for norm, name in ((attention.q_norm, "a.q_norm"), (attention.k_norm, "a.k_norm")):
+            slots[f"{name}.weight"].fill(torch.arange(DIM))
+            assert norm is not None and norm.weight.tolist() == order
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm.cli.main import main
 from nanovllm.models.registry import read_model_config
 from nanovllm.weights.checkpoint import open_checkpoint
-from nanovllm.weights.wrapped import text_name
+from nanovllm.weights.wrapped import text_config, text_name
 from tests.models.parity import check_greedy_tokens, check_logits, make_llm
 from tests.models.wrapped import save_wrapped
 from tests.tiny_models import edit_json, hugging_face_greedy, random_prompts
@@ -36,6 +36,14 @@ def hugging_face(folder: Path) -> Any:
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 5], ids=["whole", "chunked"])
 def test_logits_equal_those_of_the_whole(folder: Path, max_num_batched_tokens: int) -> None:
     check_logits(folder, hugging_face(folder), max_num_batched_tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*only the text model is read")
+def test_the_text_model_says_which_one_it_is(tmp_path: Path) -> None:
+    """Ministral 3 and Mistral Small 3 are wholes of one name; the first scales its queries."""
+    rope = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    fields = {"model_type": "ministral3", "rope_parameters": {**rope, "llama_4_scaling_beta": 0.7}}
+    check_logits(save_wrapped(tmp_path, "Mistral3ForConditionalGeneration", **fields), hugging_face(tmp_path), 16)
 
 
 @pytest.mark.filterwarnings("ignore:.*only the text model is read")
@@ -94,6 +102,13 @@ def test_what_gemma_3_leaves_out_of_its_config_is_transformers_default() -> None
         assert getattr(config, ours) == getattr(theirs, name)
     assert (config.num_kv_heads, config.tie_word_embeddings) == (theirs.num_key_value_heads, theirs.tie_word_embeddings)
     assert config.ropes[5].theta == theirs.rope_parameters["full_attention"]["rope_theta"]
+
+
+def test_a_quantization_that_the_whole_states_is_the_texts() -> None:
+    stated = {"quant_method": "fp8", "modules_to_not_convert": ["model.vision_tower", "model.language_model.layers.0"]}
+    whole = {"quantization_config": stated, "text_config": {"hidden_size": 8}}
+    read = text_config(whole, Path())["quantization_config"]
+    assert read == {**stated, "modules_to_not_convert": ["model.vision_tower", "model.layers.0"]}
 
 
 def test_names() -> None:

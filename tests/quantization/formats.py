@@ -173,6 +173,20 @@ def fp8_blocks(size: int, scale_dtype: torch.dtype = torch.float32) -> Format:
     return Format(config, make, rounds_inputs=True)
 
 
+def fp8_matrices() -> Format:
+    """As transformers names them: one scale for a matrix, and one for its inputs."""
+
+    def make(weight: Tensor) -> tuple[Tensors, Tensor]:
+        scale = weight.abs().amax().view(1) / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        input_scale = (8 + weight.abs().amax().view(1) / 10) / 448
+        return {"weight": codes, "weight_scale_inv": scale, "activation_scale": input_scale}, codes.float() * scale
+
+    config = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False,
+              "modules_to_not_convert": ["model.vision_tower", "model.language_model.norm"]}  # fmt: skip
+    return Format(config, make, rounds_inputs=True)
+
+
 FORMATS = {
     "fp8, a scale a row, dynamic inputs": compressed(
         "float-quantized", {**FLOAT8, "strategy": "channel"}, {**FLOAT8, **TOKEN}
@@ -197,6 +211,7 @@ FORMATS = {
     "int4, groups, zero points": compressed("pack-quantized", _ints(4, "group", 8, False)),
     "int4, a scale a row": compressed("pack-quantized", _ints(4, "channel", None, True)),
     "int8, packed, zero points": compressed("pack-quantized", _ints(8, "group", 16, False)),
+    "fp8, a scale a matrix, by transformers' names": fp8_matrices(),
     "fp8, blocks": fp8_blocks(16),
     "fp8, ragged blocks, exponents": fp8_blocks(20, torch.uint8),
     "fp8, blocks, e8m0": fp8_blocks(16, torch.float8_e8m0fnu),

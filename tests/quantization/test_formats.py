@@ -40,7 +40,8 @@ def load(form: Format, tensors: list[dict[str, Tensor]], spec: LinearSpec) -> Qu
     assert isinstance(layer, QuantizedLinear)
     for part, given in enumerate(tensors):
         slots = dict(layer.weights(part))
-        assert slots.keys() == given.keys()
+        names = {slots[name].instead_of or (f"{spec.names[part]}.{name}",) for name in given}
+        assert names == {(f"{spec.names[part]}.{name}",) for name, slot in slots.items() if not slot.instead_of}
         for name, tensor in given.items():
             assert tensor.shape == slots[name].shape and tensor.dtype in slots[name].dtypes
             slots[name].fill(tensor)
