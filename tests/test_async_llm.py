@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from nanovllm import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    AsyncLLMEngine,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
 
@@ -255,3 +262,14 @@ def test_a_failing_step_reaches_every_iterator(folder: Path) -> None:
                     await task
 
     run(main())
+
+
+def test_an_engine_is_made_of_engine_args_as_with_vllm(engine: AsyncLLM, folder: Path) -> None:
+    params = sampled(RequestOutputKind.FINAL_ONLY)
+    other = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(model=str(folder), enable_lora=False, **OPTIONS))
+    assert run(read(other, "abc", params))[-1].outputs == run(read(engine, "abc", params))[-1].outputs
+    run(other.close())
+    with pytest.raises(TypeError, match=r"engine_args must be AsyncEngineArgs, got \{'model': 'x'\}"):
+        AsyncLLMEngine.from_engine_args({"model": "x"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"'max_model_length'.*'max_model_len'"):
+        AsyncEngineArgs(model="x", max_model_length=3)

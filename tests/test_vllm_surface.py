@@ -200,11 +200,14 @@ from vllm.lora.request import LoRARequest
 from vllm.tokenizers import get_tokenizer
 from vllm.renderers.hf import resolve_chat_template
 assert LLM is nanovllm.LLM and find_spec("vllm") and version("vllm") == vllm.__version__
-assert find_spec("vllm.nothing") is None
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+import vllm.entrypoints.openai.api_server
+assert AsyncEngineArgs is vllm.AsyncEngineArgs and find_spec("vllm.nothing") is None
 try:
-    vllm.AsyncEngineArgs
+    vllm.PoolingParams
 except AttributeError as error:
-    assert "vllm.AsyncEngineArgs" in str(error)
+    assert "vllm.PoolingParams" in str(error)
 try:
     LoRARequest("a", 1, "b")
 except NotImplementedError:

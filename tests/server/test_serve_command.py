@@ -1,6 +1,7 @@
 """`nanovllm serve` as a process: ready, answering, and its end."""
 
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ def test_sigterm_lets_a_stream_end_and_takes_nothing_new(tmp_path: Path) -> None
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     options = ["--device", "cpu", "--dtype", "float32", "--served-model-name", "tiny", "--log-level", "error"]
     options += ["--chat-template", str(tmp_path / "own.jinja")]
+    options += ["--drain-seconds", "600"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -28,15 +30,15 @@ def test_sigterm_lets_a_stream_end_and_takes_nothing_new(tmp_path: Path) -> None
         found = re.search(r"http://127\.0\.0\.1:\d+", ready)
         assert found is not None, ready
         asked = {"messages": [{"role": "user", "content": "Hi"}]}
-        assert httpx.post(f"{found[0]}/tokenize", json=asked).json()["tokens"] == list(b"Hi")
+        assert httpx.post(f"{found[0]}/tokenize", json=asked, timeout=600).json()["tokens"] == list(b"Hi")
         body = {"model": "tiny", "prompt": "a", "max_tokens": 1500, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=60) as stream:
+        with httpx.stream("POST", f"{found[0]}/v1/completions", json=body, timeout=600) as stream:
             lines = stream.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
             events = [line for line in lines if line]
         assert events[-1] == "data: [DONE]" and '"length"' in events[-2]
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
     finally:
         process.kill()
         process.wait()
@@ -48,3 +50,13 @@ def test_a_port_that_is_taken_is_known_before_the_model_is_loaded(capsys: pytest
         taken.listen()
         assert main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_vllms_path_starts_the_same_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["api_server", "--model", "no-such-model", "--host", "not a host"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("nanovllm.entrypoints.openai.api_server", run_name="__main__")
+    assert caught.value.code == 2 and "cannot listen on not a host" in capsys.readouterr().err
