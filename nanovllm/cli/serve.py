@@ -4,7 +4,6 @@ Owns the process: loading, listening, and the end. SIGTERM and Ctrl-C let what r
 nothing new. Invariant: the port answers only once the model is ready.
 """
 
-import asyncio
 import logging
 import os
 import socket
@@ -20,6 +19,7 @@ from nanovllm.cli.options import engine_options
 def run(args: Namespace) -> int:
     try:
         import uvicorn
+        import uvloop
 
         from nanovllm.server.app import make_app
         from nanovllm.server.http import BoundedHttp
@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
             self.force_exit = self.should_exit
             self.should_exit = served.is_draining = True
 
-    asyncio.run(Server(config).serve(sockets=[listener]))
+    uvloop.run(Server(config).serve(sockets=[listener]))
     return 0
 
 

@@ -41,7 +41,7 @@ _REQUEST_ID = re.compile(
 )  # of bytes: ASCII alone, so that none can forge or colour a line of the log
 
 
-def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequence[str] = ()) -> Starlette:
+def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequence[str] = ()) -> ASGIApp:
     """api_key: what clients must send as a bearer token; None asks for none.
 
     allowed_origins: of the pages on other sites whose scripts may use the server in a browser.
@@ -77,13 +77,12 @@ def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequen
         await served.engine.close()
 
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
-    app.add_middleware(_Gate, api_key=api_key)  # type: ignore[arg-type]
-    if allowed_origins:  # around the gate: what a browser asks ahead of a request carries no key
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]
-        )
     app.state.served = served
-    return app
+    gate = _Gate(app, api_key)
+    if not allowed_origins:
+        return gate
+    # Around the gate: what a browser asks ahead of a request carries no key.
+    return CORSMiddleware(gate, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"])
 
 
 class _Gate:
@@ -99,7 +98,7 @@ class _Gate:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, server_send=send)
         start, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:

@@ -23,6 +23,7 @@ from nanovllm.server.tools import take_tools
 from nanovllm.server.usage import chat_logprobs, num_generated, usage_of
 
 DONE = "data: [DONE]\n\n"
+_OPENING = '{"role": "assistant", "content": ""}'
 _OF_NO_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
@@ -79,8 +80,13 @@ def _take_conversation(body: Body) -> Conversation:
     return Conversation(messages, options, take_tools(body))
 
 
-def _choice(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+def _choice(index: int, delta: str, logprobs: Any = None, reason: str | None = None, error: str | None = None) -> str:
+    """A choice of a chunk as JSON, put together by hand: it is made for each token. delta: JSON too."""
+    ending = "null" if reason is None else json.dumps(reason)
+    if error is not None:
+        ending += f', "error": {json.dumps(error)}'
+    entries = "null" if logprobs is None else json.dumps(logprobs)
+    return f'{{"index": {index}, "delta": {delta}, "logprobs": {entries}, "finish_reason": {ending}}}'
 
 
 def _message(reply: Reply) -> dict[str, Any]:
@@ -133,8 +139,8 @@ class _Answer:
     async def stream(self, served: Served, wants_usage: bool) -> AsyncIterator[str]:
         head = json.dumps({**self._head, "object": "chat.completion.chunk"})[:-1]
 
-        def chunk(choice: dict[str, Any]) -> str:
-            return f'data: {head}, "choices": [{json.dumps(choice)}]}}\n\n'
+        def chunk(choice: str) -> str:
+            return f'data: {head}, "choices": [{choice}]}}\n\n'
 
         n = self._prepared.params.n
         with served.admitted(1):
@@ -144,7 +150,7 @@ class _Answer:
                 choices = []
                 if not is_open:
                     is_open = True
-                    choices += [_choice(i, {"role": "assistant", "content": ""}) for i in range(n)]
+                    choices += [_choice(i, _OPENING) for i in range(n)]
                 for completion in output.outputs:
                     choices += readers[completion.index].read(completion)
                 total, last = total + num_generated(output), output
@@ -162,7 +168,8 @@ class _ChoiceReader:
         self._index, self._reader, self._num_top = index, reader, num_top
         self._num_calls = 0
 
-    def read(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+    def read(self, completion: CompletionOutput) -> list[str]:
+        """The choices of the chunks that an output makes."""
         pieces = self._reader.feed(completion.text)
         is_finished = completion.finish_reason is not None
         if is_finished:
@@ -170,16 +177,18 @@ class _ChoiceReader:
         deltas = [self._delta(piece) for piece in pieces]
         logprobs = chat_logprobs(completion, self._num_top)
         if logprobs is not None and not deltas:
-            deltas = [{"content": ""}]
+            deltas = ['{"content": ""}']
         # An output's log-probabilities go with its first piece: pieces are no whole tokens.
         choices = [_choice(self._index, delta, logprobs if i == 0 else None) for i, delta in enumerate(deltas)]
         if is_finished:
-            error = {"error": completion.error} if completion.error is not None else {}
-            choices.append({**_choice(self._index, {}, None, _reason(completion, self._num_calls > 0)), **error})
+            reason = _reason(completion, self._num_calls > 0)
+            choices.append(_choice(self._index, "{}", None, reason, completion.error))
         return choices
 
-    def _delta(self, piece: Piece) -> dict[str, Any]:
-        if piece.call is not None:
-            self._num_calls += 1
-            return {"tool_calls": [{"index": self._num_calls - 1, **_call(piece.call)}]}
-        return _reasoning(piece.text) if piece.kind == "reasoning" else {"content": piece.text}
+    def _delta(self, piece: Piece) -> str:
+        if piece.kind == "content":
+            return f'{{"content": {json.dumps(piece.text)}}}'
+        if piece.call is None:
+            return json.dumps(_reasoning(piece.text))
+        self._num_calls += 1
+        return json.dumps({"tool_calls": [{"index": self._num_calls - 1, **_call(piece.call)}]})

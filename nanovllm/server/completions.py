@@ -128,11 +128,13 @@ class _Answer:
         self, served: Served, prompts: list[Any], params: SamplingParams, wants_usage: bool
     ) -> AsyncIterator[str]:
         head = json.dumps(self._head)[:-1]
+        places = {f"{self.id}-{i}": i for i in range(len(prompts))} if len(prompts) > 1 else {self.id: 0}
         last: dict[int, RequestOutput] = {}
         offsets: dict[int, int] = {}
         total = 0
         with served.admitted(len(prompts)):
-            async for i, output in _merged(served, prompts, params, self.id):
+            async for output in _outputs(served, prompts, params, self.id):
+                i = places[output.request_id]
                 lines = []
                 for completion in output.outputs:
                     index = i * self._n + completion.index
@@ -142,14 +144,7 @@ class _Answer:
                             completion.token_ids, completion.logprobs or [], self._num_top, offsets.get(index, 0)
                         )
                         offsets[index] = offsets.get(index, 0) + len(completion.text)
-                    choice = {
-                        "index": index,
-                        "text": completion.text,
-                        "logprobs": logprobs,
-                        "finish_reason": completion.finish_reason,
-                        **({"error": completion.error} if completion.error is not None else {}),
-                    }
-                    lines.append(f'data: {head}, "choices": [{json.dumps(choice)}]}}\n\n')
+                    lines.append(f'data: {head}, "choices": [{_choice(index, completion, logprobs)}]}}\n\n')
                 total, last[i] = total + num_generated(output), output
                 if lines:
                     yield "".join(lines)
@@ -159,35 +154,48 @@ class _Answer:
             yield DONE
 
 
+def _choice(index: int, completion: CompletionOutput, logprobs: dict[str, Any] | None) -> str:
+    """A choice of a chunk as JSON, put together by hand: it is made for each token."""
+    ending = "null" if completion.finish_reason is None else json.dumps(completion.finish_reason)
+    if completion.error is not None:
+        ending += f', "error": {json.dumps(completion.error)}'
+    text, entries = json.dumps(completion.text), "null" if logprobs is None else json.dumps(logprobs)
+    return f'{{"index": {index}, "text": {text}, "logprobs": {entries}, "finish_reason": {ending}}}'
+
+
+def _outputs(
+    served: Served, prompts: list[Any], params: SamplingParams, request_id: str
+) -> AsyncIterator[RequestOutput]:
+    if len(prompts) == 1:
+        return served.run(prompts[0], params, request_id)
+    return _merged(served, prompts, params, request_id)
+
+
 async def _merged(
     served: Served, prompts: list[Any], params: SamplingParams, request_id: str
-) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """Outputs of several prompts as they come, each with its prompt's number."""
-    if len(prompts) == 1:
-        async for output in served.run(prompts[0], params, request_id):
-            yield 0, output
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue(len(prompts))
+) -> AsyncIterator[RequestOutput]:
+    """Outputs of several prompts as they come."""
+    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(len(prompts))
 
     async def pump(i: int, prompt: Any) -> None:
         try:
             async for output in served.run(prompt, params, f"{request_id}-{i}"):
-                await queue.put((i, output))
-            await queue.put((i, None))
+                await queue.put(output)
+            await queue.put(None)
         except Exception as error:
-            await queue.put((i, error))
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(i, prompt)) for i, prompt in enumerate(prompts)]
     try:
         num_left = len(tasks)
         while num_left:
-            i, item = await queue.get()
+            item = await queue.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
                 num_left -= 1
             else:
-                yield i, item
+                yield item
     finally:
         for task in tasks:
             task.cancel()

@@ -196,10 +196,15 @@ def test_metrics_under_vllms_names(client: Any, server: Running) -> None:
 
     before = read()
     client.completions.create(model="tiny", prompt="abc", max_tokens=5)
+    list(client.completions.create(model="tiny", prompt="abcdef", max_tokens=6, stream=True))
     after = read()
     grown = {name: after[name] - before.get(name, 0) for name in after}
-    assert grown["vllm:generation_tokens_total"] == 5 and grown["vllm:prompt_tokens_total"] == 4
-    assert grown["vllm:e2e_request_latency_seconds_count"] == grown["vllm:time_to_first_token_seconds_count"] == 1
+    assert grown["vllm:generation_tokens_total"] == 11 and grown["vllm:prompt_tokens_total"] == 4 + 7
+    assert grown["vllm:e2e_request_latency_seconds_count"] == grown["vllm:request_params_max_tokens_count"] == 2
+    assert grown["vllm:request_generation_tokens_sum"] == 11
+    # Of an answer that comes whole nobody sees the first token.
+    assert grown["vllm:time_to_first_token_seconds_count"] == grown["vllm:request_decode_time_seconds_count"] == 1
+    assert 1 <= grown["vllm:inter_token_latency_seconds_count"] <= 5
     assert after["vllm:num_requests_running"] == 0 and after["vllm:kv_cache_usage_perc"] == 0
 
 
