@@ -1,7 +1,8 @@
 """Log-probabilities of tokens, and of the most likely ones beside them, over the whole vocabulary.
 
-Owns the arithmetic, as a pure function on raw logits: before temperature, penalties and filters. Invariant: each row is
-computed from that row alone, in float32, and memory beyond the result is bounded by CHUNK.
+Owns the arithmetic, as a pure function on raw logits: before temperature, penalties and filters; on a GPU,
+`kernels/triton/top_logprobs.py` does it for a few tokens a row. Invariant: each row is computed from that row alone, in
+float32, and memory beyond the result is bounded by CHUNK.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.dispatch import use_triton
 from nanovllm.sampling.logits import CHUNK
 
 _BLOCK = 32
@@ -30,6 +32,16 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:
         for i in range(0, len(logits), size)
     ]
     return parts[0] if len(parts) == 1 else TopLogprobs(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def packed_logprobs(logits: Tensor, token_ids: Tensor, members: Tensor, k: int) -> Tensor:
+    """`packed`, of the rows that `members` [m] int64 names. logits [n, V] of any float dtype, token_ids [n]."""
+    if use_triton(logits):
+        from nanovllm.kernels.triton.top_logprobs import MOST, top_logprobs_triton
+
+        if k <= MOST:
+            return top_logprobs_triton(logits, token_ids, members, k)
+    return packed(top_logprobs(logits[members], token_ids[members], k))
 
 
 def packed(top: TopLogprobs) -> Tensor:
