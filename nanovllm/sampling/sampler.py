@@ -114,7 +114,7 @@ class Sampler:
         for start in range(0, len(edited), size):
             part = edited[start : start + size]
             index, members = upload(part, logits.device), rows.select(part)
-            tokens[index] = self._draw(self.pipeline.apply(logits[index].float(), members), members)
+            tokens[index] = self._draw(self.pipeline.edited(logits, part, members), members)
         self.pipeline.drawn(rows, tokens)
 
     def finish(

@@ -208,6 +208,13 @@ def sample(is_deterministic: bool) -> None:
     MODULES["sample"].sample_triton(bf16(3, 151_936), rows, rows, state.upload(), state.last_token, is_deterministic)
 
 
+def edit_logits(dtype: torch.dtype) -> None:
+    members, rows = torch.arange(3), torch.arange(3, dtype=torch.int32)
+    words, counts = torch.zeros(3, 151_936 // 32, dtype=torch.int32), torch.zeros(3, 151_936, dtype=torch.int32)
+    columns = DrawColumns(3, 151_936, "cpu").upload()
+    MODULES["edit_logits"].edit_logits_triton(bf16(3, 151_936).to(dtype), members, rows, columns, counts, words, rows)
+
+
 def prepare_inputs(new_blocks: Tensor | None) -> None:
     rows, starts = torch.arange(3, dtype=torch.int32), torch.tensor([0, 1, 2, 9], dtype=torch.int32)
     token_ids, tables = torch.zeros(9, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32)
@@ -291,6 +298,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe, blocks of 128": lambda: mix_experts(200, 2, 256),
     "sample": lambda: sample(is_deterministic=False),
     "sample, deterministic": lambda: sample(is_deterministic=True),
+    "top_logprobs": lambda: MODULES["top_logprobs"].top_logprobs_triton(
+        bf16(3, 151_936), torch.zeros(3, dtype=torch.int32), torch.arange(3), 5
+    ),
+    "edit_logits": lambda: edit_logits(torch.bfloat16),
+    "edit_logits, float32": lambda: edit_logits(torch.float32),
     "gather_rows": lambda: MODULES["gather_rows"].gather_rows_triton(bf16(9, 1024), torch.arange(3, dtype=torch.int32)),
     "prepare_inputs": lambda: prepare_inputs(None),
     "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),

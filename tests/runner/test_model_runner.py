@@ -140,8 +140,8 @@ def test_one_row_that_asks_leaves_the_others_as_they_are(
 ) -> None:
     """Only the row that asks is edited, once for each token that it draws."""
     fake = fake_graphs(monkeypatch)
-    real, sizes = Pipeline.apply, []
-    monkeypatch.setattr(Pipeline, "apply", lambda *arguments: sizes.append(len(arguments[1])) or real(*arguments))
+    real, sizes = Pipeline.edited, []
+    monkeypatch.setattr(Pipeline, "edited", lambda *arguments: sizes.append(len(arguments[2])) or real(*arguments))
     which = [1, 3, 5, REQUESTS.index(ASKING[name])]
     with make_llm(folder, overlap_depth=overlap_depth) as llm:
         outputs = llm.generate([PROMPTS[i] for i in which], [REQUESTS[i] for i in which], use_tqdm=False)

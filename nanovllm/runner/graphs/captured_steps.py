@@ -86,6 +86,8 @@ def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompt
     """Compile, side by side, most kernels of large steps, be they captured or not. No request must be there yet."""
     if runs_before_capture(config):
         return
+    from nanovllm.sampling.stages.edits_on_gpu import warm_up_edits
+
     steps = CapturedSteps(runner, config.max_num_seqs)
     decode_layout, prompt_layout = DecodeLayout(config.max_num_seqs), PromptLayout()
     decodes = padding(decode_layout, decode_layout.sizes[-1], runner.device)
@@ -100,8 +102,7 @@ def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompt
         _, logits = steps.decode(decodes)
         for inputs in cascades:
             steps.decode_cascade(inputs)
-        some = decodes.rows[:64]
-        runner.sampler.sample_captured(logits[:64].float(), some, some)  # as of rows whose logits are edited
+        warm_up_edits(runner.sampler, logits, decodes.rows)
         if captures_prompts:
             steps.prompts(prompts)
 

@@ -32,9 +32,13 @@ class Grammar(Stage):
 
     def apply(self, logits: Tensor, rows: SampledRows) -> Tensor:
         members = np.flatnonzero(self.asks(rows))
-        masks = np.stack([self._masks[row] for row in rows.rows_host[members]])
-        index, words = upload(members, logits.device), upload(masks, logits.device)
+        index = upload(members, logits.device)
+        words = upload(self.masks(rows.rows_host[members]), logits.device)
         return logits.index_copy(0, index, apply_bitmask(logits[index], words))
+
+    def masks(self, rows_host: np.ndarray) -> np.ndarray:
+        """Of these rows [n], all of which ask, int32 [n, words]."""
+        return np.stack([self._masks[row] for row in rows_host.tolist()])
 
 
 def apply_bitmask(logits: Tensor, words: Tensor) -> Tensor:

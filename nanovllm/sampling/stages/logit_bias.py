@@ -28,5 +28,5 @@ class LogitBias(Stage):
 
 
 def add_bias(logits: Tensor, index: Tensor, token_ids: Tensor, bias: Tensor) -> Tensor:
-    """bias [m] float32 on the logits of these tokens; a pair comes at most once."""
-    return logits.index_put((index, token_ids), logits[index, token_ids] + bias)
+    """bias [m] float32 on the logits of these tokens; a pair comes at most once. Overwrites `logits`."""
+    return logits.index_put_((index, token_ids), logits[index, token_ids] + bias)

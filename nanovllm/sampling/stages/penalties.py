@@ -17,7 +17,7 @@ class Penalties(Stage):
 
     def __init__(self, max_num_seqs: int, columns: DrawColumns) -> None:
         super().__init__(max_num_seqs)
-        self._columns = columns
+        self.columns = columns
         self.counts: Tensor | None = None
 
     def read(self, new: NewRow) -> bool:
@@ -29,7 +29,7 @@ class Penalties(Stage):
     def apply(self, logits: Tensor, rows: SampledRows) -> Tensor:
         assert self.counts is not None
         index = upload(np.flatnonzero(self.asks(rows)), logits.device)
-        params = self._columns.select(rows.rows[index])
+        params = self.columns.select(rows.rows[index])
         penalised = apply_penalties(
             logits[index],
             self.counts.index_select(0, rows.rows[index]),
@@ -48,9 +48,9 @@ class Penalties(Stage):
 
     def _start_counts(self, row: int, token_ids: Sequence[int], prompt_len: int) -> None:
         """Queued behind what steps in flight still count for whoever had the row before."""
-        device = self._columns.device
+        device = self.columns.device
         if self.counts is None:
-            shape = (len(self._columns.host), self._columns.vocab_size)
+            shape = (len(self.columns.host), self.columns.vocab_size)
             self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
         ids, times = np.unique(np.array(token_ids[prompt_len:], dtype=np.int64), return_counts=True)
         in_prompt = np.unique(np.array(token_ids[:prompt_len], dtype=np.int64))
@@ -67,9 +67,7 @@ def apply_penalties(logits: Tensor, counts: Tensor, repetition: Tensor, frequenc
     output: positive logits are divided by `repetition`, others multiplied (Keskar et al., 2019). Output: minus
     `frequency` for each time, minus `presence` once.
     """
-    if not logits.is_cpu:
-        return _penalise(logits, counts, repetition[:, None], frequency[:, None], presence[:, None])
-    # Few tokens were used. On a GPU the host would have to wait to learn how many, and whole rows are cheap.
+    # Few tokens were used. (On a GPU the host would have to wait to learn how many; `kernels/triton/edit_logits.py`.)
     index, ids = counts.nonzero(as_tuple=True)
     used = logits[index, ids], counts[index, ids]
     return logits.index_put((index, ids), _penalise(*used, repetition[index], frequency[index], presence[index]))

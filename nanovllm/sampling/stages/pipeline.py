@@ -19,12 +19,14 @@ not touched; rows that do are edited in a float32 copy of their logits.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
+from nanovllm.kernels.dispatch import use_triton
 from nanovllm.sampling.draw_columns import DrawColumns
-from nanovllm.sampling.logprobs import packed, top_logprobs
+from nanovllm.sampling.logprobs import packed_logprobs
 from nanovllm.sampling.rows import SampledRows, upload
 from nanovllm.sampling.stages.allowed_tokens import AllowedTokens
 from nanovllm.sampling.stages.bad_words import BadWords
@@ -48,14 +50,15 @@ class Pipeline:
         max_num_seqs = len(columns.host)
         self.histories = Histories()
         self._processors = PythonProcessors(max_num_seqs, processors, self.histories, tp)
+        self._penalties, self._grammar = Penalties(max_num_seqs, columns), Grammar(max_num_seqs)
         self.stages: list[Stage] = [
             AllowedTokens(max_num_seqs),
             BadWords(max_num_seqs, self.histories),
             MinTokens(max_num_seqs, columns.vocab_size),
             LogitBias(max_num_seqs),
             self._processors,
-            Penalties(max_num_seqs, columns),
-            Grammar(max_num_seqs),
+            self._penalties,
+            self._grammar,
         ]
         self.num_logprobs, self.num_prompt_logprobs = np.full((2, max_num_seqs), -1, dtype=np.int64)
         self._asking: set[int] = set()  # rows that ask for more than to be drawn
@@ -90,8 +93,16 @@ class Pipeline:
         """Which of these rows ask for any of the stages 1 to 7 now, bool [n]."""
         return np.logical_or.reduce([stage.asks(rows) for stage in self.stages])
 
-    def apply(self, logits: Tensor, rows: SampledRows) -> Tensor:
-        """Stages 1 to 7. logits [n, V] float32, a copy of our own."""
+    def edited(self, logits: Tensor, members: np.ndarray, rows: SampledRows) -> Tensor:
+        """Stages 1 to 7 for `rows`, in a copy [m, V] of their logits: float32, but where nobody asks for anything now.
+
+        logits [n, V]; members [m] int64: which of the n these rows are.
+        """
+        if use_triton(logits):
+            from nanovllm.sampling.stages.edits_on_gpu import edit_on_gpu
+
+            return edit_on_gpu(logits, members, rows, self.stages[:-2], self._penalties, self._grammar)
+        logits = logits[torch.from_numpy(members)].float()
         for stage in self.stages:
             if stage.asks(rows).any():
                 logits = stage.apply(logits, rows)
@@ -111,8 +122,7 @@ class Pipeline:
         results = []
         for k in np.unique(asked[asked >= 0]):
             members = np.flatnonzero(asked == k)
-            index = upload(members, logits.device)
-            results.append((members, packed(top_logprobs(logits[index], tokens[index], int(k)))))
+            results.append((members, packed_logprobs(logits, tokens, upload(members, logits.device), int(k))))
         return results
 
     def take_failures(self, rows_host: np.ndarray) -> dict[int, str]:

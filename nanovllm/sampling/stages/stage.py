@@ -57,8 +57,8 @@ def pairs(token_ids: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor
 
 
 def rule_out(logits: Tensor, index: Tensor, token_ids: Tensor) -> Tensor:
-    """These tokens cannot be drawn."""
-    return logits.index_put((index, token_ids), logits.new_full((), MASKED))
+    """These tokens cannot be drawn. Overwrites `logits`."""
+    return logits.index_put_((index, token_ids), logits.new_full((), MASKED))
 
 
 NO_IDS = np.zeros(0, dtype=np.int64)
