@@ -65,7 +65,8 @@ examples:
         nargs="+",
         metavar="NAME",
         help="fixed workloads: offline and offline_1024 are 256 and 1024 prompts of 100 to 1024 tokens with 100 to "
-        "1024 output tokens each at temperature 0.6; also those of the other kinds",
+        "1024 output tokens each at temperature 0.6; long_prompts; groups and two_levels share prompts and prefixes; "
+        "generate_256 beside stream_256, logprobs_256, penalty_256, bias_256, grammar_256; also those of other kinds",
     )
     throughput.add_argument(
         "--mixed", action="store_true", help="draw lengths between a quarter of the given ones and all of it"
@@ -93,8 +94,8 @@ examples:
         "--workload",
         nargs="+",
         metavar="NAME",
-        help="fixed workloads: decode_N is N prompts of 128 tokens with 512 output tokens, ttft the first token of a "
-        "prompt of 128",
+        help="fixed workloads: decode_N is N prompts of 128 tokens with 512 output tokens, context_N one prompt of N "
+        "tokens with as many, ttft the first token of a prompt of 128",
     )
     size.add_argument(
         "--arrivals",

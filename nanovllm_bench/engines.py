@@ -57,8 +57,8 @@ class NanoVLLM:
     name = "nanovllm"
     version = __version__
 
-    def __init__(self, model: str, options: dict[str, Any]) -> None:
-        self._llm = LLM(model, skip_tokenizer_init=True, **options)
+    def __init__(self, model: str, options: dict[str, Any], needs_tokenizer: bool = False) -> None:
+        self._llm = LLM(model, skip_tokenizer_init=not needs_tokenizer, **options)
         self.dtype = self._llm.model_config.dtype
         self.device = self._llm.config.device
         self.vocab_size = self._llm.model_config.vocab_size
@@ -74,19 +74,34 @@ class NanoVLLM:
 
     def run(self, workload: Workload) -> float:
         params = [
-            SamplingParams(temperature=workload.temperature, max_tokens=count, ignore_eos=True, detokenize=False)
+            SamplingParams(
+                n=workload.n, temperature=workload.temperature, max_tokens=count, ignore_eos=True, detokenize=False,
+                **workload.asks,
+            )
             for count in workload.max_tokens
-        ]
+        ]  # fmt: skip
         self._llm.reset_prefix_cache()
         if workload.prefix:
             self._llm.generate([workload.prefix], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         before = self._llm.get_metrics()
         start = perf_counter()
-        outputs = self._llm.generate(workload.prompts, params, use_tqdm=False)
+        if workload.streams:
+            counts = self._streamed(workload, params)
+        else:
+            outputs = self._llm.generate(workload.prompts, params, use_tqdm=False)
+            counts = [len(one.token_ids) for output in outputs for one in output.outputs]
         seconds = perf_counter() - start
         self._counters.update({name: value - before[name] for name, value in self._llm.get_metrics().items()})
-        _check_counts(self.name, workload, [len(output.outputs[0].token_ids) for output in outputs])
+        _check_counts(self.name, workload, counts)
         return seconds
+
+    def _streamed(self, workload: Workload, params: list[SamplingParams]) -> list[int]:
+        """How many tokens of each output came, as its deltas have them."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for output in self._llm.stream(workload.prompts, params):
+            for one in output.outputs:
+                counts[int(output.request_id), one.index] += len(one.token_ids)
+        return [counts[key] for key in sorted(counts)]
 
     def generate(self, workload: Workload) -> list[list[int]]:
         """The tokens of a workload, greedily."""
@@ -268,5 +283,5 @@ def load_hugging_face(config: EngineConfig, dtype: str) -> Any:
 
 
 def _check_counts(name: str, workload: Workload, counts: list[int]) -> None:
-    if counts != workload.max_tokens:
+    if counts != [count for count in workload.max_tokens for _ in range(workload.n)]:
         raise RuntimeError(f"{name} made {sum(counts)} tokens where the workload asks for {workload.num_output_tokens}")

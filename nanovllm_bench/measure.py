@@ -47,7 +47,10 @@ def run(args: Namespace) -> int:
     workloads = _workloads(args)
     for name in args.compare:
         check_installed(name, args.nano_vllm_python)
-    ours = NanoVLLM(args.model, engine_options(args))
+    if args.compare and (special := [workload.name for workload in workloads if not workload.is_plain]):
+        raise ValueError(f"--workload {' '.join(special)} asks for what not every engine offers: leave out --compare")
+    needs_tokenizer = any("structured_outputs" in workload.asks for workload in workloads)
+    ours = NanoVLLM(args.model, engine_options(args), needs_tokenizer)
     size, num_devices = ours.model_size(), ours.num_devices
     settings = {"dtype": ours.dtype, "device": ours.device, "repeats": args.repeats, **engine_options(args)}
     vocab_size = ours.vocab_size

@@ -6,6 +6,16 @@
     prefill        32 prompts of 2048 tokens, 1 output token
     decode_B       B prompts of 128 tokens, 512 output tokens: (time for all - time for the first) / 511 is a step
     ttft           1 prompt of 128 tokens, 1 output token: the time to the first token of an idle engine
+    long_prompts   8 prompts of 32,768 tokens, 1 output token
+    context_N      1 prompt of N tokens, 512 output tokens: a step of a single request with a long context
+    groups         32 prompts of 1,024 tokens, n = 16, 512 output tokens
+    two_levels     256 prompts: 1,024 tokens in common, one of 16 documents of 2,048, 32 own; 128 output tokens
+
+Of 256 prompts of 100 to 1,024 tokens with 200 output tokens, what is asked beside plain tokens costs:
+
+    generate_256   nothing is asked              logprobs_256   logprobs=1
+    stream_256     outputs as they come          penalty_256    presence_penalty=0.5
+    bias_256       logit_bias of a token         grammar_256    structured_outputs: lower-case letters
 
 Owns their definition, so that a figure can be repeated elsewhere. Invariant: a workload depends on its arguments only,
 and `variant(n)` has the same lengths with other tokens, so that no run finds another run's prompts in a prefix cache.
@@ -14,6 +24,9 @@ and `variant(n)` has the same lengths with other tokens, so that no run finds an
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 _TOKEN_IDS = 10001  # the named workloads draw from 0..10000
 
@@ -22,7 +35,8 @@ _TOKEN_IDS = 10001  # the named workloads draw from 0..10000
 class Workload:
     """prompts: token ids; max_tokens: per prompt, and every prompt gets exactly that many (EOS is ignored).
 
-    prefix: the beginning that all prompts share, which is to be in the prefix cache when the clock starts.
+    prefix: the beginning that all prompts share, which is to be in the prefix cache when the clock starts. n: outputs
+    of each prompt. asks: further fields of SamplingParams. streams: outputs are read as they come.
     """
 
     name: str
@@ -30,6 +44,9 @@ class Workload:
     max_tokens: list[int]
     temperature: float = 0.0
     prefix: list[int] = field(default_factory=list)
+    n: int = 1
+    asks: dict[str, Any] = field(default_factory=dict)
+    streams: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -37,7 +54,12 @@ class Workload:
 
     @property
     def num_output_tokens(self) -> int:
-        return sum(self.max_tokens)
+        return self.n * sum(self.max_tokens)
+
+    @property
+    def is_plain(self) -> bool:
+        """Does it ask for no more than every engine offers?"""
+        return self.n == 1 and not self.asks and not self.streams
 
     @property
     def max_model_len(self) -> int:
@@ -90,9 +112,12 @@ def named(name: str) -> Workload:
     if name in _NAMED:
         return replace(_NAMED[name](), name=name)
     kind, _, count = name.partition("_")
-    if kind == "decode" and count.isdecimal() and int(count):
-        return replace(uniform(int(count), 128, 512), name=name)
-    raise ValueError(f"there is no workload {name!r}; there are {', '.join(_NAMED)} and decode_N for N prompts")
+    if kind in ("decode", "context") and count.isdecimal() and int(count):
+        return replace(uniform(int(count), 128, 512) if kind == "decode" else uniform(1, int(count), 512), name=name)
+    raise ValueError(
+        f"there is no workload {name!r}; there are {', '.join(_NAMED)}, decode_N for N prompts and context_N for one "
+        "of N tokens"
+    )
 
 
 def _offline(num_prompts: int, seed: int) -> Workload:
@@ -100,6 +125,18 @@ def _offline(num_prompts: int, seed: int) -> Workload:
     rng = random.Random(seed)
     prompts = [_random_prompt(rng, rng.randint(100, 1024)) for _ in range(num_prompts)]
     return Workload("", prompts, [rng.randint(100, 1024) for _ in range(num_prompts)], temperature=0.6)
+
+
+def _two_levels() -> Workload:
+    rng = random.Random(2)
+    system, documents = _random_prompt(rng, 1024), [_random_prompt(rng, 2048) for _ in range(16)]
+    prompts = [system + documents[i // 16] + _random_prompt(rng, 32) for i in range(256)]
+    return Workload("", prompts, [128] * 256, temperature=0.6)
+
+
+def _asking(streams: bool = False, **asks: Any) -> Workload:
+    plain = _offline(256, seed=3)
+    return replace(plain, max_tokens=[200] * len(plain.prompts), streams=streams, asks=asks)
 
 
 def _random_prompt(rng: random.Random, length: int) -> list[int]:
@@ -112,4 +149,13 @@ _NAMED: Mapping[str, Callable[[], Workload]] = {
     "shared_prefix": lambda: shared_prefix(512, 2048, 64, 128),
     "prefill": lambda: uniform(32, 2048, 1),
     "ttft": lambda: uniform(1, 128, 1),
+    "long_prompts": lambda: uniform(8, 32768, 1),
+    "groups": lambda: replace(uniform(32, 1024, 512), n=16, temperature=0.6),
+    "two_levels": _two_levels,
+    "generate_256": _asking,
+    "stream_256": lambda: _asking(streams=True),
+    "logprobs_256": lambda: _asking(logprobs=1),
+    "penalty_256": lambda: _asking(presence_penalty=0.5),
+    "bias_256": lambda: _asking(logit_bias={5: 1.0}),
+    "grammar_256": lambda: _asking(structured_outputs=StructuredOutputsParams(regex="[a-z ]*")),
 }

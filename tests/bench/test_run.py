@@ -2,11 +2,16 @@
 
 import json
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanovllm.cli.main import main
+from nanovllm_bench.engines import NanoVLLM
+from nanovllm_bench.workload import uniform
 from tests.tiny_models import save_random
 
 SMALL = [
@@ -129,3 +134,18 @@ def test_an_engine_that_is_not_installed_is_refused_before_measuring(
     monkeypatch.setattr("nanovllm_bench.engines.find_spec", lambda name: None)
     assert main(["bench", "throughput", "--model", model, "--compare", "vllm", *SMALL]) == 2
     assert "pip install vllm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"streams": True}, {"asks": {"logprobs": 1}}, {"n": 2, "streams": True}])
+def test_workloads_that_ask_for_more_are_run(model: str, more: dict[str, Any]) -> None:
+    options = {"device": "cpu", "kv_cache_memory_bytes": 10_000_000}
+    with closing(NanoVLLM(model, options)) as engine:
+        workload = replace(uniform(3, 6, 4, mixed=True), temperature=0.6, **more).variant(0, engine.vocab_size)
+        assert engine.run(workload) > 0  # it counts the tokens itself
+    assert engine.counters()["num_tokens_sampled"] == workload.num_output_tokens
+
+
+def test_engines_without_a_feature_are_not_compared(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "throughput", "--model", model, "--workload", "logprobs_256", "offline", "--compare", "hf"]
+    assert main(argv) == 2
+    assert "--workload logprobs_256 asks for what not every engine offers" in capsys.readouterr().err

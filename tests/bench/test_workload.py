@@ -62,3 +62,17 @@ def test_an_unknown_workload_is_refused() -> None:
     for name in ("offlin", "decode_", "decode_0", "decode_x"):
         with pytest.raises(ValueError, match=f"no workload '{name}'; there are offline"):
             named(name)
+
+
+def test_named_workloads_that_ask_for_more() -> None:
+    """Outputs of a prompt count each; what asks for more is not for engines that lack it."""
+    groups, levels = named("groups"), named("two_levels")
+    assert groups.num_output_tokens == 32 * 16 * 512 and not groups.is_plain
+    assert {len(prompt) for prompt in levels.prompts} == {1024 + 2048 + 32} and levels.is_plain
+    assert len({tuple(prompt[:1024]) for prompt in levels.prompts}) == 1
+    assert len({tuple(prompt[: 1024 + 2048]) for prompt in levels.prompts}) == 16
+    assert [len(named("context_8192").prompts[0]), named("context_8192").max_tokens] == [8192, [512]]
+    plain = named("generate_256")
+    for name in ("stream_256", "logprobs_256", "penalty_256", "bias_256", "grammar_256"):
+        other = named(name)
+        assert (other.prompts, other.max_tokens) == (plain.prompts, plain.max_tokens) and not other.is_plain
