@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.engine.scheduler_output import NewRow
+from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
 from nanovllm.sampling.draw_columns import DrawColumns
 from nanovllm.sampling.rows import SampledRows, upload
-from nanovllm.sampling.stages.stage import Stage
+from nanovllm.sampling.stages.stage import Stage, pairs
 
 
 class Penalties(Stage):
@@ -21,10 +21,11 @@ class Penalties(Stage):
         self.counts: Tensor | None = None
 
     def read(self, new: NewRow) -> bool:
-        if new.params.has_penalties:
-            assert new.token_ids is not None, "penalties count the tokens so far"
-            self._start_counts(new.row, new.token_ids, new.num_prompt_tokens)
         return new.params.has_penalties
+
+    def begin(self, plan: SchedulerOutput) -> None:
+        if new_rows := [new for new in plan.new_rows if new.params.has_penalties]:
+            self._start_counts(new_rows)
 
     def apply(self, logits: Tensor, rows: SampledRows) -> Tensor:
         assert self.counts is not None
@@ -46,18 +47,23 @@ class Penalties(Stage):
             index = upload(members, tokens.device)
             self.counts[rows.rows[index].long(), tokens[index].long()] += 2  # rows differ, so no pair comes twice
 
-    def _start_counts(self, row: int, token_ids: Sequence[int], prompt_len: int) -> None:
-        """Queued behind what steps in flight still count for whoever had the row before."""
+    def _start_counts(self, new_rows: Sequence[NewRow]) -> None:
+        """Queued behind what steps in flight still count for whoever had the rows before."""
         device = self.columns.device
         if self.counts is None:
             shape = (len(self.columns.host), self.columns.vocab_size)
             self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
-        ids, times = np.unique(np.array(token_ids[prompt_len:], dtype=np.int64), return_counts=True)
-        in_prompt = np.unique(np.array(token_ids[:prompt_len], dtype=np.int64))
-        pairs = np.concatenate((np.stack((ids, 2 * times)), np.stack((in_prompt, np.ones_like(in_prompt)))), axis=1)
-        where, values = upload(pairs, device).unbind(0)
-        self.counts[row] = 0
-        self.counts[row].index_add_(0, where, values.int())
+        prompts, outputs = [], []
+        for new in new_rows:
+            assert new.token_ids is not None, "penalties count the tokens so far"
+            prompts.append(np.array(new.token_ids[: new.num_prompt_tokens], dtype=np.int64))
+            outputs.append(np.array(new.token_ids[new.num_prompt_tokens :], dtype=np.int64))
+        rows = upload(np.array([new.row for new in new_rows], dtype=np.int64), device)
+        self.counts.index_fill_(0, rows, 0)
+        for token_ids, value, adds_up in ((prompts, 1, False), (outputs, 2, True)):
+            if any(map(len, token_ids)):
+                index, ids = pairs(token_ids, device)
+                self.counts.index_put_((rows[index], ids), self.counts.new_full((), value), accumulate=adds_up)
 
 
 def apply_penalties(logits: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
