@@ -21,7 +21,7 @@ def time_collectives(num_rows: int, model: Any) -> float:
     """Milliseconds, the median of several steps of `num_rows` requests; on a GPU from a CUDA graph, as steps run."""
     head, table = model.lm_head, model.embed_tokens.spec
     tp, device = head.tp, next(model.parameters()).device
-    num_sums = sum(isinstance(module, (RowParallelLinear, Experts, Embedding)) for module in model.modules())
+    num_sums = sum(type(module) in (RowParallelLinear, Experts, Embedding) for module in model.modules())
     hidden = torch.zeros(num_rows, table.in_features, dtype=table.dtype, device=device)
     logits = torch.zeros(num_rows, table.num_outputs, dtype=table.dtype, device=device)
 

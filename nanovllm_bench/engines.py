@@ -253,8 +253,8 @@ def model_size(config: ModelConfig, quantization: str | None = None) -> ModelSiz
             num_weights += layer.spec.num_outputs * layer.spec.in_features
             num_bytes += sum(p.nbytes for p in layer.method.parameters())
         elif isinstance(layer, Experts):
-            num_weights += sum(p.numel() for p in layer.method.parameters()) * layer.top_k // layer.num_experts
-            num_bytes += sum(p.nbytes for p in layer.method.parameters()) * layer.top_k / layer.num_experts
+            num_weights += sum(p.numel() for p in layer.method.parameters()) * layer.routing.top_k // layer.num_experts
+            num_bytes += sum(p.nbytes for p in layer.method.parameters()) * layer.routing.top_k / layer.num_experts
     head = model.lm_head
     return ModelSize(
         num_weights=num_weights,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.routing import Routing
 from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import choose_ops
@@ -57,7 +58,7 @@ def _make_layer(
     ops = choose_ops(device, "kernels")
     with device:
         layer = Experts(
-            hidden_size, intermediate_size, num_experts, top_k, True, ExpertNames(), dtype, TensorParallel(), ops
+            hidden_size, intermediate_size, num_experts, Routing(top_k), ExpertNames(), dtype, TensorParallel(), ops
         )
         norm = RMSNorm(hidden_size, 1e-6, dtype, ops)
         dict(layer.slots("mlp"))  # makes the router's weights
@@ -69,7 +70,7 @@ def _make_layer(
 
 def _num_experts_in_use(layer: Experts, norm: RMSNorm, x: Tensor) -> int:
     logits = layer.router(norm(x, x)[0])
-    return int(logits.topk(layer.top_k).indices.unique().numel())
+    return int(logits.topk(layer.routing.top_k).indices.unique().numel())
 
 
 @torch.inference_mode()

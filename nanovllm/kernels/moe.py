@@ -1,10 +1,10 @@
-"""A mixture of experts (Shazeer et al., 2017): the choice of each token's experts, and their gated feed-forward layers.
+"""A mixture of experts (Shazeer et al., 2017): what the experts that were chosen for each token compute.
 
-Owns the meaning of both, and the order that puts tokens of one expert side by side. Invariant: pure and repeatable;
-each (token, choice) has a row of its own, and a token's rows are added in the order of its choices, so the result does
-not depend on timing. On a GPU nothing here waits for the device, so a step can be captured as a CUDA graph.
+Owns its meaning, and the order that puts tokens of one expert side by side. Does not own the choice (`routing.py`).
+Invariant: pure and repeatable; each (token, choice) has a row of its own, and a token's rows are added in the order of
+its choices, so the result does not depend on timing. On a GPU nothing here waits for the device, so a step can be
+captured as a CUDA graph.
 
-    logits --fused_topk--> expert_ids, weights        a token's choices, best first
     x, expert_ids --align--> rows, block_experts      blocks of rows that share an expert, so that its weights are read
                                                       once for all of them
     rows --gate, up, SiLU--> --down, times weight--> one row per choice --sum--> one row per token
@@ -20,33 +20,13 @@ from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
 
 
-def fused_topk(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The `top_k` most probable experts of each token. logits [num_tokens, num_experts], any float dtype.
-
-    Returns (weights float32, expert_ids int32), both [num_tokens, top_k], most probable first. The weights are
-    probabilities among all experts, or, if `renormalize`, among the chosen ones.
-    """
-    if use_triton(logits):
-        from nanovllm.kernels.triton.moe import fused_topk_triton
-
-        return fused_topk_triton(logits, top_k, renormalize)
-    return fused_topk_reference(logits, top_k, renormalize)
-
-
-def fused_topk_reference(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    weights, expert_ids = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
-    if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, expert_ids.int()
-
-
 def fused_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, block_size: int | None = None
 ) -> Tensor:
     """The weighted sum of each token's experts: weights * down(silu(gate x) * up x).
 
     x [num_tokens, hidden], contiguous. gate_up [num_experts, 2 * intermediate, hidden], gate first; down [num_experts,
-    hidden, intermediate]; both contiguous and of x's dtype. weights, expert_ids [num_tokens, top_k] from `fused_topk`.
+    hidden, intermediate]; both contiguous and of x's dtype. weights, expert_ids [num_tokens, top_k] from `route`.
     Returns [num_tokens, hidden]. Rounds to x's dtype behind the gate and behind the weighting; sums in float32.
     block_size: rows that a program of the GPU multiplies, 16 to 128; None chooses by the number of tokens. With one
     that is given, a token's result is the same to the bit in any batch.

@@ -1,8 +1,8 @@
 """A mixture of experts in the place of an MLP (Shazeer et al., 2017; Fedus et al., 2021): router and expert weights.
 
-Owns the stacked weights and how a checkpoint's tensors map to them; the computation is `kernels/moe.py`. Under tensor
-parallelism every rank holds all experts, each split along its intermediate size like an MLP, and the router whole.
-Invariant: no token is dropped, whatever the router chooses.
+Owns the stacked weights and how a checkpoint's tensors map to them; the computation is `kernels/routing.py` and
+`kernels/moe.py`. Under tensor parallelism every rank holds all experts, each split along its intermediate size like an
+MLP, and the router whole. Invariant: no token is dropped, whatever the router chooses.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.moe import fused_topk
+from nanovllm.kernels.routing import Routing, route
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import Ops
+from nanovllm.layers.shared_expert import SharedExpert
 from nanovllm.layers.slots import Slots, WeightSlot
 
 
+class StackedNames(NamedTuple):
+    """The tensors of a layer where all experts stand in one, seen from the layer; the defaults are transformers 5's."""
+
+    gate_up: str = "mlp.experts.gate_up_proj"
+    down: str = "mlp.experts.down_proj"
+    router: str = "mlp.gate.weight"
+    bias: str = "mlp.gate.e_score_correction_bias"
+
+
 class ExpertNames(NamedTuple):
-    """What a family's checkpoints call the block in a layer, and the gate, up and down projection of an expert."""
+    """What a family's checkpoints call the block in a layer, and in it the gate, up and down projection of an expert.
+
+    router, bias: of the choice among experts. bias_is_row: of shape [1, num_experts]. stacked: the names of checkpoints
+    that hold all experts in one tensor.
+    """
 
     block: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
+    bias: str = "gate.e_score_correction_bias"
+    bias_is_row: bool = False
+    stacked: tuple[StackedNames, ...] = (StackedNames(),)
 
 
 class DenseExperts(nn.Module):
@@ -54,12 +72,13 @@ class DenseExperts(nn.Module):
         """See `kernels.moe.fused_experts`."""
         return self.fused_experts(x, self.gate_up, self.down, weights, expert_ids)
 
-    def slots(self, name: str, names: ExpertNames, fused_name: str) -> Slots:
-        """One tensor per expert and projection below `name`, or all experts in one below `fused_name`."""
+    def slots(self, layer: str, names: ExpertNames) -> Slots:
+        """One tensor per expert and projection, or all experts in one. layer: what stands before their names."""
         num_experts, hidden_size, part = self.down.shape
         size, first, last = self.intermediate_size, self.held.start, self.held.stop
         gate_names, up_names, down_names = (
-            [f"{name}.{expert}.{projection}.weight" for expert in range(num_experts)] for projection in names[1:]
+            [f"{layer}{names.block}.experts.{expert}.{projection}.weight" for expert in range(num_experts)]
+            for projection in (names.gate, names.up, names.down)
         )
         gate, up, down = self.gate_up.data[:, :part], self.gate_up.data[:, part:], self.down.data
 
@@ -82,14 +101,16 @@ class DenseExperts(nn.Module):
             down.copy_(tensor[:, :, first:last])
 
         shapes = (num_experts, 2 * size, hidden_size), (num_experts, hidden_size, size)
-        yield f"{fused_name}.gate_up_proj", WeightSlot(shapes[0], fill_gate_up, instead_of=(*gate_names, *up_names))
-        yield f"{fused_name}.down_proj", WeightSlot(shapes[1], fill_down, instead_of=tuple(down_names))
+        for stacked in names.stacked:
+            both = WeightSlot(shapes[0], fill_gate_up, instead_of=(*gate_names, *up_names))
+            yield f"{layer}{stacked.gate_up}", both
+            yield f"{layer}{stacked.down}", WeightSlot(shapes[1], fill_down, instead_of=tuple(down_names))
 
 
 class Experts(nn.Module):
-    """Each token goes through `top_k` of `num_experts` gated feed-forward layers, weighted by the router.
+    """Each token goes through some of `num_experts` gated feed-forward layers, weighted by the router.
 
-    renormalize: the weights of a token's experts sum to one.
+    shared: what every token goes through beside them.
     """
 
     def __init__(
@@ -97,35 +118,49 @@ class Experts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         num_experts: int,
-        top_k: int,
-        renormalize: bool,
+        routing: Routing,
         names: ExpertNames,
         dtype: torch.dtype,
         tp: TensorParallel,
         ops: Ops,
+        shared: SharedExpert | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.top_k = top_k
-        self.renormalize = renormalize
+        self.routing = routing
         self.names = names
         self.tp = tp
-        self.router = Linear(hidden_size, num_experts, bias=False, dtype=dtype, ops=ops)
+        # A bias is trained in float32, to decide between scores that are near to each other.
+        self.router_dtype = torch.float32 if routing.has_bias else dtype
+        self.router = Linear(hidden_size, num_experts, bias=False, dtype=self.router_dtype, ops=ops)
+        self.bias: nn.Parameter | None = None
+        if routing.has_bias:
+            self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
         self.method = DenseExperts(num_experts, hidden_size, intermediate_size, dtype, tp, ops.fused_experts)
+        self.shared = shared
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(experts of the norm of x + residual, x + residual), both [num_tokens, hidden_size]."""
         normed, total = norm(x, residual)
-        weights, expert_ids = fused_topk(self.router(normed), self.top_k, self.renormalize)
-        return self.tp.all_reduce(self.method.mix(normed, weights, expert_ids)), total
+        weights, expert_ids = route(self.router(normed.to(self.router_dtype)), self.bias, self.routing)
+        mixed = self.method.mix(normed, weights, expert_ids)
+        return self.tp.all_reduce(mixed if self.shared is None else mixed + self.shared(normed)), total
 
     def slots(self, name: str) -> Slots:
         """One tensor per expert and projection, as on the Hub, or all experts in one, as transformers 5 keeps them."""
-        fused_name, name = name, name.removesuffix("mlp") + self.names.block
-        router = list(self.router.slots(f"{name}.gate"))
-        yield from router
-        yield from self.method.slots(f"{name}.experts", self.names, f"{fused_name}.experts")
-        if fused_name != name:
-            for router_name, slot in router:
-                suffix = router_name.removeprefix(name)
-                yield f"{fused_name}{suffix}", slot._replace(instead_of=(router_name,))
+        layer, names = name.removesuffix("mlp"), self.names
+        chosen_by = dict(self.router.slots(f"{layer}{names.block}.{names.router}"))
+        if self.bias is not None:
+            chosen_by[f"{layer}{names.block}.{names.bias}"] = _bias_slot(self.bias.data, names.bias_is_row)
+        yield from chosen_by.items()
+        yield from self.method.slots(layer, names)
+        for stacked in names.stacked:
+            for other, (own, slot) in zip((stacked.router, stacked.bias), chosen_by.items(), strict=False):
+                if f"{layer}{other}" != own:
+                    yield f"{layer}{other}", slot._replace(instead_of=(own,))
+        if self.shared is not None:
+            yield from self.shared.slots(layer)
+
+
+def _bias_slot(bias: Tensor, is_row: bool) -> WeightSlot:
+    return WeightSlot((1, *bias.shape) if is_row else tuple(bias.shape), lambda tensor: bias.copy_(tensor.view(-1)))

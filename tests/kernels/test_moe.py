@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.moe import align_reference, fused_experts, fused_topk, num_blocks
+from nanovllm.kernels.moe import align_reference, fused_experts, num_blocks
+from nanovllm.kernels.routing import Routing, route
 from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
 
 
@@ -54,24 +55,11 @@ def test_number_of_blocks_is_the_most_that_can_be_needed(block_size: int) -> Non
             assert needed == num_blocks(num_rows, num_experts, block_size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_topk_takes_the_most_probable(dtype: torch.dtype, renormalize: bool) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(6, 10).to(dtype)
-    weights, expert_ids = fused_topk(logits, 3, renormalize)
-    assert weights.dtype == torch.float32 and expert_ids.dtype == torch.int32
-    probabilities = logits.float().softmax(-1).sort(descending=True, stable=True)
-    want = probabilities.values[:, :3]
-    torch.testing.assert_close(weights, want / want.sum(-1, keepdim=True) if renormalize else want)
-    assert torch.equal(logits.gather(1, expert_ids.long()), logits.sort(descending=True).values[:, :3])
-
-
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (9, 2), (4, 5)])
 def test_experts_equal_a_loop_over_tokens(num_tokens: int, top_k: int) -> None:
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(num_tokens, 12), torch.randn(5, 14, 12), torch.randn(5, 12, 7)
-    weights, expert_ids = fused_topk(torch.randn(num_tokens, 5), top_k, True)
+    weights, expert_ids = route(torch.randn(num_tokens, 5), None, Routing(top_k))
     before = x.clone()
     got = fused_experts(x, gate_up, down, weights, expert_ids)
     want = torch.zeros(num_tokens, 12)

@@ -27,6 +27,7 @@ from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import make_case
 from tests.kernels.test_moe import random_ids
+from tests.kernels.test_routing import RULES, rule_inputs
 from tests.kernels.twins import INTERPRETED
 
 pytest.importorskip("triton")
@@ -197,10 +198,14 @@ def round_inputs(kind: str, group_size: int | None, scale: Tensor | None) -> Non
 def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
     twin = MODULES["moe"]
     expert_ids = random_ids(num_tokens, 2, num_experts)
-    twin.fused_topk_triton(bf16(num_tokens, num_experts), 2, renormalize=num_tokens > 1)
     twin.align_triton(expert_ids, num_experts, 16)
     gate_up, down = bf16(num_experts, 2 * inputs, inputs), bf16(num_experts, inputs, inputs)
     twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids)
+
+
+def route_tokens(name: str) -> None:
+    logits, bias, routing = rule_inputs(name, 3)
+    MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
 
 
 def sample(is_deterministic: bool) -> None:
@@ -292,6 +297,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "inputs in fp8, groups": lambda: round_inputs("fp8", 128, None),
     "inputs in int8": lambda: round_inputs("int8", None, None),
     "inputs in int8, static": lambda: round_inputs("int8", None, torch.ones(1)),
+    **{f"routing, {name}": (lambda name=name: route_tokens(name)) for name in RULES},
     "moe, a token": lambda: mix_experts(1, 8, 256),
     "moe, blocks of 16": lambda: mix_experts(5, 8, 200),
     "moe, blocks of 64": lambda: mix_experts(80, 2, 256),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.routing import Routing
 from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import PLAIN
@@ -18,7 +19,7 @@ QWEN, MIXTRAL = ExpertNames(), ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
 
 def make(tp: TensorParallel | None = None, names: ExpertNames = QWEN) -> Experts:
-    layer = Experts(HIDDEN, INNER, EXPERTS, 2, True, names, torch.float32, tp or TensorParallel(), PLAIN)
+    layer = Experts(HIDDEN, INNER, EXPERTS, Routing(2), names, torch.float32, tp or TensorParallel(), PLAIN)
     dict(layer.slots("mlp"))  # makes the router's weights
     for parameter in layer.parameters():
         parameter.data.fill_(float("nan"))

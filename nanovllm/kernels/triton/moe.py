@@ -1,4 +1,4 @@
-"""Triton twins of `moe.py`: routing, ordering by expert, and a product in which each block of rows has its expert.
+"""Triton twins of `moe.py`: ordering by expert, and a product in which each block of rows has its expert.
 
 Owns how experts run on a GPU. Few tokens: the products read weights and little else, so blocks are as small as the
 matrix unit allows (16 rows), and programs many, each with several chunks of its weights on the way. Many tokens: blocks
@@ -50,61 +50,6 @@ def choose_config(block_size: int, gated: bool) -> GroupedConfig:
     if block_size == 64:
         return GroupedConfig(tile=64 if gated else 128, chunk=128, num_warps=4, num_stages=4)
     return GroupedConfig(tile=128, chunk=128, num_warps=8, num_stages=3 if gated else 4)
-
-
-# --- routing ------------------------------------------------------------------------------
-
-
-@triton.jit
-def _topk_kernel(
-    logits_ptr,
-    weights_ptr,
-    ids_ptr,
-    logits_stride,
-    EXPERTS: tl.constexpr,
-    EXPERTS_PADDED: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_K_PADDED: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, EXPERTS_PADDED)
-    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=expert < EXPERTS, other=-float("inf"))
-    logits = logits.to(tl.float32)
-    values = tl.exp(logits - tl.max(logits, axis=0))
-    left = tl.where(expert < EXPERTS, values, -1.0)
-    place = tl.arange(0, TOP_K_PADDED)
-    weights = tl.zeros([TOP_K_PADDED], tl.float32)
-    ids = tl.zeros([TOP_K_PADDED], tl.int32)
-    for i in tl.static_range(TOP_K):
-        best, index = tl.max(left, axis=0, return_indices=True)
-        index = tl.minimum(index, EXPERTS - 1)  # NaN compares with nothing: still an expert's, whatever the logits are
-        weights = tl.where(place == i, best, weights)
-        ids = tl.where(place == i, index, ids)
-        left = tl.where(expert == index, -1.0, left)
-    divisor = tl.sum(weights, axis=0) if RENORMALIZE else tl.sum(values, axis=0)
-    tl.store(weights_ptr + token * TOP_K + place, weights / divisor, mask=place < TOP_K)
-    tl.store(ids_ptr + token * TOP_K + place, ids, mask=place < TOP_K)
-
-
-def fused_topk_triton(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """See `moe.fused_topk`."""
-    num_tokens, num_experts = logits.shape
-    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
-    expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int32, device=logits.device)
-    if num_tokens:
-        pdl = has_dependent_launch(logits.device)
-        _topk_kernel[(num_tokens,)](
-            logits, weights, expert_ids, logits.stride(0),
-            EXPERTS=num_experts, EXPERTS_PADDED=next_power_of_2(num_experts),
-            TOP_K=top_k, TOP_K_PADDED=next_power_of_2(top_k), RENORMALIZE=renormalize,
-            PDL=pdl, num_warps=1, launch_pdl=pdl,
-        )  # fmt: skip
-    return weights, expert_ids
 
 
 # --- ordering by expert ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import moe
+from nanovllm.kernels.routing import Routing, route, route_reference
 from tests.kernels.test_moe import check_order, random_ids
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
@@ -33,7 +34,7 @@ def test_experts_equal_reference(dtype: torch.dtype, size: tuple[int, int, int, 
     gate_up, down = make_experts(num_experts, hidden, intermediate, dtype)
     x = randn(num_tokens, hidden, dtype=dtype)
     before = x.clone()
-    routing = moe.fused_topk_reference(randn(num_tokens, num_experts, dtype=dtype), top_k, True)
+    routing = route_reference(randn(num_tokens, num_experts, dtype=dtype), None, Routing(top_k))
     got = twin.fused_experts_triton(x, gate_up, down, *routing)
     want = moe.fused_experts_reference(x, gate_up, down, *routing)
     assert got.shape == want.shape and got.dtype == dtype
@@ -44,34 +45,6 @@ def test_experts_equal_reference(dtype: torch.dtype, size: tuple[int, int, int, 
 def test_sizes_use_every_block_size() -> None:
     used = {twin.choose_block_size(tokens * top_k, experts) for tokens, experts, top_k, _, _ in SIZES if tokens > 1}
     assert used == {16, 32, 64, 128}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "top_k"), [(0, 8, 2), (1, 128, 8), (5, 9, 2), (3, 4, 4), (2, 1, 1)]
-)
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_topk_equals_reference(
-    dtype: torch.dtype, num_tokens: int, num_experts: int, top_k: int, renormalize: bool
-) -> None:
-    """Rows of the logits lie apart; no two logits of a row are equal, so the choice is one."""
-    torch.manual_seed(0)
-    ranks = torch.rand(num_tokens, num_experts).argsort(-1)
-    logits = torch.empty(num_tokens, 2, num_experts, dtype=dtype, device=DEVICE)[:, 1]
-    logits.copy_((ranks - num_experts // 2) / 16)
-    weights, expert_ids = twin.fused_topk_triton(logits, top_k, renormalize)
-    want_weights, want_ids = moe.fused_topk_reference(logits, top_k, renormalize)
-    assert torch.equal(expert_ids, want_ids)
-    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
-
-
-def test_ids_stay_in_range_whatever_the_logits_are() -> None:
-    logits = torch.full((3, 5), float("nan"), device=DEVICE)
-    logits[1] = float("-inf")
-    logits[2] = 0.0
-    _, expert_ids = twin.fused_topk_triton(logits, 3, True)
-    assert ((expert_ids >= 0) & (expert_ids < 5)).all()
-    assert expert_ids[2].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 40])
@@ -89,10 +62,10 @@ def test_a_token_does_not_depend_on_its_neighbours_values(num_tokens: int) -> No
     torch.manual_seed(0)
     gate_up, down = make_experts(4, 64, 48, torch.float16)
     x, logits = randn(num_tokens, 64, dtype=torch.float16), randn(num_tokens, 4, dtype=torch.float16)
-    before = twin.fused_experts_triton(x, gate_up, down, *moe.fused_topk_reference(logits, 2, True))
+    before = twin.fused_experts_triton(x, gate_up, down, *route_reference(logits, None, Routing(2)))
     x[1:] = float("inf")
     logits[1:] = -logits[1:]
-    after = twin.fused_experts_triton(x, gate_up, down, *moe.fused_topk_reference(logits, 2, True))
+    after = twin.fused_experts_triton(x, gate_up, down, *route_reference(logits, None, Routing(2)))
     assert torch.equal(before[0], after[0])
 
 
@@ -102,7 +75,7 @@ def test_with_a_given_block_size_a_token_is_the_same_in_any_batch(dtype: torch.d
     torch.manual_seed(0)
     gate_up, down = make_experts(4, 80, 48, dtype)
     x, logits = randn(90, 80, dtype=dtype), randn(90, 4, dtype=dtype)
-    weights, expert_ids = moe.fused_topk_reference(logits, 2, True)
+    weights, expert_ids = route_reference(logits, None, Routing(2))
 
     def run(tokens: slice) -> Tensor:
         return twin.fused_experts_triton(x[tokens], gate_up, down, weights[tokens], expert_ids[tokens], 64)
@@ -121,7 +94,7 @@ def test_a_captured_graph_follows_its_inputs(num_tokens: int) -> None:
     x, logits = randn(num_tokens, 256, dtype=torch.bfloat16), randn(num_tokens, 128, dtype=torch.bfloat16)
 
     def run() -> Tensor:
-        return moe.fused_experts(x, gate_up, down, *moe.fused_topk(logits, 8, True))
+        return moe.fused_experts(x, gate_up, down, *route(logits, None, Routing(8)))
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -136,7 +109,7 @@ def test_a_captured_graph_follows_its_inputs(num_tokens: int) -> None:
         logits.copy_(torch.randn(num_tokens, 128))
         graph.replay()
         assert torch.equal(out, run())
-        want = moe.fused_experts_reference(x, gate_up, down, *moe.fused_topk_reference(logits, 8, True))
+        want = moe.fused_experts_reference(x, gate_up, down, *route_reference(logits, None, Routing(8)))
         assert relative_error(out, want) < TOLERANCE[torch.bfloat16]
 
 
@@ -146,7 +119,7 @@ def test_a_captured_graph_follows_its_inputs(num_tokens: int) -> None:
 def test_shape_of_qwen3_30b_a3b(num_tokens: int) -> None:
     gate_up, down = make_experts(128, 2048, 768, torch.bfloat16)
     x = randn(num_tokens, 2048, dtype=torch.bfloat16)
-    routing = moe.fused_topk(randn(num_tokens, 128, dtype=torch.bfloat16), 8, True)
+    routing = route(randn(num_tokens, 128, dtype=torch.bfloat16), None, Routing(8))
     got = moe.fused_experts(x, gate_up, down, *routing)
     assert relative_error(got, moe.fused_experts_reference(x, gate_up, down, *routing)) < TOLERANCE[torch.bfloat16]
     assert torch.equal(got, moe.fused_experts(x, gate_up, down, *routing))

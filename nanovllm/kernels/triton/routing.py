@@ -1,0 +1,105 @@
+"""Triton twin of `kernels/routing.py`: one program chooses a token's experts, in registers.
+
+Owns how tokens are routed on a GPU. Invariant: whatever the logits are, NaN too, the ids are those of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.routing import Routing
+from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.sizes import next_power_of_2
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    logits_stride,
+    GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE_PADDED: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    LEAST_SUM: tl.constexpr,
+    SCALE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    place: tl.constexpr = GROUPS_PADDED * SIZE_PADDED
+    slot = tl.arange(0, place)  # of an expert, or of none: groups are padded
+    expert = slot // SIZE_PADDED * SIZE + slot % SIZE_PADDED
+    is_expert = (slot // SIZE_PADDED < GROUPS) & (slot % SIZE_PADDED < SIZE)
+    logits = tl.load(logits_ptr + token * logits_stride + expert, mask=is_expert, other=-float("inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        values = tl.exp(logits - tl.max(logits, axis=0))
+        scores = values / tl.sum(values, axis=0)
+    compared = scores
+    if bias_ptr is not None:
+        compared += tl.load(bias_ptr + expert, mask=is_expert, other=0.0)
+    left = tl.where(is_expert, compared, -float("inf"))
+    if TOP_GROUPS < GROUPS:
+        by_group = tl.reshape(left, [GROUPS_PADDED, SIZE_PADDED])
+        best, index = tl.max(by_group, axis=1, return_indices=True)
+        is_best = tl.arange(0, SIZE_PADDED)[None, :] == index[:, None]
+        totals = best + tl.max(tl.where(is_best, -float("inf"), by_group), axis=1)
+        group = tl.arange(0, GROUPS_PADDED)
+        totals = tl.where(group < GROUPS, totals, -float("inf"))
+        is_kept = group < 0
+        for _ in tl.static_range(TOP_GROUPS):
+            _best, index = tl.max(totals, axis=0, return_indices=True)
+            is_kept = is_kept | (group == index)
+            totals = tl.where(group == index, -float("inf"), totals)
+        left = tl.reshape(tl.where(is_kept[:, None], by_group, -float("inf")), [place])
+    choice = tl.arange(0, TOP_K_PADDED)
+    weights = tl.zeros([TOP_K_PADDED], tl.float32)
+    ids = tl.zeros([TOP_K_PADDED], tl.int32)
+    for i in tl.static_range(TOP_K):
+        _best, index = tl.max(left, axis=0, return_indices=True)
+        score = tl.sum(tl.where(slot == index, scores, 0.0), axis=0)
+        # NaN compares with nothing: still an expert's.
+        id = tl.minimum(index // SIZE_PADDED * SIZE + index % SIZE_PADDED, GROUPS * SIZE - 1)
+        weights = tl.where(choice == i, score, weights)
+        ids = tl.where(choice == i, id, ids)
+        left = tl.where(slot == index, -float("inf"), left)
+    if RENORMALIZE:
+        weights = weights / tl.maximum(tl.sum(weights, axis=0), LEAST_SUM)
+    tl.store(weights_ptr + token * TOP_K + choice, weights * SCALE, mask=choice < TOP_K)
+    tl.store(ids_ptr + token * TOP_K + choice, ids, mask=choice < TOP_K)
+
+
+def route_triton(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """See `routing.route`."""
+    num_tokens, num_experts = logits.shape
+    weights = torch.empty((num_tokens, routing.top_k), dtype=torch.float32, device=logits.device)
+    expert_ids = torch.empty((num_tokens, routing.top_k), dtype=torch.int32, device=logits.device)
+    # Where all groups are kept, they are one.
+    groups = routing.num_groups if routing.top_groups < routing.num_groups else 1
+    size = num_experts // groups
+    if num_tokens:
+        pdl = has_dependent_launch(logits.device)
+        _route_kernel[(num_tokens,)](
+            logits, bias, weights, expert_ids, logits.stride(0),
+            GROUPS=groups, GROUPS_PADDED=next_power_of_2(groups), SIZE=size, SIZE_PADDED=next_power_of_2(size),
+            TOP_GROUPS=routing.top_groups if groups > 1 else 1,
+            TOP_K=routing.top_k, TOP_K_PADDED=next_power_of_2(routing.top_k),
+            SIGMOID=routing.scores == "sigmoid", RENORMALIZE=routing.renormalize,
+            LEAST_SUM=routing.least_sum, SCALE=routing.scale,
+            PDL=pdl, num_warps=1, launch_pdl=pdl,
+        )  # fmt: skip
+    return weights, expert_ids
