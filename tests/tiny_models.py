@@ -37,6 +37,9 @@ _SIZES = {
 _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "MinistralForCausalLM": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
+    "HunYuanMoEV1ForCausalLM": {"head_dim": 8, "num_experts": 8, "moe_topk": 2},
+    "Ernie4_5_MoeForCausalLM": {"moe_num_experts": 8, "moe_k": 2},
+    "Dots1ForCausalLM": {"first_k_dense_replace": 1},
     "GlmForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "Glm4ForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "GraniteMoeHybridForCausalLM": {
@@ -44,7 +47,11 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         **{"position_embedding_type": "rope", "shared_intermediate_size": 48, "attention_multiplier": 0.3},
     },
 }
-_EXPERT_SIZES = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_EXPERT_SIZES = {
+    **{"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    **{"n_routed_experts": 8, "n_shared_experts": 1, "shared_expert_intermediate_size": 28},
+    "shared_intermediate_size": 20,
+}
 
 
 def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: int = 0, **config: Any) -> Path:
@@ -58,6 +65,9 @@ def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: i
                 parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
             else:
                 parameter.copy_(0.2 * noise + (0.0 if name.endswith("bias") else 1.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # of a router, which is no parameter
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
 

@@ -34,7 +34,7 @@ def _if_positions_are_rotated(hf: Fields, layer_type: str, parameters: Fields) -
     return parameters if hf["position_embedding_type"] == "rope" else None
 
 
-def _with_alpha(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
+def with_alpha(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
     """Hunyuan's "dynamic" does not look at the length, if it has an alpha: it is a larger base, and nothing else."""
     kind = parameters.get("rope_type") or parameters.get("type")
     if kind != "dynamic" or not parameters.get("alpha"):
@@ -63,7 +63,7 @@ _STARCODER2_UNREAD = {
     **{"norm_type": "layer_norm", "residual_dropout": 0.0, "scale_attention_softmax_in_fp32": True},
     "scale_attn_weights": True,
 }
-_HUNYUAN_UNREAD: Mapping[str, Any] = dict.fromkeys(
+HUNYUAN_UNREAD: Mapping[str, Any] = dict.fromkeys(
     "add_classification_head attention_head_dim cla_share_factor class_num dense_list enable_lm_head_fp32 eod_token_id "
     "group_limited_greedy im_end_id im_newline_id im_start_id image_token_id mask_init_id mlp_bias norm_type "
     "org_vocab_size pad_id pool_type position_embedding_xdrope skip_cls_token text_end_id text_start_id use_cla "
@@ -149,9 +149,9 @@ DENSE_FAMILIES: Mapping[str, Architecture] = {
     "HunYuanDenseV1ForCausalLM": Architecture(
         serves="Hunyuan, dense",
         proof=_PROOF,
-        fields={**_HUNYUAN_UNREAD, "attention_bias": False, "rms_norm_eps": 1e-5},
+        fields={**HUNYUAN_UNREAD, "attention_bias": False, "rms_norm_eps": 1e-5},
         switches={"qk_norm": "head", "norm_names": {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}},
-        rope=_with_alpha,
+        rope=with_alpha,
         attention="nanovllm.models.attention_variants:NormAfterRotation",
     ),
     "Starcoder2ForCausalLM": Architecture(

@@ -55,6 +55,9 @@ _NEUTRAL: Mapping[str, Any] = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
     "num_nextn_predict_layers": 0,
+    "moe_layer_freq": 1,
+    "moe_use_aux_free": True,
+    "use_bias": False,  # of ERNIE's mixtures, whose head would have one, too
     "shared_expert_intermediate_size": 0,
     "use_bidirectional_attention": False,
     "use_mrope": False,

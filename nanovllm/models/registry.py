@@ -16,11 +16,11 @@ from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import DENSE_FAMILIES
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
+from nanovllm.models.mixture_families import MIXTURE_FAMILIES
 
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 _PROOF = "tests/models/test_hf_parity.py"
 _WRAPPED_PROOF = "tests/models/test_wrapped_models.py"
-_MOE_PROOF = "tests/models/test_moe_parity.py"
 _BIASES = {"attention_bias": False, "mlp_bias": False}
 _GEMMA = {
     "attention_bias": False,
@@ -141,36 +141,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
             "residual_multiplier": 1.0,
         },
     ),
-    "Qwen3MoeForCausalLM": Architecture(
-        serves="Qwen3, mixture of experts",
-        proof=_MOE_PROOF,
-        fields={
-            **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 0, "attention_bias": False},
-            **{"num_experts": 128, "num_local_experts": None, "num_experts_per_tok": 8, "norm_topk_prob": False},
-            **{"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": None},
-        },
-        switches={"qk_norm": "head"},
-        mlp="nanovllm.models.mixture:qwen3_moe",
-    ),
-    "MixtralForCausalLM": Architecture(
-        serves="Mixtral",
-        proof=_MOE_PROOF,
-        fields={
-            **{"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
-            **{"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_key_value_heads": 8},
-        },
-        mlp="nanovllm.models.mixture:mixtral",
-    ),
-    "OlmoeForCausalLM": Architecture(
-        serves="OLMoE",
-        proof=_MOE_PROOF,
-        fields={
-            **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
-            **{"rms_norm_eps": 1e-5, "attention_bias": False},
-        },
-        switches={"qk_norm": "projection"},
-        mlp="nanovllm.models.mixture:olmoe",
-    ),
+    **MIXTURE_FAMILIES,
     **DENSE_FAMILIES,
 }
 

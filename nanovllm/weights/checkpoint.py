@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovllm.model_files.locate import locate_model, only_gguf_file
+from nanovllm.weights.prediction_heads import is_of_prediction_head, warn_of_prediction_heads
 from nanovllm.weights.wrapped import text_config, text_name, warn_of_other_parts
 
 _SINGLE_NAME = "model.safetensors"
@@ -79,13 +80,14 @@ class SafetensorsCheckpoint:
         names = _read_tensor_names(path, files)
         if self._has_other_parts:
             warn_of_other_parts(names, path)
+        warn_of_prediction_heads(sum(is_of_prediction_head(name, self.config) for name in names), path)
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
             with safe_open(file, framework="pt") as tensors:
                 for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
                     name = text_name(stored_name) if self._has_other_parts else stored_name
-                    if name is not None:
+                    if name is not None and not is_of_prediction_head(name, self.config):
                         yield name, tensors.get_tensor(stored_name)
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,6 +16,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
     ),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "intermediate_size": 80, "sliding_window": 48}),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 48}),
+    "glm4-moe-groups": (
+        "Glm4MoeForCausalLM",
+        {
+            **{"n_routed_experts": 24, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 5, "head_dim": 64},
+            **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5},
+        },
+    ),
+    "ernie-moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": 24, "moe_k": 5, "head_dim": 64}),
     "olmoe": ("OlmoeForCausalLM", {"num_experts": 10, "num_experts_per_tok": 3, "num_key_value_heads": 4}),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}

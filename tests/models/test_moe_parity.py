@@ -21,6 +21,11 @@ from tests.tiny_models import (
 )
 
 QWEN: dict[str, Any] = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+DEEPSEEK: dict[str, Any] = {
+    **{"n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1},
+    **{"num_hidden_layers": 3, "routed_scaling_factor": 1.2},
+}
+GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeForCausalLM", {**QWEN, "norm_topk_prob": True}),
     "qwen3-moe-some-layers-dense": (
@@ -41,10 +46,64 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "OlmoeForCausalLM",
         {"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": True, "num_key_value_heads": 4},
     ),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", {**QWEN, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen2-moe-some-layers-dense": (
+        "Qwen2MoeForCausalLM",
+        {**QWEN, "num_hidden_layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2, "qkv_bias": False},
+    ),
+    "glm4-moe": ("Glm4MoeForCausalLM", {**DEEPSEEK, "head_dim": 16, "attention_bias": True, "n_shared_experts": 2}),
+    "glm4-moe-groups-qk-norm": (
+        "Glm4MoeForCausalLM",
+        {
+            **{**DEEPSEEK, **GROUPS, "use_qk_norm": True, "norm_topk_prob": False, "routed_scaling_factor": 2.5},
+            **{"num_mtp_layers": 0, "first_k_dense_replace": 0, "num_key_value_heads": 4},
+        },
+    ),
+    "dots1": ("Dots1ForCausalLM", {**DEEPSEEK, "norm_topk_prob": True, "n_shared_experts": 2}),
+    "dots1-groups-window": (
+        "Dots1ForCausalLM",
+        {
+            **{**DEEPSEEK, **GROUPS, "sliding_window": 7, "max_window_layers": 1, "routed_scaling_factor": 1.5},
+            **{"attention_bias": True, "n_shared_experts": 1},
+        },
+    ),
+    "granite-moe": (
+        "GraniteMoeForCausalLM",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 5.0, "attention_multiplier": 0.2},
+    ),
+    "ernie-moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": 8, "moe_k": 3, "num_hidden_layers": 3}),
+    "ernie-moe-some-layers-dense": (
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **{"moe_num_experts": 6, "moe_k": 2, "num_hidden_layers": 5, "moe_layer_interval": 2},
+            **{"moe_layer_start_index": 0, "moe_layer_end_index": 2, "moe_num_shared_experts": 0, "moe_norm_min": 0.3},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {"num_experts": 6, "moe_topk": [3, 1], "head_dim": 16}),
+    "granite-moe-shared": (
+        "GraniteMoeSharedForCausalLM",
+        {"attention_multiplier": 0.2, "tie_word_embeddings": True},
+    ),
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+# What these show beside others of their family, they show in the last, strictest way of running.
+VARIANTS = (
+    "qwen2-moe-some-layers-dense",
+    "glm4-moe",
+    "dots1-groups-window",
+    "granite-moe",
+    "ernie-moe-some-layers-dense",
+    "hunyuan-moe",
+)
+
+
+def in_ways(ways: list[Any]) -> list[tuple[str, Any]]:
+    return [(case, way) for case in CASES for way in (ways[-1:] if case in VARIANTS else ways)]
+
+
+@pytest.fixture(scope="module")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, config = CASES[request.param]
     return save_random(tmp_path_factory.mktemp(request.param), architecture, **config)
@@ -66,7 +125,7 @@ def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT) for prompt in prompts]
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [256, 5], ids=["whole", "chunked"])
+@pytest.mark.parametrize(("checkpoint", "max_num_batched_tokens"), in_ways([256, 5]), indirect=["checkpoint"])
 def test_logits_of_prompt_and_output_equal_hugging_face(
     checkpoint: Path, hugging_face: Any, max_num_batched_tokens: int
 ) -> None:
@@ -82,7 +141,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("checkpoint", "way"), in_ways(list(WAYS)), indirect=["checkpoint"])
 def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
     checkpoint: Path, prompts: list[list[int]], expected: list[list[int]], way: str
 ) -> None:
@@ -90,7 +149,7 @@ def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
     check_greedy_tokens(checkpoint, prompts, expected, preempts=way.startswith("preempting"), **WAYS[way])
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe-some-layers-dense", "mixtral", "olmoe"])
+@pytest.mark.parametrize("case", ["qwen3-moe-some-layers-dense", "mixtral", "olmoe", "granite-moe-shared"])
 def test_experts_in_one_tensor_are_the_same_model(tmp_path: Path, case: str) -> None:
     """W3: the layout that transformers 5 keeps in memory, beside that of the Hub."""
     architecture, config = CASES[case]
@@ -151,6 +210,16 @@ TAMPERED: dict[str, tuple[str, Edit, str]] = {
         change(f"{QWEN_EXPERT}up_proj.weight", torch.clone, "model.layers.1.mlp.experts.6.up_proj.weight"),
         "'model.layers.1.mlp.experts.6.up_proj.weight', which this model does not have",
     ),
+    "no-shared-expert": (
+        "glm4-moe",
+        change("model.layers.1.mlp.shared_experts.up_proj.weight", None),
+        "no tensor 'model.layers.1.mlp.shared_experts.up_proj.weight'",
+    ),
+    "no-bias-of-the-router": (
+        "glm4-moe",
+        change("model.layers.2.mlp.gate.e_score_correction_bias", None),
+        "no tensor 'model.layers.2.mlp.gate.e_score_correction_bias'",
+    ),
     "a-shared-expert": (
         "qwen3-moe",
         change(f"{QWEN_EXPERT}up_proj.weight", torch.clone, "model.layers.1.mlp.shared_expert.up_proj.weight"),
@@ -194,6 +263,20 @@ def test_tampered_tensors_are_named(tmp_path: Path, case: str) -> None:
         make_llm(folder)
 
 
+def test_heads_for_further_tokens_are_left_out_and_said(tmp_path: Path) -> None:
+    """As in GLM-4.5, which keeps them behind the last layer."""
+    folder = save_random(tmp_path, *CASES["glm4-moe"][:1], **CASES["glm4-moe"][1])
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("eh_proj.weight", "embed_tokens.weight", "mlp.experts.0.up_proj.weight", "shared_head.head.weight"):
+        tensors[f"model.layers.3.{name}"] = torch.ones(2, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"4 tensors of multi-token prediction \(MTP\) are left out"):
+        make_llm(folder).close()
+    edit_json(folder / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match=r"'model\.layers\.3\.eh_proj\.weight', which this model does not have"):
+        make_llm(folder)
+
+
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     """W2"""
     folder = save_random(tmp_path, *CASES["mixtral"][:1], **CASES["mixtral"][1])
@@ -206,7 +289,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("qwen3-moe", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
+        ("qwen3-moe", {"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
         ("qwen3-moe", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "'su'"),
         ("qwen3-moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
         ("qwen3-moe", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
@@ -222,6 +305,21 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         ("qwen3-moe", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
         ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than num_local_experts=4"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("qwen2-moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be an integer"),
+        ("glm4-moe", {"n_group": 5}, "n_group=5 with topk_group=1 does not fit n_routed_experts=12"),
+        ("glm4-moe-groups-qk-norm", {"topk_group": 5}, "n_group=4 with topk_group=5 does not fit"),
+        (
+            "glm4-moe-groups-qk-norm",
+            {"num_experts_per_tok": 7},
+            "does not fit n_routed_experts=12 and num_experts_per_",
+        ),
+        ("glm4-moe", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
+        ("glm4-moe", {"routed_scaling_factor": 0.0}, "routed_scaling_factor must be a finite number more than 0"),
+        ("glm4-moe", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported; only 1 is"),
+        ("ernie-moe", {"use_bias": True}, "use_bias=True is not supported; only False is"),
+        ("hunyuan-moe", {"moe_topk": [2]}, "moe_topk must be an integer from 1"),
+        ("dots1", {"n_shared_experts": -1}, "n_shared_experts must be an integer from 0"),
+        ("dots1", {"first_k_dense_replace": None}, "first_k_dense_replace must be an integer from 0"),
     ],
 )
 def test_configs_that_are_not_understood_are_refused_by_name(

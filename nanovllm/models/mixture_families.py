@@ -1,0 +1,133 @@
+"""Mixtures of experts that run: one row each, read top to bottom.
+
+Owns their part of the table (`registry.py`). Does not own what the fields mean: `hf_config.py`, and of experts
+`mixture.py`. Invariant: a default is transformers'.
+"""
+
+from collections.abc import Mapping
+
+from nanovllm.models.architecture import Architecture
+from nanovllm.models.dense_families import HUNYUAN_UNREAD, with_alpha
+from nanovllm.models.hf_fields import flag
+
+_PROOF = "tests/models/test_moe_parity.py"
+_GRANITE = {
+    **{"attention_bias": False, "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "logits_scaling": 1.0},
+    **{"residual_multiplier": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
+_DEEPSEEK = {
+    **{"attention_bias": False, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    **{"moe_intermediate_size": 1408, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+
+_PREDICTION_HEADS = {"num_nextn_predict_layers": 0}  # layers that loading leaves out
+
+MIXTURE_FAMILIES: Mapping[str, Architecture] = {
+    "Qwen3MoeForCausalLM": Architecture(
+        serves="Qwen3, mixture of experts",
+        proof=_PROOF,
+        fields={
+            **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 0, "attention_bias": False},
+            **{"num_experts": 128, "num_local_experts": None, "num_experts_per_tok": 8, "norm_topk_prob": False},
+            **{"moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": None},
+        },
+        switches={"qk_norm": "head"},
+        mlp="nanovllm.models.mixture:qwen3_moe",
+    ),
+    "MixtralForCausalLM": Architecture(
+        serves="Mixtral",
+        proof=_PROOF,
+        fields={
+            **{"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+            **{"rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_key_value_heads": 8},
+        },
+        mlp="nanovllm.models.mixture:mixtral",
+    ),
+    "OlmoeForCausalLM": Architecture(
+        serves="OLMoE",
+        proof=_PROOF,
+        fields={
+            **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+            **{"rms_norm_eps": 1e-5, "attention_bias": False},
+        },
+        switches={"qk_norm": "projection"},
+        mlp="nanovllm.models.mixture:olmoe",
+    ),
+    "Qwen2MoeForCausalLM": Architecture(
+        serves="Qwen1.5-MoE, Qwen2-MoE: a shared expert",
+        proof=_PROOF,
+        fields={
+            **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None},
+            **{"num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False, "qkv_bias": True},
+            **{"moe_intermediate_size": 1408, "decoder_sparse_step": 1, "mlp_only_layers": None},
+            "shared_expert_intermediate_size": 5632,
+        },
+        switches={"qkv_bias": lambda hf: flag(hf, "qkv_bias"), "o_bias": False},
+        mlp="nanovllm.models.mixture:qwen2_moe",
+    ),
+    "Glm4MoeForCausalLM": Architecture(
+        serves="GLM-4.5, 4.6 and 4.7: a shared expert, sigmoid scores",
+        proof=_PROOF,
+        fields={
+            **_DEEPSEEK,
+            **{"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "norm_topk_prob": True},
+            **{"first_k_dense_replace": 1, "use_qk_norm": False, "partial_rotary_factor": 0.5},
+            **{"rms_norm_eps": 1e-5, "num_key_value_heads": 8, **_PREDICTION_HEADS},
+        },
+        switches={"o_bias": False, "qk_norm": lambda hf: "head" if flag(hf, "use_qk_norm") else None},
+        mlp="nanovllm.models.mixture:deepseek_moe",
+    ),
+    "Dots1ForCausalLM": Architecture(
+        serves="dots.llm1: DeepSeek-V3's routing",
+        proof=_PROOF,
+        fields={
+            **_DEEPSEEK,
+            **{"n_routed_experts": None, "n_shared_experts": None, "num_experts_per_tok": None},
+            **{"first_k_dense_replace": 0, "norm_topk_prob": False},
+            **{"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 62, "layer_types": None},
+        },
+        switches={"qk_norm": "head"},
+        mlp="nanovllm.models.mixture:deepseek_moe",
+    ),
+    "GraniteMoeForCausalLM": Architecture(
+        serves="Granite 3.0 and 3.1, mixtures; PowerMoE",
+        proof=_PROOF,
+        fields=_GRANITE,
+        mlp="nanovllm.models.mixture:granite_moe",
+    ),
+    "GraniteMoeSharedForCausalLM": Architecture(
+        serves="Granite, mixtures with a shared expert",
+        proof=_PROOF,
+        fields={**_GRANITE, "shared_intermediate_size": 0},
+        mlp="nanovllm.models.mixture:granite_moe",
+    ),
+    "Ernie4_5_MoeForCausalLM": Architecture(
+        serves="ERNIE 4.5, mixtures: shared experts, a bias of the choice",
+        proof=_PROOF,
+        fields={
+            **{"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True},
+            **{"moe_k": 6, "moe_num_experts": 64, "moe_num_shared_experts": 2},
+            **{"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1},
+            **{"moe_intermediate_size": 1536, "moe_norm_min": 1e-12, **_PREDICTION_HEADS},
+            # Of released checkpoints, about training; transformers does not look at them.
+            **{"moe_capacity": None, "moe_gate": "topk", "moe_gate_act": "softmax"},
+        },
+        switches={"is_neox_style": False},
+        mlp="nanovllm.models.mixture:ernie_moe",
+    ),
+    "HunYuanMoEV1ForCausalLM": Architecture(
+        serves="Hunyuan A13B: a shared expert",
+        proof=_PROOF,
+        fields={
+            **{**HUNYUAN_UNREAD, "attention_bias": False, "rms_norm_eps": 1e-5, "num_experts": 1, "moe_topk": 1},
+            # Of released checkpoints; transformers does not look at them.
+            **{"capacity_factor": 1.0, "moe_drop_tokens": False, "moe_intermediate_size": None},
+            **{"moe_layer_num_skipped": 0, "moe_random_routing_dropped_token": False, "norm_topk_prob": True},
+            **{"num_shared_expert": 1, "routed_scaling_factor": 1.0, "use_mixed_mlp_moe": True},
+        },
+        switches={"qk_norm": "head", "norm_names": {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}},
+        rope=with_alpha,
+        attention="nanovllm.models.attention_variants:NormAfterRotation",
+        mlp="nanovllm.models.mixture:hunyuan_moe",
+    ),
+}
