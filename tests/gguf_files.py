@@ -132,9 +132,16 @@ _ARCHITECTURE_OF_HF = {
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo2",
     "OlmoeForCausalLM": "olmoe",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Glm4MoeForCausalLM": "glm4moe",
+    "Dots1ForCausalLM": "dots1",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "GraniteMoeSharedForCausalLM": "granitemoe",
     "SmolLM3ForCausalLM": "smollm3",
 }
-_PERMUTED = ("llama", "granite", "smollm3")
+_PERMUTED = ("llama", "granite", "granitemoe", "smollm3")
+_ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quantized] | None = None) -> Path:
@@ -144,10 +151,10 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
     """
     hf = json.loads((folder / "config.json").read_text())
     architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], hf["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(_ARCH[architecture], hf["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, architecture)
     tensors = load_file(folder / "model.safetensors")
-    for hf_tensor_name, tensor in _with_stacked_experts(tensors).items():
+    for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
         assert name is not None, hf_tensor_name
         for module, num_heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
@@ -155,7 +162,7 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
                 tensor = permute(tensor, hf[num_heads])
         if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if quantize is not None and tensor.ndim > 1 and "ffn_gate_inp" not in name:
+        if quantize is not None and tensor.ndim > 1 and not re.search("ffn_gate_inp|exp_probs_b", name):
             blocks, kind = quantize(name, tensor)
             writer.add_tensor(name, blocks, raw_dtype=kind)
         else:
@@ -177,6 +184,47 @@ def _with_stacked_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return stacked
 
 
+def _with_split_halves(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Granite keeps gate and up of its experts in one matrix; and the bias of a router ends as other biases do."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith("input_linear.weight"):
+            block = name.removesuffix("input_linear.weight")
+            as_others = block.replace("block_sparse_moe", "mlp.experts").replace("shared_mlp", "mlp.shared_expert")
+            for part, half in zip(("gate_proj", "up_proj"), np.split(tensor, 2, axis=-2), strict=True):
+                result[f"{as_others}{part}.weight"] = half
+        else:
+            result[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
+    return result
+
+
+def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
+    if "num_experts_per_tok" in hf:
+        count = hf.get("num_experts") or hf.get("n_routed_experts") or hf["num_local_experts"]
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
+    if "moe_intermediate_size" in hf:
+        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+    for name in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+        if name in hf:
+            writer.add_expert_shared_feed_forward_length(hf[name])
+    if "n_routed_experts" in hf:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_shared_count(hf["n_shared_experts"])
+        writer.add_leading_dense_block_count(hf["first_k_dense_replace"])
+        writer.add_expert_weights_scale(hf["routed_scaling_factor"])
+        writer.add_expert_weights_norm(hf["norm_topk_prob"])
+        writer.add_expert_group_count(hf["n_group"])
+        writer.add_expert_group_used_count(hf["topk_group"])
+    if hf["model_type"] == "ernie4_5_moe":
+        writer.add_expert_count(hf["moe_num_experts"])
+        writer.add_expert_used_count(hf["moe_k"])
+        writer.add_interleave_moe_layer_step(hf["moe_layer_interval"])
+        writer.add_leading_dense_block_count(hf["moe_layer_start_index"])
+        writer.add_expert_shared_count(hf["moe_num_shared_experts"])
+        writer.add_expert_shared_feed_forward_length(hf["intermediate_size"] // hf["num_key_value_heads"])
+
+
 def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     ropes = hf["rope_parameters"]
     rope = ropes.get("full_attention", ropes)
@@ -184,7 +232,11 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_vocab_size(hf["vocab_size"])
     writer.add_context_length(hf["max_position_embeddings"])
     writer.add_embedding_length(hf["hidden_size"])
-    writer.add_block_count(hf["num_hidden_layers"])
+    num_more = hf.get("num_nextn_predict_layers", 0)
+    writer.add_block_count(hf["num_hidden_layers"] + num_more)
+    if num_more:
+        writer.add_nextn_predict_layers(num_more)
+        writer.add_tensor(f"blk.{hf['num_hidden_layers']}.nextn.enorm.weight", np.ones(8, np.float32))
     writer.add_feed_forward_length(hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_head_count_kv(hf["num_key_value_heads"])
@@ -206,11 +258,7 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         if "original_max_position_embeddings" in rope:
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if "num_experts_per_tok" in hf:
-        writer.add_expert_count(hf.get("num_experts") or hf["num_local_experts"])
-        writer.add_expert_used_count(hf["num_experts_per_tok"])
-    if "moe_intermediate_size" in hf:
-        writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+    _add_mixture(writer, hf)
     if "query_pre_attn_scalar" in hf:
         writer.add_sliding_window(hf["sliding_window"])
         if hf["final_logit_softcapping"]:
@@ -219,6 +267,7 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
             writer.add_attn_logit_softcapping(hf["attn_logit_softcapping"])
     if hf["model_type"] == "phi3":
         writer.add_sliding_window(hf["sliding_window"] or 0)
+    if "partial_rotary_factor" in rope:
         writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
     if "residual_multiplier" in hf:
         writer.add_attention_scale(hf["attention_multiplier"])

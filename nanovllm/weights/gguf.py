@@ -14,8 +14,9 @@ weights with the 1 added that Hugging Face adds when it runs; reading subtracts 
 of a layer in one tensor; reading yields them one by one.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +30,14 @@ from nanovllm.model_files.gguf_file import GGUFFile, TensorInfo
 from nanovllm.model_files.gguf_tokens import end_of_generation_ids
 from nanovllm.weights.gguf_architectures import ROPE_FACTORS, ROPE_FREQS, read_architecture
 from nanovllm.weights.gguf_blocks import PLAIN_DTYPES, dequantize
+from nanovllm.weights.prediction_heads import warn_of_prediction_heads
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_LAYER = re.compile(r"blk\.(\d+)\.")
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _NOT_PARAMETERS = (ROPE_FREQS, *ROPE_FACTORS)
 
@@ -50,26 +53,23 @@ class GGUFCheckpoint:
         self._file = GGUFFile(path)
         self._architecture, config = read_architecture(self._file)
         self.generation_config = _generation_config(self._file.metadata)
-        dtype = _dtype(info.quantization for info in self._file.tensors.values() if _is_matrix(info))
+        self._parameters = list(_parameters(self._file, config))
+        dtype = _dtype(info.quantization for info in self._parameters if _is_matrix(info))
         self.config: dict[str, Any] = {**config, "dtype": dtype, **self.generation_config}
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, CPU tensor), one at a time; quantized tensors come in `dtype`."""
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for info in self._file.tensors.values():
-                if info.name in _NOT_PARAMETERS:
-                    continue
+            for info in self._parameters:
                 yield from self._read(info, dtype, threads)
                 self._file.forget_pages(info)
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, on the meta device."""
-        for info in self._file.tensors.values():
-            if info.name in _NOT_PARAMETERS:
-                continue
+        for info in self._parameters:
             name, dtype = self._hf_name(info.name), PLAIN_DTYPES.get(info.quantization, torch.float32)
             if "{}" not in name:
-                yield name, torch.empty(info.shape, dtype=dtype, device="meta")
+                yield name, self._in_shape(info, torch.empty(info.shape, dtype=dtype, device="meta"))
                 continue
             for expert in range(self._num_experts(info)):
                 yield name.format(expert), torch.empty(info.shape[1:], dtype=dtype, device="meta")
@@ -90,7 +90,12 @@ class GGUFCheckpoint:
         elif self._architecture.norm_offset and info.name.endswith("norm.weight"):
             yield name, dequantize(rows, info) - self._architecture.norm_offset
         else:
-            yield name, dequantize(rows, info, dtype, threads)
+            yield name, self._in_shape(info, dequantize(rows, info, dtype, threads))
+
+    def _in_shape(self, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
+        layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
+        is_row = layer_tensor is not None and layer_tensor[2] in self._architecture.rows
+        return tensor.reshape(1, -1) if is_row else tensor
 
     def _num_experts(self, info: TensorInfo) -> int:
         if len(info.shape) != 3:
@@ -105,12 +110,26 @@ class GGUFCheckpoint:
         if layer_tensor is None or layer_tensor[2] not in names:
             raise ValueError(f"{self.path}: tensor {name} has no place in a {self._architecture.hf_class}")
         layer, module, kind = layer_tensor.groups()
-        return f"model.layers.{layer}.{names[module]}.{kind}"
+        suffix = "" if names[module].endswith("_bias") else f".{kind}"
+        return f"model.layers.{layer}.{names[module]}{suffix}"
+
+
+def _parameters(file: GGUFFile, config: Mapping[str, Any]) -> Iterator[TensorInfo]:
+    """The tensors of the model; those of layers that predict further tokens are left out, and that is said."""
+    num_layers = config["num_hidden_layers"] if config.get("num_nextn_predict_layers") else math.inf
+    left_out = 0
+    for info in file.tensors.values():
+        layer = _LAYER.match(info.name)
+        if layer is not None and int(layer[1]) >= num_layers:
+            left_out += 1
+        elif info.name not in _NOT_PARAMETERS:
+            yield info
+    warn_of_prediction_heads(left_out, file.path)
 
 
 def _is_matrix(info: TensorInfo) -> bool:
-    """False for the router, too, which converters leave in float32 whatever the file's type is."""
-    return len(info.shape) > 1 and ".ffn_gate_inp." not in info.name
+    """False for what belongs to the router, which converters leave in float32 whatever the file's type is."""
+    return len(info.shape) > 1 and not any(part in info.name for part in (".ffn_gate_inp", ".exp_probs_b"))
 
 
 def _dtype(matrix_kinds: Iterable[GGMLQuantizationType]) -> str:

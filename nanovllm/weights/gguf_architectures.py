@@ -8,17 +8,15 @@ Defaults of missing keys are llama.cpp's, since its files leave out what its cod
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
 from nanovllm.model_files.gguf_file import GGUFFile
 from nanovllm.weights.gguf_blocks import dequantize
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-
-Fields = dict[str, Any]  # of a config.json
+from nanovllm.weights.gguf_mixtures import MIXTURES, mixture_row
+from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's frequency divisors: part of the config here, not a parameter
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")  # longrope's, likewise
@@ -26,76 +24,12 @@ ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")  # long
 # llama.cpp writes only the divisors of Llama 3's scaling; these constants of its formula are the same in every release.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _GEMMA_NAMES = {**_NORMS_AFTER, "ffn_norm": "pre_feedforward_layernorm"}
-_EXPERT_NAMES = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-}
-_MIXTRAL_NAMES = {
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-}
 _PHI3_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class GGUFArchitecture:
-    """hf_class, model_type: as in config.json. names: of a layer's tensors, beside those that all have.
-
-    fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
-    norm_offset: what conversion added to the weights of norms.
-    """
-
-    hf_class: str
-    model_type: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    fields: Callable[[GGUFMetadata, Fields], Fields] = lambda metadata, common: {}
-    has_pairs: bool = False
-    norm_offset: float = 0.0
-
-    @property
-    def layer_names(self) -> Mapping[str, str]:
-        return {**_LAYER_NAMES, **self.names}
-
-
 # --- what some have beside the others ----------------------------------------------
-
-
-def _experts(metadata: GGUFMetadata, common: Fields) -> Fields:
-    return {
-        "num_local_experts": metadata.integer("expert_count"),
-        "num_experts_per_tok": metadata.integer("expert_used_count"),
-    }
-
-
-def _qwen3_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """llama.cpp lets the weights of a token's experts sum to one."""
-    size = metadata.integer("expert_feed_forward_length")
-    return {**_experts(metadata, common), "moe_intermediate_size": size, "norm_topk_prob": True}
-
-
-def _olmoe(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """llama.cpp does not let the weights of a token's experts sum to one."""
-    experts = _experts(metadata, common)
-    return {"num_experts": experts["num_local_experts"], "num_experts_per_tok": experts["num_experts_per_tok"]}
 
 
 def _gemma2(metadata: GGUFMetadata, common: Fields) -> Fields:
@@ -149,18 +83,7 @@ def _phi3(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {
         "sliding_window": metadata.integer("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": metadata.integer("rope.scaling.original_context_length", length),
-        "partial_rotary_factor": metadata.integer("rope.dimension_count", common["head_dim"]) / common["head_dim"],
-    }
-
-
-def _granite(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """For llama.cpp, `rope.scaling.finetuned` switches the rotation of this architecture on and off."""
-    metadata.expect("rope.scaling.finetuned", True)
-    return {
-        "attention_multiplier": metadata.number("attention.scale", 0.0) or common["head_dim"] ** -0.5,
-        "embedding_multiplier": metadata.number("embedding_scale", 0.0) or 1.0,
-        "residual_multiplier": metadata.number("residual_scale", 0.0) or 1.0,
-        "logits_scaling": metadata.number("logit_scale"),
+        "partial_rotary_factor": partial_rotary_factor(metadata, common),
     }
 
 
@@ -168,29 +91,27 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture(hf_class="LlamaForCausalLM", model_type="llama", has_pairs=True),
     "qwen2": GGUFArchitecture(hf_class="Qwen2ForCausalLM", model_type="qwen2"),
     "qwen3": GGUFArchitecture(hf_class="Qwen3ForCausalLM", model_type="qwen3"),
-    "qwen3moe": GGUFArchitecture(
-        hf_class="Qwen3MoeForCausalLM", model_type="qwen3_moe", names=_EXPERT_NAMES, fields=_qwen3_moe
-    ),
     "gemma2": GGUFArchitecture(
         hf_class="Gemma2ForCausalLM", model_type="gemma2", names=_GEMMA_NAMES, fields=_gemma2, norm_offset=1.0
     ),
     "gemma3": GGUFArchitecture(
         hf_class="Gemma3ForCausalLM", model_type="gemma3_text", names=_GEMMA_NAMES, fields=_gemma3, norm_offset=1.0
     ),
-    "phi3": GGUFArchitecture(hf_class="Phi3ForCausalLM", model_type="phi3", names=_PHI3_NAMES, fields=_phi3),
-    "granite": GGUFArchitecture(hf_class="GraniteForCausalLM", model_type="granite", fields=_granite, has_pairs=True),
+    "phi3": GGUFArchitecture(
+        hf_class="Phi3ForCausalLM", model_type="phi3", names=_PHI3_NAMES, fields=_phi3, has_partial_rotary=True
+    ),
+    "granite": GGUFArchitecture(
+        hf_class="GraniteForCausalLM", model_type="granite", fields=granite_fields, has_pairs=True
+    ),
     "olmo2": GGUFArchitecture(hf_class="Olmo2ForCausalLM", model_type="olmo2", names=_NORMS_AFTER),
-    "olmoe": GGUFArchitecture(hf_class="OlmoeForCausalLM", model_type="olmoe", names=_EXPERT_NAMES, fields=_olmoe),
     "smollm3": GGUFArchitecture(
         hf_class="SmolLM3ForCausalLM",
         model_type="smollm3",
         fields=lambda metadata, common: {"no_rope_layer_interval": 4},  # fixed in llama.cpp
         has_pairs=True,
     ),
+    **MIXTURES,
 }
-_MIXTRAL = GGUFArchitecture(
-    hf_class="MixtralForCausalLM", model_type="mixtral", names=_MIXTRAL_NAMES, fields=_experts, has_pairs=True
-)  # its files call themselves llama
 
 
 def read_architecture(file: GGUFFile) -> tuple[GGUFArchitecture, Fields]:
@@ -203,7 +124,7 @@ def read_architecture(file: GGUFFile) -> tuple[GGUFArchitecture, Fields]:
     if file.metadata.get("general.type", "model") != "model":
         raise NotImplementedError(f"{file.path} holds a {file.metadata['general.type']!r}, not a model")
     metadata = GGUFMetadata(file, name)
-    row = _MIXTRAL if name == "llama" and metadata.integer("expert_count", 0) else ARCHITECTURES[name]
+    row = mixture_row(metadata) or ARCHITECTURES[name]
     common = _common_fields(metadata, row)
     config = {**common, **row.fields(metadata, common)}
     metadata.refuse_unread()
@@ -224,7 +145,7 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
     if row.model_type != "phi3" and any(name in tensors for name in ROPE_FACTORS):
         raise NotImplementedError(f"{metadata.file.path}: {ROPE_FACTORS[1]} is not supported for {metadata.prefix}")
     metadata.expect("attention.value_length", head_dim)
-    if row.model_type != "phi3":
+    if not row.has_partial_rotary:
         metadata.expect("rope.dimension_count", head_dim)
     theta = metadata.number("rope.freq_base", 10000.0)
     return {

@@ -72,6 +72,12 @@ class GGUFMetadata:
             raise self._error(key, value, "a string")
         return value
 
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._one(key, default)
+        if not isinstance(value, bool):
+            raise self._error(key, value, "true or false")
+        return value
+
     def by_layer(self, key: str) -> Any:
         """A value that may be a list with one item a layer; None if it is missing."""
         self._read.add(key)

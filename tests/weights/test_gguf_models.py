@@ -93,6 +93,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "olmoe": ("OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2moe": ("Qwen2MoeForCausalLM", {}),
+    "glm4moe": (
+        "Glm4MoeForCausalLM",
+        {"attention_bias": True, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2, "num_hidden_layers": 3},
+    ),
+    "glm4moe-qk-norm": ("Glm4MoeForCausalLM", {"use_qk_norm": True, "head_dim": 24, "num_mtp_layers": 0}),
+    "dots1": ("Dots1ForCausalLM", {"first_k_dense_replace": 1, "n_shared_experts": 2, "sliding_window": None}),
+    "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", {"num_hidden_layers": 3, "intermediate_size": 96}),
+    "granitemoe": ("GraniteMoeForCausalLM", {"attention_multiplier": 0.2, "logits_scaling": 5.0}),
+    "granitemoe-shared": ("GraniteMoeSharedForCausalLM", {"attention_multiplier": 0.2, "residual_multiplier": 0.5}),
     "smollm3": ("SmolLM3ForCausalLM", {"num_hidden_layers": 4, "rope_theta": 2000000.0}),
     "qwen3-tied": ("Qwen3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
 }
@@ -107,6 +117,7 @@ def run(model: Path, prompt: list[int]) -> tuple[torch.Tensor, list[int]]:
     return logits(), output.outputs[0].token_ids
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-token prediction")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
     """W1, W3, W4: the same weights, once as safetensors and once as GGUF."""

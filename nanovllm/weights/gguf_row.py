@@ -1,0 +1,65 @@
+"""GGUFArchitecture: how one architecture of GGUF files is read, in Hugging Face's terms.
+
+Owns the form of a row, and what rows in several files share; the rows are in `gguf_architectures.py` and
+`gguf_mixtures.py`. Invariant: plain data and functions of the metadata; no tensor is looked at.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.weights.gguf_metadata import GGUFMetadata
+
+Fields = dict[str, Any]  # of a config.json
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFArchitecture:
+    """hf_class, model_type: as in config.json. names: of a layer's tensors, beside those that all have.
+
+    fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
+    norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
+    rows: tensors of a layer that are a matrix of one row in Hugging Face's checkpoints, and here may be a vector.
+    """
+
+    hf_class: str
+    model_type: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    fields: Callable[[GGUFMetadata, Fields], Fields] = lambda metadata, common: {}
+    has_pairs: bool = False
+    norm_offset: float = 0.0
+    has_partial_rotary: bool = False
+    rows: tuple[str, ...] = ()
+
+    @property
+    def layer_names(self) -> Mapping[str, str]:
+        return {**_LAYER_NAMES, **self.names}
+
+
+def partial_rotary_factor(metadata: GGUFMetadata, common: Fields) -> float:
+    return metadata.integer("rope.dimension_count", common["head_dim"]) / float(common["head_dim"])
+
+
+def granite_fields(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """For llama.cpp, `rope.scaling.finetuned` switches the rotation of this architecture on and off."""
+    metadata.expect("rope.scaling.finetuned", True)
+    return {
+        "attention_multiplier": metadata.number("attention.scale", 0.0) or common["head_dim"] ** -0.5,
+        "embedding_multiplier": metadata.number("embedding_scale", 0.0) or 1.0,
+        "residual_multiplier": metadata.number("residual_scale", 0.0) or 1.0,
+        "logits_scaling": metadata.number("logit_scale"),
+    }
