@@ -43,7 +43,7 @@ async def chat_completions(request: Request) -> Response:
     answer = _Answer(name, request.state.request_id, num_top or 0, prepared)
     if is_stream:
         return await stream_events(answer.stream(served, wants_usage))
-    with served.admitted(1):
+    with served.admitted(params.n):
         output = await unless_gone(request, served.final(prepared.prompt, prepared.params, answer.id))
     return Response(status_code=499) if output is None else JSONResponse(answer.whole(output))
 
@@ -143,7 +143,7 @@ class _Answer:
             return f'data: {head}, "choices": [{choice}]}}\n\n'
 
         n = self._prepared.params.n
-        with served.admitted(1):
+        with served.admitted(n):
             total, last, is_open = 0, None, False
             readers = [_ChoiceReader(i, self._prepared.new_reader(), self._num_top) for i in range(n)]
             async for output in served.run(self._prepared.prompt, self._prepared.params, self.id):

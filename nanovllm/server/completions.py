@@ -49,7 +49,7 @@ async def completions(request: Request) -> Response:
     answer = _Answer(name, request.state.request_id, num_top, params.n)
     if is_stream:
         return await stream_events(answer.stream(served, prompts, params, wants_usage))
-    with served.admitted(len(prompts)):
+    with served.admitted(len(prompts) * params.n):
         outputs = await unless_gone(request, answer.all_of(served, prompts, params))
     if outputs is None:
         return Response(status_code=499)
@@ -132,7 +132,7 @@ class _Answer:
         last: dict[int, RequestOutput] = {}
         offsets: dict[int, int] = {}
         total = 0
-        with served.admitted(len(prompts)):
+        with served.admitted(len(prompts) * params.n):
             async for output in _outputs(served, prompts, params, self.id):
                 i = places[output.request_id]
                 lines = []

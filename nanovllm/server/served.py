@@ -68,7 +68,7 @@ class Served:
 
     @contextmanager
     def admitted(self, num_requests: int) -> Iterator[None]:
-        """So many requests more. Raises Overloaded, for a client to come back later."""
+        """So many requests more, `n` outputs being as many. Raises Overloaded, for a client to come back later."""
         if self.is_draining:
             raise Overloaded("the server is shutting down")
         if self.num_unfinished + num_requests > self.max_unfinished:

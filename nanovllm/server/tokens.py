@@ -37,7 +37,7 @@ async def generate(request: Request) -> Response:
     body.finish()
     if is_stream:
         return await stream_events(_stream(served, prompt, params, name, wants_usage))
-    with served.admitted(1):
+    with served.admitted(params.n):
         output = await unless_gone(request, served.final(prompt, params, name))
     if output is None:
         return Response(status_code=499)
@@ -65,7 +65,7 @@ async def _stream(
 ) -> AsyncIterator[str]:
     head = json.dumps({"request_id": name})[:-1]
     total, last = 0, None
-    with served.admitted(1):
+    with served.admitted(params.n):
         async for output in served.run(prompt, params, name):
             of_prompt = ""
             if last is None and params.prompt_logprobs is not None:

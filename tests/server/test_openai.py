@@ -180,9 +180,10 @@ def test_a_client_that_goes_away_frees_what_it_held(server: Running) -> None:
 def test_more_than_is_taken_comes_back_later(server: Running) -> None:
     server.served.max_unfinished = 1
     try:
-        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 1})
-        assert answer.status_code == 429 and answer.headers["retry-after"]
-        assert answer.json()["error"]["type"] == "rate_limit_error"
+        for fields in ({"prompt": ["a", "b"]}, {"prompt": "a", "n": 2, "temperature": 1}):
+            answer = httpx.post(f"{server.url}/v1/completions", json={**fields, "max_tokens": 1})
+            assert answer.status_code == 429 and answer.headers["retry-after"]
+            assert answer.json()["error"]["type"] == "rate_limit_error"
     finally:
         server.served.max_unfinished = 64
 
