@@ -1,4 +1,4 @@
-"""OneShotAllReduce: the sum of what each rank has, in one kernel that writes straight into the other ranks' memory.
+"""One-shot all-reduce: each rank writes what it has straight into the other ranks' memory, in one kernel.
 
 Owns when it is the better way. For a few rows what counts is not bandwidth but how often a message crosses the link:
 here once. For many rows the values would be sent to every rank in full, which a ring that sends parts (NCCL's) does

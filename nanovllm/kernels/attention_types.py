@@ -1,4 +1,4 @@
-"""What attention is told: the shape of a layer, its KV cache, what comes before the store, and the batch of a step.
+"""Types of the attention contract: a layer's shape and KV cache, what norm and rotation need, a step's metadata.
 
 Owns the four descriptions, computes nothing. Invariant: each is plain data, made once (shape, cache: with the model;
 head inputs, metadata: each step) and read by every form of attention.

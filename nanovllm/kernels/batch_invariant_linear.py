@@ -1,4 +1,4 @@
-"""Linear layers that compute a row the same way in any batch, to the bit; for `deterministic=True`.
+"""Batch-invariant linear: a row's product is the same to the bit in any batch; for `deterministic=True`.
 
 Owns the tile. Invariant: a row's result depends on that row and the weight, not on the other rows, nor on how many
 there are. Matrix libraries choose another order of additions for another number of rows, so products here always have

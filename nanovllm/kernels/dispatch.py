@@ -1,4 +1,4 @@
-"""Where an operation runs: its Triton twin or its PyTorch reference.
+"""Dispatch of an operation: to its Triton twin or to its PyTorch reference.
 
 Owns that one decision; loads neither. Invariant: the answer depends on the tensor alone, never on the environment.
 """

@@ -1,4 +1,4 @@
-"""Rows of a table by their index: embeddings of tokens, angles of positions, hidden states that need logits.
+"""Gather of rows by index (embedding lookup): embeddings of tokens, angles of positions, hidden states to score.
 
 Owns the meaning, PyTorch's index_select; the GPU has a kernel of its own for it so that dependent launch reaches from
 the preparation of a step through to its first layer. Invariant: pure; the bits are the table's.

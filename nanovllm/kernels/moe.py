@@ -1,4 +1,4 @@
-"""A mixture of experts (Shazeer et al., 2017): what the experts that were chosen for each token compute.
+"""Mixture of experts (Shazeer et al., 2017): the gated feed-forward layers of the experts chosen for each token.
 
 Owns its meaning, and the order that puts tokens of one expert side by side. Does not own the choice (`routing.py`).
 Invariant: pure and repeatable; each (token, choice) has a row of its own, and a token's rows are added in the order of

@@ -1,4 +1,4 @@
-"""Causal attention of new tokens over keys and values that lie in blocks (PagedAttention, Kwon et al., 2023).
+"""Paged attention (Kwon et al., 2023): causal attention of new tokens over keys and values that lie in blocks.
 
 Owns the meaning, in plain PyTorch and one request at a time; the backends in `attention/` equal it. Invariant: the
 output of a request depends on its own blocks and queries only; rows of padding (a request of length 0) give zeros.

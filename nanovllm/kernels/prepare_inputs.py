@@ -1,4 +1,4 @@
-"""From rows to the inputs of a step: token ids, positions, KV slots and block tables, built where the state lives.
+"""Inputs of a step from its rows: token ids, positions, slot mapping, block tables, built where the state lives.
 
 Owns the meaning, in plain PyTorch; the GPU runs it as one kernel. Invariant: reads and advances `num_computed` of the
 rows named, puts new blocks into their tables, and touches no other row; a padding row (-1) yields token 0 at position 0

@@ -1,4 +1,4 @@
-"""What happens between the QKV projection and attention: norm of q and k, rotation, keys and values into the cache.
+"""Between QKV projection and attention: QK norm, rotary embedding (RoPE), keys and values into the KV cache.
 
 Owns that sequence, which the GPU runs as one kernel. Invariant: the only writes are those to the cache, at the slots
 named; a negative slot writes nothing.

@@ -1,8 +1,8 @@
-"""Linear layers on a few rows, as decoding needs them: alone, after an RMS norm, and with a gate behind them.
+"""Skinny linear: products of the few rows of a decode step (GEMV, skinny GEMM), norm and gate fused.
 
 Owns the meaning of the fused forms: each equals the plain operations in sequence and rounds where they round. On a GPU
-they run as one kernel where that is faster (`skinny_linear.choose`) and as the plain operations elsewhere, so a
-model can be written with them alone. Invariant: pure, no input is ever written.
+they run as one kernel where that is faster (`triton/linear/skinny_linear.py`) and as the plain operations elsewhere, so
+a model can be written with them alone. Invariant: pure, no input is ever written.
 
 What is repeatable: a row's result depends on that row, and on the sizes, dtypes, strides and number of rows, which pick
 the kernel. It does not depend on the other rows, nor on timing: where a sum is split, its parts are added in a fixed

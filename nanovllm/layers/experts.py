@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of an MLP (Shazeer et al., 2017; Fedus et al., 2021): router and expert weights.
+"""Mixture-of-experts layer in the place of an MLP (Shazeer et al., 2017; Fedus et al., 2021): router and experts.
 
 Owns the stacked weights and how a checkpoint's tensors map to them; the computation is `kernels/routing.py` and
 `kernels/moe.py`. Under tensor parallelism every rank holds all experts, each split along its intermediate size like an

@@ -1,4 +1,4 @@
-"""DrawColumns: how each running request's token is drawn, one row a request, where a CUDA graph can read it.
+"""DrawColumns: sampling parameters of each running request, one row each, where a CUDA graph can read them.
 
 Owns the columns, on the host (which filters does this step need?) and on the device (with which values?), and what a
 draw leaves for the next step: each row's last token. Does not own the rows: the scheduler hands them out. Invariant:

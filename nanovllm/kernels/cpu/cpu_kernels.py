@@ -1,4 +1,4 @@
-"""C++ twins, in `cpu_kernels.cpp`, of the operations between the matrix products on a CPU: built once, kept in a cache.
+"""CPU kernels in C++ (`cpu_kernels.cpp`): the operations between matrix products, built once, kept in a cache.
 
 Owns the build, its cache, and every check that stands between a tensor and a raw pointer. Invariant: what the C++ does
 not take (another dtype, strides, sizes that do not fit together) goes to the PyTorch operation of the same name, so a

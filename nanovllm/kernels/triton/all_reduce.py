@@ -1,4 +1,4 @@
-"""Triton twin of `all_reduce.py`: every rank writes its x into the others' memory, and adds up what it gets.
+"""One-shot all-reduce in Triton: every rank writes its x into the others' memory, and adds up what it gets.
 
 Owns the two ways to know that what is read has arrived. "words", for little: 4 bytes of values travel with 4 bytes of a
 flag, in one store that arrives whole, and a reader looks at a place until its flag is this call's number (NCCL's LL
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 
 # Of each call: they wait for other ranks', so all must have a place on the device at once.
 PROGRAMS = tl.constexpr(128)
@@ -154,10 +154,10 @@ def all_reduce_triton(
     num_bytes = x.numel() * x.element_size()
     assert num_bytes <= bulk_bytes
     is_bulk = num_bytes > words_bytes
-    pdl = has_dependent_launch(x.device)
-    _all_reduce_kernel[(PROGRAMS.value,)](
+    launch(
+        _all_reduce_kernel, (PROGRAMS.value,), x.device,
         x, out, memories, calls, num_bytes // 4, RANK=rank, SIZE=size, IS_BULK=is_bulk,
         OFFSET=4 * size * words_bytes if is_bulk else 0, CAPACITY=(bulk_bytes if is_bulk else words_bytes) // 4,
-        FLAGS=size * (4 * words_bytes + 2 * bulk_bytes), WORDS=WORDS, PDL=pdl, num_warps=NUM_WARPS, launch_pdl=pdl,
+        FLAGS=size * (4 * words_bytes + 2 * bulk_bytes), WORDS=WORDS, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out

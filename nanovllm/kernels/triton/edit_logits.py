@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.sample import _float_column
 
@@ -129,15 +129,16 @@ def edit_logits_triton(
     # What nobody asked for is not read, so that there is one kernel for all: `rows` stands in its place.
     has_penalties, has_masks = counts is not None, words is not None
     counts, words, places = (rows if tensor is None else tensor for tensor in (counts, words, places))
-    pdl = has_dependent_launch(logits.device)
-    _edit_kernel[(num_parts, num_rows)](
+    launch(
+        _edit_kernel, (num_parts, num_rows), logits.device,
         logits, logits.stride(0), members, rows, columns, columns.stride(0), counts, words, words.stride(0), places,
         left, out, vocab_size, num_parts, int(has_penalties), int(has_masks),
-        PART=PART, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        PART=PART, num_warps=8,
     )  # fmt: skip
     if has_masks:
-        _revive_kernel[(num_rows,)](
+        launch(
+            _revive_kernel, (num_rows,), logits.device,
             words, words.stride(0), places, left, out, vocab_size, num_parts,
-            MAX_PARTS=next_power_of_2(num_parts), PART=PART, PDL=pdl, num_warps=8, launch_pdl=pdl,
+            MAX_PARTS=next_power_of_2(num_parts), PART=PART, num_warps=8,
         )  # fmt: skip
     return out

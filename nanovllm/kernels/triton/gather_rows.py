@@ -1,4 +1,4 @@
-"""Triton twin of `gather_rows.py`.
+"""Gather of rows (embedding lookup) in Triton.
 
 Owns how rows are copied on a GPU: a program takes a row, or a part of a wide one. Invariant: each element is read and
 written once.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 BLOCK = 1024
@@ -36,8 +36,8 @@ def gather_rows_triton(table: Tensor, index: Tensor) -> Tensor:
     out = torch.empty((num_rows, width), dtype=table.dtype, device=table.device)
     if num_rows:
         block = min(next_power_of_2(width), BLOCK)
-        pdl = has_dependent_launch(table.device)
-        _gather_rows_kernel[(num_rows, cdiv(width, block))](
-            table, table.stride(0), index, out, WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
-        )
+        launch(
+            _gather_rows_kernel, (num_rows, cdiv(width, block)), table.device,
+            table, table.stride(0), index, out, WIDTH=width, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return out

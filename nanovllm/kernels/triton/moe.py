@@ -1,4 +1,4 @@
-"""Triton twins of `moe.py`: ordering by expert, and a product in which each block of rows has its expert.
+"""Mixture of experts in Triton: alignment by expert, and a grouped GEMM in which each block of rows has its expert.
 
 Owns how experts run on a GPU. Few tokens: the products read weights and little else, so blocks are as small as the
 matrix unit allows (16 rows), and programs many, each with several chunks of its weights on the way. Many tokens: blocks
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.moe import align, num_blocks
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 MAX_ROWS_OF_ALIGN = 4096  # every program of the kernel looks at all rows; more are sorted by PyTorch
@@ -33,23 +33,21 @@ class GroupedConfig:
     num_stages: int
 
 
+# Rows of an expert in the mean, and the rows of a block, such that they mostly fill one, and it fills the matrix unit.
+BLOCK_SIZES = [(12, 16), (24, 32), (96, 64)]  # 128 for more
+# By rows of a block: the product, and the gated one, which holds two tiles of weights.
+CONFIGS = {
+    16: (GroupedConfig(64, 256, 4, 4), GroupedConfig(32, 256, 4, 4)),
+    32: (GroupedConfig(64, 256, 4, 4), GroupedConfig(32, 256, 4, 4)),
+    64: (GroupedConfig(128, 128, 4, 4), GroupedConfig(64, 128, 4, 4)),
+    128: (GroupedConfig(128, 128, 8, 4), GroupedConfig(128, 128, 8, 3)),
+}
+
+
 def choose_block_size(num_rows: int, num_experts: int) -> int:
-    """Rows per block, such that an expert's rows mostly fill one block, and a block fills the matrix unit."""
+    """Rows per block, for this many choices of experts."""
     mean = num_rows / num_experts
-    if mean <= 12:
-        return 16
-    if mean <= 24:
-        return 32
-    return 64 if mean <= 96 else 128
-
-
-def choose_config(block_size: int, gated: bool) -> GroupedConfig:
-    """The form of the product; `gated` holds two tiles of weights, for gate and up."""
-    if block_size <= 32:
-        return GroupedConfig(tile=32 if gated else 64, chunk=256, num_warps=4, num_stages=4)
-    if block_size == 64:
-        return GroupedConfig(tile=64 if gated else 128, chunk=128, num_warps=4, num_stages=4)
-    return GroupedConfig(tile=128, chunk=128, num_warps=8, num_stages=3 if gated else 4)
+    return next((size for most, size in BLOCK_SIZES if mean <= most), 128)
 
 
 # --- ordering by expert ---------------------------------------------------------------------
@@ -100,13 +98,13 @@ def align_triton(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple
     blocks = num_blocks(num_rows, num_experts, block_size)
     rows = torch.empty((blocks, block_size), dtype=torch.int32, device=device)
     block_experts = torch.empty(blocks, dtype=torch.int32, device=device)
-    pdl = has_dependent_launch(device)
-    _align_kernel[(num_experts,)](
+    launch(
+        _align_kernel, (num_experts,), device,
         expert_ids, rows, block_experts, num_rows, blocks,
         # At least one for each thread, of which each then counts its own.
         EXPERTS=num_experts, EXPERTS_PADDED=max(128, next_power_of_2(num_experts + 1)),
         ROWS_PADDED=max(128, next_power_of_2(num_rows)), BLOCKS_PADDED=next_power_of_2(blocks),
-        BLOCK=block_size, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK=block_size, num_warps=4,
     )  # fmt: skip
     return rows, block_experts
 
@@ -219,10 +217,10 @@ def fused_experts_triton(
     chosen = torch.empty((expert_ids.numel(), hidden_size), dtype=x.dtype, device=x.device)
     _multiply(x, gate_up, None, rows, block_experts, block_size, gated, top_k)
     _multiply(gated, down, weights, rows, block_experts, block_size, chosen, 1)
-    pdl = has_dependent_launch(x.device)
-    _sum_kernel[(num_tokens, cdiv(hidden_size, SUM_BLOCK))](
-        chosen, out, WIDTH=hidden_size, TOP_K=top_k, BLOCK=SUM_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
-    )
+    launch(
+        _sum_kernel, (num_tokens, cdiv(hidden_size, SUM_BLOCK)), x.device,
+        chosen, out, WIDTH=hidden_size, TOP_K=top_k, BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -237,16 +235,16 @@ def _multiply(
     rows_per_x: int,
 ) -> None:
     """Launch `_grouped_kernel`; without a scale it is gated. rows None: block i is row i alone."""
-    config = choose_config(block_size, gated=scale is None)
+    config = CONFIGS[block_size][scale is None]
     num_rows, num_outputs = out.shape
     chunk = config.chunk // x.element_size()
     stage_bytes = config.chunk * (block_size + config.tile * (2 if scale is None else 1))
-    pdl = has_dependent_launch(x.device)
-    _grouped_kernel[(block_experts.numel() * cdiv(num_outputs, config.tile),)](
+    launch(
+        _grouped_kernel, (block_experts.numel() * cdiv(num_outputs, config.tile),), x.device,
         x, weight, scale, rows, block_experts, out, num_rows,
         INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, GATED=scale is None, SORTED=rows is not None,
-        BLOCK=block_size, TILE=config.tile, CHUNK=chunk, PDL=pdl,
-        num_warps=config.num_warps, num_stages=_num_stages(x.device, config, stage_bytes), launch_pdl=pdl,
+        BLOCK=block_size, TILE=config.tile, CHUNK=chunk,
+        num_warps=config.num_warps, num_stages=_num_stages(x.device, config, stage_bytes),
     )  # fmt: skip
 
 

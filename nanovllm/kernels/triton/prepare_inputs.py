@@ -1,4 +1,4 @@
-"""Triton twin of `prepare_inputs.py`.
+"""Inputs of a step from its rows, in Triton.
 
 Owns how the inputs are built on a GPU: one program per request, which alone advances its row. Invariant: every read of
 a row's `num_computed` comes before the program's own write to it.
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.prepare_inputs import StepInputs
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 
 BLOCK = 512
 
@@ -109,10 +109,9 @@ def prepare_inputs_triton(
         block_table=room(num_reqs, num_blocks),
     )
     if num_reqs:
-        pdl = has_dependent_launch(device)
-        _prepare_inputs_kernel[(num_reqs,)](
+        launch(
+            _prepare_inputs_kernel, (num_reqs,), device,
             rows, query_start_loc, token_ids, new_blocks, last_token, num_computed, block_tables,
-            block_tables.stride(0), *inputs, num_blocks, BLOCK_SIZE=block_size, BLOCK=BLOCK, PDL=pdl, num_warps=4,
-            launch_pdl=pdl,
+            block_tables.stride(0), *inputs, num_blocks, BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return inputs

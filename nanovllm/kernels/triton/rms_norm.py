@@ -1,4 +1,4 @@
-"""Triton twin of `rms_norm.py`.
+"""RMS norm in Triton, alone and with the residual addition before it.
 
 Owns how the norm runs on a GPU: every row is read once, held in registers and written once; short rows (the heads of a
 QK norm) share a program. Invariant: rounds exactly where the reference rounds.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 # Elements that a program holds at a time. Enough for a short row to fill 16-byte accesses, few enough for registers.
@@ -69,12 +69,11 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows = groups * heads
     if num_rows:
-        pdl = has_dependent_launch(x.device)
         grid, block_rows, block_dim, num_warps = _tiling(num_rows, x.shape[-1])
-        _rms_norm_kernel[grid](
+        launch(
+            _rms_norm_kernel, grid, x.device,
             x, None, weight, out, None, num_rows, heads, group_stride, row_stride, 0, eps,
-            ADD=False, DIM=x.shape[-1], BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, PDL=pdl,
-            num_warps=num_warps, launch_pdl=pdl,
+            ADD=False, DIM=x.shape[-1], BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=num_warps,
         )  # fmt: skip
     return out
 
@@ -84,12 +83,11 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     num_rows, dim = x.shape
     out, total = (torch.empty((num_rows, dim), dtype=x.dtype, device=x.device) for _ in range(2))
     if num_rows:
-        pdl = has_dependent_launch(x.device)
         grid, block_rows, block_dim, num_warps = _tiling(num_rows, dim)
-        _rms_norm_kernel[grid](
+        launch(
+            _rms_norm_kernel, grid, x.device,
             x, residual, weight, out, total, num_rows, 1, x.stride(0), 0, residual.stride(0), eps,
-            ADD=True, DIM=dim, BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, PDL=pdl,
-            num_warps=num_warps, launch_pdl=pdl,
+            ADD=True, DIM=dim, BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=num_warps,
         )  # fmt: skip
     return out, total
 

@@ -1,4 +1,4 @@
-"""Triton twin of `kernels/routing.py`: one program chooses a token's experts, in registers.
+"""Mixture-of-experts routing in Triton: one program chooses a token's experts, in registers.
 
 Owns how tokens are routed on a GPU. Invariant: whatever the logits are, NaN too, the ids are those of experts.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.routing import Routing
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
 
@@ -92,14 +92,13 @@ def route_triton(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple
     groups = routing.num_groups if routing.top_groups < routing.num_groups else 1
     size = num_experts // groups
     if num_tokens:
-        pdl = has_dependent_launch(logits.device)
-        _route_kernel[(num_tokens,)](
+        launch(
+            _route_kernel, (num_tokens,), logits.device,
             logits, bias, weights, expert_ids, logits.stride(0),
             GROUPS=groups, GROUPS_PADDED=next_power_of_2(groups), SIZE=size, SIZE_PADDED=next_power_of_2(size),
             TOP_GROUPS=routing.top_groups if groups > 1 else 1,
             TOP_K=routing.top_k, TOP_K_PADDED=next_power_of_2(routing.top_k),
             SIGMOID=routing.scores == "sigmoid", RENORMALIZE=routing.renormalize,
-            LEAST_SUM=routing.least_sum, SCALE=routing.scale,
-            PDL=pdl, num_warps=1, launch_pdl=pdl,
+            LEAST_SUM=routing.least_sum, SCALE=routing.scale, num_warps=1,
         )  # fmt: skip
     return weights, expert_ids

@@ -1,4 +1,4 @@
-"""Logits become tokens on a GPU, in two launches for any mixture of greedy, sampled and filtered rows.
+"""Sampling in Triton: logits become tokens in two launches, for any mixture of greedy, sampled and filtered rows.
 
 Owns the arithmetic of `sampling/sampler.py` from greedy or temperature on, by the same definitions; min_tokens is not
 here. Invariant: a token depends on its own row alone, and every parameter is read on the device, so that a call can be
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -423,16 +423,17 @@ def sample_triton(
         torch.empty(num_rows, num_groups, dtype=dtype, device=logits.device)
         for dtype in (torch.float32, torch.float32, torch.int32, torch.int32)
     )
-    pdl = has_dependent_launch(logits.device)
     per_program = 8 if num_rows <= FEW_ROWS and not is_deterministic else 32
-    _stats_kernel[(cdiv(num_groups, per_program), num_rows)](
+    launch(
+        _stats_kernel, (cdiv(num_groups, per_program), num_rows), logits.device,
         logits, logits.stride(0), rows, columns, columns.stride(0), tops, weights, vocab_size, num_groups,
-        NUM_GROUPS=per_program, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        NUM_GROUPS=per_program, num_warps=4,
     )  # fmt: skip
-    _pick_kernel[(num_rows,)](
+    launch(
+        _pick_kernel, (num_rows,), logits.device,
         logits, logits.stride(0), rows, positions, columns, columns.stride(0), tops, weights, listed, ties, tokens,
         last_token, vocab_size, num_groups, MAX_GROUPS=next_power_of_2(num_groups),
-        SEARCH_GROUPS=SEARCH_GROUPS, UNKNOWN=UNKNOWN_BITS[logits.dtype], PDL=pdl, num_warps=PICK_WARPS,
-        maxnreg=PICK_REGISTERS, launch_pdl=pdl,
+        SEARCH_GROUPS=SEARCH_GROUPS, UNKNOWN=UNKNOWN_BITS[logits.dtype], num_warps=PICK_WARPS,
+        maxnreg=PICK_REGISTERS,
     )  # fmt: skip
     return tokens

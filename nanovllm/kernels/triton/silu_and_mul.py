@@ -1,4 +1,4 @@
-"""Triton twin of `silu_and_mul.py`.
+"""The gate of a feed-forward layer in Triton: SiLU or GELU, times up.
 
 Owns how the gate runs on a GPU: elementwise, each input read once. Invariant: rounds exactly where the reference does.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
 
 BLOCK = 1024
@@ -39,9 +39,8 @@ def silu_and_mul_triton(gate_up: Tensor, gelu: bool = False) -> Tensor:
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens:
-        grid = (num_tokens, cdiv(width, BLOCK))
-        pdl = has_dependent_launch(gate_up.device)
-        _silu_and_mul_kernel[grid](
-            gate_up, out, gate_up.stride(0), WIDTH=width, GELU=gelu, BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
-        )
+        launch(
+            _silu_and_mul_kernel, (num_tokens, cdiv(width, BLOCK)), gate_up.device,
+            gate_up, out, gate_up.stride(0), WIDTH=width, GELU=gelu, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 MOST = 32  # tokens beside a row's own; each takes a pass over what a program holds
@@ -142,14 +142,14 @@ def top_logprobs_triton(logits: Tensor, tokens: Tensor, members: Tensor, k: int)
         for dtype in (torch.float32, torch.float32, torch.int32)
     )
     keys = torch.empty((num_rows, num_parts, max(k, 1)), dtype=torch.int64, device=logits.device)
-    pdl = has_dependent_launch(logits.device)
-    _parts_kernel[(num_parts, num_rows)](
+    launch(
+        _parts_kernel, (num_parts, num_rows), logits.device,
         logits, logits.stride(0), members, tokens, tops, weights, above, keys, vocab_size, num_parts, k,
-        PART=PART, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        PART=PART, num_warps=8,
     )  # fmt: skip
-    _merge_kernel[(num_rows,)](
+    launch(
+        _merge_kernel, (num_rows,), logits.device,
         logits, logits.stride(0), members, tokens, tops, weights, above, keys, out, num_parts, k,
-        MAX_PARTS=next_power_of_2(num_parts), MAX_KEYS=next_power_of_2(num_parts * MOST), PDL=pdl, num_warps=4,
-        launch_pdl=pdl,
+        MAX_PARTS=next_power_of_2(num_parts), MAX_KEYS=next_power_of_2(num_parts * MOST), num_warps=4,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
-"""Attention of decodes over the prefixes that they share: many requests' queries against one stretch of keys.
+"""Cascade attention in Triton: many requests' queries against the stretch of keys that they share.
 
-Owns the kernel that works off the items of `cascade.py`; `decode.py` goes on from what they leave.
-Invariant: how many items there are is read on the device, and programs take them in turn.
+Owns the kernel that works off the items of `kernels/cascade.py`; `decode.py` goes on from what they leave. Invariant:
+how many items there are is read on the device, and programs take them in turn.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from nanovllm.kernels.triton.attention.tiles import (
     LOWEST,
     attend_tiles,
     blocks_of_tile,
-    exp2_scales,
     fence_tile_loads,
-    max_registers,
+    launch_options,
+    layer_arguments,
     num_multiprocessors,
     tile_descriptor,
 )
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
 FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -147,18 +147,14 @@ def cascade_attention(
 ) -> None:
     """Works off the items: queries q [.., num_heads, head_dim] of the n decodes over their shared prefixes."""
     config, data = cascade_config(cache), cache.data
-    group = shape.num_heads // shape.num_kv_heads
-    exponent_scale, exponent_cap = exp2_scales(shape.scale, shape.softcap)
-    pdl = has_dependent_launch(q.device)
-    _cascade_kernel[(num_programs(cache),)](
+    launch(
+        _cascade_kernel, (num_programs(cache),), q.device,
         q, data, tile_descriptor(data, TILE) if config.tile_loads else None, results.out, results.log_sum,
         inputs.num_items, inputs.items, block_table, inputs.shared_lens.shape[0],
-        block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4], exponent_scale,
-        NUM_KV_HEADS=shape.num_kv_heads, GROUP=group, HEAD_DIM=shape.head_dim,
-        BLOCK_DIM=max(16, next_power_of_2(shape.head_dim)), BLOCK_SIZE=cache.block_size,
-        ROWS=max(ROWS, next_power_of_2(group)), TILE=TILE, SOFTCAP=exponent_cap,
-        NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
-        maxnreg=max_registers(config.occupancy, config.num_warps),
+        block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
+        **layer_arguments(shape, cache.block_size), TILE=TILE,
+        ROWS=max(ROWS, next_power_of_2(shape.num_heads // shape.num_kv_heads)),
+        **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Attention of requests with one query token each over the paged cache, cut into equal ranges of tiles of keys.
+"""Paged decode attention in Triton (flash-decoding), cut into equal ranges of tiles of keys (stream-K).
 
-Owns the decode kernel for any number of requests, and what a program leaves; `decode_plan.py` makes the
-cut, and a few decodes by themselves have a kernel of their own, `fused_decode.py`. Invariant: as in
-`paged_attention.py`: which program works on what is found on the device.
+Owns the decode kernel for any number of requests, and what a program leaves; `decode_plan.py` makes the cut, and a few
+decodes by themselves have a kernel of their own, `fused_decode.py`. Invariant: as in `paged_attention.py`: which
+program works on what is found on the device.
 
 Decode reads the whole cache once and computes next to nothing, so all that counts is that every multiprocessor reads
 all the time. The keys of a request (a "tile" is TILE of them) under one KV head are an item; all items, end to end, are
@@ -22,6 +22,8 @@ all. The query heads that share a KV head are the rows of one small matrix produ
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,8 +38,14 @@ from nanovllm.kernels.triton.attention.decode_plan import (
     shared_len_of,
     tiles_of,
 )
-from nanovllm.kernels.triton.attention.tiles import LOWEST, attend_tiles, blocks_of_tile, exp2_scales, max_registers
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.attention.tiles import (
+    LOWEST,
+    attend_tiles,
+    blocks_of_tile,
+    launch_options,
+    layer_arguments,
+)
+from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
 COMBINE_ELEMENTS = 2048  # floats of partial outputs in flight at a time
@@ -237,36 +245,31 @@ def decode_attention(
     for the kernel ahead.
     """
     config = plan.config
-    exponent_scale, exponent_cap = exp2_scales(shape.scale, shape.softcap)
-    pdl = has_dependent_launch(q.device)
     data, block_table = cache.data, meta.block_table
     shared = None, None, None, None
     if plan.cascade is not None and plan.results is not None:
         cascade_attention(q, cache, block_table, plan.cascade, plan.results, shape)
         shared = plan.cascade.shared_lens, plan.cascade.num_parts, plan.results.out, plan.results.log_sum
-    _decode_kernel[(plan.starts.shape[0],)](
+    launch(
+        _decode_kernel, (plan.starts.shape[0],), q.device,
         q, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, *shared, plan.num_reqs,
-        block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4], exponent_scale,
-        **sizes_of_heads(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
-        NUM_STAGES=config.num_stages, EARLY=is_settled and pdl, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
-        maxnreg=max_registers(config.occupancy, config.num_warps),
+        block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
+        **decode_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0,
+        EARLY=is_settled and has_dependent_launch(q.device),
+        **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
 
 
-def sizes_of_heads(shape: AttentionShape, block_size: int) -> dict[str, int]:
-    """The constants of a decode kernel that follow from the layer's shape and the cache."""
-    num_kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
-    group = shape.num_heads // num_kv_heads
-    block_dim = max(16, next_power_of_2(head_dim))  # tl.dot takes no less
-    combine_cols = next_power_of_2(group) * block_dim
+@cache
+def decode_arguments(shape: AttentionShape, block_size: int) -> dict[str, int | float]:
+    """`layer_arguments`, and what decode kernels are told beyond them."""
+    arguments = layer_arguments(shape, block_size)
+    group = next_power_of_2(shape.num_heads // shape.num_kv_heads)
+    combine_cols = group * max(16, next_power_of_2(shape.head_dim))
     return {
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "BLOCK_GROUP": max(16, next_power_of_2(group)),
-        "HEAD_DIM": head_dim,
-        "BLOCK_DIM": block_dim,
-        "BLOCK_SIZE": block_size,
+        **arguments,
+        "BLOCK_GROUP": max(16, group),
         "COMBINE_COLS": combine_cols,
         "COMBINE_ROWS": max(1, COMBINE_ELEMENTS // combine_cols),
     }

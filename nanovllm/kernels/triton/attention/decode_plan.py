@@ -1,4 +1,4 @@
-"""How the decodes of a step are cut into equal ranges of tiles of keys, one for each program.
+"""Work split of decode attention (stream-K): equal ranges of tiles of keys, one for each program.
 
 Owns the cut, found on the device; `decode.py` explains it. Invariant: every item is in one range or in
 several that follow each other, and which they are depends on the lengths alone.
@@ -17,7 +17,7 @@ from nanovllm.kernels.attention_types import LayerCache
 from nanovllm.kernels.cascade import CascadeInputs
 from nanovllm.kernels.triton.attention.cascade import CascadeResults, room_for_results
 from nanovllm.kernels.triton.attention.tiles import num_multiprocessors
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 PLAN_PROGRAMS = 32  # ranges that one program of the planning kernel finds
@@ -195,13 +195,12 @@ def plan_decode(
         cascade=cascade,
         results=None if cascade is None else room_for_results(cascade, out.shape[1], head_dim),
     )
-    pdl = has_dependent_launch(out.device)
-    _plan_decode_kernel[(cdiv(num_programs, PLAN_PROGRAMS),)](
+    launch(
+        _plan_decode_kernel, (cdiv(num_programs, PLAN_PROGRAMS),), out.device,
         seq_lens, None if cascade is None else cascade.shared_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, num_reqs, num_programs, block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=cache.block_size, WINDOW=window or 0, TILE=config.tile,
-        BLOCK_REQS=next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
-        launch_pdl=pdl,
+        BLOCK_REQS=next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
     )  # fmt: skip
     return plan
 

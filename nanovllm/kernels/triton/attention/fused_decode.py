@@ -1,13 +1,12 @@
-"""Attention of a few decodes straight from the QKV product, for when waiting is all that takes time.
+"""Fused QKV-RoPE-store decode attention in Triton: a few decodes straight from the QKV product.
 
 Owns the decode kernel for few requests, which does the work of `qkv_rope_store.py` as well; the ranges, and what a
-program leaves, are those of `decode.py`. Invariant: nobody reads a cell of the cache that this kernel
-writes.
+program leaves, are those of `decode.py`. Invariant: nobody reads a cell of the cache that this kernel writes.
 
-What the cache holds is settled since the step before, all but the new token. So a program asks for its first tile while
-the product ahead still runs, as others do for weights (`dependent_launch`). Then it makes its queries. Whoever has the
-end of an item makes the new token's key and value, too: it stores them, and takes them into its softmax from where
-they are.
+With few requests a step is made of waiting, for one kernel and then for the next. What the cache holds is settled since
+the step before, all but the new token. So a program asks for its first tile while the product ahead still runs, as
+others do for weights (`launch.py`). Then it makes its queries. Whoever has the end of an item makes the new token's key
+and value, too: it stores them, and takes them into its softmax from registers.
 """
 
 import triton
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.triton.attention.decode import sizes_of_heads, store_output_or_partial
+from nanovllm.kernels.triton.attention.decode import decode_arguments, store_output_or_partial
 from nanovllm.kernels.triton.attention.decode_plan import DecodePlan, block_at, next_item, range_of_program, tiles_of
 from nanovllm.kernels.triton.attention.tiles import (
     LOWEST,
@@ -23,11 +22,10 @@ from nanovllm.kernels.triton.attention.tiles import (
     attend_tile,
     attend_tiles,
     blocks_of_tile,
-    exp2_scales,
+    launch_options,
     load_tile,
-    max_registers,
 )
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.linear.parts import normalize
 
 
@@ -198,7 +196,7 @@ def _fused_decode_kernel(
                 table_ptr, table_stride, req, in_request, seq_len, 0, position < end, TILE, BLOCK_SIZE, WINDOW
             )
     if PDL and EARLY:
-        tl.extra.cuda.gdc_wait()  # also without any work: see rule 1 of dependent_launch.py
+        tl.extra.cuda.gdc_wait()  # also without any work: see rule 1 of launch.py
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -218,17 +216,15 @@ def fused_decode(
     so that this one may read it, and the step's lengths and blocks, before it waits for the kernel ahead.
     """
     config = plan.config
-    exponent_scale, exponent_cap = exp2_scales(shape.scale, shape.softcap)
-    pdl = has_dependent_launch(qkv.device)
     data, block_table = cache.data, meta.block_table
     cos_sin, slots, q_weight, k_weight, eps = heads
-    _fused_decode_kernel[(plan.starts.shape[0],)](
+    launch(
+        _fused_decode_kernel, (plan.starts.shape[0],), qkv.device,
         qkv, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, cos_sin, slots, q_weight, k_weight, plan.num_reqs,
         block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4],
-        exponent_scale, eps,
-        ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        **sizes_of_heads(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0, SOFTCAP=exponent_cap,
-        NUM_STAGES=config.num_stages, EARLY=is_settled and pdl, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
-        maxnreg=max_registers(config.occupancy, config.num_warps),
+        eps=eps, ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
+        **decode_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0,
+        EARLY=is_settled and has_dependent_launch(qkv.device),
+        **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip

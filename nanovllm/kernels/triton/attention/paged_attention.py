@@ -1,4 +1,4 @@
-"""Triton twin of `paged_attention.py`: one kernel for decodes, one for a few of them alone, one for all that is longer.
+"""Paged attention in Triton: the choice between the decode, the fused decode and the prefill kernel.
 
 Owns which of them computes which rows, and what the layers of a step share. Invariant: lengths and blocks are read on
 the device, and every grid follows from sizes known on the host, so a call can be captured in a CUDA graph and replayed
@@ -22,7 +22,7 @@ from nanovllm.kernels.triton.attention.prefill import PrefillPlan, plan_prefill,
 @dataclass
 class StepPlans:
     """How one step's work is cut and ordered; the first layer that needs a plan makes it for those that follow, which
-    read it before they wait (`dependent_launch.py`, rule 4)."""
+    read it before they wait (`launch.py`, rule 4)."""
 
     decode: dict[int | None, DecodePlan] = field(default_factory=dict)  # by window
     prefill: PrefillPlan | None = None

@@ -1,7 +1,7 @@
-"""Attention of prompts and parts of prompts over the paged cache: queries in tiles of rows, each one program a KV head.
+"""Paged prefill attention in Triton: queries in tiles of rows, each one program a KV head.
 
-Owns how attention of many queries runs on a GPU. Invariant: as in `paged_attention.py`: which program works on
-what is found on the device.
+Owns how attention of many queries runs on a GPU. Invariant: as in `paged_attention.py`: which program works on what is
+found on the device.
 
 A program's time is the number of keys its last query sees, from one tile of them to thousands. So the tiles of queries
 of all requests are put in order once a step, those with the most keys first, and what is left at the end is short
@@ -23,13 +23,13 @@ from nanovllm.kernels.triton.attention.tiles import (
     LOWEST,
     attend_tiles,
     blocks_of_tile,
-    exp2_scales,
     fence_tile_loads,
-    max_registers,
+    launch_options,
+    layer_arguments,
     tile_descriptor,
 )
 from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 PLAN_PROGRAMS = 32  # tiles of queries that one program of the planning kernel puts in order
@@ -139,11 +139,10 @@ def plan_prefill(
     tokens = _rows_of_program(config, group) // group
     num_programs = (q.shape[0] - first_req) // tokens + num_reqs - first_req  # a tile less than full for each request
     order = torch.empty((num_programs, 2), dtype=torch.int32, device=q.device)
-    pdl = has_dependent_launch(q.device)
-    _plan_prefill_kernel[(cdiv(num_programs, PLAN_PROGRAMS),)](
+    launch(
+        _plan_prefill_kernel, (cdiv(num_programs, PLAN_PROGRAMS),), q.device,
         query_start_loc, seq_lens, order, first_req, num_reqs, num_programs, TOKENS=tokens,
-        BLOCK_REQS=next_power_of_2(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, PDL=pdl, num_warps=8,
-        launch_pdl=pdl,
+        BLOCK_REQS=next_power_of_2(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
     )  # fmt: skip
     return PrefillPlan(order, first_req, config)
 
@@ -245,17 +244,12 @@ def prefill_attention(
     shape: AttentionShape,
 ) -> None:
     """Writes the rows of the requests planned in the contiguous `out`."""
-    config = plan.config
-    num_kv_heads, head_dim, group = shape.num_kv_heads, shape.head_dim, shape.num_heads // shape.num_kv_heads
-    data, block_table = cache.data, meta.block_table
-    exponent_scale, exponent_cap = exp2_scales(shape.scale, shape.softcap)
-    pdl = has_dependent_launch(q.device)
-    _prefill_kernel[(plan.order.shape[0] * num_kv_heads,)](
+    config, data, block_table = plan.config, cache.data, meta.block_table
+    launch(
+        _prefill_kernel, (plan.order.shape[0] * shape.num_kv_heads,), q.device,
         q, data, tile_descriptor(data, config.tile) if config.tile_loads else None, out, meta.query_start_loc,
         meta.seq_lens, block_table, plan.order, block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
-        exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=cache.block_size,
-        ROWS=_rows_of_program(config, group), TILE=config.tile, WINDOW=shape.window or 0,
-        SOFTCAP=exponent_cap, NUM_STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
-        maxnreg=max_registers(config.occupancy, config.num_warps),
+        **layer_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=shape.window or 0,
+        ROWS=_rows_of_program(config, shape.num_heads // shape.num_kv_heads),
+        **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton twin of `qkv_rope_store.py`: norm of q and k, rotation, and the store of k and v, in one kernel.
+"""QK norm, RoPE and the KV-cache store in Triton, in one kernel.
 
 Owns how that sequence runs on a GPU: a program takes one token and a handful of heads, of any of the three kinds. Each
 head is held as its two halves, so the rotation is elementwise. Invariant: rounds exactly where the reference rounds.
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 # Heads per program times half a head: elements of each half that a program holds.
@@ -112,12 +112,12 @@ def qkv_rope_store_triton(qkv: Tensor, heads: HeadInputs, cache: LayerCache, sha
     all_heads = num_heads + 2 * num_kv_heads
     block_half = next_power_of_2(head_dim // 2)
     block_heads = min(max(ELEMENTS // block_half, 1), next_power_of_2(all_heads))
-    pdl = has_dependent_launch(qkv.device)
-    _qkv_rope_store_kernel[(num_tokens, cdiv(all_heads, block_heads))](
+    launch(
+        _qkv_rope_store_kernel, (num_tokens, cdiv(all_heads, block_heads)), qkv.device,
         qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, cache.data,
         qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *cache.data.stride()[:4], eps,
         ROPE=cos_sin is not None, Q_NORM=q_norm_weight is not None, K_NORM=k_norm_weight is not None,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=cache.block_size,
-        BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, num_warps=4,
     )  # fmt: skip
     return q

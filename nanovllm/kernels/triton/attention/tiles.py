@@ -1,4 +1,4 @@
-"""What the attention kernels share: a tile of keys and values in the paged cache, and the softmax over one tile more.
+"""Building blocks of attention kernels: tiles of the paged KV cache, and the online-softmax update.
 
 Owns where a tile lies, the two ways to load it and the arithmetic of the online softmax; `paged_attention.py` says what
 comes out. Invariant: maxima and scores are exponents of 2, and a maximum is never infinite.
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.kernels.triton.common.device_limits import compute_capability
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
@@ -112,7 +113,7 @@ def fence_tile_loads():
 @triton.jit
 def scores_of_tile(q, k, scale, SOFTCAP: tl.constexpr):
     """q k^T, which `update_softmax` multiplies by `scale`; with a soft-cap, exponents of 2 already. scale, SOFTCAP:
-    `exp2_scales`'."""
+    `layer_arguments`'."""
     return apply_softcap(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
 
 
@@ -212,19 +213,34 @@ def attend_tile(
     return update_softmax(top, norm, acc, scores, v, scale, SOFTCAP)
 
 
-def exp2_scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """(scale, SOFTCAP) for `scores_of_tile` and `update_softmax`, so that 2 to an exponent is e to the score."""
-    if softcap is None:
-        return scale * LOG2_E, 0.0
-    return 2 * scale / softcap * LOG2_E, softcap * LOG2_E
-
-
 # --- launches -------------------------------------------------------------------------------------
 
 
-def max_registers(occupancy: int, num_warps: int) -> int:
-    """Registers a thread may have so that `occupancy` programs share a multiprocessor."""
-    return min(REGISTERS // (occupancy * num_warps * 32) // 8 * 8, 255)
+@cache
+def layer_arguments(shape: AttentionShape, block_size: int) -> dict[str, int | float]:
+    """What every attention kernel is told of a layer, by the names of its parameters; not to be changed.
+
+    scale, SOFTCAP: for `scores_of_tile` and `update_softmax`, so that 2 to an exponent is e to the score.
+    """
+    scale, softcap = shape.scale * LOG2_E, 0.0
+    if shape.softcap is not None:
+        scale, softcap = 2 * shape.scale / shape.softcap * LOG2_E, shape.softcap * LOG2_E
+    return {
+        "scale": scale,
+        "SOFTCAP": softcap,
+        "NUM_KV_HEADS": shape.num_kv_heads,
+        "GROUP": shape.num_heads // shape.num_kv_heads,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_DIM": max(16, next_power_of_2(shape.head_dim)),  # tl.dot takes no less
+        "BLOCK_SIZE": block_size,
+    }
+
+
+@cache
+def launch_options(num_stages: int, num_warps: int, occupancy: int) -> dict[str, int]:
+    """Pipeline depth, warps, and registers of a thread, such that `occupancy` programs share a multiprocessor."""
+    registers = min(REGISTERS // (occupancy * num_warps * 32) // 8 * 8, 255)
+    return {"NUM_STAGES": num_stages, "num_warps": num_warps, "maxnreg": registers}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Attention of single tokens over the paged cache, each by one program from its first key to its last.
+"""Batch-invariant attention in Triton: each token by one program, from its first key to its last.
 
 Owns the launch; `nanovllm/attention/batch_invariant.py` says what for. Invariant: what a program does depends on its
 token's length, the window and the sizes of the model alone: nothing is split, so a token has the same output in any
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
-from nanovllm.kernels.triton.attention.tiles import LOWEST, exp2_scales, scores_of_tile, update_softmax
+from nanovllm.kernels.triton.attention.tiles import LOWEST, layer_arguments, scores_of_tile, update_softmax
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
 TILE = 32  # keys at a time
@@ -72,15 +72,10 @@ def batch_invariant_attention_triton(
     q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape
 ) -> Tensor:
     """As `attention.batch_invariant.DecodeAttention`; the last dimensions of q and the cache are contiguous."""
-    num_tokens, head_dim, num_kv_heads = q.shape[0], shape.head_dim, shape.num_kv_heads
-    group = shape.num_heads // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    exponent_scale, exponent_cap = exp2_scales(shape.scale, shape.softcap)
-    _batch_invariant_attention_kernel[(num_tokens, num_kv_heads)](
+    _batch_invariant_attention_kernel[(q.shape[0], shape.num_kv_heads)](
         q, cache.data, out, meta.seq_lens, meta.block_table, meta.block_table.stride(0), q.stride(0), q.stride(1),
-        *cache.data.stride()[:4], exponent_scale, NUM_KV_HEADS=num_kv_heads, GROUP=group,
-        BLOCK_GROUP=max(16, next_power_of_2(group)), HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, next_power_of_2(head_dim)), BLOCK_SIZE=cache.block_size, TILE=TILE,
-        WINDOW=shape.window or 0, SOFTCAP=exponent_cap, num_warps=4, num_stages=2,
+        *cache.data.stride()[:4], **layer_arguments(shape, cache.block_size), TILE=TILE, WINDOW=shape.window or 0,
+        BLOCK_GROUP=max(16, next_power_of_2(shape.num_heads // shape.num_kv_heads)), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What GPUs of one compute capability have more of than others, where a kernel's shape depends on it.
+"""Limits of GPUs by compute capability, where a kernel's shape depends on them.
 
 Owns the table, and asks PyTorch for each device once: a step asks for each kernel. Invariant: the answer depends on the
 capability alone, never on the name of a GPU.

@@ -1,17 +1,17 @@
-"""Programmatic dependent launch: a kernel starts while the one before it in its stream still runs (CUDA Programming
-Guide).
+"""Kernel launches, with programmatic dependent launch (PDL): a kernel starts while the one before it in its stream
+still runs (CUDA Programming Guide).
 
-Owns the answer whether a kernel is to be launched this way, the switch that forbids it, and the rules that every kernel
-so launched keeps:
+Owns `launch`, the answer whether a kernel is launched this way, the switch that forbids it, and the rules that every
+kernel so launched keeps:
 
 1. Each program waits (`gdc_wait`) before it returns. A kernel that did not wait could end before its predecessor, and
-   its successor, which waits for it alone, would run beside that predecessor. 2. Before it waits, a program reads
-   weights only: no activation, no cache, nothing of the step. It writes nothing. 3. It triggers
-   (`gdc_launch_dependents`) early if it is short. A trigger lets the next kernel's programs take their places; they
-   wait for this kernel's end all the same. 4. Attention of decodes is the exception to rule 2: it
-   reads the step's plan at once, and where decodes are few lengths, blocks, and older keys and values as well. All of
-   them were written before the attention of an earlier layer, which triggers only after it has waited itself: by then,
-   all that came before that kernel is done and seen by all.
+   its successor, which waits for it alone, would run beside that predecessor.
+2. Before it waits, a program reads weights only: no activation, no cache, nothing of the step. It writes nothing.
+3. It triggers (`gdc_launch_dependents`) early if it is short. A trigger lets the next kernel's programs take their
+   places; they wait for this kernel's end all the same.
+4. Attention of decodes is the exception to rule 2: it reads the step's plan at once, and where decodes are few lengths,
+   blocks, and older keys and values as well. All of them were written before the attention of an earlier layer, which
+   triggers only after it has waited itself: by then, all that came before that kernel is done and seen by all.
 
 Invariant: where the answer is no, kernels are compiled without these instructions and launched in turn, and compute the
 same bits. A CUDA graph keeps what it was captured with.
@@ -20,6 +20,7 @@ same bits. A CUDA graph keeps what it was captured with.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -42,3 +43,13 @@ def dependent_launch(is_allowed: bool) -> Iterator[None]:
 def has_dependent_launch(device: torch.device) -> bool:
     """True from compute capability 9.0 on, unless `dependent_launch(False)` forbids it."""
     return _is_allowed.get() and device.type == "cuda" and compute_capability(device)[0] >= 9
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """kernel[grid](*arguments, **constants) for a kernel with a constant PDL, which is told here, as the launch is.
+
+    A kernel without it (`batch_invariant/`) is launched as Triton does, and neither starts early nor lets others.
+    """
+    pdl = has_dependent_launch(device)
+    # What kernel[grid] would call, without the function that it makes for each launch.
+    kernel.run(*arguments, grid=grid, warmup=False, PDL=pdl, launch_pdl=pdl, **constants)

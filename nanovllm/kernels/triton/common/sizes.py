@@ -1,7 +1,7 @@
-"""Sizes that a launch is made of, on the host.
+"""Integer arithmetic of a launch on the host: cdiv and next_power_of_2.
 
-Owns two functions that Triton has too, in a form that kernels can call: there, each call takes as long as a tenth of a
-launch. Invariant: they take and return plain integers.
+Owns two functions that Triton has, too. Called from Python, each of Triton's takes a tenth of the time of a launch.
+Invariant: they take and return plain integers.
 """
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled side by side: first it is noted which ones are missing, then all of them are compiled.
+"""Kernel warmup: Triton kernels are compiled in parallel, after a dry run that notes which ones are missing.
 
 Owns both halves. A launch compiles its kernel, so kernels that are met one after the other are compiled one after the
 other, on one core, while the others idle. Invariant: a launch that was noted did nothing, so whatever was run around it

@@ -1,4 +1,4 @@
-"""The product of a row with quantized weights, by multiplying and adding in registers.
+"""GEMV with quantized weights in Triton: codes become numbers in registers, then multiply and add.
 
 Owns that kernel; which products it is for is `quantized_linear.py`'s to say. A lane has 16 bytes of codes that
 lie side by side, four lanes (or eight) a group of inputs. Codes become float32 by putting them below a constant
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
 
 ROW_BYTES = 512  # of an output's codes, in a chunk
@@ -145,12 +145,11 @@ def launch_gemv(
     """`quantized_linear.quantized_linear` of one row."""
     num_outputs = codes.shape[0]
     out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
-    pdl = has_dependent_launch(x.device)
-    _quantized_vector_kernel[(cdiv(num_outputs, config.outputs),)](
+    launch(
+        _quantized_vector_kernel, (cdiv(num_outputs, config.outputs),), x.device,
         x, codes, scale, zero, bias, out, num_outputs, GROUPS=codes.shape[1] // config.group_bytes,
         SCALES=scale.shape[1], BYTES=config.group_bytes, PER_CHUNK=ROW_BYTES // config.group_bytes,
         IS_INT4=codes.dtype == torch.uint8, IS_FP8=codes.dtype == torch.float8_e4m3fn, ZEROS=zero is not None,
-        BIAS=bias is not None, OUTPUTS=config.outputs, AHEAD=config.ahead, PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl,
+        BIAS=bias is not None, OUTPUTS=config.outputs, AHEAD=config.ahead, num_warps=config.num_warps,
     )  # fmt: skip
     return out

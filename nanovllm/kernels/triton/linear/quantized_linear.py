@@ -1,13 +1,13 @@
-"""Triton twin of `quantized_linear.py`: products of up to 64 rows straight from the codes, and what more rows need.
+"""Quantized linear in Triton: weight-only GEMM of up to 64 rows, dequantization, inputs rounded to 8 bits.
 
 Owns how codes become numbers on the way to the matrix unit, and which kernel takes which product. A decode step reads
 every code once and computes little, so each program asks for its codes before it waits for the kernel ahead
-(`dependent_launch`), and long inputs are split over programs, as in `skinny_gemm.py`. Invariant: a group's scale
+(`launch.py`), and long inputs are split over programs, as in `skinny_gemm.py`. Invariant: a group's scale
 multiplies the float32 sum of its products, so codes are multiplied as they are, and the parts of a sum are added up in
 the order of the inputs.
 
     rows      product
-    1         linear/quantized_gemv.py: multiply and add
+    1         `quantized_gemv.py`: multiply and add
     2 .. 64   the kernel here: codes to 16 bits in registers, then the matrix unit; FP8 with rounded inputs: cuBLAS
     more      FP8 with rounded inputs: cuBLAS, in FP8; else a dense copy, which many rows pay for, and cuBLAS
 """
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.triton.common.device_limits import has_fp8
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.linear.quantized_gemv import GemvConfig, launch_gemv
 from nanovllm.kernels.triton.linear.skinny_gemm import MAX_TILES, new_semaphores, sum_in_order
@@ -236,13 +236,12 @@ def quantized_linear_triton(
     if config.splits > 1:
         parts = torch.empty(tiles * config.splits * config.outputs * rows, dtype=torch.float32, device=x.device)
         semaphores = new_semaphores(x.device) if semaphores is None else semaphores
-    pdl = has_dependent_launch(x.device)
-    _quantized_linear_kernel[(tiles * config.splits,)](
+    launch(
+        _quantized_linear_kernel, (tiles * config.splits,), x.device,
         x, codes, scale, zero, bias, out, parts, semaphores, num_rows, num_outputs, x.stride(0), INPUTS=num_inputs,
         GROUPS=scale.shape[1], CHUNKS=num_inputs // config.chunk // config.splits, CHUNK=config.chunk,
         SPLITS=config.splits, IS_INT4=codes.dtype == torch.uint8, ZEROS=zero is not None, BIAS=bias is not None,
-        ROWS=rows, OUTPUTS=config.outputs, AHEAD=config.ahead, X_AHEAD=config.x_ahead, PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl,
+        ROWS=rows, OUTPUTS=config.outputs, AHEAD=config.ahead, X_AHEAD=config.x_ahead, num_warps=config.num_warps,
     )  # fmt: skip
     return out
 
@@ -278,10 +277,10 @@ def dequantize_triton(codes: Tensor, scale: Tensor, zero: Tensor | None, group_s
     is_int4 = codes.dtype == torch.uint8
     num_outputs, num_inputs = codes.shape[0], codes.shape[1] * (2 if is_int4 else 1)
     out = torch.empty((num_outputs, num_inputs), dtype=dtype, device=codes.device)
-    pdl = has_dependent_launch(codes.device)
-    _dequantize_kernel[(num_outputs, cdiv(num_inputs, 1024))](
+    launch(
+        _dequantize_kernel, (num_outputs, cdiv(num_inputs, 1024)), codes.device,
         codes, scale, zero, out, num_inputs, scale.shape[1], group_size if scale.shape[1] > 1 else num_inputs,
-        IS_INT4=is_int4, ZEROS=zero is not None, BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        IS_INT4=is_int4, ZEROS=zero is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -327,11 +326,11 @@ def _launch_rows(
     size = group_size or num_inputs
     num_groups, block = cdiv(num_inputs, size), next_power_of_2(size)
     groups = min(next_power_of_2(num_groups), max(1, 4096 // block))
-    pdl = has_dependent_launch(x.device)
-    _quantize_rows_kernel[(num_rows, cdiv(num_groups, groups))](
+    launch(
+        _quantize_rows_kernel, (num_rows, cdiv(num_groups, groups)), x.device,
         x, codes, scales, given, num_inputs, x.stride(0), num_groups, size, IS_FP8=kind == "fp8",
-        GIVEN=given is not None, ROUND=scales is None, GROUPS=groups, BLOCK=block, PDL=pdl,
-        num_warps=4 if block * groups <= 4096 else 8, launch_pdl=pdl,
+        GIVEN=given is not None, ROUND=scales is None, GROUPS=groups, BLOCK=block,
+        num_warps=4 if block * groups <= 4096 else 8,
     )  # fmt: skip
 
 

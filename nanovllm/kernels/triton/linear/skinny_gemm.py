@@ -1,8 +1,8 @@
-"""Products of 2 to 64 rows on the matrix unit: warps split the inputs of few rows, programs those of more.
+"""Skinny GEMM in Triton: products of 2 to 64 rows on the matrix unit, sliced-K for few rows, split-K for more.
 
-Owns that kernel and its shape; which products it is for is `skinny_linear.py`'s to say. Programs that split the
-inputs leave their sums in memory, and count themselves in `semaphores`: see `new_semaphores`. Invariant: the parts of a
-sum are added up in the order of the inputs, whoever was last.
+Owns that kernel and its shape; which products it is for is `skinny_linear.py`'s to say. Sliced-K: the warps of a
+program split the inputs. Split-K: programs do, leave their sums in memory, and count themselves in `semaphores` (see
+`new_semaphores`). Invariant: the parts of a sum are added up in the order of the inputs, whoever was last.
 """
 
 # Tuples of tiles grow while a kernel is compiled.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.linear.parts import add_residual, finish, load_chunk, normalize
 
@@ -245,12 +245,11 @@ def launch_gemm(
         size = num_tiles * config.splits * config.outputs * rows
         parts = torch.empty(size, dtype=torch.float32, device=x.device)
         semaphores = new_semaphores(x.device) if semaphores is None else semaphores
-    pdl = has_dependent_launch(x.device)
-    _gemm_kernel[(num_tiles * config.splits,)](
+    launch(
+        _gemm_kernel, (num_tiles * config.splits,), x.device,
         x, residual, norm_weight, weight, bias, out, total, parts, semaphores, num_rows, num_outputs,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated, GELU=gelu,
         BIAS=bias is not None, ROWS=rows, OUTPUTS=config.outputs, SLICES=config.slices, SPLITS=config.splits,
-        CHUNK=config.chunk, AHEAD=config.ahead, X_AHEAD=config.x_ahead, PDL=pdl,
-        num_warps=config.num_warps, launch_pdl=pdl,
+        CHUNK=config.chunk, AHEAD=config.ahead, X_AHEAD=config.x_ahead, num_warps=config.num_warps,
     )  # fmt: skip

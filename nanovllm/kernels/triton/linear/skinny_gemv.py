@@ -1,7 +1,7 @@
-"""Products of a row or two: multiply and add, a lane along the inputs.
+"""GEMV in Triton: products of a row or two by multiply and add, a lane along the inputs.
 
-Owns that kernel and its shape; which products it is for is `skinny_linear.py`'s to say. Invariant: a sum is added
-up in an order that the sizes alone determine.
+Owns that kernel and its shape; which products it is for is `skinny_linear.py`'s to say. Invariant: a sum is added up
+in an order that the sizes alone determine.
 """
 
 # Tuples of tiles grow while a kernel is compiled.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
 from nanovllm.kernels.triton.linear.parts import add_residual, finish, load_chunk, normalize
 
@@ -155,11 +155,11 @@ def launch_gemv(
 ) -> None:
     """Writes out [num_rows, outputs], and x + residual into total if there is a residual."""
     num_rows, num_outputs = out.shape
-    pdl = has_dependent_launch(x.device)
-    _gemv_kernel[(cdiv(num_outputs, config.outputs),)](
+    launch(
+        _gemv_kernel, (cdiv(num_outputs, config.outputs),), x.device,
         x, residual, norm_weight, weight, bias, out, total, num_outputs,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
         ROWS=num_rows, INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,
         GELU=gelu, BIAS=bias is not None, OUTPUTS=config.outputs, SHARED=config.outputs if config.chunk == 256 else 1,
-        CHUNK=config.chunk, AHEAD=config.ahead, PDL=pdl, num_warps=config.num_warps, launch_pdl=pdl,
+        CHUNK=config.chunk, AHEAD=config.ahead, num_warps=config.num_warps,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Triton twin of `skinny_linear.py`: the choice between a kernel for a few rows, one for up to 64, and cuBLAS.
+"""Skinny linear in Triton: the choice between GEMV, skinny GEMM and cuBLAS.
 
 Owns how few rows are multiplied on a GPU. A decode step reads every weight once and computes little, so what counts is
 that the reading never pauses, not even from one kernel to the next: each program asks for its weights before it waits
-for the kernel ahead (`dependent_launch`). Invariant: sums are added in an order that the sizes alone determine.
+for the kernel ahead (`launch.py`). Invariant: sums are added in an order that the sizes alone determine.
 
     rows      kernel           product
     1         skinny_gemv.py   multiply and add, a lane along the inputs; of long inputs, 2 rows as well
@@ -29,6 +29,32 @@ MAX_HELD_INPUTS = 1024
 MAX_OUTPUTS = 65536  # wider is a language-model head, which runs at the memory's speed anyway
 
 Config = GemvConfig | GemmConfig
+
+# 2 to 8 rows, by gated: up to how many inputs, and the kernel whose warps split them.
+SLICED: dict[bool, list[tuple[int, GemmConfig]]] = {
+    False: [
+        (1024, GemmConfig(outputs=16, num_warps=4, slices=4, chunk=256, ahead=4, x_ahead=4)),
+        (2048, GemmConfig(outputs=16, num_warps=4, slices=4, chunk=1024, ahead=2, x_ahead=2)),
+        (3072, GemmConfig(outputs=16, num_warps=4, slices=4, chunk=1024, ahead=3, x_ahead=3)),
+        (4096, GemmConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)),
+    ],
+    True: [
+        (1024, GemmConfig(outputs=16, num_warps=4, slices=4, chunk=512, ahead=2, x_ahead=2)),
+        (2048, GemmConfig(outputs=16, num_warps=8, slices=8, chunk=1024, ahead=1, x_ahead=1)),
+        (3072, GemmConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3, x_ahead=1)),
+    ],
+}
+
+
+# 9 to 64 rows, by gated and fewer than 2,048 inputs: up to how many rows, and the inputs of a program; the same where
+# shared memory is small. Larger matrices keep every multiprocessor busy as they are, and so do short inputs the more
+# rows there are.
+SPANS: dict[tuple[bool, bool], list[tuple[int, int, int]]] = {
+    (False, True): [(16, 256, 256)],
+    (False, False): [(64, 512, 512)],
+    (True, True): [(16, 512, 256), (32, 256, 256)],
+    (True, False): [(64, 512, 256)],
+}
 
 
 def choose(x: Tensor, weight: Tensor, gated: bool = False, normed: bool = False) -> Config | None:
@@ -73,7 +99,7 @@ def choose_by_size(
     if num_rows == 1 or (num_rows == 2 and 3072 < num_inputs <= 4096):
         return _gemv_config(num_rows, num_outputs, num_inputs, 2 if gated else 1)
     if num_rows <= 8:
-        return _sliced_config(num_inputs, gated)
+        return next((config for most, config in SLICED[gated] if num_inputs <= most), None)
     if normed or num_outputs * num_inputs * (2 if gated else 1) > MAX_WEIGHTS:
         return None
     if num_inputs <= MAX_HELD_INPUTS and is_roomy:
@@ -94,33 +120,13 @@ def _gemv_config(num_rows: int, num_outputs: int, num_inputs: int, planes: int) 
     return GemvConfig(outputs=4 * per_warp, num_warps=4, ahead=ahead)
 
 
-def _sliced_config(num_inputs: int, gated: bool) -> GemmConfig | None:
-    """2 to 8 rows: warps split the inputs."""
-    if num_inputs > (3072 if gated else 4096):
-        return None
-    if num_inputs <= 1024:
-        chunk, chunks = (512, 2) if gated else (256, 4)
-        return GemmConfig(outputs=16, num_warps=4, slices=4, chunk=chunk, ahead=chunks, x_ahead=chunks)
-    if gated and num_inputs <= 2048:
-        return GemmConfig(outputs=16, num_warps=8, slices=8, chunk=1024, ahead=1, x_ahead=1)
-    if gated:
-        return GemmConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=3, x_ahead=1)
-    if num_inputs <= 3072:
-        chunks = cdiv(num_inputs, 1024)
-        return GemmConfig(outputs=16, num_warps=4, slices=4, chunk=1024, ahead=chunks, x_ahead=chunks)
-    return GemmConfig(outputs=16, num_warps=8, slices=8, chunk=512, ahead=4, x_ahead=2)
-
-
 def _split_config(num_rows: int, num_inputs: int, gated: bool, is_roomy: bool) -> GemmConfig | None:
-    """9 to 64 rows: programs split the inputs, a chunk for each, so that all weights are on their way at once. Larger
-    matrices keep every multiprocessor busy as they are, and so do short inputs the more rows there are. Inputs that
-    cannot be split into equal chunks are left alone.
-    """
-    is_short = num_inputs < 2048
-    if is_short and num_rows > (32 if gated else 16):
+    """Programs split the inputs, a chunk for each, so that all weights are on their way at once; inputs that cannot be
+    split into equal chunks are left alone."""
+    spans = SPANS[gated, num_inputs < 2048]
+    span = next((roomy if is_roomy else small for most, roomy, small in spans if num_rows <= most), None)
+    if span is None:
         return None
-    is_half = is_short and (num_rows > 16 or not gated)
-    span = 256 if is_half or (gated and not is_roomy) else 512
     fewest = cdiv(num_inputs, span)
     splits = next((n for n in range(fewest, MAX_SPLITS + 1) if num_inputs % (16 * n) == 0), None)
     if splits is None:
