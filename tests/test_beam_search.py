@@ -62,7 +62,7 @@ def test_without_eos_it_finds_what_hugging_face_finds(llm: LLM, hugging_face: An
 def test_with_all_beams_it_finds_the_best_of_all_sequences(
     llm: LLM, hugging_face: Any, length_penalty: float, temperature: float
 ) -> None:
-    """W10: each EOS ends a sequence; a width that drops nothing makes the search exhaustive."""
+    """Each EOS ends a sequence; a width that drops nothing makes the search exhaustive."""
     prompt, width, max_tokens = PROMPTS[0], 12**2, 3
     params = BeamSearchParams(
         beam_width=width, max_tokens=max_tokens, length_penalty=length_penalty, temperature=temperature
@@ -99,7 +99,6 @@ def test_the_text_of_a_sequence_is_its_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompts", [[[1], []], [[1], [12]], [[1], [1] * 250]])
 def test_bad_prompts_are_named_and_nothing_stays_behind(llm: LLM, prompts: Any) -> None:
-    """W6, C7, C8"""
     with pytest.raises(ValueError, match=r"prompts\[1\]"):
         llm.beam_search(prompts, BeamSearchParams(beam_width=2, max_tokens=10))
     with pytest.raises(TypeError, match="params"):
@@ -125,6 +124,5 @@ def test_bad_prompts_are_named_and_nothing_stays_behind(llm: LLM, prompts: Any) 
     ids=str,
 )
 def test_wrong_parameters_name_field_and_value(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    """W13"""
     with pytest.raises(error, match=message):
         BeamSearchParams(**{"beam_width": 2, "max_tokens": 3, **options})

@@ -56,7 +56,6 @@ def model_config(**changes: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("misspelt", MISSPELT)
 def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
-    """W13"""
     with pytest.raises(TypeError, match=f"{misspelt!r}.*{MISSPELT[misspelt]!r}"):
         EngineConfig(model="m", **{misspelt: 1})
 
@@ -84,7 +83,7 @@ VLLM_OPTIONS: list[tuple[str, list[Any], Any, str]] = [  # (option, what asks fo
 
 @pytest.mark.parametrize(("name", "nothing", "value", "missing"), VLLM_OPTIONS, ids=str)
 def test_an_option_of_vllm_that_is_not_here(name: str, nothing: list[Any], value: Any, missing: str) -> None:
-    """W13: taken where it asks for nothing, else refused by what it asks for, and not by letters like another's."""
+    """Taken where it asks for nothing, else refused by what it asks for, and not by letters like another's."""
     for off in nothing:
         assert EngineConfig(model="m", **{name: off}) == EngineConfig(model="m")
     with pytest.raises(TypeError, match=rf"{name}=.* is not supported: .*{missing}") as error:
@@ -105,7 +104,6 @@ def test_every_option_of_vllm_that_is_not_here_is_really_not_here() -> None:
 
 @pytest.mark.parametrize("name", POSITIVE_INTEGERS)
 def test_counts_are_positive_integers(name: str) -> None:
-    """W13"""
     for value in (0, -2):
         with pytest.raises(ValueError, match=name):
             EngineConfig(model="m", **{name: value})
@@ -136,7 +134,6 @@ def test_counts_are_positive_integers(name: str) -> None:
     ],
 )
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
-    """W13"""
     with pytest.raises((ValueError, TypeError), match=name):
         EngineConfig(**{"model": "m", name: value})
 
@@ -159,7 +156,6 @@ def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     ],
 )
 def test_wrong_types_are_named(name: str, value: Any) -> None:
-    """W13"""
     with pytest.raises(TypeError, match=name):
         EngineConfig(**{"model": "m", name: value})
 
@@ -187,7 +183,7 @@ def test_other_forms_of_a_value_are_understood(name: str, value: Any, meant: Any
 
 
 def test_a_budget_below_one_token_for_each_request_is_refused() -> None:
-    """F2 could not hold."""
+    """Every running request gets a token in every step."""
     with pytest.raises(ValueError, match=r"max_num_batched_tokens \(7\).*max_num_seqs \(8\)"):
         EngineConfig(model="m", max_num_seqs=8, max_num_batched_tokens=7)
     EngineConfig(model="m", max_num_seqs=8, max_num_batched_tokens=8)
@@ -216,7 +212,6 @@ def test_resolve_decides_everything_and_keeps_what_was_given(device_type: str, g
 
 
 def test_a_length_beyond_the_model_is_refused_with_both_numbers() -> None:
-    """C4"""
     config = EngineConfig(model="m", max_model_len=1001)
     with pytest.raises(ValueError, match=r"1001.*1000"):
         config.resolve(model_config(), "cpu")
@@ -247,7 +242,7 @@ def test_a_length_beyond_the_model_is_refused_with_both_numbers() -> None:
     ],
 )
 def test_a_field_that_changes_the_maths_is_refused_by_name(name: str, value: Any) -> None:
-    """W1: rather than computed as if it were not there."""
+    """Rather than computed as if it were not there."""
     with pytest.raises(ValueError, match=name):
         model_config(**{name: value})
     model_config(**{name: None})
@@ -258,7 +253,6 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(name: str, value: Any
 )
 @pytest.mark.parametrize("value", [None, "32", 1.5])
 def test_a_missing_or_wrong_size_is_named(name: str, value: Any) -> None:
-    """W1"""
     with pytest.raises(ValueError, match=name):
         model_config(**{name: value})
 
@@ -301,13 +295,11 @@ def test_defaults_are_those_of_older_configs() -> None:
     ],
 )
 def test_windows_per_layer(architecture: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
-    """W1"""
     assert model_config(architectures=[architecture], **changes).windows == windows
 
 
 @pytest.mark.parametrize("layer_types", [["full_attention", "chunked_attention", "full_attention"], ["full_attention"]])
 def test_unknown_or_too_few_layer_types_are_refused(layer_types: list[str]) -> None:
-    """W1"""
     with pytest.raises(ValueError, match=r"layer.type"):
         model_config(architectures=["Qwen3ForCausalLM"], sliding_window=5, layer_types=layer_types)
 
@@ -324,7 +316,7 @@ def test_unknown_or_too_few_layer_types_are_refused(layer_types: list[str]) -> N
     ],
 )
 def test_switches_of_the_architectures(architecture: str, changes: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    """W1: (qkv_bias, o_bias, mlp_bias, qk_norm)"""
+    """(qkv_bias, o_bias, mlp_bias, qk_norm)"""
     config = model_config(architectures=[architecture], **changes)
     assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == expected
 
@@ -338,7 +330,7 @@ def test_bytes_of_a_token_in_the_kv_cache() -> None:
 
 
 def test_validation_does_not_depend_on_assertions() -> None:
-    """W14: the cases of this file and of test_sampling_params.py hold under `python -O` too."""
+    """The cases of this file and of test_sampling_params.py hold under `python -O` too."""
     script = """
 import runpy, sys
 assert False, "assertions are off, or this line would raise"

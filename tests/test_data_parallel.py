@@ -170,7 +170,7 @@ def test_bad_input_raises_here_before_anything_is_queued(two: LLM) -> None:
 
 @pytest.mark.slow
 def test_engines_of_two_ranks_each_and_a_killed_one(folder: Path, one: LLM) -> None:
-    """C11: four workers below two engines; when one dies, all end, and the error says which."""
+    """Four workers below two engines; when one dies, all end, and the error says which."""
     expected = generate(one, GREEDY)
     llm = make_llm(folder, data_parallel_size=2, tensor_parallel_size=2, skip_tokenizer_init=False)
     assert generate(llm, GREEDY) == expected

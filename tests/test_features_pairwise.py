@@ -187,7 +187,7 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
 
 
 def check_logprobs(got: Any, want: Any) -> None:
-    """W15. The number of rows in a matrix product changes its rounding, so values are compared, not bits."""
+    """The number of rows in a matrix product changes its rounding, so values are compared, not bits."""
     assert (got is None) == (want is None)
     for entry, wanted in zip(got or (), want or (), strict=True):
         assert (entry is None) == (wanted is None)
@@ -200,7 +200,6 @@ MARKED = [pytest.param(p, marks=pytest.mark.slow) if "tensor parallel 2" in p el
 
 @pytest.mark.parametrize("names", MARKED, ids=[" and ".join(names) for names in PAIRS])
 def test_a_pair_together_gives_what_it_gives_alone(engines: Engines, names: tuple[str, str]) -> None:
-    """W12, W15, C1"""
     check_pair(engines, names)
 
 

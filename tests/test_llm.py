@@ -183,7 +183,7 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("bad", "message"), BAD_PROMPTS, ids=str)
 def test_a_bad_prompt_is_named_and_nothing_stays_behind(llm: LLM, bad: Any, message: str) -> None:
-    """W6, C7, C8: in any place of the list; the next call returns its own results only."""
+    """In any place of the list; the next call returns its own results only."""
     for prompts in (["a", bad], [bad, "a"], ["a", "b", bad]):
         with pytest.raises((ValueError, TypeError), match=re.escape(f"prompts[{prompts.index(bad)}]")) as error:
             llm.generate(prompts, GREEDY, use_tqdm=False)
@@ -197,7 +197,7 @@ def test_a_bad_prompt_is_named_and_nothing_stays_behind(llm: LLM, bad: Any, mess
 
 
 def test_an_empty_prompt_among_others_as_reported(random_folder: Path) -> None:
-    """W6: also, no seed is used up, so that sampled results do not depend on earlier mistakes."""
+    """Also, no seed is used up, so that sampled results do not depend on earlier mistakes."""
     with make_llm(random_folder) as llm, make_llm(random_folder) as untouched:
         with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
             llm.generate(["a", ""])
@@ -208,7 +208,6 @@ def test_an_empty_prompt_among_others_as_reported(random_folder: Path) -> None:
 
 @pytest.mark.parametrize("num_params", [0, 1, 3])
 def test_parameters_of_another_number_than_prompts_are_refused(llm: LLM, num_params: int) -> None:
-    """W7"""
     with pytest.raises(ValueError, match=rf"{num_params} sampling_params for 2 prompts"):
         llm.generate(["a", "b"], [GREEDY] * num_params, use_tqdm=False)
     check_nothing_is_left(llm)
@@ -216,7 +215,6 @@ def test_parameters_of_another_number_than_prompts_are_refused(llm: LLM, num_par
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, [GREEDY, None], [GREEDY, {}], ["x", GREEDY], 5])
 def test_parameters_of_another_type_are_refused(llm: LLM, params: Any) -> None:
-    """W13"""
     with pytest.raises(TypeError, match="sampling_params"):
         llm.generate(["a", "b"], params, use_tqdm=False)
     check_nothing_is_left(llm)
@@ -224,14 +222,12 @@ def test_parameters_of_another_type_are_refused(llm: LLM, params: Any) -> None:
 
 @pytest.mark.parametrize("stop_token_id", [-1, VOCAB_WITH_TOKENIZER])
 def test_a_stop_token_outside_the_vocabulary_is_refused(llm: LLM, stop_token_id: int) -> None:
-    """C8"""
     with pytest.raises(ValueError, match=rf"prompts\[1\].*{stop_token_id}"):
         llm.generate(["a", "b"], [GREEDY, greedy(stop_token_ids=[stop_token_id])], use_tqdm=False)
     check_nothing_is_left(llm)
 
 
 def test_misspelt_options_reach_the_user(random_folder: Path) -> None:
-    """W13"""
     with pytest.raises(TypeError, match=r"'max_model_length'.*'max_model_len'"):
         make_llm(random_folder, max_model_length=8)
     with pytest.raises(TypeError, match="remote code"):
@@ -241,7 +237,7 @@ def test_misspelt_options_reach_the_user(random_folder: Path) -> None:
 
 
 def test_text_that_the_model_has_no_rows_for_is_refused(tmp_path: Path) -> None:
-    """C8: a tokenizer may know more tokens than the model."""
+    """A tokenizer may know more tokens than the model."""
     folder = save_random(tmp_path, vocab_size=257)
     save_tokenizer(folder)
     with make_llm(folder) as llm:
@@ -269,7 +265,7 @@ def test_without_a_tokenizer(random_folder: Path, llm: LLM) -> None:
 
 
 def test_prompts_at_the_edge_of_max_model_len(llm: LLM) -> None:
-    """C4: with room for one token, none, and less than none; C5."""
+    """With room for one token, none, and less than none."""
     output = complete(llm, [7] * 63, LONG)
     assert (len(output.token_ids), output.finish_reason) == (1, "length")
     for length in (64, 65):
@@ -280,20 +276,19 @@ def test_prompts_at_the_edge_of_max_model_len(llm: LLM) -> None:
 
 @pytest.mark.parametrize("max_tokens", [None, 30, 31, 1000])
 def test_an_output_that_meets_the_limit_ends_with_length(llm: LLM, max_tokens: int | None) -> None:
-    """C5: max_tokens=None runs up to the model's length, too many are cut there."""
+    """max_tokens=None runs up to the model's length, too many are cut there."""
     output = complete(llm, [7] * 34, greedy(max_tokens=max_tokens, ignore_eos=True))
     assert (len(output.token_ids), output.finish_reason, output.stop_reason) == (30, "length", None)
 
 
 def test_max_tokens_counts_exactly(llm: LLM) -> None:
-    """C6"""
     for max_tokens in (1, 2, 9):
         output = complete(llm, "abc", greedy(max_tokens=max_tokens, ignore_eos=True))
         assert (len(output.token_ids), output.finish_reason) == (max_tokens, "length")
 
 
 def test_a_prompt_that_never_fits_is_refused_and_the_next_runs(random_folder: Path) -> None:
-    """C2: with the tokens it needs and those there are; the requests before and behind it run."""
+    """With the tokens it needs and those there are; the requests before and behind it run."""
     with make_llm(random_folder, block_size=8, num_gpu_blocks_override=3) as llm:
         llm.add_request([1] * 20, greedy(max_tokens=3, ignore_eos=True), "before")
         for length in (24, 40):
@@ -311,7 +306,6 @@ def test_a_prompt_that_never_fits_is_refused_and_the_next_runs(random_folder: Pa
 
 
 def test_a_cache_without_a_single_block_is_refused(random_folder: Path) -> None:
-    """C2"""
     with pytest.raises(ValueError, match="KV cache needs"):
         make_llm(random_folder, kv_cache_memory_bytes=100)
 
@@ -320,7 +314,7 @@ def test_a_cache_without_a_single_block_is_refused(random_folder: Path) -> None:
 
 
 def test_greedy_is_greedy_beside_sampled_requests(llm: LLM) -> None:
-    """C8: in every row of the batch, for temperature 0 and for one too small to divide by."""
+    """In every row of the batch, for temperature 0 and for one too small to divide by."""
     expected = [complete(llm, [i, i + 1], GREEDY).token_ids for i in range(8)]
     for greedy_rows in ([0, 3, 7], [1, 2, 4, 5, 6]):
         params = [SamplingParams(temperature=1.5, top_k=20, seed=i, max_tokens=8) for i in range(8)]
@@ -334,7 +328,6 @@ def test_greedy_is_greedy_beside_sampled_requests(llm: LLM) -> None:
 
 
 def test_the_text_ends_at_eos_and_leaves_it_out(reciter: LLM) -> None:
-    """W10, W11"""
     output = complete(reciter, "X", LONG)
     assert output.text == SCRIPT
     assert output.token_ids == [*SCRIPT_IDS, EOS]
@@ -342,7 +335,6 @@ def test_the_text_ends_at_eos_and_leaves_it_out(reciter: LLM) -> None:
 
 
 def test_special_tokens_are_in_the_text_only_if_asked_for(reciter: LLM) -> None:
-    """W11"""
     num_tokens = len(SCRIPT_IDS) + 4
     for skip, expected in ((True, SCRIPT + "abc"), (False, SCRIPT + "</s>abc")):
         output = complete(reciter, "X", greedy(ignore_eos=True, max_tokens=num_tokens, skip_special_tokens=skip))
@@ -362,7 +354,7 @@ def test_an_output_that_ends_inside_a_character(reciter: LLM) -> None:
 
 @pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
 def test_each_of_several_eos_ids_stops(script_folder: Path, copy_of: Callable[[Path], Path], place: str) -> None:
-    """W10: a list in either file; the tokenizer's own EOS stops as well."""
+    """A list in either file; the tokenizer's own EOS stops as well."""
     folder = copy_of(script_folder)
     if place == "config.json":
         (folder / "generation_config.json").unlink()
@@ -380,7 +372,6 @@ def test_each_of_several_eos_ids_stops(script_folder: Path, copy_of: Callable[[P
 
 
 def test_a_single_eos_id_that_is_not_the_tokenizers(script_folder: Path, copy_of: Callable[[Path], Path]) -> None:
-    """W10"""
     folder = copy_of(script_folder)
     edit_json(folder / "generation_config.json", eos_token_id=SCRIPT_IDS[2])
     with make_llm(folder) as llm:
@@ -457,7 +448,7 @@ HELLO_IDS = [BOS, IM_START, *b"user\nHello", IM_END, *b"\n", IM_START, *b"assist
 
 
 def test_a_templated_prompt_gets_one_bos(llm: LLM) -> None:
-    """W11: from `chat`, and from a template's text given to `generate`."""
+    """From `chat`, and from a template's text given to `generate`."""
     (output,) = llm.chat(HELLO, GREEDY, use_tqdm=False)
     assert output.prompt_token_ids == HELLO_IDS
     text = llm.get_tokenizer().apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
@@ -652,7 +643,7 @@ def test_default_parameters_come_from_the_generation_config(
 
 
 def test_metrics_count_steps_tokens_and_time(random_folder: Path) -> None:
-    """F9: the host's share of the time is reported, and no more than what passed."""
+    """The host's share of the time is reported, and no more than what passed."""
     with make_llm(random_folder, block_size=8, enable_prefix_caching=True) as llm:
         metrics = llm.get_metrics()
         starts = [metrics.pop(name) for name in list(metrics) if name.startswith("start_")]
@@ -675,7 +666,6 @@ def test_metrics_count_steps_tokens_and_time(random_folder: Path) -> None:
 
 
 def test_cached_tokens_are_counted_and_can_be_forgotten(random_folder: Path) -> None:
-    """F8"""
     with make_llm(random_folder, block_size=8) as llm:
         prompt = list(range(40))
 
@@ -759,7 +749,7 @@ def test_a_failing_step_closes_the_engine(random_folder: Path, overlap_depth: in
 
 
 def test_close_may_be_called_twice(random_folder: Path) -> None:
-    """C16: by hand, by `with`, with requests still running."""
+    """By hand, by `with`, with requests still running."""
     with make_llm(random_folder) as llm:
         llm.add_request("a", GREEDY)
         llm.step()
@@ -773,7 +763,6 @@ def test_close_may_be_called_twice(random_folder: Path) -> None:
 
 
 def test_a_with_statement_closes_after_an_error(random_folder: Path) -> None:
-    """C16"""
     with pytest.raises(ZeroDivisionError), make_llm(random_folder) as llm:
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="closed"):
@@ -781,7 +770,7 @@ def test_a_with_statement_closes_after_an_error(random_folder: Path) -> None:
 
 
 def test_engines_in_threads_do_not_meet(random_folder: Path, endless_folder: Path) -> None:
-    """C13: two at once in one process, stepping at the same time."""
+    """Two at once in one process, stepping at the same time."""
     with make_llm(random_folder) as one, make_llm(endless_folder) as two:
         expected = [complete(llm, "X", LONG) for llm in (one, two)]
         results: dict[int, list[CompletionOutput]] = {0: [], 1: []}

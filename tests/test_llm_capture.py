@@ -66,7 +66,7 @@ def check(hugging_face: Any, output: Any, layers: list[int]) -> None:
     ids=str,
 )
 def test_hidden_states_equal_those_of_hugging_face(folder: Path, hugging_face: Any, options: dict[str, Any]) -> None:
-    """W12, C1: of prompt and output, in chunks, after preemptions, beside requests that capture nothing or others."""
+    """Of prompt and output, in chunks, after preemptions, beside requests that capture nothing or others."""
     prompts = random_prompts([30, 5, 21, 17])
     params = [capturing([0, 1]), SamplingParams(temperature=0, max_tokens=9), capturing([1]), capturing([0])]
     with LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True, **options) as llm:
@@ -139,7 +139,6 @@ def test_steps_that_are_split_give_the_same(
 
 @pytest.mark.parametrize("layer", [NUM_LAYERS, -NUM_LAYERS - 1])
 def test_a_layer_that_does_not_exist_is_refused(llm: LLM, layer: int) -> None:
-    """W13"""
     with pytest.raises(ValueError, match=rf"prompts\[1\]: capture.*{layer}.*\[-3, 3\)"):
         llm.generate([[1], [2]], [capturing([0]), capturing([layer])], use_tqdm=False)
     assert not llm.has_unfinished_requests()

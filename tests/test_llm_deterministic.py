@@ -54,7 +54,7 @@ def numbers(outputs: list[RequestOutput]) -> list[Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_bit_is_the_same_whatever_else_runs(tmp_path: Path, architecture: str, dtype: str) -> None:
-    """W12, W15: batch, row, order, chunks, preemption, prefix hit, overlap."""
+    """Batch, row, order, chunks, preemption, prefix hit, overlap."""
     folder = save_random(tmp_path, architecture, **MODELS[architecture])
     with make_llm(folder, dtype, enable_prefix_caching=False) as llm:
         alone = [
@@ -94,7 +94,6 @@ def test_it_computes_the_same_model(tmp_path: Path) -> None:
     ],
 )
 def test_what_it_cannot_promise_is_refused(tmp_path: Path, options: dict[str, Any], named: str) -> None:
-    """W13"""
     with pytest.raises((ValueError, TypeError), match=f"deterministic.*{named}"):
         make_llm(tmp_path, "float32", **options)
 
@@ -109,7 +108,6 @@ def test_what_it_cannot_promise_is_refused(tmp_path: Path, options: dict[str, An
 def test_models_that_it_does_not_cover_are_refused(
     tmp_path: Path, architecture: str, config: dict[str, Any], named: str
 ) -> None:
-    """W13"""
     folder = save_random(tmp_path, architecture, **config)
     with pytest.raises(ValueError, match=f"deterministic.*{named}"):
         make_llm(folder, "float32")

@@ -97,7 +97,7 @@ def test_every_form_of_the_layers_gives_the_same_tokens(
 def test_every_way_of_running_gives_the_same_tokens(
     folder: Path, greedy_alone: list[list[int]], sampled_alone: list[list[int]], way: dict[str, Any]
 ) -> None:
-    """C1, F7, W12, W16: greedy and seeded; cold, with a warm prefix cache, in another order, one by one."""
+    """Greedy and seeded; cold, with a warm prefix cache, in another order, one by one."""
     greedy = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
     with make_llm(folder, **options_of(way)) as llm:
         assert tokens(llm, PROMPTS, greedy) == greedy_alone
@@ -117,7 +117,7 @@ def test_every_way_of_running_gives_the_same_tokens(
 def test_a_seeded_request_does_not_depend_on_other_seeds(
     folder: Path, sampled_alone: list[list[int]], overlap_depth: int
 ) -> None:
-    """W12: others with the same seed, other seeds, none; joining it in any row, arriving later, and leaving early."""
+    """Others with the same seed, other seeds, none; joining it in any row, arriving later, and leaving early."""
     for row, others in itertools.product((0, 3, 5), ("same", "other", None)):
         with make_llm(folder, overlap_depth=overlap_depth, max_num_seqs=6) as llm:
             prompts = [PROMPTS[i % 10] for i in range(row + 1, row + 6)]
@@ -129,7 +129,7 @@ def test_a_seeded_request_does_not_depend_on_other_seeds(
 
 
 def test_seeded_requests_that_arrive_one_by_one(folder: Path, sampled_alone: list[list[int]]) -> None:
-    """W12: with a cache that preempts, so rows change hands all the time."""
+    """With a cache that preempts, so rows change hands all the time."""
     with make_llm(folder, overlap_depth=2, num_gpu_blocks_override=9, max_num_seqs=4) as llm:
         results = {}
         waiting = list(enumerate(zip(PROMPTS, MIXED, strict=True)))
@@ -144,7 +144,7 @@ def test_seeded_requests_that_arrive_one_by_one(folder: Path, sampled_alone: lis
 
 
 def test_the_same_prompt_with_different_seeds_differs(folder: Path) -> None:
-    """W12: and the same seed gives the same tokens within a batch."""
+    """And the same seed gives the same tokens within a batch."""
     with make_llm(folder, max_num_seqs=32) as llm:
         outputs = tokens(llm, [PROMPTS[4]] * 24, [sampled(i // 2) for i in range(24)])
         assert outputs[::2] == outputs[1::2]
@@ -163,7 +163,7 @@ def test_requests_without_a_seed_follow_the_engines_seed(folder: Path) -> None:
 
 
 def test_one_long_request_preempts_and_resumes_several_times(folder: Path, greedy_alone: list[list[int]]) -> None:
-    """C1: each of eight requests may need half of the cache; the oldest is never the one to wait."""
+    """Each of eight requests may need half of the cache; the oldest is never the one to wait."""
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     prompts = [PROMPTS[i % 10][:8] + [i] for i in range(8)]
     with make_llm(folder, max_num_seqs=1) as llm:
@@ -187,7 +187,7 @@ SIZES = [*range(1, 65), 100, 200, 511]
 
 
 def test_full_batches_at_every_size(tmp_path: Path) -> None:
-    """C3: 1 to 64, 100, 200 and 511 requests in one step, and one more than there are rows."""
+    """1 to 64, 100, 200 and 511 requests in one step, and one more than there are rows."""
     folder = save_random(
         tmp_path, vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )

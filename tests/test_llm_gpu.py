@@ -112,7 +112,7 @@ def test_dependent_launch_changes_no_bit(tmp_path: Path, architecture: str, enfo
 
 
 def test_seeded_requests_do_not_depend_on_their_batch(folder: Path, prompts: list[list[int]]) -> None:
-    """W12 through captured sampling: alone, in a batch, in other rows, preempted, after a prefix hit."""
+    """Through captured sampling: alone, in a batch, in other rows, preempted, after a prefix hit."""
     params = [
         SamplingParams(
             temperature=0.8, seed=i, max_tokens=16, ignore_eos=True, top_k=(0, 20)[i % 2], top_p=(1, 0.9)[i // 2 % 2]
@@ -142,7 +142,7 @@ def test_min_tokens_holds_stop_ids_back_behind_the_graph(folder: Path) -> None:
 def test_full_batches_of_every_size(
     tmp_path_factory: pytest.TempPathFactory, max_num_seqs: int, enforce_eager: bool
 ) -> None:
-    """C3: each output is what the request gives alone, up to float32 rounding that random tiny models do not show."""
+    """Each output is what the request gives alone, up to float32 rounding that random tiny models do not show."""
     folder = save_random(tmp_path_factory.mktemp("tiny"), "LlamaForCausalLM", num_hidden_layers=1)
     prompts = random_prompts([4] * max_num_seqs, seed=max_num_seqs)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -199,7 +199,7 @@ def test_soak_with_poisoned_blocks(folder: Path) -> None:
 
 
 def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
-    """C16, C17: a full step of the largest size after planning at half the card; nothing is left after close()."""
+    """A full step of the largest size after planning at half the card; nothing is left after close()."""
 
     def allocated() -> int:
         """cuBLAS's work space, one for each stream that ever multiplied, is the process's and not the engine's."""
@@ -222,7 +222,7 @@ def test_memory_stays_inside_the_plan_and_comes_back(folder: Path) -> None:
         llm.generate(random_prompts([128] * 64), params, use_tqdm=False)
         free, _ = torch.cuda.mem_get_info()
         assert total - free <= 0.51 * total
-        assert llm.get_metrics()["execute_seconds"] > 0  # F9
+        assert llm.get_metrics()["execute_seconds"] > 0
     assert allocated() <= before * 1.01 + 2**20
 
 

@@ -52,7 +52,7 @@ def texts(output: RequestOutput) -> list[str]:
 
 
 def test_each_of_n_outputs_is_that_of_its_own_seed(llm: LLM) -> None:
-    """W12: the i-th of n draws as a request with seed + i does alone; the results stand in the order of the index."""
+    """The i-th of n draws as a request with seed + i does alone; the results stand in the order of the index."""
     (output,) = llm.generate(["a prompt of more than one block"], sampled(n=5), use_tqdm=False)
     assert output.finished and [completion.index for completion in output.outputs] == list(range(5))
     alone = [llm.generate([output.prompt], sampled(seed=5 + i), use_tqdm=False)[0].outputs[0] for i in range(5)]
@@ -79,7 +79,7 @@ def test_n_without_a_seed_gives_different_outputs(llm: LLM) -> None:
     ids=str,
 )
 def test_n_outputs_are_the_same_however_the_engine_runs(llm: LLM, folder: Path, options: dict[str, Any]) -> None:
-    """W12, C1: without a prefix cache, with fewer rows than outputs, in chunks, and where they preempt each other."""
+    """Without a prefix cache, with fewer rows than outputs, in chunks, and where they preempt each other."""
     prompts = ["a prompt of more than one block", "another"]
     expected = llm.generate(prompts, sampled(n=4), use_tqdm=False)
     with LLM(str(folder), device="cpu", dtype="float32", **options) as other:
@@ -91,7 +91,6 @@ def test_n_outputs_are_the_same_however_the_engine_runs(llm: LLM, folder: Path, 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 def test_the_prompt_of_n_outputs_is_computed_once(folder: Path, enable_prefix_caching: bool) -> None:
-    """F3"""
     with LLM(
         str(folder), device="cpu", dtype="float32", block_size=8, enable_prefix_caching=enable_prefix_caching
     ) as llm:
@@ -100,7 +99,6 @@ def test_the_prompt_of_n_outputs_is_computed_once(folder: Path, enable_prefix_ca
 
 
 def test_one_of_n_outputs_scores_the_prompt(folder: Path) -> None:
-    """F3, W15"""
     with LLM(str(folder), device="cpu", dtype="float32", block_size=8) as llm:
         (output,) = llm.generate([list(range(1, 42))], sampled(n=4, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 41
@@ -216,7 +214,7 @@ def never_start(stream: Iterator[RequestOutput]) -> None:
 
 @pytest.mark.parametrize("leave", [leave_by_break, leave_by_exception, leave_by_close, never_start])
 def test_a_stream_that_is_left_cancels_and_frees(llm: LLM, leave: Callable[[Any], None]) -> None:
-    """W6: nothing of it stays behind, and what else was running goes on."""
+    """Nothing of it stays behind, and what else was running goes on."""
     other = llm.add_request("other", sampled(max_tokens=20))
     with suppress(KeyError):
         leave(llm.stream(["abc", "def", "ghi"], sampled(n=2, max_tokens=40)))
@@ -254,7 +252,6 @@ def test_streams_take_turns(llm: LLM) -> None:
 
 
 def test_bad_input_of_a_stream_raises_at_the_call(llm: LLM) -> None:
-    """W6, W7"""
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         llm.stream(["a", ""], SAMPLED)
     with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
@@ -278,7 +275,7 @@ def test_a_stop_string_may_stay_in_the_text(reciter: LLM, stop: str) -> None:
 
 
 def test_the_text_of_a_stop_token_may_stay_in_the_text(reciter: LLM) -> None:
-    """W11: a special one still needs skip_special_tokens=False to be seen."""
+    """A special one still needs skip_special_tokens=False to be seen."""
 
     def text(**options: Any) -> str:
         params = SamplingParams(temperature=0, max_tokens=64, **options)
@@ -293,7 +290,7 @@ def test_the_text_of_a_stop_token_may_stay_in_the_text(reciter: LLM) -> None:
 
 
 def test_special_tokens_may_stand_beside_each_other_without_spaces(tmp_path: Path) -> None:
-    """W11: of a tokenizer whose decoder puts a space between any two tokens."""
+    """Of a tokenizer whose decoder puts a space between any two tokens."""
     from tokenizers import AddedToken, Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -309,7 +306,7 @@ def test_special_tokens_may_stand_beside_each_other_without_spaces(tmp_path: Pat
 
 @pytest.mark.parametrize("is_spaced", [True, False])
 def test_spaces_between_special_tokens_reach_the_output(tmp_path: Path, is_spaced: bool) -> None:
-    """W13: the option is not ignored on its way; a byte-level decoder never writes such spaces, so nothing changes."""
+    """The option is not ignored on its way; a byte-level decoder never writes such spaces, so nothing changes."""
     folder = save_scripted(tmp_path, "ab", ends=True)
     edit_json(folder / "generation_config.json", eos_token_id=[EOS, IM_END])
     with LLM(str(folder), device="cpu", dtype="float32") as llm:

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_importing_the_package_starts_nothing() -> None:
-    """C14: no torch, no Triton, no device; the options objects need none of them either."""
+    """No torch, no Triton, no device; the options objects need none of them either."""
     out = run_python(
         """
         import sys, threading
@@ -63,7 +63,7 @@ def test_importing_the_package_starts_nothing() -> None:
 
 
 def test_importing_llm_needs_no_gpu_and_no_compiler() -> None:
-    """C14: with no device visible, no compiler on the path, and Triton and vLLM not installed."""
+    """With no device visible, no compiler on the path, and Triton and vLLM not installed."""
     run_python(
         """
         import os, sys
@@ -102,7 +102,7 @@ def test_no_main_guard_is_needed(folder: Path) -> None:
 
 
 def test_validation_through_llm_does_not_depend_on_assertions(folder: Path) -> None:
-    """W14: W6, W7, C2, C4, C6, C7 and C8 under `python -O`."""
+    """What a call refuses under plain `python` it refuses under `python -O`."""
     run_python(
         """
         import sys
@@ -145,7 +145,6 @@ def test_validation_through_llm_does_not_depend_on_assertions(folder: Path) -> N
 
 @needs_proc
 def test_one_device_uses_no_port_no_process_and_no_shared_memory(folder: Path) -> None:
-    """C12"""
 
     def resources() -> tuple[set[str], set[str], set[str]]:
         sockets = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
@@ -164,7 +163,7 @@ def test_one_device_uses_no_port_no_process_and_no_shared_memory(folder: Path) -
 
 
 def test_two_engines_at_once_in_one_process(folder: Path, tmp_path: Path) -> None:
-    """C13: of different models and sizes, stepping by turns; closing one does not disturb the other."""
+    """Of different models and sizes, stepping by turns; closing one does not disturb the other."""
     other_folder = save_random(tmp_path, "Qwen2ForCausalLM", seed=5, vocab_size=160, num_hidden_layers=3)
     with make_llm(folder) as alone:
         expected = tokens(alone)
@@ -186,7 +185,6 @@ def test_two_engines_at_once_in_one_process(folder: Path, tmp_path: Path) -> Non
 
 
 def test_two_engines_at_once_on_one_host(folder: Path) -> None:
-    """C13"""
     code = """
     import sys
     from nanovllm import LLM, SamplingParams
@@ -243,7 +241,7 @@ def resident_bytes() -> int:
 @needs_proc
 @pytest.mark.parametrize(("dtype", "overlap_depth"), [("float32", 1), ("bfloat16", 2)])
 def test_loading_and_closing_twenty_times_returns_the_memory(tmp_path: Path, dtype: str, overlap_depth: int) -> None:
-    """C16: tensors to the byte, and the process within one percent; a model is larger than that."""
+    """Tensors to the byte, and the process within one percent; a model is larger than that."""
     folder = save_random(tmp_path, vocab_size=8192, hidden_size=256)  # 17 MB
 
     def load_and_use(num_times: int) -> None:
@@ -263,7 +261,6 @@ def test_loading_and_closing_twenty_times_returns_the_memory(tmp_path: Path, dty
 
 
 def test_a_load_that_fails_leaves_no_tensors(folder: Path, tmp_path: Path) -> None:
-    """C16"""
     save_random(tmp_path, hidden_size=256, num_attention_heads=8)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
@@ -275,7 +272,7 @@ def test_a_load_that_fails_leaves_no_tensors(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_closed_engine_holds_neither_weights_nor_cache(folder: Path) -> None:
-    """C16: though the LLM object itself is still there."""
+    """Though the LLM object itself is still there."""
     before = tensor_bytes()
     llm = make_llm(folder, num_gpu_blocks_override=1000)
     tokens(llm)

@@ -105,7 +105,7 @@ def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_every_stage_in_every_way_of_running(folder: Path, expected: list[list[int]], way: dict[str, Any]) -> None:
-    """C8, W12: cold, then in another order with a warm prefix cache, then with rows that others have used."""
+    """Cold, then in another order with a warm prefix cache, then with rows that others have used."""
     with make_llm(folder, **way) as llm:
         assert tokens(llm, PROMPTS, REQUESTS) == expected
         assert tokens(llm, PROMPTS[::-1], REQUESTS[::-1]) == expected[::-1]
@@ -116,7 +116,7 @@ def test_every_stage_in_every_way_of_running(folder: Path, expected: list[list[i
 
 @pytest.mark.parametrize("overlap_depth", [1, 2])
 def test_seeded_requests_with_penalties_do_not_depend_on_the_batch(folder: Path, overlap_depth: int) -> None:
-    """W12: sampled, with penalties and bias, alone and beside others, preempted and not."""
+    """Sampled, with penalties and bias, alone and beside others, preempted and not."""
     params = [
         SamplingParams(seed=i, max_tokens=NUM_OUTPUT, repetition_penalty=1.2 + i / 10, top_p=0.9, logit_bias={i: 2.0})
         for i in range(len(PROMPTS))
@@ -218,7 +218,7 @@ FAULTS: dict[str, tuple[Any, int]] = {  # what fails, and after how many tokens
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_processor_that_fails_ends_its_own_request(folder: Path, hf: Any, way: dict[str, Any]) -> None:
-    """W13: with its reason and what it had; the others go on, each failure's neighbours included."""
+    """With its reason and what it had; the others go on, each failure's neighbours included."""
     faults = [greedy(logits_processors=[forbid_repeats, function], logprobs=1) for function, _ in FAULTS.values()]
     with make_llm(folder, **way) as llm:
         outputs = llm.generate([*PROMPTS, *[PROMPTS[1]] * len(faults)], [*REQUESTS, *faults], use_tqdm=False)
@@ -264,7 +264,7 @@ def test_a_processor_of_the_engine_that_fails_ends_the_requests_it_fails_for(fol
     ],
 )
 def test_tokens_outside_the_vocabulary_name_item_and_field(folder: Path, options: dict[str, Any]) -> None:
-    """C6, W13: before anything is queued."""
+    """Before anything is queued."""
     with make_llm(folder) as llm:
         with pytest.raises(ValueError, match=rf"prompts\[1\]: {next(iter(options))}.*{VOCAB_WITH_TOKENIZER}"):
             llm.generate(PROMPTS[:2], [greedy(), greedy(**options)], use_tqdm=False)
@@ -272,7 +272,6 @@ def test_tokens_outside_the_vocabulary_name_item_and_field(folder: Path, options
 
 
 def test_bad_words_without_a_tokenizer_are_refused(folder: Path) -> None:
-    """W13"""
     with make_llm(folder, skip_tokenizer_init=True) as llm, pytest.raises(ValueError, match="bad_words"):
         llm.generate([PROMPTS[0]], greedy(bad_words=["a"]), use_tqdm=False)
 
@@ -325,7 +324,7 @@ LOGPROB_REQUESTS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_logprobs_are_hugging_faces_in_every_way_of_running(folder: Path, hf: Any, way: dict[str, Any]) -> None:
-    """W15: cold, then with a warm prefix cache; raw over the whole vocabulary, whatever else a request asks for."""
+    """Cold, then with a warm prefix cache; raw over the whole vocabulary, whatever else a request asks for."""
     with make_llm(folder, **way) as llm:
         cold = llm.generate(PROMPTS, LOGPROB_REQUESTS, use_tqdm=False)
         warm = llm.generate(PROMPTS[::-1], LOGPROB_REQUESTS[::-1], use_tqdm=False)[::-1]
@@ -357,7 +356,7 @@ def test_logprobs_are_hugging_faces_in_every_way_of_running(folder: Path, hf: An
 
 
 def test_prompt_logprobs_are_computed_once_and_share_what_they_may(folder: Path) -> None:
-    """W15: a request that asks for them takes no cached block, one beside it that does not ask does."""
+    """A request that asks for them takes no cached block, one beside it that does not ask does."""
     with make_llm(folder) as llm:
         params = [greedy(), greedy(prompt_logprobs=1)]
         llm.generate(PROMPTS[8], params[0], use_tqdm=False)

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_every_stage_gives_the_tokens_of_the_cpu(folder: Path, way: dict[str, Any]) -> None:
-    """C8, W12: penalties, bias, allowed tokens, min_tokens and Python processors beside plain rows in their graph."""
+    """Penalties, bias, allowed tokens, min_tokens and Python processors beside plain rows in their graph."""
     prompts = random_prompts([3, 17, 30, 8, 21, 9, 16, 12, 33], vocab_size=VOCAB_WITH_TOKENIZER)
     with make_llm(folder, device="cpu", compilation="none") as llm:
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts, REQUESTS, use_tqdm=False)]
@@ -55,7 +55,6 @@ def test_every_stage_gives_the_tokens_of_the_cpu(folder: Path, way: dict[str, An
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_logprobs_are_those_of_the_cpu(folder: Path, way: dict[str, Any]) -> None:
-    """W15"""
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=3, prompt_logprobs=2)
     with make_llm(folder, device="cpu", compilation="none") as llm:
         expected = llm.generate(PROMPTS, params, use_tqdm=False)
@@ -76,7 +75,7 @@ def test_logprobs_are_those_of_the_cpu(folder: Path, way: dict[str, Any]) -> Non
     "way", [{}, {"overlap_depth": 1}, {"max_num_batched_tokens": 13}, {"max_num_seqs": 3}], ids=str
 )
 def test_rows_that_ask_keep_their_graphs(folder: Path, way: dict[str, Any]) -> None:
-    """C8, W12, W15: in batches of several sizes, edits and log-probabilities are those of steps without graphs."""
+    """In batches of several sizes, edits and log-probabilities are those of steps without graphs."""
     options = {"skip_tokenizer_init": False, **way}
     groups = [slice(0, 18), slice(0, 1), slice(8, 11), slice(10, 16), slice(1, 9)]
 
@@ -103,7 +102,7 @@ def numbers(outputs: list[RequestOutput]) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_bit_is_the_same_whatever_else_runs(folder: Path, dtype: str) -> None:
-    """W12, W15, with deterministic=True: batch, row, order, chunks, preemption, prefix hit, graphs, overlap."""
+    """With deterministic=True: batch, row, order, chunks, preemption, prefix hit, graphs, overlap."""
     options = {"dtype": dtype, "deterministic": True}
     with make_llm(folder, **options, enable_prefix_caching=False) as llm:
         alone = [
@@ -133,7 +132,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LLM]]:
 
 @pytest.mark.parametrize("names", list(combinations(EDITS, 2)), ids=" and ".join)
 def test_two_edits_on_two_rows_and_on_one_behind_a_graph(engines: list[LLM], names: tuple[str, str]) -> None:
-    """C8, W12: what each asks for alone, in an engine without graphs."""
+    """What each asks for alone, in an engine without graphs."""
     if "grammar" in names:
         pytest.importorskip("llguidance")
     graphs, eager = engines

@@ -88,7 +88,7 @@ def test_the_grammar_has_the_last_word(llm: LLM) -> None:
 
 
 def test_seeded_outputs_are_the_same_in_any_batch(llm: LLM, folder: Path) -> None:
-    """W12, C1: alone, beside others with and without a grammar, after preemptions, in chunks, at any depth."""
+    """Alone, beside others with and without a grammar, after preemptions, in chunks, at any depth."""
     params = [form(WORDS), form(WORDS, seed=9, n=2), form(StructuredOutputsParams(json=SCHEMA)), form(WORDS, n=3)]
     params.append(SamplingParams(temperature=1.0, seed=4, max_tokens=30))
     prompts = ["hi", "a longer one", "hi", "something else", "free"]
@@ -129,7 +129,6 @@ def test_streams_and_aborts_work_as_without_a_grammar(llm: LLM) -> None:
 
 
 def test_a_bad_form_fails_its_own_request_before_it_is_queued(llm: LLM) -> None:
-    """W6, W13"""
     bad = form(StructuredOutputsParams(regex="(("))
     with pytest.raises(ValueError, match=r"prompts\[1\]: structured_outputs\.regex cannot be compiled"):
         llm.generate(["a", "b"], [form(WORDS), bad], use_tqdm=False)

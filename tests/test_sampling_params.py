@@ -73,21 +73,19 @@ MISSPELT = {
 
 @pytest.mark.parametrize(("field", "value"), WRONG_VALUES)
 def test_values_out_of_range_name_field_and_value(field: str, value: Any) -> None:
-    """C6, C8, W13"""
     with pytest.raises(ValueError, match=field):
         SamplingParams(**{field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG_TYPES)
 def test_wrong_types_name_the_field(field: str, value: Any) -> None:
-    """C8, W13: no value is silently converted."""
+    """No value is silently converted."""
     with pytest.raises(TypeError, match=field):
         SamplingParams(**{field: value})
 
 
 @pytest.mark.parametrize("misspelt", MISSPELT)
 def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
-    """W13"""
     with pytest.raises(TypeError, match=f"{misspelt!r}.*{MISSPELT[misspelt]!r}"):
         SamplingParams(**{misspelt: 1})
 
@@ -97,7 +95,7 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
     ["best_of", "guided_decoding", "truncate_prompt_tokens"],
 )
 def test_an_unsupported_option_of_vllm_is_refused(unsupported: str) -> None:
-    """W13: never accepted and ignored; what asks for nothing is no fault."""
+    """Never accepted and ignored; what asks for nothing is no fault."""
     with pytest.raises(TypeError, match=rf"{unsupported}=1 is not supported: "):
         SamplingParams(**{unsupported: 1})
     assert SamplingParams(**{unsupported: None}) == SamplingParams()
@@ -137,7 +135,6 @@ def test_positional_arguments_are_refused() -> None:
     ],
 )
 def test_values_at_the_bounds_are_accepted(options: dict[str, Any]) -> None:
-    """C8"""
     params = SamplingParams(**options)
     for name, value in options.items():
         if value is not None and value != []:
@@ -145,7 +142,6 @@ def test_values_at_the_bounds_are_accepted(options: dict[str, Any]) -> None:
 
 
 def test_greedy_is_temperature_zero_or_too_small_to_divide_by() -> None:
-    """C8"""
     assert [SamplingParams(temperature=t).is_greedy for t in (0, 0.0, 9e-6, 1e-5, 1.0)] == [
         True,
         True,
@@ -161,7 +157,6 @@ def test_one_stop_string_and_a_list_mean_the_same() -> None:
 
 
 def test_stop_strings_without_text_are_refused() -> None:
-    """W13"""
     with pytest.raises(ValueError, match="detokenize"):
         SamplingParams(stop="a", detokenize=False)
 
@@ -240,7 +235,7 @@ def test_it_travels_to_other_processes() -> None:
 
 
 def test_several_greedy_outputs_are_refused() -> None:
-    """W13: they would all be equal; vLLM refuses them, too."""
+    """They would all be equal; vLLM refuses them, too."""
     with pytest.raises(ValueError, match=r"n must be 1 .*temperature=0.*got 2"):
         SamplingParams(n=2, temperature=0)
 
@@ -263,7 +258,6 @@ WRONG_FORMS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("options", "error", "message"), WRONG_FORMS, ids=str)
 def test_wrong_forms_name_field_and_value(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    """W13"""
     with pytest.raises(error, match=f"(?s){message}"):
         StructuredOutputsParams(**options)
 

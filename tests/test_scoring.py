@@ -42,7 +42,7 @@ def llm(request: pytest.FixtureRequest, folder: Path) -> Iterator[LLM]:
 
 @pytest.mark.parametrize("length", [1, 8, 30])
 def test_scores_equal_those_of_hugging_face(llm: LLM, hugging_face: Any, length: int) -> None:
-    """W15: in chunks, with a prefix cache and without, and where the options preempt each other."""
+    """In chunks, with a prefix cache and without, and where the options preempt each other."""
     (prefix,) = random_prompts([length], vocab_size=VOCAB_WITH_TOKENIZER)
     expected = [log_probability(hugging_face, prefix, option) for option in OPTIONS]
     for _ in range(2):  # the second time everything is cached
@@ -53,14 +53,13 @@ def test_scores_equal_those_of_hugging_face(llm: LLM, hugging_face: Any, length:
 
 
 def test_texts_are_tokenized_as_beginning_and_continuation(llm: LLM, hugging_face: Any) -> None:
-    """W11: the prefix gets its BOS, an option none."""
+    """The prefix gets its BOS, an option none."""
     expected = [log_probability(hugging_face, [BOS, *b"The sky is"], list(option)) for option in (b" blue", b" green")]
     assert llm.score("The sky is", [" blue", " green"]) == pytest.approx(expected, abs=1e-4)
     assert llm.score([BOS, *b"The sky is"], [list(b" blue")]) == pytest.approx(expected[:1], abs=1e-4)
 
 
 def test_the_prefix_is_computed_once(folder: Path) -> None:
-    """F3"""
     (prefix,) = random_prompts([64], vocab_size=VOCAB_WITH_TOKENIZER)
     with LLM(str(folder), device="cpu", dtype="float32", block_size=8) as llm:
         llm.score(prefix, OPTIONS)
@@ -92,7 +91,6 @@ def test_others_go_on_meanwhile(llm: LLM) -> None:
     ids=str,
 )
 def test_bad_input_is_named_and_nothing_stays_behind(llm: LLM, prefix: str, options: Any, message: str) -> None:
-    """W6, W13, C7, C8"""
     with pytest.raises((ValueError, TypeError), match=message):
         llm.score(prefix, options)
     assert not llm.has_unfinished_requests()

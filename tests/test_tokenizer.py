@@ -71,7 +71,6 @@ def test_a_character_comes_with_its_last_byte(byte_level: Tokenizer) -> None:
 
 
 def test_one_bos(byte_level: Tokenizer) -> None:
-    """W11"""
     assert byte_level.encode("a") == [262, *byte_level.encode("a")[1:]]
     assert byte_level.encode("<bos>a") == byte_level.encode("a")
     chat = byte_level.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=False)
@@ -94,7 +93,6 @@ def test_chat_template(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
 
 
 def test_text_holds_no_special_token(byte_level: Tokenizer) -> None:
-    """W11"""
     token_ids = byte_level.encode("a<think>b<eos>")
     assert byte_level.decode(token_ids) == "a<think>b"
     assert byte_level.decode(token_ids, skip_special_tokens=False) == "<bos>a<think>b<eos>"
@@ -143,6 +141,6 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_importing_is_light() -> None:
-    """C14: no torch and no transformers before something needs them."""
+    """No torch and no transformers before something needs them."""
     code = "import sys, nanovllm.tokenizer; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -31,13 +31,13 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_help_loads_no_other_package() -> None:
-    """C14: help comes at once, and needs neither torch nor a device."""
+    """Help comes at once, and needs neither torch nor a device."""
     loaded = loaded_by("from nanovllm.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass")
     assert loaded <= {"nanovllm_bench"}  # the flags of its kinds
 
 
 def test_importing_the_package_loads_no_other() -> None:
-    """C14: no torch, and no time."""
+    """No torch, and no time."""
     assert loaded_by("import nanovllm") == set()
 
 
@@ -80,7 +80,7 @@ def test_every_field_is_documented(owner: type) -> None:
 
 
 def test_flags_become_fields() -> None:
-    """W13: what is typed reaches the dataclass under its own name, and what is not typed is left to it."""
+    """What is typed reaches the dataclass under its own name, and what is not typed is left to it."""
     args = build_parser().parse_args(
         "complete hi --max-num-seqs 7 --no-enable-prefix-caching --enforce-eager --dtype float32 --seed 3 "
         "--gpu-memory-utilization 0.5 --temperature 0 --stop a --stop b --stop-token-ids 5 --ignore-eos".split()
@@ -152,7 +152,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_misspelt_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """W13: with the right one, and the usage of the command it was typed for."""
+    """With the right one, and the usage of the command it was typed for."""
     for argv, usage, right in (
         (["complete", "hi", "--temprature", "0"], "nanovllm complete", "--temperature"),
         (["bench", "latency", "--ouput-len=3"], "nanovllm bench latency", "--output-len"),

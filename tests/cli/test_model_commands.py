@@ -112,7 +112,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_check_model_agrees_or_names_the_first_layer_that_differs(
     tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W1: every position of every prompt matches Hugging Face; and where one layer does not, that one is named."""
+    """Every position of every prompt matches Hugging Face; and where one layer does not, that one is named."""
     folder = save_random(tmp_path, architecture, num_hidden_layers=3, **FAMILIES[architecture])
     assert main(["check-model", str(folder), "--tolerance", "1e-4"]) == 0
     num_prompts = 4 if "sliding_window" in FAMILIES[architecture] else 3

@@ -95,7 +95,7 @@ def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def test_one_batch_cold_and_with_a_warm_prefix_cache(reference: Reference) -> None:
-    """W1 and the proof by model: all 32 in one step, then all over again from cached blocks."""
+    """All 32 in one step, then all over again from cached blocks."""
     with make_llm(reference.path, max_num_seqs=32, max_num_batched_tokens=sum(LENGTHS)) as llm:
         reference.check(tokens(llm, reference.prompts), "one batch")
         assert llm.get_metrics()["num_steps"] == NUM_OUTPUT
@@ -113,7 +113,6 @@ def test_small_chunks(reference: Reference) -> None:
 
 
 def test_a_cache_so_small_that_it_preempts(reference: Reference) -> None:
-    """C1"""
     num_blocks = -(-(max(LENGTHS) + NUM_OUTPUT) // 16)
     with make_llm(reference.path, max_num_seqs=32, num_gpu_blocks_override=num_blocks) as llm:
         reference.check(tokens(llm, reference.prompts), "preempting")
@@ -121,7 +120,7 @@ def test_a_cache_so_small_that_it_preempts(reference: Reference) -> None:
 
 
 def test_greedy_beside_seeded_requests_that_come_out_the_same_again(reference: Reference) -> None:
-    """C8, W12: on a real model. (Alone, the last bits of logits differ, so a draw may differ from one in a batch.)"""
+    """On a real model. (Alone, the last bits of logits differ, so a draw may differ from one in a batch.)"""
     prompts = reference.prompts[:8]
     params = [SamplingParams(seed=i, max_tokens=NUM_OUTPUT, top_p=0.9, ignore_eos=True) for i in range(8)]
     params[3] = params[6] = GREEDY

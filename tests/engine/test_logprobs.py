@@ -18,7 +18,7 @@ def entry(*tokens: tuple[int, float, int]) -> bytes:
 
 
 def test_a_map_is_a_dict_to_its_reader() -> None:
-    """W15: the token itself first, then the others in falling order; one that is both stands there once."""
+    """The token itself first, then the others in falling order; one that is both stands there once."""
     asked: list[int] = []
     given = entry((7, -1.5, 2), (3, -0.5, 1), (7, -1.5, 2), (9, -2.5, 3))
     found = LogprobsMap(given, lambda token_id: asked.append(token_id) or str(token_id))  # type: ignore[func-returns-value]

@@ -233,6 +233,22 @@ def test_a_preempted_request_has_published_nothing() -> None:
     assert new.num_cached_tokens == 0, "what it found when it was first admitted stays what is told"
 
 
+def test_a_block_is_hashed_when_the_host_knows_all_its_tokens() -> None:
+    """Of a request that is preempted while the last token of a block is on its way: that block can be found later."""
+    engine, _ = make_engine(block_size=4, overlap_depth=3)
+    request = make_request(range(6), 20)
+    request.recompute_from = 10**6  # so that no step is planned the short way
+    engine.add_request(request)
+    for _ in steps(engine):
+        if len(request.token_ids) == 7 and request.row >= 0:
+            assert request.num_computed_tokens == 8, "the step in flight fills the block"
+            engine.scheduler._preempt(request)
+            assert len(request.block_hashes) == 1
+    check_output(request)
+    assert engine.scheduler.stats.num_preemptions == 1
+    assert is_cached(engine, request, (len(request.token_ids) - 1) // 4)
+
+
 def test_siblings_without_a_prefix_cache_share_computed_blocks_of_the_prompt_only() -> None:
     engine, _ = make_engine(num_blocks=40, block_size=4, enable_prefix_caching=False)
     first, second = make_group(range(10), 2, max_tokens=20)

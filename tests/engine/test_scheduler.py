@@ -21,7 +21,7 @@ from tests.engine.fake_device import (
 
 @pytest.mark.parametrize("overlap_depth", [1, 2, 3])
 def test_preempted_newest_comes_back_with_the_same_tokens(overlap_depth: int) -> None:
-    """C1: two requests that together outgrow the cache; the older one is never disturbed."""
+    """Two requests that together outgrow the cache; the older one is never disturbed."""
     engine, _ = make_engine(num_blocks=8, block_size=4, overlap_depth=overlap_depth, enable_prefix_caching=False)
     old, new = make_request(range(8), 20, name="old"), make_request(range(8, 16), 20, name="new")
     engine.add_request(old)
@@ -36,7 +36,7 @@ def test_preempted_newest_comes_back_with_the_same_tokens(overlap_depth: int) ->
 
 
 def test_preempted_request_finds_its_own_blocks_again() -> None:
-    """F7: what nobody needed in the meantime is not computed twice."""
+    """What nobody needed in the meantime is not computed twice."""
     engine, device = make_engine(num_blocks=20, block_size=4)
     first, second = make_request(range(40), 24), make_request(range(40, 52), 24)
     engine.add_request(first)
@@ -56,7 +56,6 @@ def test_preempted_request_finds_its_own_blocks_again() -> None:
 
 
 def test_running_requests_get_a_token_in_every_step_while_others_arrive() -> None:
-    """F2"""
     engine, _ = make_engine(num_blocks=400, max_num_seqs=8, max_num_batched_tokens=16)
     early = [make_request(range(i, i + 5), 40, name=f"early{i}") for i in range(3)]
     for request in early:
@@ -71,7 +70,7 @@ def test_running_requests_get_a_token_in_every_step_while_others_arrive() -> Non
 
 
 def test_a_long_prompt_before_them_does_not_stop_younger_requests() -> None:
-    """F2: one token is kept for each running request before anyone's chunk is sized."""
+    """One token is kept for each running request before anyone's chunk is sized."""
     engine, device = make_engine(num_blocks=400, max_num_seqs=4, max_num_batched_tokens=8)
     young = make_request([1, 2, 3], 50)
     engine.add_request(young)
@@ -85,7 +84,7 @@ def test_a_long_prompt_before_them_does_not_stop_younger_requests() -> None:
 
 
 def test_identical_prompts_submitted_together_compute_their_prompt_once() -> None:
-    """F3, W16: the others share blocks that the same step fills, and their tokens are right."""
+    """The others share blocks that the same step fills, and their tokens are right."""
     engine, device = make_engine(num_blocks=200, block_size=4, max_num_seqs=8, max_num_batched_tokens=80)
     requests = [make_request(range(40), 4, name=str(i)) for i in range(8)]
     for request in requests:
@@ -98,7 +97,6 @@ def test_identical_prompts_submitted_together_compute_their_prompt_once() -> Non
 
 
 def test_the_budget_is_filled_while_work_remains() -> None:
-    """F4"""
     engine, device = make_engine(num_blocks=400, max_num_seqs=8, max_num_batched_tokens=16)
     for i in range(6):
         engine.add_request(make_request([i] * 23, 4, name=str(i)))
@@ -108,7 +106,7 @@ def test_the_budget_is_filled_while_work_remains() -> None:
 
 
 def test_allocation_work_follows_the_request_and_each_token_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """F5, F6: counted in block hashes and in blocks taken from a large pool."""
+    """Counted in block hashes and in blocks taken from a large pool."""
     hashed: Counter[tuple[bytes, tuple[int, ...]]] = Counter()
     real = cache_module.hash_block
 
@@ -129,7 +127,7 @@ def test_allocation_work_follows_the_request_and_each_token_is_hashed_once(monke
 
 
 def test_a_shared_prefix_of_64_tokens_hits() -> None:
-    """F8: for every block size offered."""
+    """For every block size offered."""
     for block_size in (8, 16, 32, 64):
         engine, _ = make_engine(num_blocks=40, block_size=block_size, max_num_batched_tokens=256)
         first = make_request([*range(64), 70], 1)
@@ -153,7 +151,7 @@ def test_salts_keep_prefixes_apart() -> None:
 
 
 def test_waiting_requests_hold_no_blocks_and_come_in_order() -> None:
-    """F1, first come first served."""
+    """First come first served."""
     engine, _ = make_engine(num_blocks=64, max_num_seqs=2)
     requests = [make_request([i, i + 1], 5, name=str(i)) for i in range(6)]
     order = []
@@ -235,7 +233,7 @@ def test_a_request_that_needs_its_tokens_on_the_host_runs_alone(overlap_depth: i
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 @pytest.mark.parametrize("budget", [16, 80, 500])
 def test_siblings_compute_their_prompt_once(enable_prefix_caching: bool, budget: int) -> None:
-    """F3, F6: with and without the prefix cache, in chunks or at once; only what no full block holds is repeated."""
+    """With and without the prefix cache, in chunks or at once; only what no full block holds is repeated."""
     engine, device = make_engine(
         num_blocks=400,
         block_size=4,
@@ -256,7 +254,6 @@ def test_siblings_compute_their_prompt_once(enable_prefix_caching: bool, budget:
 
 
 def test_siblings_hash_their_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """F6"""
     hashed: list[int] = []
     hash_block = cache_module.hash_block
     monkeypatch.setattr(

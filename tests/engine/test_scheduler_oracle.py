@@ -1,9 +1,8 @@
 """The scheduler and the prefix cache against an oracle, over random workloads.
 
 Aborts at every point, preemption in pools of a few blocks, chunks of a few tokens, shared prefixes, late stop tokens,
-any overlap depth, requests that the host must read before they go on, groups of
-sequences of one prompt. Cases C1, F1, F4, F7, W16 hold in all of them or
-the output differs.
+any overlap depth, requests that the host must read before they go on, groups of sequences of one prompt. First come,
+first served, reuse of what is cached and the order of preemption hold in all of them, or the output differs.
 """
 
 import random
@@ -84,7 +83,7 @@ def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> t
         engine.step()
         assert all(r.num_pending_tokens <= 1 for r in requests if r.needs_host_tokens)
         device.poison(engine.scheduler.cache.pool)
-        assert len(engine.scheduler.running) <= max_num_seqs  # F1
+        assert len(engine.scheduler.running) <= max_num_seqs
         assert device.num_tokens_per_step[-1:] <= [engine.scheduler.max_num_batched_tokens]
         holders = [r for r in requests if r.block_ids]
         assert len(holders) <= max_num_seqs

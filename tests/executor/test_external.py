@@ -25,7 +25,6 @@ with open(f"{results}/{os.environ['RANK']}.json", "w") as file:
 
 @pytest.mark.slow
 def test_torchrun_gives_every_rank_the_tokens_of_one(tmp_path: Path) -> None:
-    """W8"""
     folder, prompts = save_random(tmp_path / "model"), random_prompts([3, 20])
     with LLM(str(folder), **OPTIONS) as llm:
         outputs = llm.generate(prompts, SamplingParams(seed=5, max_tokens=8), use_tqdm=False)

@@ -101,7 +101,7 @@ def hang_in_later_steps(model: Any) -> None:
 
 
 def test_workers_give_the_tokens_of_one_process(llm: LLM, expected: list[list[int]]) -> None:
-    """W8: with two steps in flight, chunks and preemption; again from the prefix cache."""
+    """With two steps in flight, chunks and preemption; again from the prefix cache."""
     assert tokens(llm) == expected
     assert tokens(llm) == expected
     metrics = llm.get_metrics()
@@ -186,7 +186,7 @@ def test_an_interrupted_call_leaves_the_workers_in_step(llm: LLM, expected: list
 
 
 def test_two_engines_at_once_and_their_end(folder: Path, llm: LLM, expected: list[list[int]]) -> None:
-    """C13, C16: close() ends the second engine's process, frees its descriptors, and may be repeated."""
+    """close() ends the second engine's process, frees its descriptors, and may be repeated."""
     num_fds = len(os.listdir("/proc/self/fd"))
     other = make_llm(folder, distributed_executor_backend="mp")
     assert tokens(other) == tokens(llm) == expected
@@ -200,7 +200,6 @@ def test_two_engines_at_once_and_their_end(folder: Path, llm: LLM, expected: lis
 
 
 def test_a_killed_rank_ends_the_engine(folder: Path) -> None:
-    """C11"""
     llm = make_llm(folder, tensor_parallel_size=2)
     tokens(llm)
     pids = llm.apply_model(pid_of)
@@ -214,7 +213,6 @@ def test_a_killed_rank_ends_the_engine(folder: Path) -> None:
 
 
 def test_a_rank_that_raises_ends_the_engine_with_its_traceback(folder: Path) -> None:
-    """C11"""
     llm = make_llm(folder, tensor_parallel_size=2)
     pids = llm.apply_model(pid_of)
     llm.apply_model(raise_in_later_steps)
@@ -226,7 +224,7 @@ def test_a_rank_that_raises_ends_the_engine_with_its_traceback(folder: Path) -> 
 
 
 def test_a_rank_that_hangs_is_not_waited_for_longer_than_asked(folder: Path) -> None:
-    """C11: the time limit is an option."""
+    """The time limit is an option."""
     llm = make_llm(folder, distributed_executor_backend="mp", distributed_timeout_seconds=4)
     pids = llm.apply_model(pid_of)
     llm.apply_model(hang_in_later_steps)
@@ -238,7 +236,7 @@ def test_a_rank_that_hangs_is_not_waited_for_longer_than_asked(folder: Path) -> 
 
 
 def test_a_bad_checkpoint_raises_what_it_raises_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W2. As a worker finds it: what this process would have found before starts none."""
+    """As a worker finds it: what this process would have found before starts none."""
     monkeypatch.setattr("nanovllm.build._rehearse_loading", lambda *_: None)
     folder = save_random(tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -276,7 +274,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 def test_a_script_needs_no_main_guard_and_leaves_no_orphan_when_killed(folder: Path, tmp_path: Path) -> None:
-    """C11, C12: kill -9 of the parent; neither processes nor shared memory stay."""
+    """Kill -9 of the parent; neither processes nor shared memory stay."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

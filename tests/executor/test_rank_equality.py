@@ -63,7 +63,7 @@ RANKS = [*((2, name) for name in ARCHITECTURES), *((4, name) for name in ARCHITE
 
 @pytest.mark.parametrize(("ranks", "architecture"), RANKS, indirect=["ranks"])
 def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architecture: str) -> None:
-    """W8, C18: with two key/value heads for four ranks; cold and cached prefixes, chunks, preemption, overlap."""
+    """With two key/value heads for four ranks; cold and cached prefixes, chunks, preemption, overlap."""
     folder, (greedy, sampled) = checkpoint(architecture)
     *tokens, metrics = ranks.generate(folder, {}, [GREEDY_ROUND, SAMPLED_ROUND])
     assert tokens == [greedy, sampled]
@@ -84,14 +84,13 @@ def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architectur
     ids=lambda sizes: "-".join(map(str, sizes.values())),
 )
 def test_sizes_that_ranks_share_unevenly(ranks: Ranks, tmp_path: Path, sizes: dict[str, Any]) -> None:
-    """C18: a vocabulary that ranks do not divide, tied or not; one key/value head for all; biases added once."""
+    """A vocabulary that ranks do not divide, tied or not; one key/value head for all; biases added once."""
     folder = save_random(tmp_path, **sizes)
     assert ranks.generate(folder, {}, [GREEDY_ROUND])[:-1] == generate(folder, {}, [GREEDY_ROUND])[:-1]
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64])
 def test_every_block_size(ranks: Ranks, checkpoint: Any, block_size: int) -> None:
-    """W8"""
     folder, (greedy, _) = checkpoint("Qwen3ForCausalLM")
     options = {"block_size": block_size, "max_num_batched_tokens": block_size - 1, "max_num_seqs": 4}
     assert ranks.generate(folder, options, [GREEDY_ROUND])[0] == greedy
@@ -111,7 +110,7 @@ def blocks_with_unequal_memory(folder: Path, size: int) -> int:
 
 
 def test_all_ranks_use_the_smallest_cache(ranks: Ranks, checkpoint: Any) -> None:
-    """W9: the ranks with more memory hold one key/value head each, as rank 0 does, in as many blocks."""
+    """The ranks with more memory hold one key/value head each, as rank 0 does, in as many blocks."""
     folder, _ = checkpoint("LlamaForCausalLM")
     bytes_per_block = 2 * 2 * 8 * 8 * 4  # layers, keys and values, tokens, head size, float32
     expected = 20_000 // bytes_per_block

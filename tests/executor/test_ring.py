@@ -39,14 +39,13 @@ def read_all(ring: RingWriter, messages: Iterable[bytes], num_readers: int) -> t
 
 
 def test_no_message_is_lost_or_overwritten_with_a_slow_reader() -> None:
-    """C10"""
     messages = (number.to_bytes(4, "little") * (1 + number % 97) for number in range(100_000))
     written, seen = read_all(RingWriter(2, capacity=2**14), messages, 2)
     assert written[0] == 100_000 and seen == [written, written]
 
 
 def test_messages_of_any_size() -> None:
-    """C9: far smaller and far larger than the ring, and exactly as large."""
+    """Far smaller and far larger than the ring, and exactly as large."""
     sizes = [0, 1, 2**16 - 9, 2**16 - 8, 2**16 - 7, 2**16, 10_000_019, 3, 2**20]
     messages = [bytes(range(251)) * (size // 251) + bytes(size % 251) for size in sizes]
     written, seen = read_all(RingWriter(2, capacity=2**16), messages, 2)

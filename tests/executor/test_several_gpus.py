@@ -61,7 +61,7 @@ def test_a_worker_process_on_one_gpu(folder: Path, expected: Any) -> None:
 def test_two_ranks_give_the_tokens_of_one(
     folder: Path, expected: Any, enforce_eager: bool, disable_custom_all_reduce: bool
 ) -> None:
-    """W8: with the collectives captured in the graphs, and without; with the kernel of our own, and with NCCL."""
+    """With the collectives captured in the graphs, and without; with the kernel of our own, and with NCCL."""
     options = {"enforce_eager": enforce_eager, "disable_custom_all_reduce": disable_custom_all_reduce}
     with make_llm(folder, device="cuda", tensor_parallel_size=2, **options) as llm:
         assert tokens(llm) == expected
@@ -78,7 +78,7 @@ def test_two_engines_give_the_tokens_of_one(folder: Path, expected: Any) -> None
 
 @pytest.mark.multigpu
 def test_the_cache_is_planned_within_each_card(folder: Path) -> None:
-    """W9: all ranks take the size that fits the card with the least memory left."""
+    """All ranks take the size that fits the card with the least memory left."""
     held = torch.empty(2**30, dtype=torch.uint8, device="cuda:1")
     options = {"num_gpu_blocks_override": None, "gpu_memory_utilization": 0.2}
     with make_llm(folder, device="cuda", tensor_parallel_size=2, **options) as llm:
@@ -89,7 +89,7 @@ def test_the_cache_is_planned_within_each_card(folder: Path) -> None:
 
 @pytest.mark.multigpu
 def test_a_killed_rank_frees_the_memory_of_all(folder: Path) -> None:
-    """C11: also while another rank waits for it within a collective."""
+    """Also while another rank waits for it within a collective."""
     llm = make_llm(folder, device="cuda", tensor_parallel_size=2)
     tokens(llm)
     pids = llm.apply_model(pid_of)

@@ -39,7 +39,7 @@ def test_cpu_path_equals_the_reference(dtype: torch.dtype, scale: float, shape: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_are_unchanged(dtype: torch.dtype) -> None:
-    """W5: no dtype is normed in place, float32 (where `.float()` copies nothing) least of all."""
+    """No dtype is normed in place, float32 (where `.float()` copies nothing) least of all."""
     x, residual, weight = torch.randn(4, 64).to(dtype), torch.randn(4, 64).to(dtype), torch.randn(64).to(dtype)
     before = x.clone(), residual.clone(), weight.clone()
     rms_norm(x, weight, 1e-6)

@@ -51,7 +51,7 @@ def test_cpu_path_equals_the_references(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_inputs_are_unchanged() -> None:
-    """W5: no operand is written."""
+    """No operand is written."""
     operands = inputs(torch.float32)
     before = [operand.clone() for operand in operands]
     x, residual, norm_weight, weight, bias = operands

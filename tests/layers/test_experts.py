@@ -56,7 +56,6 @@ def fill(layer: Experts, tensors: dict[str, Tensor]) -> Experts:
 @pytest.mark.parametrize("names", [QWEN, MIXTRAL])
 @pytest.mark.parametrize("tp", [TensorParallel(), TensorParallel(0, 2), TensorParallel(2, 3)])
 def test_both_layouts_fill_the_same_weights(fused: dict[str, Tensor], names: ExpertNames, tp: TensorParallel) -> None:
-    """W3"""
     together = fill(make(tp, names), fused)
     apart = fill(make(tp, names), dict(one_by_one(fused, names)))
     for one, other in zip(together.parameters(), apart.parameters(), strict=True):
@@ -74,7 +73,7 @@ def test_slots_that_stand_for_others_name_all_of_them(fused: dict[str, Tensor], 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_ranks_results_add_up(fused: dict[str, Tensor], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W8: each rank computes its part of every expert; the all-reduce that adds them is left out here."""
+    """Each rank computes its part of every expert; the all-reduce that adds them is left out here."""
     monkeypatch.setattr(TensorParallel, "all_reduce", lambda self, x: x)
     norm = RMSNorm(HIDDEN, 1e-6, torch.float32, PLAIN)
     norm.weight.data.fill_(1.0)
@@ -86,6 +85,5 @@ def test_the_ranks_results_add_up(fused: dict[str, Tensor], size: int, monkeypat
 
 
 def test_an_intermediate_size_that_ranks_do_not_divide_is_refused() -> None:
-    """C18"""
     with pytest.raises(ValueError, match=f"intermediate size of an expert = {INNER}.*5"):
         make(replace(TensorParallel(), size=5))

@@ -28,7 +28,7 @@ def test_the_offset_is_added_before_rounding(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("num_heads", "size"), [(4, 2), (4, 4), (2, 4)])
 def test_a_norm_over_heads_of_several_ranks_is_that_of_the_whole(num_heads: int, size: int) -> None:
-    """W8, C18: heads are spread over ranks, or ranks share them."""
+    """Heads are spread over ranks, or ranks share them."""
     x, weight = torch.randn(5, num_heads * 8), torch.randn(num_heads * 8)
     (whole,) = [ShardedRMSNorm(num_heads, range(num_heads), 8, 1e-5, torch.float32, TensorParallel(), PLAIN)]
     dict(whole.slots("norm"))["norm.weight"].fill(weight)

@@ -82,7 +82,7 @@ def test_row_parallel_parts_add_up_with_the_bias_once(size: int) -> None:
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(2, 2), (2, 4), (4, 2), (4, 1)])
 def test_query_heads_meet_their_key_value_heads(size: int, kv_heads: int) -> None:
-    """C18: fewer key/value heads than ranks are shared, each by the ranks whose query heads belong to it."""
+    """Fewer key/value heads than ranks are shared, each by the ranks whose query heads belong to it."""
     heads, dim = 4, 6
 
     def make(tp: TensorParallel) -> Any:
@@ -104,7 +104,7 @@ def test_query_heads_meet_their_key_value_heads(size: int, kv_heads: int) -> Non
 @pytest.mark.parametrize("vocab_size", [5, 64, 100, 128])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_vocabulary_that_ranks_do_not_divide(size: int, vocab_size: int) -> None:
-    """C18: every id is looked up by one rank, and the ranks' logits side by side are the whole's and then padding."""
+    """Every id is looked up by one rank, and the ranks' logits side by side are the whole's and then padding."""
     ids = torch.arange(vocab_size)
     (whole,) = outputs(lambda tp: Embedding(vocab_size, 24, torch.float32, tp, PLAIN), ["e"], lambda tp: ids, 1)
     parts = outputs(lambda tp: Embedding(vocab_size, 24, torch.float32, tp, PLAIN), ["e"], lambda tp: ids, size)

@@ -1,4 +1,4 @@
-"""W4: each accepted RoPE type equals Hugging Face's, beyond the original length too; any other is refused by name."""
+"""Each accepted RoPE type equals Hugging Face's, beyond the original length too; any other is refused by name."""
 
 import subprocess
 import sys
@@ -72,7 +72,7 @@ def ours(hf_config: Any) -> Any:
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])
 @pytest.mark.parametrize("name", TYPES)
 def test_cosines_and_sines_equal_hugging_face(name: str, head_dim: int) -> None:
-    """W4: the layer beside Hugging Face's layer, over four times the original length."""
+    """The layer beside Hugging Face's layer, over four times the original length."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     hf_config = hugging_face_config(*TYPES[name], head_dim)
@@ -89,7 +89,7 @@ def test_cosines_and_sines_equal_hugging_face(name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "yarn"])
 def test_frequencies_equal_the_functions_of_transformers(name: str) -> None:
-    """W4: read off the angles at position 1, for three original lengths."""
+    """Read off the angles at position 1, for three original lengths."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for length in (16, 256, 8192):
@@ -106,7 +106,7 @@ def test_frequencies_equal_the_functions_of_transformers(name: str) -> None:
 
 
 def test_dynamic_counts_from_max_position_embeddings_as_hugging_face_does() -> None:
-    """W4: `original_max_position_embeddings` beside it changes nothing there."""
+    """`original_max_position_embeddings` beside it changes nothing there."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2 * ORIGINAL}
     assert ours(hugging_face_config(rope, ORIGINAL)).ropes == ours(hugging_face_config(*TYPES["dynamic"])).ropes
 
@@ -124,7 +124,7 @@ def test_dynamic_before_the_original_length_is_the_default() -> None:
 def test_whole_models_equal_hugging_face_beyond_the_original_length(
     tmp_path: Path, name: str, architecture: str
 ) -> None:
-    """W4: logits of a prompt of twice the original length and of the output after it."""
+    """Logits of a prompt of twice the original length and of the output after it."""
     rope, max_positions = TYPES[name]
     folder = save_random(
         tmp_path,
@@ -149,7 +149,7 @@ def test_whole_models_equal_hugging_face_beyond_the_original_length(
 @pytest.mark.parametrize("options", [{}, {"max_num_seqs": 4, "max_num_batched_tokens": 13}, {"overlap_depth": 2}])
 @pytest.mark.parametrize("preempts", [False, True])
 def test_dynamic_through_the_engine(tmp_path: Path, options: dict[str, Any], preempts: bool) -> None:
-    """W4, W16: whole or chunked, preempted, and with a warm prefix cache, where prompts of other lengths share text.
+    """Whole or chunked, preempted, and with a warm prefix cache, where prompts of other lengths share text.
 
     Keys depend on the prompt's length once that is past the original one, so those blocks must not be shared; outputs
     that grow past it, and prompts below it, must come out right as well.
@@ -184,7 +184,6 @@ def test_dynamic_through_the_engine(tmp_path: Path, options: dict[str, Any], pre
 
 @pytest.mark.parametrize("rope_type", ["proportional", "mrope", "su", "ntk"])
 def test_any_other_type_is_refused_by_name(rope_type: str) -> None:
-    """W4"""
     config = {**hugging_face_config(*TYPES["default"]).to_dict(), "architectures": ["LlamaForCausalLM"]}
     for key in ("rope_type", "type"):
         for owner in ("rope_parameters", "rope_scaling"):
@@ -195,7 +194,6 @@ def test_any_other_type_is_refused_by_name(rope_type: str) -> None:
 
 
 def test_an_unsupported_type_is_refused_by_llm(tmp_path: Path) -> None:
-    """W4"""
     folder = save_random(tmp_path)
     edit_json(folder / "config.json", rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ValueError, match="proportional"):
@@ -204,7 +202,6 @@ def test_an_unsupported_type_is_refused_by_llm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "dynamic", "llama3", "yarn"])
 def test_a_missing_parameter_is_named(name: str) -> None:
-    """W4"""
     rope, length = TYPES[name]
     config = {**hugging_face_config(rope, length).to_dict(), "architectures": ["LlamaForCausalLM"]}
     for parameter in rope:
@@ -260,7 +257,7 @@ PHI = {
 @pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.3}, {"factor": 7.0}])
 @pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1, 200])
 def test_longrope_cosines_and_sines_equal_hugging_face(changes: dict[str, Any], length: int) -> None:
-    """W4: one set of frequencies up to the original length, another for all positions of longer contexts."""
+    """One set of frequencies up to the original length, another for all positions of longer contexts."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     hf_config = hugging_face_config({**LONGROPE, **changes}, 256, head_dim=8)
@@ -275,7 +272,7 @@ def test_longrope_cosines_and_sines_equal_hugging_face(changes: dict[str, Any], 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 13, "max_num_seqs": 4}, {"overlap_depth": 2}])
 @pytest.mark.parametrize("preempts", [False, True])
 def test_longrope_through_the_engine(tmp_path: Path, options: dict[str, Any], preempts: bool) -> None:
-    """W4, W16: prompts on both sides of the original length, and outputs that cross it, for which all keys change.
+    """Prompts on both sides of the original length, and outputs that cross it, for which all keys change.
 
     Cold and with a warm prefix cache, in which keys of both kinds lie, and as one of two outputs of a prompt.
     """
@@ -305,7 +302,6 @@ def test_longrope_through_the_engine(tmp_path: Path, options: dict[str, Any], pr
 @pytest.mark.parametrize("name", ["short_factor", "long_factor"])
 @pytest.mark.parametrize("value", [None, 2.0, [1.0, 2.0]])
 def test_longrope_needs_a_factor_for_each_frequency(name: str, value: Any) -> None:
-    """W4"""
     config = {**hugging_face_config(LONGROPE, 256, 8).to_dict(), "architectures": ["LlamaForCausalLM"]}
     with pytest.raises(ValueError, match=f"needs '{name}'|{name} must be a list of 4 numbers"):
         read_model_config({**config, "rope_parameters": {**LONGROPE, name: value}}, "float32")
@@ -326,7 +322,6 @@ def test_the_first_names_of_longrope_and_its_place_in_older_configs() -> None:
 
 
 def test_a_rope_parameter_that_nobody_knows_is_refused() -> None:
-    """W4"""
     config = {**hugging_face_config(*TYPES["linear"]).to_dict(), "architectures": ["LlamaForCausalLM"]}
     parameters = {**config["rope_parameters"], "mrope_section": [1, 2, 3]}
     with pytest.raises(ValueError, match="mrope_section"):

@@ -73,7 +73,6 @@ def test_digits_are_cut_first(tokenizer: Tokenizer, hf_tokenizer: Any) -> None:
 
 
 def test_chat_template(tokenizer: Tokenizer) -> None:
-    """W11"""
     token_ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\n") and text.endswith("user\nhi<|im_end|>\n<|im_start|>assistant\n")

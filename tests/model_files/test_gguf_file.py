@@ -38,7 +38,7 @@ def test_refuses_another_format(tmp_path: Path) -> None:
 
 
 def test_every_truncation_is_an_error_that_names_the_file(path: Path) -> None:
-    """W2: a file that lost its end, wherever, is refused when it is opened."""
+    """A file that lost its end, wherever, is refused when it is opened."""
     content = path.read_bytes()
     for size in [*range(4, 400, 7), *range(400, len(content) - 1, len(content) // 40), len(content) - 40]:
         path.write_bytes(content[:size])

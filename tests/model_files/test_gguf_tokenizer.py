@@ -109,7 +109,7 @@ def test_runs_of_spaces_that_are_tokens_by_themselves(tmp_path: Path) -> None:
 
 
 def test_unknown_kinds_are_refused_by_name(tmp_path: Path) -> None:
-    """W1: nothing that is only similar is used."""
+    """Nothing that is only similar is used."""
     for keys, name in (
         (byte_level_keys("kimi-k2"), "'kimi-k2'"),
         (byte_level_keys(model="rwkv"), "'rwkv'"),

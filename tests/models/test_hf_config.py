@@ -102,7 +102,6 @@ def test_granite() -> None:
     ],
 )
 def test_values_that_would_be_run_wrongly_are_refused_by_name(architecture: str, name: str, value: Any) -> None:
-    """W1"""
     with pytest.raises(ValueError, match=name):
         read(architecture, **{name: value})
 

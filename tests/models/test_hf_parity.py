@@ -166,7 +166,6 @@ def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
 def test_logits_of_prompt_and_output_equal_hugging_face(
     checkpoint: Path, hugging_face: Any, max_num_batched_tokens: int
 ) -> None:
-    """W1, W3"""
     check_logits(checkpoint, hugging_face, max_num_batched_tokens)
 
 
@@ -183,13 +182,13 @@ SMALL: dict[str, dict[str, Any]] = {
 def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
     checkpoint: Path, prompts: list[list[int]], expected: list[list[int]], way: str
 ) -> None:
-    """W1, C1: as a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
+    """As a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
     check_greedy_tokens(checkpoint, prompts, expected, preempts=way.startswith("preempting"), **SMALL[way])
 
 
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GptOssForCausalLM", "NoSuchForCausalLM"])
 def test_unsupported_architectures_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
-    """W1: and before any weight is looked at."""
+    """And before any weight is looked at."""
     folder = save_random(tmp_path)
     edit_json(folder / "config.json", architectures=[architecture])
     with pytest.raises(ValueError, match=architecture):
@@ -198,7 +197,6 @@ def test_unsupported_architectures_are_refused_by_name(tmp_path: Path, architect
 
 @pytest.mark.parametrize("architectures", [None, []])
 def test_a_config_without_architecture_is_refused(tmp_path: Path, architectures: Any) -> None:
-    """W1"""
     folder = save_random(tmp_path)
     edit_json(folder / "config.json", architectures=architectures)
     with pytest.raises(ValueError, match="architecture"):
@@ -208,7 +206,6 @@ def test_a_config_without_architecture_is_refused(tmp_path: Path, architectures:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(5, 16), (3, 4, 64)])
 def test_norms_leave_their_inputs_unchanged(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """W5"""
     torch.manual_seed(0)
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     weight = torch.randn(shape[-1]).to(dtype)
@@ -223,7 +220,7 @@ def test_norms_leave_their_inputs_unchanged(dtype: torch.dtype, shape: tuple[int
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gemma2", "gemma2-no-softcap-d256", "gemma3", "phi4-partial", "olmo2", "granite"])
 def test_half_precisions_are_as_near_to_the_truth_as_hugging_face(tmp_path: Path, name: str, dtype: str) -> None:
-    """W1, W5: rounding differs, meaning does not: measured against float32."""
+    """Rounding differs, meaning does not: measured against float32."""
     from transformers import AutoModelForCausalLM
 
     architecture, config = CASES[name]
@@ -241,7 +238,7 @@ def test_half_precisions_are_as_near_to_the_truth_as_hugging_face(tmp_path: Path
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precisions_stay_near_hugging_face_in_the_same_dtype(tmp_path: Path, dtype: str) -> None:
-    """W1, W5: rounding differs, meaning does not."""
+    """Rounding differs, meaning does not."""
     from transformers import AutoModelForCausalLM
 
     folder = save_random(tmp_path, "Qwen3ForCausalLM", head_dim=64)

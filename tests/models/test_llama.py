@@ -36,7 +36,7 @@ def config(share: float, is_neox_style: bool = True) -> ModelConfig:
 def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(
     share: float, is_neox_style: bool, order: list[int], size: int
 ) -> None:
-    """W8, C18: q, k and v, and the norms of their heads, in the order that kernels rotate in."""
+    """q, k and v, and the norms of their heads, in the order that kernels rotate in."""
     q, k, v = (torch.randn(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS))
     for rank in range(size):
         tp = TensorParallel(rank, size)

@@ -57,7 +57,7 @@ def on_cpu(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy_tokens_equal_the_cpu(folder: Path, prompts: list[list[int]], on_cpu: list[list[int]], way: str) -> None:
-    """W1, C1: cold and with a warm prefix cache."""
+    """Cold and with a warm prefix cache."""
     with make_llm(folder, **WAYS[way]) as llm:
         assert tokens(llm, prompts) == on_cpu
         assert tokens(llm, prompts) == on_cpu

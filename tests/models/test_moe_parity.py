@@ -129,7 +129,6 @@ def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
 def test_logits_of_prompt_and_output_equal_hugging_face(
     checkpoint: Path, hugging_face: Any, max_num_batched_tokens: int
 ) -> None:
-    """W1, W3"""
     check_logits(checkpoint, hugging_face, max_num_batched_tokens)
 
 
@@ -145,13 +144,13 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
     checkpoint: Path, prompts: list[list[int]], expected: list[list[int]], way: str
 ) -> None:
-    """W1, C1: as a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
+    """As a batch, in small chunks, overlapped, preempted, and again with a warm prefix cache."""
     check_greedy_tokens(checkpoint, prompts, expected, preempts=way.startswith("preempting"), **WAYS[way])
 
 
 @pytest.mark.parametrize("case", ["qwen3-moe-some-layers-dense", "mixtral", "olmoe", "granite-moe-shared"])
 def test_experts_in_one_tensor_are_the_same_model(tmp_path: Path, case: str) -> None:
-    """W3: the layout that transformers 5 keeps in memory, beside that of the Hub."""
+    """The layout that transformers 5 keeps in memory, beside that of the Hub."""
     architecture, config = CASES[case]
     apart = save_random(tmp_path / "apart", architecture, **config)
     together = tmp_path / "together"
@@ -253,7 +252,6 @@ TAMPERED: dict[str, tuple[str, Edit, str]] = {
 
 @pytest.mark.parametrize("case", TAMPERED)
 def test_tampered_tensors_are_named(tmp_path: Path, case: str) -> None:
-    """W2, W3"""
     architecture, edit, message = TAMPERED[case]
     folder = save_random(tmp_path, CASES[architecture][0], **CASES[architecture][1])
     tensors = load_file(folder / "model.safetensors")
@@ -278,7 +276,6 @@ def test_heads_for_further_tokens_are_left_out_and_said(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
-    """W2"""
     folder = save_random(tmp_path, *CASES["mixtral"][:1], **CASES["mixtral"][1])
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) - 64])
@@ -325,7 +322,6 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 def test_configs_that_are_not_understood_are_refused_by_name(
     tmp_path: Path, case: str, changes: dict[str, Any], message: str
 ) -> None:
-    """W1, W4, W13"""
     folder = save_random(tmp_path, CASES[case][0], **CASES[case][1])
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=re.escape(message)):

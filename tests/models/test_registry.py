@@ -60,7 +60,7 @@ def run(folder: Path, **options: Any) -> tuple[list[int], list[int], torch.Tenso
 def test_the_models_of_the_page_equal_hugging_face(
     architecture: str, way: str, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W1 for a model from outside this package: logits 1e-4 apart at most, equal greedy tokens."""
+    """A model from outside this package: logits 1e-4 apart at most, equal greedy tokens."""
     folder = save_random(package / "model", architecture, **OUTSIDE[architecture])
     with pytest.raises(ValueError, match=f"{architecture}.*adding-a-model"):
         run(folder)
@@ -104,7 +104,7 @@ def test_every_architecture_names_the_test_that_proves_it(
 
 @pytest.mark.parametrize("architecture", [name for name in registry.ARCHITECTURES if name.endswith("ForCausalLM")])
 def test_a_field_that_no_row_knows_is_refused_by_name(tmp_path: Path, architecture: str) -> None:
-    """W1, W13: rather than a model that is not quite the checkpoint's; null says that a feature is not there."""
+    """Rather than a model that is not quite the checkpoint's; null says that a feature is not there."""
     folder = save_random(tmp_path, architecture)
     edit_json(folder / "config.json", attention_chunk_size=None, output_attentions=False)
     with LLM(str(folder), device="cpu", skip_tokenizer_init=True, load_format="dummy"):

@@ -73,7 +73,7 @@ def test_what_the_tensors_mean_is_what_is_multiplied_by(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_hold_their_parts(name: str, rank: int) -> None:
-    """W8: rows of each matrix, or inputs in whole groups; else an error that says so."""
+    """Rows of each matrix, or inputs in whole groups; else an error that says so."""
     needs(name)
     form = FORMATS[name]
     tensors, meant = zip(*map(form.make, weights_of(1)), strict=True)
@@ -190,7 +190,7 @@ def test_layers_of_one_product_that_are_quantized_in_different_ways(tmp_path: Pa
 
 
 def test_a_tensor_of_another_kind_is_named(tmp_path: Path) -> None:
-    """W3: dense weights where the config says FP8, and the other way round."""
+    """Dense weights where the config says FP8, and the other way round."""
     quantized, _ = save_quantized(tmp_path, FORMATS["fp8, blocks"])
     tensors = load_file(quantized / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"

@@ -42,7 +42,6 @@ def test_each_number_is_rounded_to_the_nearest(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STEP)
 def test_ranks_hold_what_one_would(kind: str) -> None:
-    """W8"""
     weight = torch.randn(6, 256)
     whole = dequantize(layer_of(kind, [weight]).weight, torch.float32)
     halves = range(128), range(128, 256)

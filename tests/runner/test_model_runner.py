@@ -98,7 +98,7 @@ def test_mixed_batches_replay_graphs_and_give_what_they_give_without(
     way: dict[str, Any],
     overlap_depth: int,
 ) -> None:
-    """C8, W12, W15: rows that ask beside plain ones, in decode and prompt steps; cold, then in other rows and warm."""
+    """Rows that ask beside plain ones, in decode and prompt steps; cold, then in other rows and warm."""
     fake = fake_graphs(monkeypatch)
     with make_llm(folder, overlap_depth=overlap_depth, **way) as llm:
         check_equal(llm.generate(PROMPTS, REQUESTS, use_tqdm=False), expected)
@@ -187,7 +187,7 @@ def test_a_form_beside_others_keeps_the_graphs(
 def test_only_what_needs_hidden_states_runs_without_a_graph(
     folder: Path, monkeypatch: pytest.MonkeyPatch, overlap_depth: int
 ) -> None:
-    """W15: prompts that are scored, and requests that capture; the others' log-probabilities come from a graph."""
+    """Prompts that are scored, and requests that capture; the others' log-probabilities come from a graph."""
     scored = request(prompt_logprobs=2, logprobs=2)
     capturing = request(capture={"layers": [0]}, logprobs=1)
     params = [scored, PLAIN[1], capturing, ASKING["repetition"], ASKING["bias"], capturing]

@@ -31,7 +31,7 @@ def numpy_philox(counter: list[int], key: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
 def test_known_answers(counter: str, key: str, result: str) -> None:
-    """W12: the generator is the published one, so it can be written again for any device."""
+    """The generator is the published one, so it can be written again for any device."""
     assert torch.equal(philox4x32(words(counter), words(key)), words(result))
 
 
@@ -41,14 +41,13 @@ uint32 = st.integers(0, 2**32 - 1)
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.tuples(*[uint32] * 6), min_size=1, max_size=5))
 def test_agrees_with_numpy(columns: list[tuple[int, ...]]) -> None:
-    """W12"""
     table = torch.tensor(columns).T
     result = philox4x32(table[:4], table[4:])
     assert result.T.tolist() == [numpy_philox(list(c[:4]), list(c[4:])) for c in columns]
 
 
 def test_uniform_is_the_top_of_the_first_word() -> None:
-    """W12: the definition of the draw's number, for seeds over the whole 64 bits."""
+    """The definition of the draw's number, for seeds over the whole 64 bits."""
     for seed, position in [(0, 0), (1, 5), (-1, 7), (2**63 - 1, 2**31 - 1), (-(2**63), 123456), (0x123456789ABCDEF, 1)]:
         word = numpy_philox([position, 0, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])[0]
         result = uniform(torch.tensor([seed]), torch.tensor([position], dtype=torch.int32))

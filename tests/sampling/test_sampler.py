@@ -91,7 +91,7 @@ request_params = st.builds(
 def test_mixed_batches_agree_with_numpy(
     params: list[SamplingParams], vocab_size: int, dtype: torch.dtype, spread: float, case: int
 ) -> None:
-    """C8, W12: all stages in their order, each row with its own parameters, greedy rows beside sampled ones."""
+    """All stages in their order, each row with its own parameters, greedy rows beside sampled ones."""
     logits = make_logits(case, len(params), vocab_size, dtype, spread)
     seeds = [case + 31 * i for i in range(len(params))]
     positions = [5 + i for i in range(len(params))]
@@ -149,7 +149,7 @@ MASK = np.array([0b1101_0010_1100_1010_0110_1010_1110, 0b1_1000_0000], dtype=np.
 
 
 def test_every_two_edits_on_two_rows_and_on_one_agree_with_numpy() -> None:
-    """C8, W12: what a row asks for changes neither its neighbour's tokens nor, by what it leaves empty, their dtype."""
+    """What a row asks for changes neither its neighbour's tokens nor, by what it leaves empty, their dtype."""
     logits = make_logits(5, 2, 50, torch.float32)
     history = [[4, 9, 8], [8, 3, 3, 5, 21]]
     bad_words, stop_ids = ((7, 8), (21,), (5, 21, 3)), (8, 34)
@@ -193,7 +193,7 @@ def test_every_two_edits_on_two_rows_and_on_one_agree_with_numpy() -> None:
 @pytest.mark.parametrize("vocab_size", [2000, 16384, 20011])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_draw_in_any_row_batch_and_order(vocab_size: int, dtype: torch.dtype) -> None:
-    """W12, at the sampler: alone, in another row, another order, beside other requests with other seeds."""
+    """At the sampler: alone, in another row, another order, beside other requests with other seeds."""
     params = [SamplingParams(**options) for options in MIXED] * 2
     n = len(params)
     logits = make_logits(7, n, vocab_size, dtype)
@@ -212,7 +212,7 @@ def test_same_draw_in_any_row_batch_and_order(vocab_size: int, dtype: torch.dtyp
 
 
 def test_a_token_depends_on_seed_and_on_position() -> None:
-    """W12: the noise is keyed by both, over all 64 bits of the seed."""
+    """The noise is keyed by both, over all 64 bits of the seed."""
     logits = torch.zeros(64, 50_000)
     params = [SamplingParams()] * 64
     by_position = sample(logits, params, [5] * 64, list(range(64)))
@@ -314,7 +314,7 @@ def test_who_is_edited_is_about_these_rows_at_these_positions() -> None:
 
 
 def test_extreme_temperatures() -> None:
-    """C6: very low is greedy in effect, very high uniform; neither gives NaN."""
+    """Very low is greedy in effect, very high uniform; neither gives NaN."""
     logits = make_logits(0, 200, 50, torch.float32)
     cold = sample(logits, [SamplingParams(temperature=1e-4)] * 200, list(range(200)), [1] * 200)
     assert cold == logits.argmax(-1).tolist()
@@ -359,7 +359,7 @@ def test_the_nucleus_is_one_of_what_the_other_filters_left(options: dict[str, fl
 
 @pytest.mark.gpu
 def test_cpu_and_gpu_draw_the_same_tokens() -> None:
-    """W12 across devices, but for a draw that lands on the rounding of a boundary: one in a thousand may differ."""
+    """But for a draw that lands on the rounding of a boundary: one in a thousand may differ."""
     n, vocab_size = 1000, 20_000
     logits = make_logits(0, n, vocab_size, torch.bfloat16)
     drawn = []

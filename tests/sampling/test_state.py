@@ -60,7 +60,7 @@ def test_min_tokens_holds_back_known_ids_only() -> None:
 
 
 def test_greedy_is_exactly_zero() -> None:
-    """C8: a temperature that counts as greedy is stored as 0, whatever its digits."""
+    """A temperature that counts as greedy is stored as 0, whatever its digits."""
     state = DrawColumns(1, 10, "cpu")
     state.set_row(0, SamplingParams(temperature=9e-6), 0)
     assert state.host["temperature"][0] == np.float32(0)

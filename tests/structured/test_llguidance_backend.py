@@ -39,7 +39,7 @@ def test_each_token_narrows_what_may_follow(compiler: GrammarCompiler) -> None:
 
 
 def test_every_eos_is_allowed_where_the_form_is_complete_and_only_there(compiler: GrammarCompiler) -> None:
-    """W10: and none at all for a request that ignores them, as long as something else may follow."""
+    """And none at all for a request that ignores them, as long as something else may follow."""
     params = StructuredOutputsParams(regex="ab*")
     constraint, endless = compiler.compile(params, False), compiler.compile(params, True)
     assert allowed(constraint) == allowed(endless) == {ord("a")}
@@ -100,13 +100,12 @@ def test_a_model_without_an_eos_is_refused(tokenizer_json: str) -> None:
     ids=str,
 )
 def test_what_does_not_compile_names_its_field(compiler: GrammarCompiler, options: dict, field: str) -> None:
-    """W13"""
     with pytest.raises(ValueError, match=rf"structured_outputs\.{field} cannot be compiled"):
         compiler.compile(StructuredOutputsParams(**options), False)
 
 
 def test_without_the_package_the_error_names_the_command(tmp_path: Path) -> None:
-    """C14: and nothing but a request with structured_outputs needs it."""
+    """And nothing but a request with structured_outputs needs it."""
     (tmp_path / "llguidance.py").write_text("raise ImportError('not here')")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import nanovllm.llm\n"

@@ -67,7 +67,6 @@ def test_shards(sharded: Path, has_index: bool) -> None:
 
 @pytest.mark.parametrize("has_index", [True, False])
 def test_missing_shard_is_named(sharded: Path, has_index: bool) -> None:
-    """W2"""
     if not has_index:
         (sharded / INDEX).unlink()
     (sharded / "model-00002-of-00002.safetensors").unlink()
@@ -121,7 +120,6 @@ def test_truncated_file_is_named(sharded: Path) -> None:
 
 
 def test_no_weight_file(folder: Path) -> None:
-    """W2, W3"""
     with pytest.raises(ValueError, match="holds no weight file"):
         _open(folder)
     (folder / "pytorch_model.bin").touch()

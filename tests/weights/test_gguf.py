@@ -156,13 +156,11 @@ def test_untied_head_and_dtype(tmp_path: Path) -> None:
     ],
 )
 def test_rope_scaling(tmp_path: Path, changes: dict[str, Any], scaling: dict[str, Any] | None) -> None:
-    """W4"""
     assert _checkpoint(tmp_path, changes=changes).config["rope_scaling"] == scaling
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recognized(tmp_path: Path, factor: float) -> None:
-    """W4"""
     divisors = {"rope_freqs.weight": llama3_divisors(500000.0, HEAD_DIM, factor)}
     checkpoint = _checkpoint(tmp_path, changes={"rope__freq_base": 500000.0}, tensors=divisors)
     assert checkpoint.config["rope_scaling"] == {
@@ -176,7 +174,6 @@ def test_llama3_scaling_is_recognized(tmp_path: Path, factor: float) -> None:
 
 
 def test_other_frequency_divisors_are_refused(tmp_path: Path) -> None:
-    """W4"""
     divisors = np.linspace(1, 8, HEAD_DIM // 2, dtype=np.float32)
     with pytest.raises(NotImplementedError, match=r"rope_freqs\.weight is not Llama 3's"):
         _checkpoint(tmp_path, tensors={"rope_freqs.weight": divisors})
@@ -196,13 +193,11 @@ def test_other_frequency_divisors_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], name: str) -> None:
-    """W1, W13"""
     with pytest.raises(NotImplementedError, match=name):
         _checkpoint(tmp_path, changes=changes)
 
 
 def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
-    """W1"""
     with pytest.raises(NotImplementedError, match=r"qwen2\.expert_count = 8 is not understood"):
         _checkpoint(tmp_path, "qwen2", changes={"expert_count": 8})
     with pytest.raises(ValueError, match=r"llama\.expert_used_count is missing"):
@@ -218,7 +213,6 @@ def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
-    """W1"""
     with pytest.raises(
         NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, qwen3moe, gemma2, gemma3"
     ):
@@ -232,7 +226,6 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_unexpected_tensor_is_named(tmp_path: Path) -> None:
-    """W3"""
     with pytest.raises(NotImplementedError, match=r"rope_factors_long\.weight is not supported for llama"):
         _checkpoint(tmp_path, tensors={"rope_factors_long.weight": np.zeros((4, 4), np.float32)})
     for name in ("blk.0.ffn_gate_inp.weight", "cls.output.weight"):

@@ -120,7 +120,7 @@ def run(model: Path, prompt: list[int]) -> tuple[torch.Tensor, list[int]]:
 @pytest.mark.filterwarnings("ignore:.*multi-token prediction")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
-    """W1, W3, W4: the same weights, once as safetensors and once as GGUF."""
+    """The same weights, once as safetensors and once as GGUF."""
     architecture, config = CASES[case]
     folder = save_random(tmp_path, architecture, **config)
     prompt = random_prompts([30])[0]
@@ -132,7 +132,7 @@ def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", *QUANTIZATIONS])
 def test_quantized_models_equal_their_numbers(tmp_path: Path, kind: str) -> None:
-    """W1: every kind of block, in every matrix; the same numbers as plain float32 give the same logits."""
+    """Every kind of block, in every matrix; the same numbers as plain float32 give the same logits."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 1}
     folder = save_random(tmp_path, "Qwen3ForCausalLM", **sizes, head_dim=64)
     numbers = load_file(folder / "model.safetensors")
@@ -199,7 +199,6 @@ def rewrite(source: Path, path: Path, **changes: np.ndarray | None) -> Path:
 def test_missing_extra_and_misshapen_tensors_are_named(
     tmp_path: Path, changes: dict[str, Any], message: str | None
 ) -> None:
-    """W2, W3"""
     source = convert(save_random(tmp_path, "Qwen3ForCausalLM", head_dim=16), tmp_path / "m.gguf")
     path = rewrite(source, tmp_path / "tampered.gguf", **changes)
     if message is None:
@@ -211,7 +210,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.999])
 def test_truncated_files_are_refused(tmp_path: Path, share: float) -> None:
-    """W2: cut in the header, in the middle, and just before the end."""
+    """Cut in the header, in the middle, and just before the end."""
     path = convert(save_random(tmp_path, "Qwen3ForCausalLM", head_dim=16), tmp_path / "m.gguf")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])

@@ -50,7 +50,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_every_parameter_is_written_and_every_tensor_used(tmp_path: Path, architecture: str, is_tied: bool) -> None:
-    """W2, W3: after loading nothing is left of what was there before; slots and checkpoint have the same names."""
+    """After loading nothing is left of what was there before; slots and checkpoint have the same names."""
     bias = {"attention_bias": True, "mlp_bias": True} if architecture == "LlamaForCausalLM" else {}
     model, tensors = new_model(save_random(tmp_path, architecture, tie_word_embeddings=is_tied, **bias))
     assert {name for name, slot in model.slots() if not slot.instead_of} == set(tensors)
@@ -71,7 +71,7 @@ def test_progress_ends_with_every_slot_filled(untied: Path) -> None:
 
 
 def test_each_missing_tensor_is_named(untied: Path) -> None:
-    """W2, W3: all of them, one at a time."""
+    """All of them, one at a time."""
     model, tensors = new_model(untied)
     assert len(tensors) > 20
     for missing in tensors:
@@ -80,7 +80,7 @@ def test_each_missing_tensor_is_named(untied: Path) -> None:
 
 
 def test_many_missing_tensors_are_counted(untied: Path) -> None:
-    """W2: the message stays short."""
+    """The message stays short."""
     model, tensors = new_model(untied)
     with pytest.raises(ValueError, match=r"'model.embed_tokens.weight'.* and [0-9]+ more") as error:
         load_weights(model, [])
@@ -93,14 +93,13 @@ def test_many_missing_tensors_are_counted(untied: Path) -> None:
     ["model.layers.2.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight_scale", "visual.proj.weight"],
 )
 def test_an_unexpected_tensor_is_named(untied: Path, extra: str) -> None:
-    """W3"""
     model, tensors = new_model(untied)
     with pytest.raises(ValueError, match=re.escape(repr(extra))):
         load_weights(model, {**tensors, extra: torch.zeros(3)}.items())
 
 
 def test_a_bias_that_the_config_denies_is_named(tmp_path: Path) -> None:
-    """W3: dropping it would give wrong answers without an error."""
+    """Dropping it would give wrong answers without an error."""
     model, tensors = new_model(save_random(tmp_path))
     name = "model.layers.1.self_attn.o_proj.bias"
     with pytest.raises(ValueError, match=re.escape(repr(name))):
@@ -114,7 +113,7 @@ def test_a_bias_that_the_config_denies_is_named(tmp_path: Path) -> None:
 def test_a_misshapen_tensor_is_named_with_both_shapes(
     untied: Path, name: str, change: Callable[[Tensor], Tensor]
 ) -> None:
-    """W3: also where copying would have broadcast."""
+    """Also where copying would have broadcast."""
     model, tensors = new_model(untied)
     wrong = change(tensors[name])
     with pytest.raises(ValueError, match=re.escape(repr(name))) as error:
@@ -123,7 +122,6 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(
 
 
 def test_a_tensor_that_comes_twice_is_named(untied: Path) -> None:
-    """W3"""
     model, tensors = new_model(untied)
     with pytest.raises(ValueError, match=r"'model\.norm\.weight' twice"):
         load_weights(model, [*tensors.items(), ("model.norm.weight", tensors["model.norm.weight"])])
@@ -136,7 +134,6 @@ def test_an_old_rotary_table_is_passed_over(untied: Path) -> None:
 
 @pytest.mark.parametrize("comes_first", [False, True])
 def test_a_tied_head_may_be_stored_again_but_not_differ(tied: Path, comes_first: bool) -> None:
-    """W3"""
     model, tensors = new_model(tied)
     head = tensors["model.embed_tokens.weight"].clone()
 
@@ -210,7 +207,7 @@ def own_memory() -> int:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_take_their_parts_of_the_same_checkpoint(untied: Path, rank: int) -> None:
-    """W2, W3: each parameter of a rank of two is written too, with its own part."""
+    """Each parameter of a rank of two is written too, with its own part."""
     model, tensors = new_model(untied, TensorParallel(rank, 2))
     load_weights(model, tensors.items())
     assert not any(parameter.isnan().any() for parameter in model.parameters())
@@ -261,7 +258,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> N
 def test_a_bad_file_is_an_error_of_llm(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    """W2, W3"""
     folder = save_random(tmp_path)
     open_llm(folder)
     edit_tensors(folder, edit)
@@ -277,7 +273,6 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(t
 
 
 def test_a_folder_without_weight_file_is_an_error(tmp_path: Path) -> None:
-    """W2"""
     folder = save_random(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=re.escape(str(folder))):
@@ -285,7 +280,7 @@ def test_a_folder_without_weight_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_another_size_is_named(tmp_path: Path) -> None:
-    """W3: a config that does not belong to the weights."""
+    """A config that does not belong to the weights."""
     folder = save_random(tmp_path)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 128', '"vocab_size": 130'))

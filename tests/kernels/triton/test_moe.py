@@ -58,7 +58,7 @@ def test_align(num_tokens: int, num_experts: int, top_k: int, block_size: int) -
 
 @pytest.mark.parametrize("num_tokens", [2, 17])
 def test_a_token_does_not_depend_on_its_neighbours_values(num_tokens: int) -> None:
-    """W12: as long as the number of tokens is the same, and so the kernel."""
+    """As long as the number of tokens is the same, and so the kernel."""
     torch.manual_seed(0)
     gate_up, down = make_experts(4, 64, 48, torch.float16)
     x, logits = randn(num_tokens, 64, dtype=torch.float16), randn(num_tokens, 4, dtype=torch.float16)
@@ -71,7 +71,7 @@ def test_a_token_does_not_depend_on_its_neighbours_values(num_tokens: int) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_with_a_given_block_size_a_token_is_the_same_in_any_batch(dtype: torch.dtype) -> None:
-    """W12: to the bit, alone and among any number of others."""
+    """To the bit, alone and among any number of others."""
     torch.manual_seed(0)
     gate_up, down = make_experts(4, 80, 48, dtype)
     x, logits = randn(90, 80, dtype=dtype), randn(90, 4, dtype=dtype)

@@ -30,7 +30,7 @@ def test_strided_rows_and_heads(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (7, 576), (0, 16)])
 def test_add_norm_is_pure_and_equal(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """W5: neither input is written."""
+    """Neither input is written."""
     x, residual, weight = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
     before = x.clone(), residual.clone()
     normed, total = twin.add_rms_norm_triton(x, residual, weight, 1e-6)

@@ -96,7 +96,7 @@ def test_columns_are_where_the_state_puts_them() -> None:
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_batches_draw_what_torch_draws(dtype: torch.dtype, vocab_size: int, kind: str) -> None:
-    """C8, W12: greedy, sampled and filtered rows side by side, the same token in each."""
+    """Greedy, sampled and filtered rows side by side, the same token in each."""
     n = len(MIXED)
     logits = make_logits(vocab_size, n, vocab_size, kind, dtype)
     state = make_state(MIXED, vocab_size, [i * 7919 - 5 for i in range(n)])
@@ -105,7 +105,7 @@ def test_mixed_batches_draw_what_torch_draws(dtype: torch.dtype, vocab_size: int
 
 
 def test_rows_do_not_depend_on_their_batch() -> None:
-    """W12: any subset in any order, beside padding, and with another row stride, gives each row the same token."""
+    """Any subset in any order, beside padding, and with another row stride, gives each row the same token."""
     n, vocab_size = len(MIXED), 1000
     logits = make_logits(0, n, vocab_size, "plain", torch.float32)
     state = make_state(MIXED, vocab_size, list(range(n)))

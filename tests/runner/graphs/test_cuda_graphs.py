@@ -106,7 +106,7 @@ def test_a_view_of_memory_owns_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_memory_does_not_grow_with_the_number_of_sizes(tmp_path: Path) -> None:
-    """C16: all sizes of decode steps fit beside the largest, which is captured at the start."""
+    """All sizes of decode steps fit beside the largest, which is captured at the start."""
     vocab_size, max_num_seqs = 65536, 256
     folder = save_random(tmp_path, vocab_size=vocab_size, head_dim=64)
     options = {"max_num_seqs": max_num_seqs, "max_model_len": 64, "num_gpu_blocks_override": 300}

@@ -255,7 +255,7 @@ def test_order_of_prompts(query_lens: list[int], seq_lens: list[int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
 def test_graph_replays_with_other_lengths() -> None:
-    """W12: a captured step reads its lengths and blocks anew."""
+    """A captured step reads its lengths and blocks anew."""
     case = on_device(make_case([1] * 16, [random.Random(i).randint(1, 900) for i in range(16)], block_size=64))
     twin.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.2))
     graph = torch.cuda.CUDAGraph()

@@ -48,7 +48,7 @@ def test_equals_reference(
 def test_norm_equals_reference(
     dtype: torch.dtype, rows: int, outputs: int, inputs: int, gated: bool, has_residual: bool
 ) -> None:
-    """W5: x and the residual are read, never written."""
+    """x and the residual are read, never written."""
     x, residual = randn(rows, 3, inputs, dtype=dtype)[:, 1], randn(rows, 2, inputs, dtype=dtype)[:, 0]
     before = x.clone(), residual.clone()
     norm_weight, weight = randn(inputs, dtype=dtype), scaled_weight(outputs * (2 if gated else 1), inputs, dtype)
