@@ -139,8 +139,23 @@ _ARCHITECTURE_OF_HF = {
     "GraniteMoeForCausalLM": "granitemoe",
     "GraniteMoeSharedForCausalLM": "granitemoe",
     "SmolLM3ForCausalLM": "smollm3",
+    "GemmaForCausalLM": "gemma",
+    "SeedOssForCausalLM": "seed_oss",
+    "Olmo3ForCausalLM": "olmo2",
+    "Exaone4ForCausalLM": "exaone4",
+    "GlmForCausalLM": "chatglm",
+    "Glm4ForCausalLM": "glm4",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "ArceeForCausalLM": "arcee",
+    "HunYuanDenseV1ForCausalLM": "hunyuan-dense",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "CohereForCausalLM": "command-r",
+    "Cohere2ForCausalLM": "cohere2",
+    "ApertusForCausalLM": "apertus",
+    "Ministral3ForCausalLM": "mistral3",
+    "GraniteMoeHybridForCausalLM": "granite",
 }
-_PERMUTED = ("llama", "granite", "granitemoe", "smollm3")
+_PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 _ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -153,14 +168,16 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
     architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
     names = gguf.get_tensor_name_map(_ARCH[architecture], hf["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, architecture)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = _without_numbers(writer, load_file(folder / "model.safetensors"))
+    if hf["model_type"] == "granitemoehybrid":
+        tensors = _with_split_shared_mlp(tensors)
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
         assert name is not None, hf_tensor_name
         for module, num_heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
             if architecture in _PERMUTED and f".{module}." in name:
                 tensor = permute(tensor, hf[num_heads])
-        if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+        if architecture in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
         if quantize is not None and tensor.ndim > 1 and not re.search("ffn_gate_inp|exp_probs_b", name):
             blocks, kind = quantize(name, tensor)
@@ -225,6 +242,28 @@ def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_expert_shared_feed_forward_length(hf["intermediate_size"] // hf["num_key_value_heads"])
 
 
+def _with_split_shared_mlp(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Granite 4's only MLP by the names of Granite 3's."""
+    split = {}
+    for name, tensor in tensors.items():
+        layer, _, rest = name.partition(".shared_mlp.")
+        if rest == "input_linear.weight":
+            split[f"{layer}.mlp.gate_proj.weight"], split[f"{layer}.mlp.up_proj.weight"] = np.split(tensor, 2)
+        else:
+            split[f"{layer}.mlp.down_proj.weight" if rest else name] = tensor
+    return split
+
+
+def _without_numbers(writer: gguf.GGUFWriter, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """xIELU's four numbers a layer go into the metadata."""
+    for number in ("alpha_p", "alpha_n", "beta", "eps"):
+        found = {name: tensor for name, tensor in tensors.items() if name.endswith(f".act_fn.{number}")}
+        if found:
+            by_layer = sorted(found, key=lambda name: int(name.split(".")[2]))
+            getattr(writer, f"add_xielu_{number}")([found[name].item() for name in by_layer])
+    return {name: tensor for name, tensor in tensors.items() if ".act_fn." not in name}
+
+
 def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     ropes = hf["rope_parameters"]
     rope = ropes.get("full_attention", ropes)
@@ -240,10 +279,16 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_feed_forward_length(hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
     writer.add_head_count_kv(hf["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    if (layer_norm_eps := hf.get("layer_norm_eps") or hf.get("norm_epsilon")) is not None:
+        writer.add_layer_norm_eps(layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    alpha = rope.get("alpha") or 1.0
+    writer.add_rope_freq_base(rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2)))
+    if alpha != 1.0:
+        rope = {"rope_type": "default"}
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(rope["rope_theta"], head_dim, rope["factor"]))
     elif rope["rope_type"] == "longrope":
@@ -269,6 +314,20 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_sliding_window(hf["sliding_window"] or 0)
     if "partial_rotary_factor" in rope:
         writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+    if hf["model_type"] in ("olmo3", "exaone4", "cohere2") and hf["sliding_window"]:
+        writer.add_sliding_window(hf["sliding_window"])
+        if hf["model_type"] != "cohere2":
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in hf["layer_types"]])
+    if "logit_scale" in hf:
+        writer.add_logit_scale(hf["logit_scale"])
+    if "llama_4_scaling_beta" in rope:
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    elif rope["rope_type"] == "yarn" and "attention_factor" in rope:
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    if hf["model_type"] == "granitemoehybrid":
+        writer.add_ssm_conv_kernel(hf["mamba_d_conv"])
+        writer.add_rope_scaling_finetuned(True)
     if "residual_multiplier" in hf:
         writer.add_attention_scale(hf["attention_multiplier"])
         writer.add_embedding_scale(hf["embedding_multiplier"])

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from nanovllm.weights.prediction_heads import warn_of_prediction_heads
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
 }
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -52,6 +54,7 @@ class GGUFCheckpoint:
         self.path = path
         self._file = GGUFFile(path)
         self._architecture, config = read_architecture(self._file)
+        self._numbers = dict(self._read_numbers(config["num_hidden_layers"]))
         self.generation_config = _generation_config(self._file.metadata)
         self._parameters = list(_parameters(self._file, config))
         dtype = _dtype(info.quantization for info in self._parameters if _is_matrix(info))
@@ -63,6 +66,8 @@ class GGUFCheckpoint:
             for info in self._parameters:
                 yield from self._read(info, dtype, threads)
                 self._file.forget_pages(info)
+        for name, number in self._numbers.items():
+            yield name, torch.tensor([number])
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, on the meta device."""
@@ -73,6 +78,16 @@ class GGUFCheckpoint:
                 continue
             for expert in range(self._num_experts(info)):
                 yield name.format(expert), torch.empty(info.shape[1:], dtype=dtype, device="meta")
+        yield from ((name, torch.empty(1, device="meta")) for name in self._numbers)
+
+    def _read_numbers(self, num_layers: int) -> Iterator[tuple[str, float]]:
+        """Tensors of one number that are in the metadata. Raises ValueError."""
+        for key, name in self._architecture.numbers.items():
+            given = self._file.metadata.get(key)
+            numbers = given.tolist() if isinstance(given, np.ndarray) else given
+            if not isinstance(numbers, list) or len(numbers) != num_layers or not all(map(_is_number, numbers)):
+                raise ValueError(f"{self.path}: metadata {key} must have a number for each of {num_layers} layers")
+            yield from ((f"model.layers.{layer}.{name}", number) for layer, number in enumerate(numbers))
 
     def _read(self, info: TensorInfo, dtype: torch.dtype, threads: Executor) -> Iterator[tuple[str, torch.Tensor]]:
         name, rows = self._hf_name(info.name), self._file.read_rows(info)
@@ -125,6 +140,10 @@ def _parameters(file: GGUFFile, config: Mapping[str, Any]) -> Iterator[TensorInf
         elif info.name not in _NOT_PARAMETERS:
             yield info
     warn_of_prediction_heads(left_out, file.path)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def _is_matrix(info: TensorInfo) -> bool:

@@ -14,9 +14,10 @@ import torch
 
 from nanovllm.model_files.gguf_file import GGUFFile
 from nanovllm.weights.gguf_blocks import dequantize
+from nanovllm.weights.gguf_dense import DENSE
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_mixtures import MIXTURES, mixture_row
-from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
+from nanovllm.weights.gguf_row import NORMS_AFTER, Fields, GGUFArchitecture, layer_types, partial_rotary_factor
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's frequency divisors: part of the config here, not a parameter
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")  # longrope's, likewise
@@ -24,8 +25,7 @@ ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")  # long
 # llama.cpp writes only the divisors of Llama 3's scaling; these constants of its formula are the same in every release.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
-_NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-_GEMMA_NAMES = {**_NORMS_AFTER, "ffn_norm": "pre_feedforward_layernorm"}
+_GEMMA_NAMES = {**NORMS_AFTER, "ffn_norm": "pre_feedforward_layernorm"}
 _PHI3_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
@@ -45,17 +45,12 @@ def _gemma2(metadata: GGUFMetadata, common: Fields) -> Fields:
 def _gemma3(metadata: GGUFMetadata, common: Fields) -> Fields:
     """Files before mid 2025 hold no pattern: every sixth layer sees all."""
     window = metadata.integer("attention.sliding_window", 0) or None
-    pattern = metadata.by_layer("attention.sliding_window_pattern")
-    num_layers = common["num_hidden_layers"]
-    if not isinstance(pattern, list):
-        pattern = [(layer + 1) % (pattern or 6) != 0 for layer in range(num_layers)]
+    types = layer_types(metadata, common, period=6)
     theta, local_theta = common["rope_theta"], metadata.number("rope.freq_base_swa", 10000.0)
     return {
         **_gemma(metadata, common, size_of_27b=62),
         "sliding_window": window,
-        "layer_types": [
-            "sliding_attention" if window is not None and has_window else "full_attention" for has_window in pattern
-        ],
+        "layer_types": types if window is not None else ["full_attention"] * len(types),
         "rope_parameters": {
             "full_attention": {"rope_type": "default", **(common["rope_scaling"] or {}), "rope_theta": theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
@@ -100,16 +95,13 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "phi3": GGUFArchitecture(
         hf_class="Phi3ForCausalLM", model_type="phi3", names=_PHI3_NAMES, fields=_phi3, has_partial_rotary=True
     ),
-    "granite": GGUFArchitecture(
-        hf_class="GraniteForCausalLM", model_type="granite", fields=granite_fields, has_pairs=True
-    ),
-    "olmo2": GGUFArchitecture(hf_class="Olmo2ForCausalLM", model_type="olmo2", names=_NORMS_AFTER),
     "smollm3": GGUFArchitecture(
         hf_class="SmolLM3ForCausalLM",
         model_type="smollm3",
         fields=lambda metadata, common: {"no_rope_layer_interval": 4},  # fixed in llama.cpp
         has_pairs=True,
     ),
+    **DENSE,
     **MIXTURES,
 }
 
@@ -160,13 +152,19 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": metadata.integer("context_length"),
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        **_epsilon(metadata, row),
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(metadata, theta, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+
+
+def _epsilon(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
+    if row.layer_norm_eps is not None:
+        return {row.layer_norm_eps: metadata.number("attention.layer_norm_epsilon")}
+    return {"rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon")}
 
 
 # --- rotation ----------------------------------------------------------------------
@@ -197,7 +195,9 @@ def _rope_scaling(metadata: GGUFMetadata, theta: float, head_dim: int) -> Fields
         )
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     metadata.expect("rope.scaling.yarn_ext_factor", 1.0)
-    metadata.expect("rope.scaling.yarn_attn_factor", 1.0)  # on top of YaRN's own, which is the default in both worlds
+    own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # llama.cpp takes this one, whatever the file says
+    if not math.isclose(metadata.number("rope.scaling.yarn_attn_factor", own), own, rel_tol=1e-3):
+        metadata.expect("rope.scaling.yarn_attn_factor", 1.0)
     for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         if (beta := metadata.number(f"rope.scaling.yarn_{name}", default)) != default:
             scaling[name] = beta

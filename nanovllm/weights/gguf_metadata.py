@@ -92,6 +92,10 @@ class GGUFMetadata:
                 f"{self.file.path}: {self.prefix}.{key} = {value} is not supported, only {supported} is here"
             )
 
+    def ignore(self, *keys: str) -> None:
+        """Count keys as read that say something about parts that the model does not have."""
+        self._read.update(keys)
+
     def refuse_unread(self) -> None:
         """Raises NotImplementedError for a key that would change the result and that nobody read."""
         for name, value in self.file.metadata.items():

@@ -1,7 +1,7 @@
 """GGUFArchitecture: how one architecture of GGUF files is read, in Hugging Face's terms.
 
 Owns the form of a row, and what rows in several files share; the rows are in `gguf_architectures.py` and
-`gguf_mixtures.py`. Invariant: plain data and functions of the metadata; no tensor is looked at.
+`gguf_dense.py` and `gguf_mixtures.py`. Invariant: plain data and functions of the metadata; no tensor is looked at.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +25,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class GGUFArchitecture:
     fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
     rows: tensors of a layer that are a matrix of one row in Hugging Face's checkpoints, and here may be a vector.
+    layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
+    number that the file has in its metadata, one a layer: what follows a layer's name, by key.
     """
 
     hf_class: str
@@ -44,6 +47,8 @@ class GGUFArchitecture:
     norm_offset: float = 0.0
     has_partial_rotary: bool = False
     rows: tuple[str, ...] = ()
+    layer_norm_eps: str | None = None
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layer_names(self) -> Mapping[str, str]:
@@ -63,3 +68,12 @@ def granite_fields(metadata: GGUFMetadata, common: Fields) -> Fields:
         "residual_multiplier": metadata.number("residual_scale", 0.0) or 1.0,
         "logits_scaling": metadata.number("logit_scale"),
     }
+
+
+def layer_types(metadata: GGUFMetadata, common: Fields, period: int) -> list[str]:
+    """Which layers have a window; where the file does not say so layer by layer, all but each `period`-th."""
+    pattern = metadata.by_layer("attention.sliding_window_pattern")
+    if not isinstance(pattern, list):
+        every = pattern or period
+        pattern = [(layer + 1) % every != 0 for layer in range(common["num_hidden_layers"])]
+    return ["sliding_attention" if has_window else "full_attention" for has_window in pattern]

@@ -213,9 +213,7 @@ def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, qwen3moe, gemma2, gemma3"
-    ):
+    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, gemma2, gemma3"):
         _checkpoint(tmp_path, "mamba")
     with pytest.raises(ValueError, match=r"split\.count is 3, but by its name it is one of 1 files"):
         _checkpoint(tmp_path, keys={"split.count": 3})
@@ -223,6 +221,27 @@ def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
         _checkpoint(tmp_path, keys={"general.type": "adapter"})
     with pytest.raises(ValueError, match=r"llama\.block_count is missing"):
         _checkpoint(tmp_path, changes={"block_count": None})
+
+
+def test_what_files_of_dense_families_leave_out_or_say_in_vain(tmp_path: Path) -> None:
+    exaone = {"exaone4.block_count": 64}
+    config = _checkpoint(tmp_path, "exaone4", keys=exaone).config  # the 32B, whose window llama.cpp knows by heart
+    assert config["sliding_window"] == 4096
+    assert config["layer_types"][:5] == [*["sliding_attention"] * 3, "full_attention", "sliding_attention"]
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 8.0, "rope__scaling__original_context_length": 64}
+    for factor in (1.0, 1.2079441):  # YaRN's own for 8
+        changes = {**yarn, "attention__sliding_window": 16, "rope__scaling__yarn_attn_factor": factor}
+        ropes = _checkpoint(tmp_path, "olmo2", changes=changes).config["rope_parameters"]
+        assert ropes["full_attention"]["rope_type"] == "yarn" and "attention_factor" not in ropes["full_attention"]
+        assert ropes["sliding_attention"] == {"rope_type": "default", "rope_theta": 10000.0}
+    with pytest.raises(NotImplementedError, match=r"yarn_attn_factor = 1\.5 is not supported"):
+        _checkpoint(tmp_path, "olmo2", changes={**yarn, "rope__scaling__yarn_attn_factor": 1.5})
+    with pytest.raises(NotImplementedError, match="temperature_scale without YaRN"):
+        _checkpoint(tmp_path, "mistral3", changes={"attention__temperature_scale": 0.1})
+    assert _checkpoint(tmp_path, "mistral3").config["architectures"] == ["MistralForCausalLM"]
+    for given in ({}, {"xielu.alpha_p": [1.0]}, {"xielu.alpha_p": 1.0}):
+        with pytest.raises(ValueError, match=rf"xielu\.alpha_p must have a number for each of {LAYERS} layers"):
+            _checkpoint(tmp_path, "apertus", keys=given)
 
 
 def test_unexpected_tensor_is_named(tmp_path: Path) -> None:
