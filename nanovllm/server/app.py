@@ -30,15 +30,14 @@ from nanovllm.server.completions import completions
 from nanovllm.server.embeddings import embeddings
 from nanovllm.server.errors import error_response
 from nanovllm.server.messages import count_tokens, messages
+from nanovllm.server.openapi import describe
 from nanovllm.server.responses import responses
 from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
 from nanovllm.server.tokens import generate
 
 _log = logging.getLogger("nanovllm.server")
 _OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has no key
-_REQUEST_ID = re.compile(
-    rb"[\w.:-]{1,100}"
-)  # of bytes: ASCII alone, so that none can forge or colour a line of the log
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")  # of bytes, so ASCII: none can forge or colour a line of the log
 
 
 def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequence[str] = ()) -> ASGIApp:
@@ -63,6 +62,7 @@ def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequen
         Route("/version", _version),
         Route("/load", _load),
         Route("/metrics", _metrics),
+        Route("/openapi.json", _openapi),
     ]
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
         ExceptionGroup: _answer_group,
@@ -150,7 +150,7 @@ async def _answer_group(request: Request, group: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail if error.status_code != 404 else f"there is no {request.url.path} here"
-    return error_response(request.url.path, message, error.status_code)
+    return error_response(request.url.path, message, error.status_code, headers=error.headers)
 
 
 # -- small routes --
@@ -213,7 +213,7 @@ async def _detokenize(request: Request) -> Response:
     body.finish()
     vocab_size = served.engine.llm.model_config.vocab_size
     for token_id in ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:  # true is an int to isinstance
             raise BadRequest(f"tokens must be ids from 0 to {vocab_size - 1}, got {token_id!r}", param="tokens")
     return JSONResponse({"prompt": await served.in_thread(served.tokenizer.hf.decode, ids)})
 
@@ -230,6 +230,10 @@ async def _version(request: Request) -> Response:
 
 async def _load(request: Request) -> Response:
     return JSONResponse({"server_load": request.app.state.served.num_unfinished})
+
+
+async def _openapi(request: Request) -> Response:
+    return JSONResponse(describe(request.app.state.served.names))
 
 
 async def _metrics(request: Request) -> Response:

@@ -10,19 +10,19 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.body import BadRequest, Body
 from nanovllm.structured_outputs import StructuredOutputsParams
 
-_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_INTEGERS = ("n", "top_k", "seed", "min_tokens")
-_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
-_LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
+NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+INTEGERS = ("n", "top_k", "seed", "min_tokens")
+FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
+LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
 
 
 def take_sampling_params(
     body: Body, defaults: SamplingParams, max_tokens: int | None, is_stream: bool, **more: Any
 ) -> SamplingParams:
     """defaults: the model's own. max_tokens: as the route's own field says. more: what the route decides."""
-    options: dict[str, Any] = {name: getattr(defaults, name) for name in (*_NUMBERS, "top_k")}
-    fields = {**dict.fromkeys(_NUMBERS, float), **dict.fromkeys(_INTEGERS, int), **dict.fromkeys(_FLAGS, bool)}
-    for name, kind in {**fields, **dict.fromkeys(_LISTS, list)}.items():
+    options: dict[str, Any] = {name: getattr(defaults, name) for name in (*NUMBERS, "top_k")}
+    fields = {**dict.fromkeys(NUMBERS, float), **dict.fromkeys(INTEGERS, int), **dict.fromkeys(FLAGS, bool)}
+    for name, kind in {**fields, **dict.fromkeys(LISTS, list)}.items():
         value = body.take(name, kind)
         if value is not None:
             options[name] = value

@@ -111,6 +111,7 @@ def test_models_tokenize_and_back(client: Any, server: Running) -> None:
     assert tokens["count"] == len(tokens["tokens"]) == 7
     back = httpx.post(f"{server.url}/detokenize", json={"tokens": tokens["tokens"][1:]}).json()
     assert back == {"prompt": "héllo"}
+    assert httpx.post(f"{server.url}/detokenize", json={"tokens": [True]}).status_code == 400
     chat = httpx.post(f"{server.url}/tokenize", json={"messages": HI}).json()
     assert chat["count"] > 2
 
