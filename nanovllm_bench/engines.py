@@ -246,7 +246,7 @@ def model_size(config: ModelConfig, quantization: str | None = None) -> ModelSiz
     with torch.device("meta"):
         ops = with_quantization(PLAIN, config, quantization)
         model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), ops)
-        dict(model.slots())  # makes the weights
+        dict(model.weights())  # makes the weights
     num_weights, num_bytes = 0, 0.0
     for layer in model.modules():
         if isinstance(layer, LinearBase) and layer not in (model.embed_tokens, model.lm_head):

@@ -61,7 +61,7 @@ def _make_layer(
             hidden_size, intermediate_size, num_experts, Routing(top_k), ExpertNames(), dtype, TensorParallel(), ops
         )
         norm = RMSNorm(hidden_size, 1e-6, dtype, ops)
-        dict(layer.slots("mlp"))  # makes the router's weights
+        dict(layer.weights("mlp"))  # makes the router's weights
     for parameter in (*layer.parameters(), *norm.parameters()):
         parameter.data.normal_(std=hidden_size**-0.5)
     norm.weight.data.fill_(1.0)

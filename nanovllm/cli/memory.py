@@ -65,7 +65,7 @@ def count_parameters(config: ModelConfig, quantization: str | None = None) -> tu
         for ops in (PLAIN, with_quantization(PLAIN, config, quantization)):
             make_model = model_class(config.architecture)
             models.append(make_model(config, 1, getattr(torch, config.dtype), TensorParallel(), ops))
-            dict(models[-1].slots())  # makes the weights
+            dict(models[-1].weights())  # makes the weights
     dense, kept = models
     return sum(p.numel() for p in dense.parameters()), sum(p.nbytes for p in kept.parameters())
 
@@ -75,7 +75,7 @@ def largest_tensor(config: ModelConfig) -> int:
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
         model = model_class(config.architecture)(config, 1, dtype, TensorParallel(), PLAIN)
-        return dtype.itemsize * max(prod(slot.shape) for _, slot in model.slots() if not slot.instead_of)
+        return dtype.itemsize * max(prod(spec.shape) for _, spec in model.weights() if not spec.instead_of)
 
 
 def kv_bytes_of(config: ModelConfig, length: int) -> int:

@@ -125,11 +125,11 @@ def _load_model(
         ops = choose_ops(device, config.compilation, config.deterministic)
         ops = with_quantization(ops, model_config, config.quantization)
         model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
-        slots = dict(model.slots())  # this makes the weights
+        weight_specs = dict(model.weights())  # this makes the weights
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     else:
-        num_tensors = sum(1 for slot in slots.values() if not slot.instead_of)
+        num_tensors = sum(1 for weight_spec in weight_specs.values() if not weight_spec.instead_of)
         is_shown = config.use_tqdm_on_load and tp.rank == 0
         with tqdm(  # None: shown on a terminal
             desc="Loading weights", total=num_tensors, unit=" tensors", disable=None if is_shown else True

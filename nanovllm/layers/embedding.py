@@ -12,7 +12,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots
+from nanovllm.layers.weight_specs import WeightSpecs
 
 
 class Embedding(LinearBase):
@@ -67,10 +67,10 @@ class LMHead(LinearBase):
         logits = super().forward(x)
         return logits if self.tp.size == 1 else self.tp.all_gather(logits, self.vocab_size)
 
-    def slots(self, *names: str) -> Slots:
+    def weights(self, *names: str) -> WeightSpecs:
         """None for a tied head. Those of the table that it is tied to come first."""
-        slots = list(super().slots(*names))
-        yield from () if self.is_tied else slots
+        weight_specs = list(super().weights(*names))
+        yield from () if self.is_tied else weight_specs
 
 
 def vocab_rows(vocab_size: int, tp: TensorParallel) -> int:

@@ -17,7 +17,7 @@ from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.shared_expert import SharedExpert
-from nanovllm.layers.slots import Slots, WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 
 
 class StackedNames(NamedTuple):
@@ -72,7 +72,7 @@ class DenseExperts(nn.Module):
         """See `kernels.moe.fused_experts`."""
         return self.fused_experts(x, self.gate_up, self.down, weights, expert_ids)
 
-    def slots(self, layer: str, names: ExpertNames) -> Slots:
+    def weights(self, layer: str, names: ExpertNames) -> WeightSpecs:
         """One tensor per expert and projection, or all experts in one. layer: what stands before their names."""
         num_experts, hidden_size, part = self.down.shape
         size, first, last = self.intermediate_size, self.held.start, self.held.stop
@@ -82,11 +82,11 @@ class DenseExperts(nn.Module):
         )
         gate, up, down = self.gate_up.data[:, :part], self.gate_up.data[:, part:], self.down.data
 
-        def rows(target: Tensor) -> WeightSlot:
-            return WeightSlot((size, hidden_size), lambda tensor: target.copy_(tensor[first:last]))
+        def rows(target: Tensor) -> WeightSpec:
+            return WeightSpec((size, hidden_size), lambda tensor: target.copy_(tensor[first:last]))
 
-        def columns(target: Tensor) -> WeightSlot:
-            return WeightSlot((hidden_size, size), lambda tensor: target.copy_(tensor[:, first:last]))
+        def columns(target: Tensor) -> WeightSpec:
+            return WeightSpec((hidden_size, size), lambda tensor: target.copy_(tensor[:, first:last]))
 
         for expert in range(num_experts):
             yield gate_names[expert], rows(gate[expert])
@@ -102,9 +102,9 @@ class DenseExperts(nn.Module):
 
         shapes = (num_experts, 2 * size, hidden_size), (num_experts, hidden_size, size)
         for stacked in names.stacked:
-            both = WeightSlot(shapes[0], fill_gate_up, instead_of=(*gate_names, *up_names))
+            both = WeightSpec(shapes[0], fill_gate_up, instead_of=(*gate_names, *up_names))
             yield f"{layer}{stacked.gate_up}", both
-            yield f"{layer}{stacked.down}", WeightSlot(shapes[1], fill_down, instead_of=tuple(down_names))
+            yield f"{layer}{stacked.down}", WeightSpec(shapes[1], fill_down, instead_of=tuple(down_names))
 
 
 class Experts(nn.Module):
@@ -146,21 +146,21 @@ class Experts(nn.Module):
         mixed = self.method.mix(normed, weights, expert_ids)
         return self.tp.all_reduce(mixed if self.shared is None else mixed + self.shared(normed)), total
 
-    def slots(self, name: str) -> Slots:
+    def weights(self, name: str) -> WeightSpecs:
         """One tensor per expert and projection, as on the Hub, or all experts in one, as transformers 5 keeps them."""
         layer, names = name.removesuffix("mlp"), self.names
-        chosen_by = dict(self.router.slots(f"{layer}{names.block}.{names.router}"))
+        chosen_by = dict(self.router.weights(f"{layer}{names.block}.{names.router}"))
         if self.bias is not None:
-            chosen_by[f"{layer}{names.block}.{names.bias}"] = _bias_slot(self.bias.data, names.bias_is_row)
+            chosen_by[f"{layer}{names.block}.{names.bias}"] = _bias_spec(self.bias.data, names.bias_is_row)
         yield from chosen_by.items()
-        yield from self.method.slots(layer, names)
+        yield from self.method.weights(layer, names)
         for stacked in names.stacked:
-            for other, (own, slot) in zip((stacked.router, stacked.bias), chosen_by.items(), strict=False):
+            for other, (own, spec) in zip((stacked.router, stacked.bias), chosen_by.items(), strict=False):
                 if f"{layer}{other}" != own:
-                    yield f"{layer}{other}", slot._replace(instead_of=(own,))
+                    yield f"{layer}{other}", spec._replace(instead_of=(own,))
         if self.shared is not None:
-            yield from self.shared.slots(layer)
+            yield from self.shared.weights(layer)
 
 
-def _bias_slot(bias: Tensor, is_row: bool) -> WeightSlot:
-    return WeightSlot((1, *bias.shape) if is_row else tuple(bias.shape), lambda tensor: bias.copy_(tensor.view(-1)))
+def _bias_spec(bias: Tensor, is_row: bool) -> WeightSpec:
+    return WeightSpec((1, *bias.shape) if is_row else tuple(bias.shape), lambda tensor: bias.copy_(tensor.view(-1)))

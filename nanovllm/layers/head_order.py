@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import RopeConfig
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 
 
 def halves_order(head_dim: int, rope: RopeConfig | None, is_neox_style: bool) -> Tensor | None:
@@ -29,16 +29,16 @@ def halves_order(head_dim: int, rope: RopeConfig | None, is_neox_style: bool) ->
     return torch.cat((a, c, b, d))
 
 
-def reordered_slot(named: tuple[str, WeightSlot], order: Tensor | None) -> tuple[str, WeightSlot]:
-    """The slot of a layer that keeps the rows of each head in another order: `order` [head_dim], on the CPU."""
+def reordered_spec(named: tuple[str, WeightSpec], order: Tensor | None) -> tuple[str, WeightSpec]:
+    """The spec of a layer that keeps the rows of each head in another order: `order` [head_dim], on the CPU."""
     if order is None:
         return named
-    name, slot = named
-    if not slot.has_rows:
+    name, spec = named
+    if not spec.has_rows:
         raise NotImplementedError(f"{name}: heads whose rows are put in another order cannot be quantized in this form")
 
     def fill(tensor: Tensor) -> None:
         heads = tensor[:].unflatten(0, (-1, order.shape[0]))
-        slot.fill(heads[:, order.to(heads.device)].flatten(0, 1))
+        spec.fill(heads[:, order.to(heads.device)].flatten(0, 1))
 
-    return name, slot._replace(fill=fill)
+    return name, spec._replace(fill=fill)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, parameter_slot
+from nanovllm.layers.weight_specs import WeightSpecs, parameter_spec
 
 
 class LayerNorm(nn.Module):
@@ -27,10 +27,10 @@ class LayerNorm(nn.Module):
         total = x if residual is None else x + residual
         return F.layer_norm(total, self.gain.shape, self.gain, self.bias, self.eps), total
 
-    def slots(self, name: str) -> Slots:
-        yield parameter_slot(f"{name}.weight", self.gain)
+    def weights(self, name: str) -> WeightSpecs:
+        yield parameter_spec(f"{name}.weight", self.gain)
         if self.bias is not None:
-            yield parameter_slot(f"{name}.bias", self.bias)
+            yield parameter_spec(f"{name}.bias", self.bias)
 
 
 def with_bias(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> LayerNorm:

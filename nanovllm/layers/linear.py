@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear_method import Gate, LinearMethod, LinearSpec, Norm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 
 
 class LinearBase(nn.Module):
@@ -23,7 +23,7 @@ class LinearBase(nn.Module):
         super().__init__()
         self.spec = spec
         self.make_method = ops.linear_method
-        self.method: LinearMethod  # made by `slots`
+        self.method: LinearMethod  # made by `weights`
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(spec.num_outputs, dtype=spec.dtype), requires_grad=False)
@@ -35,7 +35,7 @@ class LinearBase(nn.Module):
         """(forward(norm of x + residual), x + residual), in one kernel where the device has one."""
         return self.method.multiply_after_norm(norm, x, residual, self.bias)
 
-    def slots(self, *names: str) -> Slots:
+    def weights(self, *names: str) -> WeightSpecs:
         """names: of the checkpoint's layers, in the order of `spec.sizes`.
 
         The first call makes the weights, on the current device: how they are held may depend on the names.
@@ -44,14 +44,14 @@ class LinearBase(nn.Module):
             self.spec = self.spec._replace(names=names)
             self.method = self.make_method(self.spec)
         for part, name in enumerate(self.spec.names):
-            for suffix, slot in self.method.weights(part):
-                yield f"{name}.{suffix}", slot
+            for suffix, weight_spec in self.method.weights(part):
+                yield f"{name}.{suffix}", weight_spec
             if self.bias is not None:
-                yield f"{name}.bias", self._bias_slot(part, self.bias.data[self.spec.rows(part)])
+                yield f"{name}.bias", self._bias_spec(part, self.bias.data[self.spec.rows(part)])
 
-    def _bias_slot(self, part: int, target: Tensor) -> WeightSlot:
+    def _bias_spec(self, part: int, target: Tensor) -> WeightSpec:
         held = self.spec.parts[part]
-        return WeightSlot((self.spec.sizes[part],), lambda tensor: target.copy_(tensor[held.start : held.stop]))
+        return WeightSpec((self.spec.sizes[part],), lambda tensor: target.copy_(tensor[held.start : held.stop]))
 
     def finish(self) -> None:
         """Called once when the weights are in place."""
@@ -144,7 +144,7 @@ class RowParallelLinear(LinearBase):
         product = super().forward(x)
         return product if self.tp.size == 1 else self.tp.all_reduce(product)
 
-    def _bias_slot(self, part: int, target: Tensor) -> WeightSlot:
+    def _bias_spec(self, part: int, target: Tensor) -> WeightSpec:
         if self.tp.rank == 0:
-            return super()._bias_slot(part, target)
-        return WeightSlot(tuple(target.shape), lambda tensor: target.zero_())
+            return super()._bias_spec(part, target)
+        return WeightSpec(tuple(target.shape), lambda tensor: target.zero_())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.kernels.gather_rows import gather_rows
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 
 
 class LinearSpec(NamedTuple):
@@ -23,7 +23,7 @@ class LinearSpec(NamedTuple):
     sizes: the outputs of each matrix, which stand one below the other in the layer (query, key, value). parts: those of
     them that this rank holds; they may reach beyond the last one, and such rows are zeros. inputs: which of in_features
     this rank holds. dtype: of the layer's inputs and outputs. names: the matrices' names in the checkpoint, without
-    ".weight"; empty until the layer is told (`Linear.slots`).
+    ".weight"; empty until the layer is told (`Linear.weights`).
     """
 
     sizes: tuple[int, ...]
@@ -67,7 +67,7 @@ class LinearMethod(nn.Module):
         super().__init__()
         self.spec = spec
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         """The tensors of matrix `part` in the checkpoint: what follows its name and a dot, and where it goes."""
         raise NotImplementedError
 
@@ -105,9 +105,9 @@ class DenseLinear(LinearMethod):
         shape = (spec.num_outputs, len(spec.inputs))
         self.weight = nn.Parameter(torch.empty(shape, dtype=spec.dtype), requires_grad=False)
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         spec, target = self.spec, self.weight.data[self.spec.rows(part)]
-        yield "weight", WeightSlot((spec.sizes[part], spec.in_features), _filler(target, spec.parts[part], spec.inputs))
+        yield "weight", WeightSpec((spec.sizes[part], spec.in_features), _filler(target, spec.parts[part], spec.inputs))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, WeightSlot, parameter_slot
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec
 
 
 class RMSNorm(nn.Module):
@@ -32,13 +32,13 @@ class RMSNorm(nn.Module):
             return self.ops.rms_norm(x, self.weight, self.eps), x
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
-    def slots(self, name: str) -> Slots:
+    def weights(self, name: str) -> WeightSpecs:
         if self.offset:
             weight, offset = self.weight.data, self.offset
             fill = lambda tensor: weight.copy_(tensor[:]).add_(offset)  # noqa: E731
-            yield f"{name}.weight", WeightSlot(tuple(weight.shape), fill)
+            yield f"{name}.weight", WeightSpec(tuple(weight.shape), fill)
         else:
-            yield parameter_slot(f"{name}.weight", self.weight)
+            yield parameter_spec(f"{name}.weight", self.weight)
 
 
 class NoNorm(nn.Module):
@@ -52,5 +52,5 @@ class NoNorm(nn.Module):
         total = x if residual is None else x + residual
         return total, total
 
-    def slots(self, name: str) -> Slots:
+    def weights(self, name: str) -> WeightSpecs:
         yield from ()

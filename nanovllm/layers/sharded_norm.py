@@ -9,7 +9,7 @@ from torch import Tensor
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 
 
 class ShardedRMSNorm(RMSNorm):
@@ -32,7 +32,7 @@ class ShardedRMSNorm(RMSNorm):
         mean = self.tp.all_reduce(values.square().mean(-1, keepdim=True)) / self.tp.size
         return (values * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight, x
 
-    def slots(self, name: str) -> Slots:
+    def weights(self, name: str) -> WeightSpecs:
         weight, first = self.weight.data, self.first
         fill = lambda tensor: weight.copy_(tensor[first : first + weight.shape[0]])  # noqa: E731
-        yield f"{name}.weight", WeightSlot((self.size,), fill)
+        yield f"{name}.weight", WeightSpec((self.size,), fill)

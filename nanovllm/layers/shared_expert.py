@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import GatedLinear, Linear, LinearBase, RowParallelLinear
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, with_joined
+from nanovllm.layers.weight_specs import WeightSpecs, with_joined
 
 
 class SharedExpertNames(NamedTuple):
@@ -56,11 +56,11 @@ class SharedExpert(nn.Module):
         result: Tensor = self.down_proj(self.gate_up_proj(x))
         return result if self.gate is None else result * self.gate(x).sigmoid()
 
-    def slots(self, layer: str) -> Slots:
+    def weights(self, layer: str) -> WeightSpecs:
         """layer: what stands before the names of its tensors."""
         name = f"{layer}{self.names.block}"
-        parts = list(self.gate_up_proj.slots(f"{name}.gate_proj", f"{name}.up_proj"))
+        parts = list(self.gate_up_proj.weights(f"{name}.gate_proj", f"{name}.up_proj"))
         yield from with_joined(f"{name}.{self.names.gate_up}", parts)
-        yield from self.down_proj.slots(f"{name}.{self.names.down}")
+        yield from self.down_proj.weights(f"{name}.{self.names.down}")
         if self.gate is not None:
-            yield from self.gate.slots(f"{layer}{self.gate_name}")
+            yield from self.gate.weights(f"{layer}{self.gate_name}")

@@ -8,7 +8,7 @@ import torch
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, with_joined
+from nanovllm.layers.weight_specs import WeightSpecs, with_joined
 from nanovllm.models.llama import MLP
 
 
@@ -24,8 +24,8 @@ class SharedMLP(MLP):
             )
         super().__init__(config, layer_idx, dtype, tp, ops)
 
-    def slots(self, name: str) -> Slots:
+    def weights(self, name: str) -> WeightSpecs:
         block = f"{name.removesuffix('mlp')}shared_mlp"
-        parts = list(self.gate_up_proj.slots(f"{block}.gate", f"{block}.up"))
+        parts = list(self.gate_up_proj.weights(f"{block}.gate", f"{block}.up"))
         yield from with_joined(f"{block}.input_linear", parts)
-        yield from self.down_proj.slots(f"{block}.output_linear")
+        yield from self.down_proj.weights(f"{block}.output_linear")

@@ -22,13 +22,13 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
-from nanovllm.layers.head_order import halves_order, reordered_slot
+from nanovllm.layers.head_order import halves_order, reordered_spec
 from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
-from nanovllm.layers.slots import Slots, with_joined
+from nanovllm.layers.weight_specs import WeightSpecs, with_joined
 from nanovllm.models.norm_names import PLACES, norm_names
 
 
@@ -76,14 +76,14 @@ class SelfAttention(nn.Module):
             qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-1)
         return self.o_proj(self.attention(qkv, cos_sin, ctx, *self.head_norms)), residual
 
-    def slots(self, name: str) -> Slots:
-        parts = self.qkv_proj.slots(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
-        ordered = [part if ".v_proj." in part[0] else reordered_slot(part, self.order) for part in parts]
+    def weights(self, name: str) -> WeightSpecs:
+        parts = self.qkv_proj.weights(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
+        ordered = [part if ".v_proj." in part[0] else reordered_spec(part, self.order) for part in parts]
         yield from with_joined(f"{name}.qkv_proj", ordered)
-        yield from self.o_proj.slots(f"{name}.o_proj")
+        yield from self.o_proj.weights(f"{name}.o_proj")
         for norm, norm_name in zip((self.q_norm, self.k_norm), self.norm_names, strict=True):
             if norm is not None:
-                yield from (reordered_slot(slot, self.order) for slot in norm.slots(f"{name}.{norm_name}"))
+                yield from (reordered_spec(spec, self.order) for spec in norm.weights(f"{name}.{norm_name}"))
 
 
 class MLP(nn.Module):
@@ -101,10 +101,10 @@ class MLP(nn.Module):
         gated, residual = self.gate_up_proj.after_norm(norm, x, residual)
         return self.down_proj(gated), residual
 
-    def slots(self, name: str) -> Slots:
-        parts = list(self.gate_up_proj.slots(f"{name}.gate_proj", f"{name}.up_proj"))
+    def weights(self, name: str) -> WeightSpecs:
+        parts = list(self.gate_up_proj.weights(f"{name}.gate_proj", f"{name}.up_proj"))
         yield from with_joined(f"{name}.gate_up_proj", parts)
-        yield from self.down_proj.slots(f"{name}.down_proj")
+        yield from self.down_proj.weights(f"{name}.down_proj")
 
 
 def rms_norm(config: ModelConfig, dtype: torch.dtype, ops: Ops) -> RMSNorm:
@@ -117,7 +117,7 @@ MakeNorm = Callable[[ModelConfig, torch.dtype, Ops], nn.Module]
 
 
 class DecoderLayer(nn.Module):
-    """norm, attention, mlp: make its parts. A block has `forward` and `slots` as SelfAttention and MLP do."""
+    """norm, attention, mlp: make its parts. A block has `forward` and `weights` as SelfAttention and MLP do."""
 
     def __init__(
         self,
@@ -157,11 +157,11 @@ class DecoderLayer(nn.Module):
             x, _ = norm(x)
         return x if self.residual_scale == 1.0 else x * self.residual_scale
 
-    def slots(self, name: str) -> Slots:
-        yield from self.self_attn.slots(f"{name}.self_attn")  # type: ignore[operator]
-        yield from self.mlp.slots(f"{name}.mlp")  # type: ignore[operator]
+    def weights(self, name: str) -> WeightSpecs:
+        yield from self.self_attn.weights(f"{name}.self_attn")  # type: ignore[operator]
+        yield from self.mlp.weights(f"{name}.mlp")  # type: ignore[operator]
         for place, norm_name in self.norm_names.items():
-            yield from getattr(self, place).slots(f"{name}.{norm_name}")
+            yield from getattr(self, place).weights(f"{name}.{norm_name}")
 
 
 class LlamaForCausalLM(nn.Module):
@@ -207,9 +207,9 @@ class LlamaForCausalLM(nn.Module):
             logits = (logits / self.logits_softcap).tanh_().mul_(self.logits_softcap)
         return logits
 
-    def slots(self) -> Slots:
-        yield from self.embed_tokens.slots("model.embed_tokens")
+    def weights(self) -> WeightSpecs:
+        yield from self.embed_tokens.weights("model.embed_tokens")
         for i, layer in enumerate(self.layers):
-            yield from layer.slots(f"model.layers.{i}")  # type: ignore[operator]
-        yield from self.norm.slots("model.norm")  # type: ignore[operator]
-        yield from self.lm_head.slots("lm_head")
+            yield from layer.weights(f"model.layers.{i}")  # type: ignore[operator]
+        yield from self.norm.weights("model.norm")  # type: ignore[operator]
+        yield from self.lm_head.weights("lm_head")

@@ -15,7 +15,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.slots import Slots, parameter_slot
+from nanovllm.layers.weight_specs import WeightSpecs, parameter_spec
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -41,9 +41,9 @@ class UngatedMLP(nn.Module):
         up, residual = self.up_proj.after_norm(norm, x, residual)
         return self.down_proj(self.activate(up)), residual
 
-    def slots(self, name: str) -> Slots:
-        yield from self.up_proj.slots(f"{name}.{self.up_name}")
-        yield from self.down_proj.slots(f"{name}.{self.down_name}")
+    def weights(self, name: str) -> WeightSpecs:
+        yield from self.up_proj.weights(f"{name}.{self.up_name}")
+        yield from self.down_proj.weights(f"{name}.{self.down_name}")
 
 
 class StarCoder2MLP(UngatedMLP):
@@ -66,15 +66,15 @@ class XIELU(nn.Module):
         above, below = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
         return torch.where(x > 0, above * x * x, below * (torch.expm1(x.minimum(self.eps)) - x)) + self.beta * x
 
-    def slots(self, name: str) -> Slots:
+    def weights(self, name: str) -> WeightSpecs:
         for own_name, number in self.named_parameters():
-            yield parameter_slot(f"{name}.{own_name}", number)
+            yield parameter_spec(f"{name}.{own_name}", number)
 
 
 class XIELUMLP(UngatedMLP):
     def activation(self, config: ModelConfig, dtype: torch.dtype) -> XIELU:
         return XIELU(dtype)
 
-    def slots(self, name: str) -> Slots:
-        yield from super().slots(name)
-        yield from self.activate.slots(f"{name}.act_fn")  # type: ignore[attr-defined]
+    def weights(self, name: str) -> WeightSpecs:
+        yield from super().weights(name)
+        yield from self.activate.weights(f"{name}.act_fn")  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanovllm.kernels.quantized_linear import pack_int4
 from nanovllm.layers.linear_method import LinearSpec
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.quantized_linear import QuantizedLinear
 from nanovllm.quantization.scheme import is_named, read_fields
 from nanovllm.quantization.words import signed, unpack_words
@@ -49,12 +49,12 @@ class Awq:
 
 
 class AwqLinear(QuantizedLinear):
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups = self.spec.sizes[part], self.spec.in_features, self.num_groups
         words = (torch.int32,)
-        yield self.slot("qweight", part, (inputs, size // 8), words, self._fill_words)
-        yield self.slot("qzeros", part, (groups, size // 8), words, self._fill_zeros)
-        yield self.slot("scales", part, (groups, size), _HALVES, lambda part, t: self.fill_scale(part, t.t()))
+        yield self.weight_spec("qweight", part, (inputs, size // 8), words, self._fill_words)
+        yield self.weight_spec("qzeros", part, (groups, size // 8), words, self._fill_zeros)
+        yield self.weight_spec("scales", part, (groups, size), _HALVES, lambda part, t: self.fill_scale(part, t.t()))
 
     def _fill_words(self, part: int, words: Tensor) -> None:
         self.fill_codes(part, pack_int4(_unpack(words)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanovllm.kernels.quantized_linear import pack_int4
 from nanovllm.layers.linear_method import LinearSpec
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.fp8 import FP8, SCALES
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 from nanovllm.quantization.scheme import is_named, read_fields
@@ -136,14 +136,14 @@ class CompressedLinear(QuantizedLinear):
         super().__init__(spec, form.kind, form.group_size, rounding=form.rounding)
         self.form = form
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs = self.spec.sizes[part], self.spec.in_features
         codes = FP8 if self.kind == "fp8" else (torch.int8,)
-        yield self.slot("weight", part, (size, inputs), codes, self.fill_codes, has_rows=True)
+        yield self.weight_spec("weight", part, (size, inputs), codes, self.fill_codes, has_rows=True)
         by_row = self.form.strategy in ("channel", "group")
-        yield self.slot("weight_scale", part, self._scale_shape(size), SCALES, self._fill_scale, has_rows=by_row)
+        yield self.weight_spec("weight_scale", part, self._scale_shape(size), SCALES, self._fill_scale, has_rows=by_row)
         if self.input_scale is not None:
-            yield self.slot("input_scale", part, (1,), SCALES, self.fill_input_scale)
+            yield self.weight_spec("input_scale", part, (1,), SCALES, self.fill_input_scale)
 
     def _scale_shape(self, size: int) -> tuple[int, ...]:
         if self.form.block_size is not None:
@@ -165,19 +165,23 @@ class PackedCompressedLinear(QuantizedLinear):
         self.bits = 4 if form.kind == "int4" else 8
         self.form = form
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups = self.spec.sizes[part], self.spec.in_features, self.num_groups
         words, per_word = (torch.int32,), 32 // self.bits
-        yield self.slot("weight_packed", part, (size, inputs // per_word), words, self._fill_words, has_rows=True)
+        yield self.weight_spec(
+            "weight_packed", part, (size, inputs // per_word), words, self._fill_words, has_rows=True
+        )
         if self.form.strategy == "tensor":
-            yield self.slot("weight_scale", part, (1,), SCALES, lambda part, t: self.fill_scale(part, t.view(1, 1)))
+            yield self.weight_spec(
+                "weight_scale", part, (1,), SCALES, lambda part, t: self.fill_scale(part, t.view(1, 1))
+            )
         else:
-            yield self.slot("weight_scale", part, (size, groups), SCALES, self.fill_scale, has_rows=True)
-        yield self.slot("weight_shape", part, (2,), (torch.int64, torch.int32), self._check_shape)
+            yield self.weight_spec("weight_scale", part, (size, groups), SCALES, self.fill_scale, has_rows=True)
+        yield self.weight_spec("weight_shape", part, (2,), (torch.int64, torch.int32), self._check_shape)
         if self.zero is not None:
-            yield self.slot("weight_zero_point", part, (-(-size // per_word), groups), words, self._fill_zeros)
+            yield self.weight_spec("weight_zero_point", part, (-(-size // per_word), groups), words, self._fill_zeros)
         if self.form.has_order:
-            yield self.slot("weight_g_idx", part, (inputs,), (torch.int32, torch.int64), self.fill_groups)
+            yield self.weight_spec("weight_g_idx", part, (inputs,), (torch.int32, torch.int64), self.fill_groups)
 
     def _check_shape(self, part: int, shape: Tensor) -> None:
         expected = [self.spec.sizes[part], self.spec.in_features]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.linear_method import LinearSpec
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 from nanovllm.quantization.scheme import is_named, read_fields
 
@@ -59,24 +59,24 @@ class Fp8Linear(QuantizedLinear):
         group_size = None if block_size is None else block_size[1]
         super().__init__(spec, "fp8", group_size, rounding=Rounding("fp8", group_size, is_static))
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs = self.spec.sizes[part], self.spec.in_features
-        yield self.slot("weight", part, (size, inputs), FP8, self.fill_codes, has_rows=True)
+        yield self.weight_spec("weight", part, (size, inputs), FP8, self.fill_codes, has_rows=True)
         if self.block_size is None:
-            yield from self._scale_slots(self.scale_name, "weight_scale_inv", part, self._fill_scale)
+            yield from self._scale_specs(self.scale_name, "weight_scale_inv", part, self._fill_scale)
         else:
             blocks = (-(-size // self.block_size[0]), self.num_groups)
-            yield self.slot(self.scale_name, part, blocks, SCALES, self._fill_scale)
+            yield self.weight_spec(self.scale_name, part, blocks, SCALES, self._fill_scale)
         if self.input_scale is not None:
-            yield from self._scale_slots("input_scale", "activation_scale", part, self.fill_input_scale)
+            yield from self._scale_specs("input_scale", "activation_scale", part, self.fill_input_scale)
 
-    def _scale_slots(
+    def _scale_specs(
         self, name: str, other_name: str, part: int, fill: Callable[[int, Tensor], object]
-    ) -> Iterator[tuple[str, WeightSlot]]:
+    ) -> Iterator[tuple[str, WeightSpec]]:
         """One scale a matrix, by AutoFP8's name or by transformers' own."""
-        _, slot = named = self.slot(name, part, (1,), SCALES, fill)
+        _, weight_spec = named = self.weight_spec(name, part, (1,), SCALES, fill)
         yield named
-        yield other_name, slot._replace(instead_of=(f"{self.spec.names[part]}.{name}",))
+        yield other_name, weight_spec._replace(instead_of=(f"{self.spec.names[part]}.{name}",))
 
     def _fill_scale(self, part: int, scale: Tensor) -> None:
         if scale.dtype == torch.uint8:  # exponents

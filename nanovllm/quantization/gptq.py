@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels.quantized_linear import pack_int4
 from nanovllm.layers.linear_method import LinearSpec
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.quantized_linear import QuantizedLinear
 from nanovllm.quantization.scheme import is_named, read_fields
 from nanovllm.quantization.words import signed, unpack_words
@@ -66,13 +66,13 @@ class GptqLinear(QuantizedLinear):
         super().__init__(spec, f"int{form.bits}", form.group_size, has_zeros=True, has_order=form.has_order)
         self.form = form
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups = self.spec.sizes[part], self.spec.in_features, self.num_groups
         words, per_word = (torch.int32,), 32 // self.form.bits
-        yield self.slot("qweight", part, (inputs // per_word, size), words, self._fill_words)
-        yield self.slot("qzeros", part, (groups, size // per_word), words, self._fill_zeros)
-        yield self.slot("scales", part, (groups, size), _FLOATS, lambda part, t: self.fill_scale(part, t.t()))
-        yield self.slot("g_idx", part, (inputs,), words, self._fill_groups)
+        yield self.weight_spec("qweight", part, (inputs // per_word, size), words, self._fill_words)
+        yield self.weight_spec("qzeros", part, (groups, size // per_word), words, self._fill_zeros)
+        yield self.weight_spec("scales", part, (groups, size), _FLOATS, lambda part, t: self.fill_scale(part, t.t()))
+        yield self.weight_spec("g_idx", part, (inputs,), words, self._fill_groups)
 
     def _fill_words(self, part: int, words: Tensor) -> None:
         values = signed(unpack_words(words, self.form.bits, dim=0), self.form.bits).t()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanovllm.kernels.quantized_linear import pack_int4, quantize_rows
 from nanovllm.layers.linear_method import LinearSpec
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 from nanovllm.quantization.scheme import is_named
 
@@ -46,9 +46,9 @@ class Online:
 
 
 class OnlineLinear(QuantizedLinear):
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSlot]]:
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         shape = (self.spec.sizes[part], self.spec.in_features)
-        yield self.slot("weight", part, shape, _FLOATS, self._quantize, has_rows=True)
+        yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, has_rows=True)
 
     def _quantize(self, part: int, dense: Tensor) -> None:
         rows, columns = self.spec.parts[part], self.spec.inputs

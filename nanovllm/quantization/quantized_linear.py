@@ -21,7 +21,7 @@ from nanovllm.kernels.quantized_linear import (
     unpack_int4,
 )
 from nanovllm.layers.linear_method import LinearMethod, LinearSpec
-from nanovllm.layers.slots import WeightSlot
+from nanovllm.layers.weight_specs import WeightSpec
 
 _CODES = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -104,7 +104,7 @@ class QuantizedLinear(LinearMethod):
 
     # --- from a checkpoint ---------------------------------------------------------------------
 
-    def slot(
+    def weight_spec(
         self,
         name: str,
         part: int,
@@ -112,10 +112,10 @@ class QuantizedLinear(LinearMethod):
         dtypes: tuple[torch.dtype, ...],
         fill: Callable[[int, Tensor], object],
         has_rows: bool = False,
-    ) -> tuple[str, WeightSlot]:
-        """(name, slot) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer."""
+    ) -> tuple[str, WeightSpec]:
+        """(name, spec) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer."""
         device = self.codes.device
-        return name, WeightSlot(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, has_rows=has_rows)
+        return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, has_rows=has_rows)
 
     def fill_codes(self, part: int, codes: Tensor) -> None:
         """codes: of the whole matrix, in the form that is kept; of "int4", two inputs in a byte."""

@@ -20,7 +20,7 @@ QWEN, MIXTRAL = ExpertNames(), ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
 def make(tp: TensorParallel | None = None, names: ExpertNames = QWEN) -> Experts:
     layer = Experts(HIDDEN, INNER, EXPERTS, Routing(2), names, torch.float32, tp or TensorParallel(), PLAIN)
-    dict(layer.slots("mlp"))  # makes the router's weights
+    dict(layer.weights("mlp"))  # makes the router's weights
     for parameter in layer.parameters():
         parameter.data.fill_(float("nan"))
     return layer
@@ -46,10 +46,10 @@ def one_by_one(fused: dict[str, Tensor], names: ExpertNames) -> Iterator[tuple[s
 
 
 def fill(layer: Experts, tensors: dict[str, Tensor]) -> Experts:
-    slots = dict(layer.slots("mlp"))
+    specs = dict(layer.weights("mlp"))
     for name, tensor in tensors.items():
-        assert tuple(tensor.shape) == slots[name].shape
-        slots[name].fill(tensor)
+        assert tuple(tensor.shape) == specs[name].shape
+        specs[name].fill(tensor)
     return layer
 
 
@@ -64,10 +64,10 @@ def test_both_layouts_fill_the_same_weights(fused: dict[str, Tensor], names: Exp
 
 @pytest.mark.parametrize("names", [QWEN, MIXTRAL])
 def test_slots_that_stand_for_others_name_all_of_them(fused: dict[str, Tensor], names: ExpertNames) -> None:
-    slots = dict(make(names=names).slots("mlp"))
-    plain = {name for name, slot in slots.items() if not slot.instead_of}
+    specs = dict(make(names=names).weights("mlp"))
+    plain = {name for name, spec in specs.items() if not spec.instead_of}
     assert plain == dict(one_by_one(fused, names)).keys()
-    replaced = [name for slot in slots.values() for name in slot.instead_of]
+    replaced = [name for spec in specs.values() for name in spec.instead_of]
     assert len(replaced) == len(set(replaced)) and set(replaced) <= plain
 
 

@@ -19,7 +19,7 @@ def test_the_offset_is_added_before_rounding(dtype: torch.dtype) -> None:
     """Weights near 0 in bfloat16 have more digits than 1 plus them would."""
     stored = (0.01 * torch.randn(64)).to(dtype)
     norm = RMSNorm(64, 1e-6, dtype, PLAIN, offset=1.0)
-    dict(norm.slots("norm"))["norm.weight"].fill(stored)
+    dict(norm.weights("norm"))["norm.weight"].fill(stored)
     assert torch.equal(norm.weight, 1 + stored.float())
     x, residual = torch.randn(3, 64).to(dtype), torch.randn(3, 64).to(dtype)
     normed, total = norm(x, residual)
@@ -31,7 +31,7 @@ def test_a_norm_over_heads_of_several_ranks_is_that_of_the_whole(num_heads: int,
     """Heads are spread over ranks, or ranks share them."""
     x, weight = torch.randn(5, num_heads * 8), torch.randn(num_heads * 8)
     (whole,) = [ShardedRMSNorm(num_heads, range(num_heads), 8, 1e-5, torch.float32, TensorParallel(), PLAIN)]
-    dict(whole.slots("norm"))["norm.weight"].fill(weight)
+    dict(whole.weights("norm"))["norm.weight"].fill(weight)
     expected, _ = whole(x)
     held = [TensorParallel(rank, size).kv_heads(num_heads) for rank in range(size)]
     columns = [slice(heads.start * 8, heads.stop * 8) for heads in held]
@@ -43,7 +43,7 @@ def test_a_norm_over_heads_of_several_ranks_is_that_of_the_whole(num_heads: int,
 
     for rank in range(size):
         norm = ShardedRMSNorm(num_heads, held[rank], 8, 1e-5, torch.float32, Together(rank, size), PLAIN)
-        dict(norm.slots("norm"))["norm.weight"].fill(weight)
+        dict(norm.weights("norm"))["norm.weight"].fill(weight)
         torch.testing.assert_close(norm(x[:, columns[rank]])[0], expected[:, columns[rank]])
 
 
@@ -51,7 +51,7 @@ def test_no_norm_is_the_residual_addition() -> None:
     x, residual = torch.randn(2, 8), torch.randn(2, 8)
     assert all(torch.equal(out, x + residual) for out in NoNorm()(x, residual))
     assert NoNorm()(x)[1] is x
-    assert not list(NoNorm().slots("norm"))
+    assert not list(NoNorm().weights("norm"))
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -61,10 +61,10 @@ def test_a_layer_norm_is_taken_for_no_rms_norm(
 ) -> None:
     """Also before a product that takes RMS norms into its kernel: it has the norm computed first."""
     norm = LayerNorm(16, 0.1, has_bias, dtype)
-    slots = dict(norm.slots("n"))
-    assert list(slots) == ["n.weight", "n.bias"][: 1 + has_bias]
-    for slot in slots.values():
-        slot.fill(torch.randn(16))
+    specs = dict(norm.weights("n"))
+    assert list(specs) == ["n.weight", "n.bias"][: 1 + has_bias]
+    for spec in specs.values():
+        spec.fill(torch.randn(16))
     x, residual = (torch.randn(3, 16).to(dtype) for _ in range(2))
     normed, total = norm(x, residual)
     assert torch.equal(total, x + residual) and norm(x)[1] is x

@@ -53,8 +53,8 @@ def test_a_layer_keeps_one_copy() -> None:
     """Packed, the plain weight is freed; a table that lends its tensor to a head keeps it."""
     table = PackedLinear(LinearSpec((32,), (range(32),), 16, range(16), torch.float32))
     weight, x = torch.randn(32, 16), torch.randn(4, 16)
-    ((_, slot),) = table.weights(0)
-    slot.fill(weight)
+    ((_, spec),) = table.weights(0)
+    spec.fill(weight)
     head = table.tied()
     head.finish()
     torch.testing.assert_close(head.multiply(x, None), F.linear(x, weight), atol=1e-5, rtol=1e-5)

@@ -27,18 +27,18 @@ def ranks(size: int) -> list[TensorParallel]:
     return [Alone(rank, size) for rank in range(size)]
 
 
-def fill(slots: Any) -> None:
+def fill(specs: Any) -> None:
     """The same numbers for a tensor of a name and shape, whoever asks."""
-    for name, slot in slots:
+    for name, spec in specs:
         generator = torch.Generator().manual_seed(sum(name.encode()))
-        slot.fill(torch.randn(slot.shape, generator=generator))
+        spec.fill(torch.randn(spec.shape, generator=generator))
 
 
 def outputs(make: Callable[[TensorParallel], Any], names: list[str], x: Callable[[TensorParallel], Tensor], size: int):
     results = []
     for tp in ranks(size):
         layer = make(tp)
-        fill(layer.slots(*names))
+        fill(layer.weights(*names))
         results.append(layer(x(tp)))
     return results
 
@@ -124,7 +124,7 @@ def test_a_tied_head_is_compared_part_by_part() -> None:
     tensor = torch.randn(100, 24)
     for tp in ranks(4):
         embedding = Embedding(100, 24, torch.float32, tp, PLAIN)
-        next(iter(embedding.slots("e")))[1].fill(tensor)
+        next(iter(embedding.weights("e")))[1].fill(tensor)
         assert embedding.equals(tensor)
         assert not embedding.equals(tensor[:99])
         other = tensor.clone()

@@ -43,10 +43,10 @@ def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(
         weights = []
         for names in ({"a.q_proj": q, "a.k_proj": k, "a.v_proj": v}, {"a.qkv_proj": torch.cat((q, k, v))}):
             attention = SelfAttention(config(share, is_neox_style), 0, torch.float32, tp, PLAIN)
-            slots = dict(attention.slots("a"))
+            specs = dict(attention.weights("a"))
             for name, tensor in names.items():
-                assert slots[f"{name}.weight"].shape == tensor.shape
-                slots[f"{name}.weight"].fill(tensor)
+                assert specs[f"{name}.weight"].shape == tensor.shape
+                specs[f"{name}.weight"].fill(tensor)
             weights.append(attention.qkv_proj.method.weight)
         assert torch.equal(*weights)
         held = tp.part(HEADS, "heads"), tp.kv_heads(KV_HEADS), tp.kv_heads(KV_HEADS)
@@ -55,7 +55,7 @@ def test_one_tensor_or_three_fill_the_same_rows_of_each_rank(
         expected = [t.view(-1, DIM, HIDDEN)[h.start : h.stop, o].flatten(0, 1) for t, h, o in parts]
         assert torch.equal(weights[0], torch.cat(expected))
         for norm, name in ((attention.q_norm, "a.q_norm"), (attention.k_norm, "a.k_norm")):
-            slots[f"{name}.weight"].fill(torch.arange(DIM))
+            specs[f"{name}.weight"].fill(torch.arange(DIM))
             assert norm is not None and norm.weight.tolist() == order
 
 
@@ -64,6 +64,6 @@ def test_gate_and_up_in_one_tensor(size: int) -> None:
     gate, up = torch.randn(2, 16, HIDDEN)
     for rank in range(size):
         mlp = MLP(replace(config(1.0), activation="gelu_tanh"), 0, torch.float32, TensorParallel(rank, size), PLAIN)
-        dict(mlp.slots("m"))["m.gate_up_proj.weight"].fill(torch.cat((gate, up)))
+        dict(mlp.weights("m"))["m.gate_up_proj.weight"].fill(torch.cat((gate, up)))
         rows = slice(rank * 16 // size, (rank + 1) * 16 // size)
         assert torch.equal(mlp.gate_up_proj.method.weight, torch.cat((gate[rows], up[rows])))

@@ -39,12 +39,14 @@ def load(form: Format, tensors: list[dict[str, Tensor]], spec: LinearSpec) -> Qu
     layer = method(spec)
     assert isinstance(layer, QuantizedLinear)
     for part, given in enumerate(tensors):
-        slots = dict(layer.weights(part))
-        names = {slots[name].instead_of or (f"{spec.names[part]}.{name}",) for name in given}
-        assert names == {(f"{spec.names[part]}.{name}",) for name, slot in slots.items() if not slot.instead_of}
+        weight_specs = dict(layer.weights(part))
+        names = {weight_specs[name].instead_of or (f"{spec.names[part]}.{name}",) for name in given}
+        assert names == {
+            (f"{spec.names[part]}.{name}",) for name, weight_spec in weight_specs.items() if not weight_spec.instead_of
+        }
         for name, tensor in given.items():
-            assert tensor.shape == slots[name].shape and tensor.dtype in slots[name].dtypes
-            slots[name].fill(tensor)
+            assert tensor.shape == weight_specs[name].shape and tensor.dtype in weight_specs[name].dtypes
+            weight_specs[name].fill(tensor)
     layer.finish()
     return layer
 

@@ -24,9 +24,9 @@ def layer_of(kind: str, weights: list[Tensor], inputs: range | None = None) -> Q
     held = range(in_features) if inputs is None else inputs
     layer = Online(kind)(LinearSpec(sizes, tuple(map(range, sizes)), in_features, held, torch.float32, ("a", "b")))
     for part, weight in enumerate(weights):
-        ((name, slot),) = layer.weights(part)
-        assert name == "weight" and slot.shape == weight.shape
-        slot.fill(weight)
+        ((name, spec),) = layer.weights(part)
+        assert name == "weight" and spec.shape == weight.shape
+        spec.fill(weight)
     layer.finish()
     return layer
 

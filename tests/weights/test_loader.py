@@ -29,7 +29,7 @@ def new_model(folder: Path, tp: TensorParallel | None = None) -> tuple[Any, dict
     checkpoint = open_checkpoint(str(folder), load_format="auto", revision=None)
     config = read_model_config(checkpoint.config, "float32")
     model = model_class(config.architecture)(config, 64, torch.float32, tp or TensorParallel(), PLAIN)
-    dict(model.slots())  # makes the weights
+    dict(model.weights())  # makes the weights
     for parameter in model.parameters():
         parameter.data.fill_(NAN)
     return model, dict(checkpoint.tensors(torch.float32))
@@ -50,10 +50,10 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_every_parameter_is_written_and_every_tensor_used(tmp_path: Path, architecture: str, is_tied: bool) -> None:
-    """After loading nothing is left of what was there before; slots and checkpoint have the same names."""
+    """After loading nothing is left of what was there before; specs and checkpoint have the same names."""
     bias = {"attention_bias": True, "mlp_bias": True} if architecture == "LlamaForCausalLM" else {}
     model, tensors = new_model(save_random(tmp_path, architecture, tie_word_embeddings=is_tied, **bias))
-    assert {name for name, slot in model.slots() if not slot.instead_of} == set(tensors)
+    assert {name for name, spec in model.weights() if not spec.instead_of} == set(tensors)
     load_weights(model, tensors.items())
     assert not any(parameter.isnan().any() for parameter in model.parameters())
 
@@ -67,7 +67,7 @@ def test_progress_ends_with_every_slot_filled(untied: Path) -> None:
     for stored in (tensors, joined, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}):
         counts: list[int] = []
         load_weights(model, stored.items(), counts.append)
-        assert sum(counts) == sum(1 for _, slot in model.slots() if not slot.instead_of) == len(tensors)
+        assert sum(counts) == sum(1 for _, spec in model.weights() if not spec.instead_of) == len(tensors)
 
 
 def test_each_missing_tensor_is_named(untied: Path) -> None:
