@@ -8,9 +8,9 @@ calls an event loop at most once a step; who is slow finds several steps' tokens
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -58,13 +58,26 @@ class AsyncLLM:
         ValueError or TypeError for bad input; RequestError behind the output of a request that failed; RuntimeError if
         the engine has closed.
         """
-        loop = asyncio.get_running_loop()
+        async with aclosing(self.outputs(await self.check(prompt, sampling_params, request_id))) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def check(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> Handle:
+        """The first half of `generate`, for who must know which errors are its caller's: ValueError and TypeError here.
+
+        The request is tokenized and not queued.
+        """
         params = sampling_params if sampling_params is not None else self.llm.get_default_sampling_params()
         make_handle = partial(self.llm._make_handle, prompt, params, request_id, self._inbox)
         self._session.check_open()
-        handle = await loop.run_in_executor(self._tokenizing, make_handle)
-        stream = self._streams[handle] = _Stream(loop)
-        is_delta = params.output_kind is RequestOutputKind.DELTA
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make_handle)
+
+    async def outputs(self, handle: Handle) -> AsyncGenerator[RequestOutput, None]:
+        """The second half of `generate`. Raises ValueError only for an id that is in use."""
+        stream = self._streams[handle] = _Stream(asyncio.get_running_loop())
+        is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
         seen: Marks = ()
         is_finished = False
         try:

@@ -12,7 +12,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,19 +24,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm import __version__
-from nanovllm.errors import EngineDeadError, cut
-from nanovllm.server.body import BadRequest, read_body
+from nanovllm.errors import cut
+from nanovllm.server.body import BadRequest, checking, read_body
 from nanovllm.server.chat import chat_completions
 from nanovllm.server.completions import completions
 from nanovllm.server.embeddings import embeddings
-from nanovllm.server.errors import error_response
+from nanovllm.server.errors import Fault, error_response, fault_of
 from nanovllm.server.messages import count_tokens, messages
 from nanovllm.server.openapi import describe
 from nanovllm.server.responses import responses
-from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
+from nanovllm.server.served import Served
 from nanovllm.server.tokens import generate
 
 _log = logging.getLogger("nanovllm.server")
+_Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 _OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has no key
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")  # of bytes, so ASCII: none can forge or colour a line of the log
 
@@ -45,38 +47,14 @@ def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequen
 
     allowed_origins: of the pages on other sites whose scripts may use the server in a browser.
     """
-    routes = [
-        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
-        Route("/v1/embeddings", embeddings, methods=["POST"]),
-        Route("/v1/messages", messages, methods=["POST"]),
-        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
-        Route("/inference/v1/generate", generate, methods=["POST"]),
-        Route("/v1/models", _models),
-        Route("/v1/models/{name:path}", _model),
-        Route("/tokenize", _tokenize, methods=["POST"]),
-        Route("/detokenize", _detokenize, methods=["POST"]),
-        Route("/health", _health),
-        Route("/ping", _health, methods=["GET", "POST"]),
-        Route("/version", _version),
-        Route("/load", _load),
-        Route("/metrics", _metrics),
-        Route("/openapi.json", _openapi),
-    ]
-    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
-        ExceptionGroup: _answer_group,
-        HTTPException: _answer_http,
-        Exception: _answer_error,
-        **dict.fromkeys((ValueError, TypeError, NotImplementedError, RuntimeError), _answer_error),
-    }
+    routes = [Route(path, _answering(endpoint), methods=methods) for path, (endpoint, *methods) in _ROUTES.items()]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await served.engine.close()
 
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_http}, lifespan=lifespan)
     app.state.served = served
     gate = _Gate(app, api_key)
     if not allowed_origins:
@@ -109,11 +87,12 @@ class _Gate:
             await send(message)
 
         if self._key is not None and scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
-            response = error_response(scope["path"], "the API key is missing or wrong", 401, "invalid_api_key")
+            response = error_response(scope["path"], Fault("the API key is missing or wrong", 401, "invalid_api_key"))
             await response(scope, receive, send_with_id)
         else:
             await self._app(scope, receive, send_with_id)
-        path = cut(scope["raw_path"].decode("latin-1"))  # as it was sent: decoded, it may hold line breaks
+        # As it was sent: decoded, it may hold line breaks.
+        path = cut(scope.get("raw_path", scope["path"].encode()).decode("latin-1"))
         _log.info("%s %s %s %s %.3f s", request_id, scope["method"], path, status, time.perf_counter() - start)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
@@ -125,32 +104,26 @@ class _Gate:
 # -- errors --
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, BadRequest):
-        return error_response(request.url.path, str(error), error.status, error.code, error.param)
-    if isinstance(error, Overloaded):
-        status = 503 if request.app.state.served.is_draining else 429
-        return error_response(request.url.path, str(error), status, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
-    if isinstance(error, (ValueError, TypeError, NotImplementedError)):
-        return error_response(request.url.path, str(error), 400)
-    if isinstance(error, EngineDeadError) or not request.app.state.served.is_alive:
-        return error_response(request.url.path, f"the engine has ended: {cut(str(error))}", 503)
-    _log.error("%s", request.state.request_id, exc_info=error)
-    return error_response(request.url.path, f"{type(error).__name__}: {cut(str(error))}", 500)
+def _answering(endpoint: _Endpoint) -> _Endpoint:
+    """The endpoint, with an answer to whatever it raises."""
 
+    @wraps(endpoint)
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except HTTPException:
+            raise
+        except Exception as error:
+            fault = fault_of(error, request.app.state.served, request.state.request_id)
+            return error_response(request.url.path, fault)
 
-async def _answer_group(request: Request, group: Exception) -> Response:
-    """Of several prompts one is bad: what is wrong with the first that is."""
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return await _answer_error(request, error)
+    return answer
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail if error.status_code != 404 else f"there is no {request.url.path} here"
-    return error_response(request.url.path, message, error.status_code, headers=error.headers)
+    return error_response(request.url.path, Fault(message, error.status_code))
 
 
 # -- small routes --
@@ -176,9 +149,8 @@ async def _model(request: Request) -> Response:
     served: Served = request.app.state.served
     name = request.path_params["name"]
     if name not in served.names:
-        return error_response(
-            request.url.path, f"the model {name!r} is not served here", 404, "model_not_found", "model"
-        )
+        fault = Fault(f"the model {name!r} is not served here", 404, "model_not_found", "model")
+        return error_response(request.url.path, fault)
     return JSONResponse(_card(served, name))
 
 
@@ -197,8 +169,9 @@ async def _tokenize(request: Request) -> Response:
     tokenizer = served.tokenizer
 
     def tokenize() -> dict[str, Any]:
-        given = tokenizer.render_chat(messages, **options) if messages is not None else text
-        ids = tokenizer.encode(given, add_special_tokens=has_special)
+        with checking():
+            given = tokenizer.render_chat(messages, **options) if messages is not None else text
+            ids = tokenizer.encode(given, add_special_tokens=has_special)
         texts = tokenizer.hf.convert_ids_to_tokens(ids) if wants_texts else None
         return {"count": len(ids), "max_model_len": served.max_model_len, "tokens": ids, "token_strs": texts}
 
@@ -240,3 +213,24 @@ async def _metrics(request: Request) -> Response:
     served: Served = request.app.state.served
     engine = await asyncio.to_thread(served.engine.llm.get_metrics)
     return Response(served.metrics.render(engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+_ROUTES: dict[str, tuple[Any, ...]] = {  # path: endpoint, methods
+    "/v1/chat/completions": (chat_completions, "POST"),
+    "/v1/completions": (completions, "POST"),
+    "/v1/responses": (responses, "POST"),
+    "/v1/embeddings": (embeddings, "POST"),
+    "/v1/messages": (messages, "POST"),
+    "/v1/messages/count_tokens": (count_tokens, "POST"),
+    "/inference/v1/generate": (generate, "POST"),
+    "/v1/models": (_models, "GET"),
+    "/v1/models/{name:path}": (_model, "GET"),
+    "/tokenize": (_tokenize, "POST"),
+    "/detokenize": (_detokenize, "POST"),
+    "/health": (_health, "GET"),
+    "/ping": (_health, "GET", "POST"),
+    "/version": (_version, "GET"),
+    "/load": (_load, "GET"),
+    "/metrics": (_metrics, "GET"),
+    "/openapi.json": (_openapi, "GET"),
+}

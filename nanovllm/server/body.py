@@ -6,7 +6,8 @@ accepted and ignored.
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -30,6 +31,17 @@ class BadRequest(ValueError):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
+
+
+@contextmanager
+def checking(param: str | None = None) -> Iterator[None]:
+    """Around checks of a request that say ValueError or TypeError: what they find is the client's mistake."""
+    try:
+        yield
+    except BadRequest:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise BadRequest(str(error), param) from error
 
 
 async def read_body(request: Request) -> "Body":

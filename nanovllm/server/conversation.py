@@ -12,7 +12,7 @@ from typing import Any
 from nanovllm.engine.prompt_text import PromptText
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.body import BadRequest
+from nanovllm.server.body import BadRequest, checking
 from nanovllm.server.reply import Piece, PlainReader, Reader, TemplateReader
 from nanovllm.server.response_templates import find_response_template
 from nanovllm.server.served import Served
@@ -54,8 +54,9 @@ class Conversation:
             options["tools"] = schemas
             if tools.is_forced:
                 options.setdefault("enable_thinking", False)  # the call is the answer's first token on
-        text = tokenizer.render_chat(self.messages, **options)
-        token_ids = PromptText(tokenizer.encode, max_model_len).read(text, "messages", add_special_tokens=False)
+        with checking("messages"):
+            text = tokenizer.render_chat(self.messages, **options)
+            token_ids = PromptText(tokenizer.encode, max_model_len).read(text, "messages", add_special_tokens=False)
         prompt = {"prompt": text, "prompt_token_ids": token_ids}
         template = hf.get_chat_template(options.get("chat_template"), schemas)
         if tools is not None and not re.search(r"\btools\b", template):
@@ -64,10 +65,8 @@ class Conversation:
             if params.structured_outputs is not None:
                 raise BadRequest("a forced tool call has a form of its own: leave the other out", param="tool_choice")
             return Prepared(prompt, replace(params, structured_outputs=tools.form()), tools.form_reader)
-        try:
+        with checking("tools"):
             response_template = find_response_template(hf, template, tools is not None)
-        except ValueError as error:
-            raise BadRequest(str(error), param="tools") from error
         if response_template is None:
             return Prepared(prompt, params, PlainReader)
         is_parallel = tools is None or tools.is_parallel

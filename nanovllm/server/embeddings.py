@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from nanovllm.embedding import PARAMS, Pooling
 from nanovllm.outputs import RequestOutput
-from nanovllm.server.body import read_body
+from nanovllm.server.body import checking, read_body
 from nanovllm.server.completions import take_prompts
 from nanovllm.server.events import unless_gone
 from nanovllm.server.served import Served
@@ -25,14 +25,13 @@ async def embeddings(request: Request) -> Response:
     name = served.check_model(body)
     prompts = take_prompts(body, "input")
     encoding = body.choose("encoding_format", ("float", "base64"), "float")
-    pooling = Pooling(
-        kind=body.choose("pooling", ("last", "mean"), "last"),
-        is_normalized=body.take("normalize", bool, True),
-        dimensions=body.take("dimensions", int),
-    )
+    kind, is_normalized = body.choose("pooling", ("last", "mean"), "last"), body.take("normalize", bool, True)
+    dimensions = body.take("dimensions", int)
     body.ignore("user")
     body.finish()
-    pooling.check(served.engine.llm.model_config.hidden_size)
+    with checking("dimensions"):
+        pooling = Pooling(kind=kind, is_normalized=is_normalized, dimensions=dimensions)
+        pooling.check(served.engine.llm.model_config.hidden_size)
     with served.admitted(len(prompts)):
         results = await unless_gone(request, _embed_all(served, prompts, pooling, f"embd-{request.state.request_id}"))
     if results is None:

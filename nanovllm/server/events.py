@@ -1,8 +1,9 @@
 """Server-sent events, written straight to the ASGI server, and the end of a request whose client has gone away.
 
 Owns both. Events go to the server's own `send`, past the layers around a route: these look at heads only, and each of
-them costs a microsecond a token. Invariant: when the client goes, the iterator that makes the answer is left at once,
-wherever it waits; that is what frees the request's rows and blocks (`AsyncLLM.generate`).
+them costs a microsecond a token. A stream that cannot go on ends with an error event. Invariant: when the client goes,
+the iterator that makes the answer is left at once, wherever it waits; that is what frees the request's rows and blocks
+(`AsyncLLM.generate`).
 """
 
 import asyncio
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from nanovllm.server.errors import error_event, fault_of
 
 Result = TypeVar("Result")
 
@@ -33,13 +36,18 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [*_HEADERS, *scope.get("state", {}).get("headers", [])]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _until_gone(receive, self._write(scope.get("state", {}).get("server_send", send)))
+        await _until_gone(receive, self._write(scope.get("state", {}).get("server_send", send), Request(scope)))
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, request: Request) -> None:
         await send({"type": "http.response.body", "body": self._first.encode(), "more_body": True})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        end = b""
+        try:
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        except Exception as error:
+            fault = fault_of(error, request.app.state.served, request.state.request_id)
+            end = error_event(request.url.path, fault).encode()
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
 
 async def stream_events(events: AsyncIterator[str]) -> EventStream:

@@ -15,7 +15,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, stream_pieces
-from nanovllm.server.errors import error_response
+from nanovllm.server.errors import Fault, error_response
 from nanovllm.server.events import stream_events, unless_gone
 from nanovllm.server.reply import Piece, merged, read_pieces
 from nanovllm.server.sampling import take_sampling_params
@@ -47,7 +47,7 @@ async def messages(request: Request) -> Response:
         return Response(status_code=499)
     error = output.outputs[0].error
     if error is not None:
-        return error_response(request.url.path, error, 500)
+        return error_response(request.url.path, Fault(error, 500))
     return JSONResponse(answer.whole(output))
 
 

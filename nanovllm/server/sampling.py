@@ -7,7 +7,7 @@ itself; its errors reach the client as they are.
 from typing import Any
 
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.server.body import BadRequest, Body
+from nanovllm.server.body import BadRequest, Body, checking
 from nanovllm.structured_outputs import StructuredOutputsParams
 
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -32,7 +32,8 @@ def take_sampling_params(
     options["output_kind"] = RequestOutputKind.DELTA if is_stream else RequestOutputKind.FINAL_ONLY
     if options["temperature"] == 0 and options.get("n", 1) > 1:
         raise BadRequest("n must be 1 with temperature 0: all choices would be equal", param="n")
-    return SamplingParams(**{**options, "max_tokens": max_tokens, **more})
+    with checking():
+        return SamplingParams(**{**options, "max_tokens": max_tokens, **more})
 
 
 def _take_logit_bias(body: Body) -> dict[int, float] | None:
@@ -47,6 +48,11 @@ def _take_logit_bias(body: Body) -> dict[int, float] | None:
 
 def _take_form(body: Body) -> StructuredOutputsParams | None:
     """`response_format` as OpenAI has it, or vLLM's `structured_outputs`."""
+    with checking("response_format"):
+        return _read_form(body)
+
+
+def _read_form(body: Body) -> StructuredOutputsParams | None:
     own, response_format = body.take("structured_outputs", dict), body.inner("response_format")
     if response_format is None:
         return None if own is None else StructuredOutputsParams(**own)

@@ -15,7 +15,7 @@ from nanovllm.engine.input_processor import Prompt
 from nanovllm.errors import RequestError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.body import BadRequest, Body
+from nanovllm.server.body import BadRequest, Body, checking
 from nanovllm.server.metrics import Metrics
 
 RETRY_AFTER_SECONDS = 1
@@ -83,9 +83,13 @@ class Served:
 
     async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
         """`AsyncLLM.generate`, counted. A sequence that failed has its reason in its output, and raises nothing."""
+        with checking():
+            handle = await self.engine.check(prompt, params, request_id)
+            if self.engine.llm._session.find(request_id) is not None:
+                raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
         timing = self.metrics.begin(params)
         try:
-            async for output in self.engine.generate(prompt, params, request_id):
+            async for output in self.engine.outputs(handle):
                 timing.count(output)
                 yield output
         except RequestError:

@@ -42,7 +42,7 @@ def test_vectors_are_the_engines(tmp_path: Any) -> None:
         ({"input": []}, "input", "0 prompts"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "'base64'"),
         ({"input": "a", "pooling": "cls"}, "pooling", "'mean'"),
-        ({"input": "a", "dimensions": 100_000}, None, "dimensions is 100000"),
+        ({"input": "a", "dimensions": 100_000}, "dimensions", "dimensions is 100000"),
     ],
 )
 def test_what_is_wrong_is_named(server: Running, body: dict[str, Any], param: str | None, message: str) -> None:

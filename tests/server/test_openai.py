@@ -235,10 +235,33 @@ def test_an_engine_that_was_killed_is_told_from_a_busy_one(tmp_path: Any) -> Non
             assert httpx.get(f"{running.url}/health").status_code == 200
             (child,) = running.engine.llm._engine._children.members
             child.process.kill()
-            with pytest.raises(httpx.HTTPError):
-                for _ in lines:
-                    pass
+            *_, last = (line for line in lines if line)
+            assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error", "and no [DONE] behind it"
         assert httpx.get(f"{running.url}/health").status_code == 503
         assert httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"}).status_code == 503
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+def test_a_fault_inside_is_no_mistake_of_the_client(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """Whole it is a 500; in a stream that has begun, the last event."""
+
+    def fail_later(*arguments: Any) -> Any:
+        if fail_later.is_due:
+            raise TypeError("one and one are three")
+        fail_later.is_due = True
+        return make_output(*arguments)
+
+    make_output = server.engine.llm._make_output
+    monkeypatch.setattr(server.engine.llm, "_make_output", fail_later)
+    body = {"prompt": "abc"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "abc"}]}
+    for fail_later.is_due, options in ((True, {}), (True, {"stream": True}), (False, {"stream": True})):
+        answer = httpx.post(f"{server.url}{path}", json={**body, "max_tokens": 2000, **options}, timeout=60)
+        assert answer.status_code == (500 if fail_later.is_due and "data:" not in answer.text else 200)
+        error = json.loads(answer.text.rpartition("data: ")[2])
+        assert error["error"]["message"] == "TypeError: one and one are three"
+        assert error["error"]["type"] == ("api_error" if path == "/v1/messages" else "server_error")
+        assert answer.headers["x-request-id"] in [record.getMessage() for record in caplog.records]
