@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
+from nanovllm.data_parallel import DataParallelEngine
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.session import Handle, Inbox, Session
@@ -94,6 +95,12 @@ class AsyncLLM:
         finally:
             del self._streams[handle]
             self._session.cancel([handle])
+
+    @property
+    def is_alive(self) -> bool:
+        """False when it is closed, or when a process of its own (`engine_process`, replicas) has died."""
+        engine = self._session.engine
+        return not self.llm._is_closed and (not isinstance(engine, DataParallelEngine) or engine.is_alive())
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; their iterators get a last output with the finish reason "abort". Unknown ids are ignored."""

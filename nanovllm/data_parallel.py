@@ -199,6 +199,10 @@ class DataParallelEngine:
         for replica in self._replicas:
             replica.cached.clear()
 
+    def is_alive(self) -> bool:
+        """Whether all replicas run; also known while nobody waits for one."""
+        return all(child.process.poll() is None for child in self._children.members)
+
     def close(self) -> None:
         """End the replicas and wait for them. May be called twice."""
         if self._finalize.detach() is None:

@@ -209,6 +209,11 @@ examples:
         "--drain-seconds", type=int, default=30, metavar="N",
         help="how long requests may go on after SIGTERM or Ctrl-C (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--restart",
+        action="store_true",
+        help="start the engine again when its process dies; requests that ran have failed",
+    )
     group.add_argument("--ssl-certfile", metavar="FILE", help="certificate for TLS")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="its key")
     group.add_argument(

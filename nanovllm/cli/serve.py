@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -34,14 +35,14 @@ def run(args: Namespace) -> int:
     key = _read_key(args.api_key)
     template = Path(args.chat_template).read_text() if args.chat_template is not None else None
     listener = _listen(args.host, args.port)
-    engine = AsyncLLM(args.model, **{"engine_process": True, **engine_options(args)})
+    make_engine = partial(AsyncLLM, args.model, **{"engine_process": True, **engine_options(args)})
     served = Served(
-        engine, args.served_model_name or [args.model], args.max_unfinished, args.trust_request_chat_template
+        make_engine(), args.served_model_name or [args.model], args.max_unfinished, args.trust_request_chat_template
     )
     if template is not None:
         served.tokenizer.hf.chat_template = template
     config = uvicorn.Config(
-        make_app(served, key, args.allowed_origins),
+        make_app(served, key, args.allowed_origins, make_engine if args.restart else None),
         http=BoundedHttp,
         ws="none",
         log_config=None,

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm import __version__
+from nanovllm.async_llm import AsyncLLM
 from nanovllm.errors import cut
 from nanovllm.server.body import BadRequest, checking, read_body
 from nanovllm.server.chat import chat_completions
@@ -33,6 +34,7 @@ from nanovllm.server.errors import Fault, error_response, fault_of
 from nanovllm.server.messages import count_tokens, messages
 from nanovllm.server.openapi import describe
 from nanovllm.server.responses import responses
+from nanovllm.server.restart import keep_alive
 from nanovllm.server.served import Served
 from nanovllm.server.tokens import generate
 
@@ -42,16 +44,25 @@ _OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has 
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")  # of bytes, so ASCII: none can forge or colour a line of the log
 
 
-def make_app(served: Served, api_key: str | None = None, allowed_origins: Sequence[str] = ()) -> ASGIApp:
+def make_app(
+    served: Served,
+    api_key: str | None = None,
+    allowed_origins: Sequence[str] = (),
+    make_engine: Callable[[], AsyncLLM] | None = None,
+) -> ASGIApp:
     """api_key: what clients must send as a bearer token; None asks for none.
 
-    allowed_origins: of the pages on other sites whose scripts may use the server in a browser.
+    allowed_origins: of the pages on other sites whose scripts may use the server in a browser. make_engine: for a new
+    engine where one has died; None leaves it at that.
     """
     routes = [Route(path, _answering(endpoint), methods=methods) for path, (endpoint, *methods) in _ROUTES.items()]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        keeping = None if make_engine is None else asyncio.create_task(keep_alive(served, make_engine))
         yield
+        if keeping is not None:
+            keeping.cancel()
         await served.engine.close()
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_http}, lifespan=lifespan)

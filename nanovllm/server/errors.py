@@ -45,7 +45,7 @@ def fault_of(error: BaseException, served: Served, request_id: str) -> Fault:
     if isinstance(error, BadRequest):
         return Fault(str(error), error.status, error.code, error.param)
     if isinstance(error, Overloaded):
-        status = 503 if served.is_draining else 429
+        status = 503 if served.is_draining or served.is_restarting else 429
         return Fault(str(error), status, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
     if isinstance(error, EngineDeadError) or not served.is_alive:
         return Fault(f"the engine has ended: {cut(str(error))}", 503)

@@ -22,7 +22,7 @@ RETRY_AFTER_SECONDS = 1
 
 
 class Overloaded(RuntimeError):
-    """More requests are waiting than this server takes."""
+    """The server takes no more requests now."""
 
 
 class Served:
@@ -41,6 +41,7 @@ class Served:
         self.num_unfinished = 0
         self.start_time = int(time.time())
         self.is_draining = False
+        self.is_restarting = False  # the engine has died, and a new one is on its way (`restart.py`)
         self.metrics = Metrics(names[0])
         self.defaults = engine.llm.get_default_sampling_params()
 
@@ -54,7 +55,7 @@ class Served:
 
     @property
     def is_alive(self) -> bool:
-        return not self.engine.llm._is_closed
+        return self.engine.is_alive and not self.is_restarting
 
     def check_model(self, body: Body) -> str:
         """The name that the client used. Raises BadRequest for a model that is not served here."""
@@ -71,6 +72,8 @@ class Served:
         """So many requests more, `n` outputs being as many. Raises Overloaded, for a client to come back later."""
         if self.is_draining:
             raise Overloaded("the server is shutting down")
+        if self.is_restarting:
+            raise Overloaded("the engine has died, and a new one is being started: try again later")
         if self.num_unfinished + num_requests > self.max_unfinished:
             raise Overloaded(
                 f"{self.num_unfinished} requests are unfinished and {self.max_unfinished} is the most: try again later"
@@ -83,13 +86,14 @@ class Served:
 
     async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
         """`AsyncLLM.generate`, counted. A sequence that failed has its reason in its output, and raises nothing."""
+        engine = self.engine
         with checking():
-            handle = await self.engine.check(prompt, params, request_id)
-            if self.engine.llm._session.find(request_id) is not None:
+            handle = await engine.check(prompt, params, request_id)
+            if engine.llm._session.find(request_id) is not None:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
         timing = self.metrics.begin(params)
         try:
-            async for output in self.engine.outputs(handle):
+            async for output in engine.outputs(handle):
                 timing.count(output)
                 yield output
         except RequestError:

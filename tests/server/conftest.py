@@ -19,9 +19,17 @@ class Running:
     """A served model, and where it listens."""
 
     def __init__(self, folder: str, api_key: str | None = None, max_unfinished: int = 64, **options: Any) -> None:
+        """`may_restart` holds a restart up until it is set."""
+        self.may_restart, self._is_closing = threading.Event(), False
+
+        def make_engine() -> AsyncLLM:
+            self.may_restart.wait()
+            assert not self._is_closing
+            return AsyncLLM(folder, device="cpu", dtype="float32", **options)
+
         self.engine = AsyncLLM(folder, device="cpu", dtype="float32", **options)
         self.served = Served(self.engine, ["tiny", "alias"], max_unfinished)
-        app = make_app(self.served, api_key)
+        app = make_app(self.served, api_key, make_engine=make_engine)
         config = uvicorn.Config(app, http=BoundedHttp, ws="none", host="127.0.0.1", port=0, log_config=None)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -34,6 +42,8 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
+        self._is_closing = True
+        self.may_restart.set()
         self._server.should_exit = True
         self._thread.join(60)
         assert not self._thread.is_alive()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -124,7 +125,7 @@ def test_models_tokenize_and_back(client: Any, server: Running) -> None:
         ("chat/completions", {"messages": HI, "temperature": "hot"}, "temperature", "must be a number"),
         ("chat/completions", {"messages": HI, "temperature": -1}, None, "temperature"),
         ("chat/completions", {"messages": HI, "tools": [{"type": "function"}]}, "tools[0].function", "missing"),
-        ("chat/completions", {"messages": [{"role": "user"}]}, None, "messages"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages", "messages"),
         ("chat/completions", {"messages": HI, "response_format": {"type": "xml"}}, "response_format.type", "must be"),
         ("completions", {"prompt": []}, "prompt", "0 prompts"),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
@@ -222,8 +223,15 @@ def test_the_key_is_asked_for(tmp_path: Any) -> None:
         running.close()
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_an_engine_that_was_killed_is_told_from_a_busy_one(tmp_path: Any) -> None:
-    """What ran ends with an error, and /health says so."""
+    """What ran ends with an error, /health says so, and a new engine takes its place."""
     folder = save_scripted(tmp_path, "abcdefgh", ends=False)
     edit_json(folder / "config.json", max_position_embeddings=20_000)
     running = Running(str(folder), engine_process=True, max_model_len=20_000, num_gpu_blocks_override=1300)
@@ -237,8 +245,18 @@ def test_an_engine_that_was_killed_is_told_from_a_busy_one(tmp_path: Any) -> Non
             child.process.kill()
             *_, last = (line for line in lines if line)
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error", "and no [DONE] behind it"
+        wait_until(lambda: running.served.is_restarting)
         assert httpx.get(f"{running.url}/health").status_code == 503
-        assert httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"}).status_code == 503
+        refused = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        running.may_restart.set()
+        wait_until(lambda: httpx.get(f"{running.url}/health").status_code == 200)
+        answer = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 3})
+        assert answer.json()["choices"][0]["text"] == "bcd"
+        running.may_restart.clear()
+        (child,) = running.served.engine.llm._engine._children.members
+        child.process.kill()  # while nobody asks anything of it
+        wait_until(lambda: httpx.get(f"{running.url}/health").status_code == 503)
     finally:
         running.close()
 
@@ -259,7 +277,7 @@ def test_a_fault_inside_is_no_mistake_of_the_client(
     monkeypatch.setattr(server.engine.llm, "_make_output", fail_later)
     body = {"prompt": "abc"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "abc"}]}
     for fail_later.is_due, options in ((True, {}), (True, {"stream": True}), (False, {"stream": True})):
-        answer = httpx.post(f"{server.url}{path}", json={**body, "max_tokens": 2000, **options}, timeout=60)
+        answer = httpx.post(f"{server.url}{path}", json={**body, "max_tokens": 50, **options}, timeout=60)
         assert answer.status_code == (500 if fail_later.is_due and "data:" not in answer.text else 200)
         error = json.loads(answer.text.rpartition("data: ")[2])
         assert error["error"]["message"] == "TypeError: one and one are three"
