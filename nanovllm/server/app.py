@@ -134,7 +134,7 @@ def _answering(endpoint: _Endpoint) -> _Endpoint:
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail if error.status_code != 404 else f"there is no {request.url.path} here"
-    return error_response(request.url.path, Fault(message, error.status_code))
+    return error_response(request.url.path, Fault(message, error.status_code, headers=error.headers))
 
 
 # -- small routes --
