@@ -54,8 +54,7 @@ class GraphRunner:
             parts = self._parts(plan)
             if parts is None:
                 return self._run(plan)
-            rest = self._run(parts.rest)
-            return PendingParts(self._run(parts.own), rest, parts.is_own_token)
+            return PendingParts(self._run(parts.decodes), self._run(parts.others), parts.is_decode)
 
     def _parts(self, plan: SchedulerOutput) -> StepParts | None:
         """Two parts, if the decodes can have their CUDA graph by themselves and not with what runs beside them.
@@ -65,7 +64,7 @@ class GraphRunner:
         """
         num_prompt_tokens = len(plan.token_ids) - plan.num_decodes
         if plan.capture_layers:
-            parts = split(plan, [row in plan.capture_layers for row in plan.rows])
+            parts = split(plan, [row not in plan.capture_layers for row in plan.rows])
         elif (
             self._splits_prompts
             and plan.num_decodes
@@ -73,13 +72,13 @@ class GraphRunner:
             and self._prompts.size(plan) is None
         ):
             new_rows = {new.row for new in plan.new_rows}
-            parts = split(plan, [i >= plan.num_decodes or row in new_rows for i, row in enumerate(plan.rows)])
-            if parts.own.prompt_logprobs or self._prompts.size(parts.own) is None:
+            parts = split(plan, [i < plan.num_decodes and row not in new_rows for i, row in enumerate(plan.rows)])
+            if parts.others.prompt_logprobs or self._prompts.size(parts.others) is None:
                 return None
         else:
             return None
-        is_decode = bool(parts.rest.rows) and self._decodes.size(parts.rest) is not None
-        return parts if is_decode and not parts.rest.prompt_logprobs else None
+        is_captured = bool(parts.decodes.rows) and self._decodes.size(parts.decodes) is not None
+        return parts if is_captured and not parts.decodes.prompt_logprobs else None
 
     def _run(self, plan: SchedulerOutput) -> PendingTokens:
         if plan.prompt_logprobs or plan.capture_layers:  # these need hidden states, and a graph leaves none

@@ -15,8 +15,8 @@ class Done:
 
 
 def test_tokens_and_failures_are_put_in_order() -> None:
-    own = ModelRunnerOutput(token_ids=[[10], [11]], failures={1: "own failed"})
-    rest = ModelRunnerOutput(token_ids=[[20], [21]], failures={0: "rest failed"})
-    whole = PendingParts(Done(own), Done(rest), [False, True, False, True]).result()
+    decodes = ModelRunnerOutput(token_ids=[[10], [11]], failures={1: "decode failed"})
+    others = ModelRunnerOutput(token_ids=[[20], [21]], failures={0: "prompt failed"})
+    whole = PendingParts(Done(decodes), Done(others), [False, True, False, True]).result()
     assert whole.token_ids == [[20], [10], [21], [11]]
-    assert whole.failures == {0: "rest failed", 3: "own failed"}
+    assert whole.failures == {0: "prompt failed", 3: "decode failed"}
