@@ -90,8 +90,8 @@ class AsyncLLM:
                 if output.outputs:
                     yield output
             for request in handle.requests:
-                if request.error is not None:
-                    raise RequestError(request.error)
+                if request.end is not None and request.end.error is not None:
+                    raise RequestError(request.end.error)
         finally:
             del self._streams[handle]
             self._session.cancel([handle])

@@ -18,7 +18,8 @@ from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.engine import Engine
-from nanovllm.engine.input_processor import InputProcessor, check_importable
+from nanovllm.engine.features.remote_functions import check_importable
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interfaces import Executor, TokenConstraint
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler

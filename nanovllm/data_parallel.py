@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.block_pool import hash_block
 from nanovllm.engine.output_processor import OutputProcessor
-from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.request import End, Request
 from nanovllm.executor.calls import CallFailed, pickle_function
 from nanovllm.executor.children import Child, Children, start_child, uninterrupted
 from nanovllm.executor.worker import RunnerTimes
@@ -44,20 +44,22 @@ class Admission(NamedTuple):
     requests: list[Request]
 
 
-GROWING = ("token_ids", "logprobs", "prompt_logprobs", "hidden_states")  # fields of a Request that a replica appends to
+def growing(request: Request) -> list[list[Any]]:
+    """What a replica appends to."""
+    scoring, capture = request.scoring, request.capture
+    prompt_logprobs: list[Any] = [] if scoring is None else scoring.logprobs
+    return [request.token_ids, request.logprobs, prompt_logprobs, [] if capture is None else capture.states]
 
 
 class News(NamedTuple):
-    """What has become of a sequence since its last news. grown: what is new in each of GROWING; starts: behind how many
-    items, so that news that were taken in by half can be taken in again.
+    """What has become of a sequence since its last news. grown: what is new in each list of `growing`; starts: behind
+    how many items, so that news that were taken in by half can be taken in again.
     """
 
     key: int
     starts: tuple[int, ...]
     grown: tuple[list[Any], ...]
-    finish_reason: str | None
-    stop_reason: int | str | None
-    error: str | None
+    end: End | None
     num_cached_tokens: int | None
 
 
@@ -145,7 +147,7 @@ class DataParallelEngine:
         key = self._keys.get(request)
         if key is not None:
             self._send(self._placed[key].replica.child, "abort", key)
-            _finish(request, "abort", None)
+            request.end = End("abort")
             self._forget(request)
 
     def has_work(self) -> bool:
@@ -272,20 +274,14 @@ class DataParallelEngine:
 
     def _apply(self, news: News) -> Request:
         request = self._placed[news.key].request
-        for name, start, items in zip(GROWING, news.starts, news.grown, strict=True):
-            getattr(request, name)[start:] = items
+        for grown, start, items in zip(growing(request), news.starts, news.grown, strict=True):
+            grown[start:] = items
         request.num_cached_tokens = news.num_cached_tokens
-        if news.finish_reason is not None:
-            request.error = news.error
-            _finish(request, news.finish_reason, news.stop_reason)
+        if news.end is not None:
+            request.end = news.end
             self._forget(request)
         return request
 
     def _forget(self, request: Request) -> None:
         placed = self._placed.pop(self._keys.pop(request))
         placed.replica.num_tokens_left -= placed.num_tokens
-
-
-def _finish(request: Request, finish_reason: str, stop_reason: int | str | None) -> None:
-    request.finish_reason, request.stop_reason = finish_reason, stop_reason
-    request.status = RequestStatus.FINISHED

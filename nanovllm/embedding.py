@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanovllm.engine.features.capture import Capture
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import brief
@@ -70,14 +71,14 @@ def embed(session: Session, groups: Sequence[Sequence[Request]], pooling: Poolin
     """groups: one request with PARAMS for each text, checked and not queued."""
 
     def make(group: Sequence[Request]) -> list[Tensor]:
-        return [part["norm"] for part in group[0].hidden_states]
+        return _capture_of(group[0]).by_layer()["norm"]
 
     inbox = Inbox(make)
     handles = [Handle(group, inbox, only_ends=True) for group in groups]
     vectors: dict[Handle, list[float]] = {}
     for handle, parts in session.run(handles, inbox):
         vectors[handle] = pooling.vector(torch.cat(parts))
-        handle.requests[0].hidden_states.clear()
+        _capture_of(handle.requests[0]).states.clear()
     return [
         EmbeddingRequestOutput(
             request_id=handle.request_id,
@@ -86,6 +87,12 @@ def embed(session: Session, groups: Sequence[Sequence[Request]], pooling: Poolin
         )
         for handle in handles
     ]
+
+
+def _capture_of(request: Request) -> Capture:
+    """Of a request with PARAMS."""
+    assert request.capture is not None
+    return request.capture
 
 
 def join_hidden_states(output: RequestOutput) -> RequestOutput:

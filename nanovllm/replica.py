@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nanovllm.build import EngineParts, build_engine
-from nanovllm.data_parallel import GROWING, Admission, News, Ready, ReplicaSetup
+from nanovllm.data_parallel import Admission, News, Ready, ReplicaSetup, growing
 from nanovllm.engine.request import Request
 from nanovllm.executor.calls import call_function, locked_sender, report_failure
 from nanovllm.executor.children import connect_to_parent
@@ -35,7 +35,7 @@ class Replica:
         self._input_processor = parts.input_processor
         self._requests: dict[int, Request] = {}
         self._keys: dict[Request, int] = {}
-        self._reported: dict[int, list[int]] = {}  # of each of GROWING, how many items the other side has
+        self._reported: dict[int, list[int]] = {}  # of each list of `growing`, how many items the other side has
 
     def handle(self, name: str, value: Any) -> Any:
         """The answer; None where there is none to send."""
@@ -71,19 +71,18 @@ class Replica:
             request.constraint = self._input_processor.make_constraint(request.params, request.request_id)
             self._requests[key] = request
             self._keys[request] = key
-            self._reported[key] = [len(getattr(request, name)) for name in GROWING]
+            self._reported[key] = [len(items) for items in growing(request)]
         for request in group:
             self._engine.add_request(request)
 
     def _news(self, request: Request) -> News:
         key = self._keys[request]
         starts = self._reported[key]
-        grown = tuple(getattr(request, name)[start:] for name, start in zip(GROWING, starts, strict=True))
+        grown = tuple(items[start:] for items, start in zip(growing(request), starts, strict=True))
         self._reported[key] = [start + len(items) for start, items in zip(starts, grown, strict=True)]
         if request.is_finished:
             self._forget(request)
-        end = request.finish_reason, request.stop_reason, request.error
-        return News(key, tuple(starts), grown, *end, request.num_cached_tokens)
+        return News(key, tuple(starts), grown, request.end, request.num_cached_tokens)
 
     def _forget(self, request: Request) -> None:
         key = self._keys.pop(request)

@@ -7,6 +7,7 @@ option but the first. Invariant: what an option scores does not depend on the ot
 import math
 from collections.abc import Sequence
 
+from nanovllm.engine.features.scoring import Scoring
 from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.logprobs import own_logprob
 from nanovllm.engine.request import Request
@@ -38,21 +39,22 @@ def score(
             name = f"options[{index}]"
             token_ids = prefix_ids + input_processor.read_continuation(option, name)
             group = input_processor.process(token_ids, SCORE_PARAMS, name, number)
-            skip_prefix(group[0], len(prefix_ids))
+            scoring_of(group[0]).skip(len(prefix_ids) - 1)
             handles.append(Handle(group, inbox, only_ends=True))
     for _ in session.run(handles, inbox):
         pass
     return [log_likelihood(handle.requests[0]) for handle in handles]
 
 
-def skip_prefix(request: Request, num_prefix_tokens: int) -> None:
-    """Score nothing of the first tokens. For a request that is not queued yet."""
-    request.num_skipped_tokens = request.num_scored_tokens = num_prefix_tokens - 1
+def scoring_of(request: Request) -> Scoring:
+    """For a request with SCORE_PARAMS."""
+    assert request.scoring is not None
+    return request.scoring
 
 
 def log_likelihood(request: Request) -> float:
     """Sum of the log-probabilities of the tokens that were scored."""
-    return math.fsum(map(own_logprob, request.prompt_logprobs))
+    return math.fsum(map(own_logprob, scoring_of(request).logprobs))
 
 
 def check_options(options: Sequence[str | Sequence[int]]) -> None:

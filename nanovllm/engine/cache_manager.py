@@ -12,7 +12,6 @@ each group of them (`grouped_cache.py`).
 from collections.abc import Callable, Sequence
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
-from nanovllm.engine.features.scoring import num_unscored_tokens
 from nanovllm.engine.features.siblings import alike, prompt_hashes
 from nanovllm.engine.request import Request
 
@@ -41,11 +40,11 @@ class CacheManager:
         token is still to be computed. Without a prefix cache these are blocks of its prompt that a sibling holds.
         """
         nothing: BlockTables = [[] for _ in range(self.num_groups)]
-        if request.params.capture is not None:
+        if request.capture is not None:
             return nothing  # the cache holds keys and values, no hidden states
         num_tokens = len(request.token_ids) - 1
-        if request.params.prompt_logprobs is not None and num_unscored_tokens(request):
-            num_tokens = request.num_scored_tokens
+        if request.scoring is not None:
+            num_tokens = request.scoring.limit_prefix(request, num_tokens)
         last = num_tokens // self.block_size
         if self.enable_prefix_caching:
             hashes = self._hashes(request, last)

@@ -18,9 +18,8 @@ Owns the rule; the strings are looked for by the output processor, forms are kep
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import End, Request
 
 FindStopString = Callable[[Request], str | None]  # the stop string that the newest token completed
 
@@ -28,14 +27,6 @@ FindStopString = Callable[[Request], str | None]  # the stop string that the new
 def no_stop_string(request: Request) -> str | None:
     """For a scheduler without text."""
     return None
-
-
-class End(NamedTuple):
-    """What a finished request says of its end."""
-
-    finish_reason: str
-    stop_reason: int | str | None = None
-    error: str | None = None
 
 
 def find_end(request: Request, find_stop_string: FindStopString) -> End | None:

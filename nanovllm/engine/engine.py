@@ -15,7 +15,7 @@ from typing import Any
 
 from nanovllm.engine.interfaces import Executor, PendingStep
 from nanovllm.engine.output_processor import OutputProcessor
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_output import SchedulerOutput
 
@@ -36,7 +36,7 @@ class Engine:
         self.scheduler.add_request(request)
 
     def abort(self, request: Request) -> None:
-        self.scheduler.finish(request, "abort")
+        self.scheduler.finish(request, End("abort"))
 
     def has_work(self) -> bool:
         return self.scheduler.has_unfinished_requests() or bool(self._in_flight)

@@ -4,9 +4,9 @@ Owns every check that depends on the model: token ids, lengths, stop tokens. Inv
 be run to its end, so nothing user-facing fails after it; nothing is queued here, so a bad item leaves nothing behind.
 """
 
-import pickle
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
@@ -14,30 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.engine.features.capture import Capture, check_layers
+from nanovllm.engine.features.context_length import ContextRule
+from nanovllm.engine.features.remote_functions import check_importable
+from nanovllm.engine.features.scoring import Scoring, check_num_logprobs
 from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.prompt_text import PromptText
-from nanovllm.engine.request import LONG_SALT, Request
+from nanovllm.engine.request import Request
 from nanovllm.engine.string_options import StringOptions
 from nanovllm.errors import brief
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured_outputs import StructuredOutputsParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-
-
-def check_importable(functions: Iterable[Any], name: str) -> None:
-    """Raises ValueError for a function that another process could not find by its name."""
-    for function in functions:
-        try:
-            pickle.dumps(function)
-            is_importable = getattr(function, "__module__", None) != "__main__"
-        except (pickle.PicklingError, AttributeError, TypeError):
-            is_importable = False
-        if not is_importable:
-            raise ValueError(
-                f"{name} holds {function!r}, but the model runs in other processes: define it in a module that can be "
-                "imported there"
-            )
 
 
 class InputProcessor:
@@ -80,8 +69,9 @@ class InputProcessor:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._max_logprobs = max_logprobs
-        self._length_dependent_from = length_dependent_from
-        self._long_from = long_from
+        self._contexts: ContextRule | None = None
+        if length_dependent_from is not None or long_from is not None:
+            self._contexts = ContextRule(length_dependent_from, long_from)
         self._has_logits_processors = has_logits_processors
         self._is_remote = is_remote
         self._compile_constraint = compile_constraint
@@ -98,29 +88,17 @@ class InputProcessor:
         params = params.clone()  # the caller may assign to its own
         text, token_ids = self._read_prompt(prompt, name)
         max_total_tokens = self._fit(token_ids, params, name)
-        self._check_vocabulary(params, name)
-        if self._is_remote:
-            check_importable(params.logits_processors or (), f"{name}: logits_processors")
-        for layer in (params.capture or {}).get("layers", ()):
-            if layer != "norm" and not -self._num_layers <= layer < self._num_layers:
-                raise ValueError(
-                    f"{name}: capture names layer {layer}; the model's are in [-{self._num_layers}, {self._num_layers})"
-                )
-        for field in ("logprobs", "prompt_logprobs") if self._max_logprobs >= 0 else ():
-            asked = getattr(params, field)
-            if asked is not None and not 0 <= asked <= self._max_logprobs:
-                raise ValueError(
-                    f"{name}: {field}={asked} asks for more than max_logprobs={self._max_logprobs}; raise that, or ask "
-                    "for fewer"
-                )
+        self._check(params, name)
         stop_tokens = self._strings.read_stop(params, name) if params.stop else {}
         bad_words = self._strings.read_bad_words(params, name) if params.bad_words else ()
         constraints = [self.make_constraint(params, name) for _ in range(params.n)]
         uses_python = bool(params.logits_processors) or self._has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
-        grows_long = self._long_from is not None and len(token_ids) <= self._long_from < max_total_tokens
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         seed = self.request_seed(number) if params.seed is None else params.seed
+        salt, context = b"", None
+        if self._contexts is not None:
+            salt, context = self._contexts.of_prompt(len(token_ids), max_total_tokens)
         # Of n sequences one scores the prompt, and the others may take its blocks.
         others = params if params.prompt_logprobs is None or params.n == 1 else replace(params, prompt_logprobs=None)
         requests = [
@@ -135,13 +113,14 @@ class InputProcessor:
                 stop_token_ids=eos | stop_tokens.keys() | frozenset(params.stop_token_ids or ()),
                 stop_reasons={**stop_tokens, **dict.fromkeys(eos)},
                 max_total_tokens=max_total_tokens,
-                cache_salt=self._cache_salt(len(token_ids)),
-                rope_len=len(token_ids),
-                recompute_from=self._long_from if grows_long else None,
+                cache_salt=salt,
                 bad_words=bad_words,
                 needs_history=needs_host_tokens or params.has_penalties or params.prompt_logprobs is not None,
-                constraint=constraint,
                 needs_host_tokens=needs_host_tokens or constraint is not None,
+                constraint=constraint,
+                context=copy(context),
+                scoring=None if params.prompt_logprobs is None or index else Scoring(),
+                capture=None if params.capture is None else Capture(params.capture["layers"]),
             )
             for index, constraint in enumerate(constraints)
         ]
@@ -175,13 +154,20 @@ class InputProcessor:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def _check_vocabulary(self, params: SamplingParams, name: str) -> None:
+    def _check(self, params: SamplingParams, name: str) -> None:
+        """What of the parameters depends on the model or its engine."""
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(params, field) or ():
                 if not 0 <= token_id < self._vocab_size:
                     raise ValueError(
                         f"{name}: {field} holds {token_id}, which is outside the vocabulary [0, {self._vocab_size})"
                     )
+        if self._is_remote and params.logits_processors:
+            check_importable(params.logits_processors, f"{name}: logits_processors")
+        if params.capture is not None:
+            check_layers(params.capture["layers"], self._num_layers, name)
+        if self._max_logprobs >= 0:
+            check_num_logprobs(params, self._max_logprobs, name)
 
     def _read_prompt(self, prompt: Prompt, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -253,10 +239,3 @@ class InputProcessor:
     def request_seed(self, number: int) -> int:
         """What the request of that number draws with, if its parameters have no seed."""
         return int.from_bytes(blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest(), "little")
-
-    def _cache_salt(self, num_prompt_tokens: int) -> bytes:
-        if self._long_from is not None and num_prompt_tokens > self._long_from:
-            return LONG_SALT
-        threshold = self._length_dependent_from
-        is_dependent = threshold is not None and num_prompt_tokens > threshold
-        return num_prompt_tokens.to_bytes(8, "little") if is_dependent else b""

@@ -121,12 +121,12 @@ class LogprobsOfRequest:
 
     def _of_prompt(self) -> list[Mapping[int, Logprob] | None] | None:
         """One map for each prompt token, None for the first; None until the whole prompt is computed."""
-        request = self._request
-        if len(request.prompt_logprobs) < request.num_prompt_tokens - 1:
+        request, scoring = self._request, self._request.scoring
+        if scoring is None or len(scoring.logprobs) < request.num_prompt_tokens - 1:
             return None
         decoder = LogprobsDecoder(self._tokenizer)
         decoder.start_after(request.token_ids[0])
-        return [None, *decoder.extend(request.prompt_logprobs)]
+        return [None, *decoder.extend(scoring.logprobs)]
 
 
 def _no_text(token_id: int) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanovllm.detokenizer import DetokenizerStream
-from nanovllm.engine.features.capture import hidden_states_of
 from nanovllm.engine.output_text import OutputText
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -131,9 +130,8 @@ def _completion(request: Request, start: Mark, end: Mark) -> CompletionOutput:
     if logprobs is not None:
         output.logprobs = logprobs.between(start.num_tokens, end.num_tokens)
         output.cumulative_logprob = logprobs.cumulative(end.num_tokens)
-    if end.is_ended:
-        output.finish_reason, output.stop_reason = request.finish_reason, request.stop_reason
-        output.error = request.error
-        if request.params.capture is not None:
-            output.hidden_states = hidden_states_of(request, request.params.capture["layers"])
+    if end.is_ended and request.end is not None:
+        output.finish_reason, output.stop_reason, output.error = request.end
+        if request.capture is not None:
+            output.hidden_states = request.capture.by_layer()
     return output

@@ -1,4 +1,4 @@
-"""OutputText: the text of one request's output as it grows, its stop strings, and what of it may be shown.
+"""OutputText: the text of one request's output as it grows, and what of it may be shown.
 
 Owns the pieces that tokens became, which are only ever added to: while one thread takes tokens, another may read what
 was shown before. Invariant: what may be shown only ever grows, whatever is cut at the end; neither taking a token nor
@@ -9,7 +9,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from nanovllm.detokenizer import DetokenizerStream
-from nanovllm.engine.request import Request
+from nanovllm.engine.features.stop_strings import find_stop, length_of_possible_stop
+from nanovllm.engine.request import End, Request
 
 
 class OutputText:
@@ -17,7 +18,6 @@ class OutputText:
         self._request = request
         self._stream = stream
         self._stops: Sequence[str] = request.params.stop or ()
-        self._longest_stop = max(map(len, self._stops), default=0)
         self._pieces: list[str] = []
         self._ends: list[int] = []  # of each of them in the text
         self._length = 0  # of the text: of all pieces, until the request has ended and the rest is cut off
@@ -29,7 +29,7 @@ class OutputText:
     def find_stop_string(self) -> str | None:
         """The stop string that the newest token completed."""
         self._take_tokens(len(self._request.token_ids))
-        found = self._find()
+        found = find_stop(self._stops, self._join, self._before_newest, self._length)
         return None if found is None else found[1]
 
     def num_characters(self) -> int:
@@ -37,7 +37,7 @@ class OutputText:
         self._catch_up()
         if not self._stops or self._request.is_finished or self._request.params.include_stop_str_in_output:
             return self._length
-        return self._length - self._length_of_possible_stop()
+        return self._length - length_of_possible_stop(self._stops, self._join, self._length)
 
     def between(self, start: int, end: int) -> str:
         """Characters of the text that may be shown. It costs what they do, wherever they are."""
@@ -54,17 +54,17 @@ class OutputText:
 
     def _catch_up(self) -> None:
         """Take what has come since the last call; at the request's end also what that leaves, and cut the text."""
-        request = self._request
-        if not request.is_finished:
+        request, end = self._request, self._request.end
+        if end is None:
             self._take_tokens(len(request.token_ids))
             return
         if self._is_complete:
             return
-        is_ended_by_token = _is_ended_by_token(request)
+        is_ended_by_token = _is_ended_by_token(request, end)
         is_left_out = is_ended_by_token and not request.params.include_stop_str_in_output
         self._take_tokens(len(request.token_ids) - is_left_out)
-        if isinstance(request.stop_reason, str) and not is_ended_by_token:
-            found = self._find()
+        if isinstance(end.stop_reason, str) and not is_ended_by_token:
+            found = find_stop(self._stops, self._join, self._before_newest, self._length)
             assert found is not None, "the newest token has completed it"
             self._length = found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0)
         else:
@@ -88,31 +88,10 @@ class OutputText:
             self._pieces.append(piece)
             self._ends.append(self._length)
 
-    def _find(self) -> tuple[int, str] | None:
-        """Where the first stop string begins that is not whole without the newest token's text; and which it is."""
-        first = max(0, self._before_newest - self._longest_stop + 1)
-        text = self._join(first, self._length)
-        found: tuple[int, str] | None = None
-        for stop in self._stops:
-            at = text.find(stop, max(0, self._before_newest - len(stop) + 1 - first))
-            if at >= 0 and (found is None or at < found[0]):
-                found = at, stop
-        return None if found is None else (first + found[0], found[1])
 
-    def _length_of_possible_stop(self) -> int:
-        """Of the longest ending that is the beginning of a stop string."""
-        text = self._join(max(0, self._length - self._longest_stop + 1), self._length)
-        longest = 0
-        for stop in self._stops:
-            for length in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
-
-
-def _is_ended_by_token(request: Request) -> bool:
+def _is_ended_by_token(request: Request, end: End) -> bool:
     """By an EOS or stop token, not by a string in the text."""
-    if request.finish_reason != "stop" or request.token_ids[-1] not in request.stop_token_ids:
+    newest = request.token_ids[-1]
+    if end.finish_reason != "stop" or newest not in request.stop_token_ids:
         return False
-    return request.stop_reason == request.stop_reasons.get(request.token_ids[-1], request.token_ids[-1])
+    return end.stop_reason == request.stop_reasons.get(newest, newest)

@@ -10,20 +10,24 @@ request's `num_tokens`, the first `num_computed_tokens` have their KV written or
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanovllm.engine.interfaces import TokenConstraint
 from nanovllm.engine.scheduler_output import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
-LONG_SALT = b"long"  # cache_salt of contexts that are long for a model whose keys change there
+if TYPE_CHECKING:
+    from nanovllm.engine.features.capture import Capture
+    from nanovllm.engine.features.context_length import Context
+    from nanovllm.engine.features.scoring import Scoring
 
 
-class RequestStatus(Enum):
-    WAITING = auto()  # holds no KV blocks: new, or preempted
-    RUNNING = auto()  # holds a row and blocks
-    FINISHED = auto()
+class End(NamedTuple):
+    """What a request that has ended says of it; error: why, where finish_reason is "error"."""
+
+    finish_reason: str
+    stop_reason: int | str | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -40,32 +44,27 @@ class Request:
     stop_reasons: Mapping[int, str | None] = field(default_factory=dict)  # of those whose reason is not their id
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
-    rope_len: int = 0  # the length that its prompt's positions count as part of, where their rotation depends on it
-    recompute_from: int | None = None  # with more tokens than this, the KV of all of them is computed anew
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not hold
     needs_history: bool = False  # the worker must know all tokens that the host knows when the request enters a row
+    needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
     index: int = 0  # among the sequences of its prompt
+
+    # What few requests have, each in a file of `features/`.
     siblings: list["Request"] = field(default_factory=list)  # these sequences, itself included; empty if it is alone
     constraint: TokenConstraint | None = None  # needs_host_tokens is then set
-    needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
+    context: "Context | None" = None
+    scoring: "Scoring | None" = None
+    capture: "Capture | None" = None
 
-    status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None  # set once, when the request is first admitted
-    row: int = -1  # its place in the device state while it runs
+    row: int = -1  # its place in the device state while it runs; else it waits, or has ended
     block_ids: list[list[int]] = field(default_factory=list)  # a table for each group of layers; empty while it waits
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
     num_published_blocks: int = 0  # of each table, how many are full, computed or in flight, and so fit to be shared
-    num_skipped_tokens: int = 0  # leading tokens whose successor's log-probability nobody asks for
-    num_scored_tokens: int = 0  # leading tokens whose successor's log-probability is known or in flight
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens
-    hidden_states: list[dict[int | str, Any]] = field(default_factory=list)  # of its tokens in order, by steps
-    num_captured_tokens: int = 0
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    error: str | None = None  # why it could not go on, where finish_reason is "error"
+    end: End | None = None
     prompt_token_ids: list[int] | None = None  # one list for all outputs, made with the first
 
     @property
@@ -82,7 +81,7 @@ class Request:
         num_tokens = len(self.token_ids) + self.num_pending_tokens
         if num_tokens >= self.max_total_tokens or (self.needs_host_tokens and self.num_pending_tokens):
             return 0
-        if self.recompute_from is not None and num_tokens > self.recompute_from:
+        if self.context is not None and self.context.is_outgrown_by(num_tokens):
             return 0
         return num_tokens - self.num_computed_tokens
 
@@ -92,4 +91,9 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        return self.status is RequestStatus.FINISHED
+        return self.end is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Does it hold a row and blocks?"""
+        return self.row >= 0

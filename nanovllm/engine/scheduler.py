@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
-from nanovllm.engine.features.capture import Captured, take_hidden_states
 from nanovllm.engine.features.context_length import become_long
+from nanovllm.engine.features.extras import Extras
 from nanovllm.engine.features.restart import begin_anew, take_back
-from nanovllm.engine.features.scoring import plan_scores, take_scores
-from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
 from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.engine.steady_decode import SteadyDecode
@@ -43,8 +42,7 @@ class PlannedStep:
 
     sampled: list[Request]  # for which it samples
     plan: SchedulerOutput
-    scored: list[Request] = field(default_factory=list)  # whose prompts it scores, as in the plan's prompt_logprobs
-    captured: Captured = field(default_factory=list)  # whose hidden states it brings
+    extras: Extras = field(default_factory=Extras)
 
 
 class Scheduler:
@@ -68,13 +66,16 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.stats = SchedulerStats()
+        self._shared_prefixes = shared_prefixes
+        self._clear()
+
+    def _clear(self) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission; the last one is the newest
-        self.stats = SchedulerStats()
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         self._planned: deque[PlannedStep] = deque()  # the steps in flight, oldest first
         self._steady: SteadyDecode | None = None
-        self._shared_prefixes = shared_prefixes
 
     # -- what enters and leaves --
 
@@ -84,19 +85,17 @@ class Scheduler:
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+    def finish(self, request: Request, end: End) -> None:
         """End a request at any point. What a step in flight still samples for it is dropped when it arrives."""
         if request.is_finished:
             return
-        if request.status is RequestStatus.RUNNING:
+        if request.is_running:
             self._steady = None
             self.running.remove(request)
             self._release(request)
         else:
             self.waiting.remove(request)
-        request.finish_reason = reason
-        request.stop_reason = stop_reason
-        request.status = RequestStatus.FINISHED
+        request.end = end
 
     def restart(self, requests: Iterable[Request]) -> None:
         """Forget all plans and blocks; those of `requests` that have not ended wait again, in order, without KV.
@@ -107,17 +106,8 @@ class Scheduler:
         if self._planned:
             take_back(self._planned[0].sampled, self._planned[0].plan, self.cache.block_size)
         self.cache.clear()
-        self.running.clear()
-        self.waiting.clear()
-        self._planned.clear()
-        self._steady = None
-        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
-        for request in requests:
-            request.row, request.block_ids = -1, []
-            if request.is_finished:
-                continue
-            begin_anew(request)
-            self.waiting.append(request)
+        self._clear()
+        self.waiting.extend(begin_anew(requests))
 
     # -- planning a step --
 
@@ -214,7 +204,6 @@ class Scheduler:
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
                 self.stats.num_prompt_tokens_cached += request.num_computed_tokens
-            request.status = RequestStatus.RUNNING
             request.row = self._free_rows.pop()
             self.running.append(request)
             num_new = min(num_uncomputed, budget)
@@ -233,7 +222,7 @@ class Scheduler:
                     stop_token_ids=tuple(request.stop_token_ids),
                     token_ids=list(request.token_ids) if request.needs_history else None,
                     bad_words=request.bad_words,
-                    rope_len=request.rope_len,
+                    rope_len=0 if request.context is None else request.context.rope_len,
                 )
             )
             scheduled.append((request, num_new))
@@ -255,9 +244,6 @@ class Scheduler:
         step = PlannedStep(sampled, plan)
         for request, num_new in scheduled:
             start = request.num_computed_tokens
-            if request.params.capture is not None:
-                step.captured.append((request, start))
-                plan.capture_layers[request.row] = request.params.capture["layers"]
             end = start + num_new
             is_sampled = end == request.num_tokens
             plan.rows.append(request.row)
@@ -268,8 +254,8 @@ class Scheduler:
             if end > len(request.token_ids):
                 plan.token_ids.append(-1)
             request.num_computed_tokens = end
-            if request.params.prompt_logprobs is not None and plan_scores(plan, request, end):
-                step.scored.append(request)
+            if request.scoring is not None or request.capture is not None:
+                step.extras.plan(plan, request, start, end)
             if is_sampled:
                 request.num_pending_tokens += 1
                 sampled.append(request)
@@ -285,8 +271,8 @@ class Scheduler:
         if self._shared_prefixes is not None:
             tables = [request.block_ids[0] for request, _ in scheduled[: plan.num_decodes]]
             plan.shared_prefixes = self._shared_prefixes.find(tables, self.cache.pool.num_shared)
-        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not step.captured
-        if is_steady and not any(r.needs_host_tokens or r.recompute_from is not None for r in sampled):
+        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not step.extras.captured
+        if is_steady and not any(r.needs_host_tokens or (r.context and r.context.recompute_from) for r in sampled):
             self._steady = SteadyDecode(sampled, self.cache.block_size, plan.shared_prefixes)
         return plan
 
@@ -300,13 +286,8 @@ class Scheduler:
         return changed
 
     def _take_in(self, step: PlannedStep, output: ModelRunnerOutput, find_stop_string: FindStopString) -> list[Request]:
-        if step.scored:
-            take_scores(step.scored, output)
-        if step.captured:
-            take_hidden_states(step.captured, output)
-        for request, entry in zip(step.sampled, output.logprobs, strict=bool(output.logprobs)):  # none if nobody asked
-            if entry is not None and not request.is_finished:
-                request.logprobs.append(entry)
+        if output.logprobs or output.prompt_logprobs or output.hidden_states:
+            step.extras.take(step.sampled, output)
         steady = self._steady
         if steady is not None and step.sampled is steady.requests:
             if not output.failures and steady.ends_nobody(output.token_ids):
@@ -324,8 +305,7 @@ class Scheduler:
             changed.append(request)
             failure = output.failures.get(index) or (request.constraint and request.constraint.error)
             if failure:
-                request.error = failure
-                self.finish(request, "error")
+                self.finish(request, End("error", error=failure))
                 continue
             for token_id in token_ids:
                 self._take_token(request, token_id, find_stop_string)
@@ -338,21 +318,19 @@ class Scheduler:
         num_tokens = len(request.token_ids)
         if self._end_if_due(request, find_stop_string):
             return
-        if request.recompute_from is not None and num_tokens > request.recompute_from:
-            if request.status is RequestStatus.RUNNING:
+        if request.context is not None and request.context.is_outgrown_by(num_tokens):
+            if request.is_running:
                 self._preempt(request)
-            become_long(request)
-        elif num_tokens % self.cache.block_size == 1 and request.status is RequestStatus.RUNNING:
+            become_long(request, request.context)
+        elif num_tokens % self.cache.block_size == 1 and request.is_running:
             self.cache.publish(request, request.num_computed_tokens)  # a block has just become full and computed
 
     def _end_if_due(self, request: Request, find_stop_string: FindStopString) -> bool:
         """Finish the request if its newest token ends it; whether it did."""
         end = find_end(request, find_stop_string)
-        if end is None:
-            return False
-        request.error = end.error
-        self.finish(request, end.finish_reason, end.stop_reason)
-        return True
+        if end is not None:
+            self.finish(request, end)
+        return end is not None
 
     # -- leaving --
 
@@ -361,7 +339,6 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
-        request.status = RequestStatus.WAITING
         self.waiting.appendleft(request)
         self.stats.num_preemptions += 1
 

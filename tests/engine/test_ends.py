@@ -119,7 +119,7 @@ def test_every_pair_at_one_token(first: str, second: str, includes: bool) -> Non
     end = THINGS[first][1]
     if includes and "stop string" in (first, second):
         end = THINGS["stop string"][1]
-    assert (request.finish_reason, request.stop_reason, request.error) == end
+    assert request.end == end
     assert len(request.output_token_ids) == 3
     is_cut = first in ("EOS", "stop id") and not includes
     said = "ab" if is_cut or request.token_ids[-1] == EOS else "abc"
@@ -129,7 +129,7 @@ def test_every_pair_at_one_token(first: str, second: str, includes: bool) -> Non
 def test_a_stop_string_may_lie_in_the_text_of_a_token_that_ends_the_request() -> None:
     """Where that text counts."""
     request, processor = run({"eos": True, "stop": "</s>"}, include_stop_str_in_output=True, skip_special_tokens=False)
-    assert (request.finish_reason, request.stop_reason) == ("stop", "</s>")
+    assert request.end == ("stop", "</s>", None)
     assert text_of(request, processor) == "ab</s>"
 
 
@@ -137,12 +137,12 @@ def test_a_stop_string_may_lie_in_the_text_of_a_token_that_ends_the_request() ->
 def test_a_stop_string_that_is_a_special_token(includes: bool) -> None:
     """It has no text in the output, and ends it where the token comes."""
     request, processor = run({"eos": True, "stop": "</s>"}, include_stop_str_in_output=includes)
-    assert (request.finish_reason, request.stop_reason) == ("stop", None), "an EOS says no more than that"
+    assert request.end == ("stop", None, None), "an EOS says no more than that"
     assert text_of(request, processor) == "ab"
     request, processor = run(
         {"eos": True, "stop": "</s>", "reasons": {EOS: "</s>"}}, include_stop_str_in_output=includes
     )
-    assert (request.finish_reason, request.stop_reason) == ("stop", "</s>")
+    assert request.end == ("stop", "</s>", None)
     assert text_of(request, processor) == "ab"
 
 
@@ -153,7 +153,7 @@ def test_a_stop_string_that_is_a_special_token(includes: bool) -> None:
 def test_stop_strings_wait_for_min_tokens(things: dict[str, Any], options: dict[str, int], reason: str | None) -> None:
     """A string that was whole before counts no more, as in vLLM."""
     request, _ = run({**things, "max_model_len": 5}, **options)
-    assert (request.finish_reason, request.stop_reason) == ("stop" if reason else "length", reason)
+    assert request.end == ("stop" if reason else "length", reason, None)
 
 
 def test_find_end_asks_for_strings_only_where_there_are_some() -> None:

@@ -117,3 +117,11 @@ def test_messages_about_long_things_are_short() -> None:
     with pytest.raises(TypeError) as caught:
         process({"prompt": ["x" * 100_000]})
     assert len(str(caught.value)) < 300
+
+
+def test_of_the_sequences_of_a_prompt_the_first_scores_it() -> None:
+    params = SamplingParams(n=3, prompt_logprobs=1, capture={"layers": [0]})
+    group = make_processor(Encoder()).process("abc", params, "prompt", 0)
+    assert [request.scoring is not None for request in group] == [True, False, False]
+    assert [request.params.prompt_logprobs for request in group] == [1, None, None]
+    assert len({id(request.capture) for request in group}) == 3, "each has states of its own"

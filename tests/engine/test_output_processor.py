@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanovllm.engine.output_processor import Mark, OutputProcessor
-from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler_output import TOKEN_LOGPROB
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.token_bytes import _BYTE_OF_CHARACTER
@@ -50,7 +50,7 @@ def take(request: Request, token_id: int) -> None:
 
 
 def end(request: Request, reason: str, stop_reason: str | None = None) -> None:
-    request.status, request.finish_reason, request.stop_reason = RequestStatus.FINISHED, reason, stop_reason
+    request.end = End(reason, stop_reason)
 
 
 @pytest.mark.parametrize("options", [{}, {"stop": "STOP"}, {"stop": "STOP", "include_stop_str_in_output": True}])

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.features.capture import Capture
+from nanovllm.engine.features.context_length import LONG_SALT, Context
+from nanovllm.engine.features.scoring import Scoring
 from nanovllm.engine.output_processor import OutputProcessor
-from nanovllm.engine.request import LONG_SALT, Request, RequestStatus
+from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
 from nanovllm.sampling_params import SamplingParams
 from tests.engine.fake_device import (
@@ -34,6 +37,10 @@ def is_cached(engine: Engine, request: Request, num_blocks: int) -> bool:
     return len(engine.scheduler.cache.find_prefix(probe)[0]) == num_blocks
 
 
+def is_waiting(request: Request) -> bool:
+    return request.row < 0 and request.end is None
+
+
 def make_group(prompt: Sequence[int], count: int, max_tokens: int = 8) -> list[Request]:
     group = [make_request(prompt, max_tokens, name=f"sibling{i}") for i in range(count)]
     for index, request in enumerate(group):
@@ -47,7 +54,7 @@ def make_group(prompt: Sequence[int], count: int, max_tokens: int = 8) -> list[R
 def test_a_request_enters_with_all_that_a_worker_must_know() -> None:
     engine, device = make_engine(block_size=4)
     request = make_request(range(6), 3, [50])
-    request.seed, request.rope_len, request.bad_words = 7, 6, ((1, 2),)
+    request.seed, request.context, request.bad_words = 7, Context(6), ((1, 2),)
     engine.add_request(request)
     engine.step()
     assert device.plans == [
@@ -125,7 +132,7 @@ def test_what_runs_longest_is_preempted_last() -> None:
         engine.add_request(request)
     before: list[Request] = []
     for _ in steps(engine):
-        left = [request for request in before if request.status is RequestStatus.WAITING]
+        left = [request for request in before if is_waiting(request)]
         assert left == before[len(before) - len(left) :]
         before = list(engine.scheduler.running)
     assert engine.scheduler.stats.num_preemptions > 2
@@ -180,7 +187,7 @@ def test_a_decoded_block_is_found_as_soon_as_its_tokens_are_known(overlap_depth:
     """Not before: steps may be planned ahead of tokens that nobody has read yet. Not later, either."""
     engine, _ = make_engine(block_size=4, overlap_depth=overlap_depth)
     request = make_request(range(6), 20)
-    request.recompute_from = 10**6 if needs_general_rule else None
+    request.context = Context(0, 10**6) if needs_general_rule else None
     engine.add_request(request)
     for changed in steps(engine):
         if changed and not request.is_finished:
@@ -198,7 +205,7 @@ def test_what_ends_can_be_found_to_its_last_full_block() -> None:
         for _ in steps(engine):
             if end == "abort" and len(request.token_ids) == 9:
                 engine.abort(request)
-        assert (request.finish_reason, len(request.token_ids)) == (end, 9)
+        assert request.end is not None and (request.end.finish_reason, len(request.token_ids)) == (end, 9)
         assert is_cached(engine, request, 2)
 
 
@@ -227,7 +234,7 @@ def test_a_preempted_request_has_published_nothing() -> None:
     engine.add_request(old)
     engine.add_request(new)
     for _ in steps(engine):
-        if new.status is RequestStatus.WAITING:
+        if is_waiting(new):
             break
     assert (new.num_published_blocks, new.num_computed_tokens, new.block_ids, new.row) == (0, 0, [], -1)
     assert new.num_cached_tokens == 0, "what it found when it was first admitted stays what is told"
@@ -289,7 +296,7 @@ def test_siblings_share_nothing_without_a_common_salt() -> None:
 def test_a_context_that_becomes_long_is_computed_anew_and_shares_no_short_blocks(overlap_depth: int) -> None:
     engine, device = make_engine(num_blocks=40, block_size=4, overlap_depth=overlap_depth)
     request = make_request(range(8), 12)
-    request.recompute_from, request.rope_len = 12, 8
+    request.context = Context(8, 12)
     engine.add_request(request)
     run(engine)
     again = [plan for plan in device.plans if plan.new_rows][1]
@@ -311,7 +318,7 @@ def test_a_context_that_becomes_long_is_computed_anew_and_shares_no_short_blocks
 
 
 def capturing(request: Request) -> Request:
-    request.params = SamplingParams(max_tokens=8, capture={"layers": [2]})
+    request.capture = Capture((2,))
     return request
 
 
@@ -339,9 +346,9 @@ def test_what_a_preempted_request_computes_again_is_captured_once() -> None:
     assert engine.scheduler.stats.num_preemptions
     for request in (old, new):
         check_output(request)
-        positions = [position for states in request.hidden_states for position in states[2]]
+        positions = [position for states in request.capture.states for position in states[2]]
         assert positions == list(range(len(request.token_ids) - 1))
-        assert request.num_captured_tokens == len(positions)
+        assert request.capture.num_tokens == len(positions)
 
 
 def test_prompt_logprobs_are_asked_for_once_each_and_before_them_nothing_is_skipped() -> None:
@@ -350,7 +357,7 @@ def test_prompt_logprobs_are_asked_for_once_each_and_before_them_nothing_is_skip
     engine.add_request(make_request(range(20), 1))
     run(engine)
     request = make_request(range(20), 2)
-    request.params = SamplingParams(max_tokens=2, prompt_logprobs=0, logprobs=0)
+    request.params, request.scoring = SamplingParams(max_tokens=2, prompt_logprobs=0, logprobs=0), Scoring()
     execute = device.execute
     asked: list[tuple[int, int]] = []
 
@@ -367,16 +374,16 @@ def test_prompt_logprobs_are_asked_for_once_each_and_before_them_nothing_is_skip
     engine.scheduler._preempt(request)
     run(engine)
     assert asked == [(0, 8), (8, 8), (16, 3)]
-    assert [entry[0][0] for entry in request.prompt_logprobs] == list(range(1, 20))
+    assert [entry[0][0] for entry in request.scoring.logprobs] == list(range(1, 20))
     assert [entry[0][0] for entry in request.logprobs] == request.output_token_ids
-    assert request.num_scored_tokens == 19
+    assert request.scoring.num_scored_tokens == 19
 
 
 def test_of_siblings_one_scores_the_prompt() -> None:
     engine, _ = make_engine(num_blocks=40, block_size=4)
     group = make_group(range(9), 3, max_tokens=1)
+    group[0].scoring = Scoring()
     for request in group:
-        request.params = SamplingParams(max_tokens=1, prompt_logprobs=0)
         engine.add_request(request)
     plan = engine.scheduler.schedule()
     assert plan is not None
@@ -402,7 +409,7 @@ def test_a_stop_string_with_the_last_token_counts_as_the_stop_string(max_tokens:
     engine.add_request(request)
     run(engine)
     assert len(request.output_token_ids) == 3
-    assert (request.finish_reason, request.stop_reason) == ("stop", "abc")
+    assert request.end == End("stop", "abc")
     check_nothing_leaked(engine)
 
 
@@ -415,7 +422,7 @@ def test_an_end_of_text_is_no_stop_reason_and_a_stop_token_of_the_request_is() -
         engine.add_request(request)
         run(engine)
         (token_id,) = request.output_token_ids
-        assert (request.finish_reason, request.stop_reason) == ("stop", token_id if own else None)
+        assert request.end == End("stop", token_id if own else None)
 
 
 # -- restart --
@@ -444,26 +451,26 @@ def test_a_restart_forgets_plans_blocks_and_what_was_published(overlap_depth: in
     engine, device = make_engine(block_size=4, overlap_depth=overlap_depth)
     formed, plain, scored = make_request(range(9), 20), make_request(range(20, 29), 20), make_request(range(40, 49), 9)
     formed.constraint, formed.needs_host_tokens = Form(), True
-    scored.params = SamplingParams(max_tokens=9, prompt_logprobs=0)
+    scored.scoring = Scoring()
     for request in (formed, plain):
         engine.add_request(request)
     for _ in range(6):
         engine.step()
     engine.add_request(scored)
     engine.scheduler.schedule()  # a plan that nobody carries out
-    assert scored.num_scored_tokens == 8
+    assert scored.scoring.num_scored_tokens == 8
     known = [list(request.token_ids) for request in (formed, plain)]
     engine.restart([plain, formed, scored])
     scheduler = engine.scheduler
     assert list(scheduler.waiting) == [plain, formed, scored] and not scheduler.running
     assert scheduler.cache.pool.num_free_blocks == scheduler.cache.pool.num_blocks
     for request in (plain, formed, scored):
-        assert (request.status, request.row, request.block_ids) == (RequestStatus.WAITING, -1, [])
+        assert (request.end, request.row, request.block_ids) == (None, -1, [])
         assert (request.num_computed_tokens, request.num_pending_tokens, request.num_published_blocks) == (0, 0, 0)
-    assert scored.num_scored_tokens == 0, "nothing that was in flight has been brought"
+    assert scored.scoring.num_scored_tokens == 0, "nothing that was in flight has been brought"
     assert [list(request.token_ids) for request in (formed, plain)] == known
     assert formed.constraint.restarted == [formed.output_token_ids]  # type: ignore[union-attr]
-    scored.params = SamplingParams(max_tokens=9)  # the device has none to bring
+    scored.scoring = None  # the device has none to bring
     device.slots.clear()  # what was planned may never have been written
     run(engine)
     assert device.plans[-1].rows
@@ -480,4 +487,4 @@ def test_after_a_restart_rows_are_handed_out_from_the_first() -> None:
     engine.step()
     engine.restart(requests)
     engine.step()
-    assert device.plans[-1].rows == [0, 1] and requests[2].status is RequestStatus.WAITING
+    assert device.plans[-1].rows == [0, 1] and is_waiting(requests[2])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine import cache_manager as cache_module
-from nanovllm.engine.request import RequestStatus
+from nanovllm.engine.request import End
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from tests.engine.fake_device import (
     check_nothing_leaked,
@@ -28,7 +28,7 @@ def test_preempted_newest_comes_back_with_the_same_tokens(overlap_depth: int) ->
     engine.add_request(new)
     preempted = set()
     for _ in steps(engine):
-        preempted |= {r.request_id for r in (old, new) if r.status is RequestStatus.WAITING and r.row < 0}
+        preempted |= {r.request_id for r in (old, new) if r.end is None and r.row < 0}
     assert preempted == {"new"}
     for request in (old, new):
         check_output(request)
@@ -44,7 +44,7 @@ def test_preempted_request_finds_its_own_blocks_again() -> None:
     for _ in steps(engine):
         if engine.scheduler.stats.num_preemptions:
             break
-    assert second.status is RequestStatus.WAITING
+    assert second.end is None and not second.is_running
     num_tokens = second.num_tokens
     first_blocks_end = len(device.plans)
     run(engine)
@@ -172,7 +172,7 @@ def test_stop_tokens_seen_late_leave_no_token_behind(overlap_depth: int) -> None
     engine.add_request(request)
     run(engine)
     assert request.output_token_ids == expected[: expected.index(stop) + 1]
-    assert (request.finish_reason, request.stop_reason) == ("stop", stop)
+    assert request.end == End("stop", stop)
     check_nothing_leaked(engine)
 
 
@@ -195,7 +195,7 @@ def test_abort_in_every_state_frees_everything() -> None:
         for request in requests:
             engine.abort(request)
             engine.abort(request)
-        assert {request.finish_reason for request in requests} == {"abort"}
+        assert {request.end for request in requests} == {End("abort")}
         run(engine)
         check_nothing_leaked(engine)
 
@@ -322,9 +322,9 @@ def test_a_request_that_failed_ends_and_the_others_go_on(overlap_depth: int) -> 
     for changed in steps(engine):
         ended += [request for request in changed if request.is_finished]
     assert ended == [failing, other]
-    assert (failing.finish_reason, failing.error) == ("error", "the processor raised KeyError: 'x'")
+    assert failing.end == End("error", error="the processor raised KeyError: 'x'")
     expected = expected_output(range(5), 25, frozenset())
     assert failing.output_token_ids == expected[:5], "what the failed step would have sampled is not a token of it"
-    assert (other.finish_reason, other.error) == ("length", None)
+    assert other.end == End("length")
     check_output(other)
     check_nothing_leaked(engine)

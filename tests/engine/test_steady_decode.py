@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.engine.request import End
 from nanovllm.engine.scheduler import Scheduler
 from tests.engine.fake_device import check_output, make_engine, make_request
 
@@ -40,7 +41,7 @@ def run_workload(seed: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
         engine.step()
     for request in requests:
         assert request.is_finished
-        if request.finish_reason != "abort":
+        if request.end != End("abort"):
             check_output(request)
     return [asdict(plan) for plan in device.plans], asdict(engine.scheduler.stats)
 

@@ -4,9 +4,10 @@ Owns what a request forgets then; queues and blocks are the scheduler's and the 
 keeps the tokens of steps that were wholly taken in, with what belongs to each, and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from nanovllm.engine.request import Request, RequestStatus
+from nanovllm.engine.features.context_length import become_short
+from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler_output import SchedulerOutput
 
 
@@ -19,18 +20,23 @@ def take_back(sampled: Sequence[Request], plan: SchedulerOutput, block_size: int
         if len(request.token_ids) <= num_tokens:
             continue  # it was not reached, had ended before, or has failed
         del request.token_ids[num_tokens:], request.block_hashes[num_tokens // block_size :]
-        request.status = RequestStatus.WAITING
-        request.finish_reason = request.stop_reason = request.error = None
-        if request.rope_len > num_tokens:  # with this token its context had become a long one
-            request.rope_len, request.recompute_from = request.num_prompt_tokens, num_tokens
-            request.cache_salt, request.block_hashes = b"", []
+        request.end = None
+        if request.context is not None:
+            become_short(request, request.context, num_tokens)
 
 
-def begin_anew(request: Request) -> None:
-    """All KV of a request that goes on is computed again, and what is in flight for it will not come."""
-    request.status = RequestStatus.WAITING
-    request.num_computed_tokens = request.num_pending_tokens = request.num_published_blocks = 0
-    request.num_scored_tokens = request.num_skipped_tokens + len(request.prompt_logprobs)
-    request.num_captured_tokens = sum(len(next(iter(part.values()))) for part in request.hidden_states)
-    if request.constraint is not None:
-        request.constraint.restart(request.output_token_ids)
+def begin_anew(requests: Iterable[Request]) -> Iterator[Request]:
+    """Those that go on, of requests that have lost rows and blocks: all their KV is computed again, and what is in
+    flight for them will not come.
+    """
+    for request in requests:
+        request.row, request.block_ids = -1, []
+        if request.is_finished:
+            continue
+        request.num_computed_tokens = request.num_pending_tokens = request.num_published_blocks = 0
+        for part in (request.scoring, request.capture):
+            if part is not None:
+                part.begin_anew()
+        if request.constraint is not None:
+            request.constraint.restart(request.output_token_ids)
+        yield request
