@@ -10,7 +10,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import reject_unknown_options
-from nanovllm.options import check_fields, option, read_integer, read_list, read_number, takes_options
+from nanovllm.options import check_fields, option, takes_options
+from nanovllm.param_values import MOST_REPETITION, read_capture, read_form, read_logit_bias
 
 if TYPE_CHECKING:
     from nanovllm.structured_outputs import StructuredOutputsParams
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 LogitsProcessor = Callable[[list[int], Any], Any]
 
 GREEDY_EPSILON = 1e-5  # temperatures below this are greedy, as in vLLM: dividing by them would overflow
-# Bounds that keep logits finite in float32: 1e30 times 1000, divided by the smallest temperature, is 1e38.
-_MOST_BIAS = 1e30
-_MOST_REPETITION = 1000.0
 
 
 class RequestOutputKind(Enum):
@@ -30,43 +28,6 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0  # all output so far
     DELTA = 1  # what is new since the request's last output
     FINAL_ONLY = 2  # nothing before the end, then everything
-
-
-def _read_form(form: Any) -> Any:
-    if form is not None:
-        from nanovllm.structured_outputs import StructuredOutputsParams  # a leaf: few requests have a form
-
-        if not isinstance(form, StructuredOutputsParams):
-            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {form!r}")
-    return form
-
-
-def _read_capture(capture: Any) -> dict[str, tuple[int | str, ...]] | None:
-    if capture is None:
-        return None
-    if not isinstance(capture, Mapping):
-        raise TypeError(f"capture must be a dict like {{'layers': [0, 5]}}, got {capture!r}")
-    reject_unknown_options("capture", capture, ["layers"])
-    layers: Any = capture.get("layers")
-    norm = ("norm",) if isinstance(layers, (list, tuple)) and "norm" in layers else ()
-    layers = read_list("capture['layers']", [one for one in layers if one != "norm"] if norm else layers, int) + norm
-    if not layers:
-        raise ValueError("capture['layers'] is empty; name a layer, or leave capture out")
-    return {"layers": tuple(dict.fromkeys(layers))}
-
-
-def _read_logit_bias(biases: Any) -> dict[int, float] | None:
-    if biases is None:
-        return None
-    if not isinstance(biases, Mapping):
-        raise TypeError(f"logit_bias must be a dict of token ids to numbers, got {biases!r}")
-    checked = {}
-    for token_id, bias in biases.items():
-        token_id = read_integer("each key of logit_bias", token_id)
-        checked[token_id] = read_number(f"logit_bias[{token_id}]", bias)
-        if abs(checked[token_id]) > _MOST_BIAS:
-            raise ValueError(f"logit_bias[{token_id}] must be in [-{_MOST_BIAS:g}, {_MOST_BIAS:g}], got {bias}")
-    return checked
 
 
 @takes_options
@@ -127,14 +88,14 @@ class SamplingParams:
     min_tokens: int = option(0, low=0, high=2**31 - 1)
     presence_penalty: float = option(0.0, low=-2, high=2)
     frequency_penalty: float = option(0.0, low=-2, high=2)
-    repetition_penalty: float = option(1.0, low=1e-3, high=_MOST_REPETITION, words="in [0.001, 1000] (1 is off)")
-    logit_bias: Mapping[int, float] | None = option(None, read=_read_logit_bias, hash=False, has_flag=False)
+    repetition_penalty: float = option(1.0, low=1e-3, high=MOST_REPETITION, words="in [0.001, 1000] (1 is off)")
+    logit_bias: Mapping[int, float] | None = option(None, read=read_logit_bias, hash=False, has_flag=False)
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] | None = None
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] | None = option(None, has_flag=False)
     logprobs: int | None = option(None, low=-1, words="-1 (the whole vocabulary), 0 or more", has_flag=False)
     prompt_logprobs: int | None = option(None, low=-1, words="-1 (the whole vocabulary), 0 or more", has_flag=False)
-    structured_outputs: "StructuredOutputsParams | None" = option(None, read=_read_form, has_flag=False)
+    structured_outputs: "StructuredOutputsParams | None" = option(None, read=read_form, has_flag=False)
     stop: tuple[str, ...] | list[str] | str | None = option(
         (), read=lambda stop: (stop,) if isinstance(stop, str) else () if stop is None else stop
     )
@@ -144,7 +105,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = option(True, has_flag=False)
-    capture: Mapping[str, Any] | None = option(None, read=_read_capture, hash=False, has_flag=False)
+    capture: Mapping[str, Any] | None = option(None, read=read_capture, hash=False, has_flag=False)
     output_kind: RequestOutputKind = option(RequestOutputKind.CUMULATIVE, has_flag=False)
 
     def __post_init__(self) -> None:

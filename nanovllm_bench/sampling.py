@@ -67,7 +67,9 @@ def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.devic
     def step(sampler: Sampler) -> float:
         _wait(device)
         start = perf_counter()
-        sampler.finish(logits, sampler.sample(logits, rows), rows_host)
+        tokens = sampler.sample(logits, rows)
+        if sampler.pipeline is not None:
+            sampler.pipeline.logprobs(logits, tokens, rows_host)
         _wait(device)
         return perf_counter() - start
 

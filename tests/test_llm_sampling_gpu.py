@@ -86,7 +86,7 @@ def test_rows_that_ask_keep_their_graphs(folder: Path, way: dict[str, Any]) -> N
     expected = run(enforce_eager=True)
     with (
         mock.patch.object(StepGraphs, "run", autospec=True, side_effect=StepGraphs.run) as replay,
-        mock.patch.object(ModelRunner, "_forward", autospec=True, side_effect=ModelRunner._forward) as uncaptured,
+        mock.patch.object(ModelRunner, "forward", autospec=True, side_effect=ModelRunner.forward) as uncaptured,
     ):
         got = run()
     for outputs, wanted in zip(got, expected, strict=True):

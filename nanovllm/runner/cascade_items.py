@@ -8,10 +8,21 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 
-from nanovllm.engine.scheduler_output import SharedPrefix
-from nanovllm.kernels.cascade import ITEM_FIELDS, ROWS, TILE, max_items, max_parts, num_words
+from nanovllm.engine.scheduler_output import SchedulerOutput, SharedPrefix
+from nanovllm.kernels.cascade import (
+    ITEM_FIELDS,
+    ROWS,
+    TILE,
+    CascadeInputs,
+    cascade_inputs,
+    max_items,
+    max_parts,
+    num_words,
+)
 from nanovllm.kernels.triton.common.sizes import cdiv
+from nanovllm.sampling.rows import upload
 
 # Reading a request's results and starting from them takes as long as this many tiles of keys.
 ITEM_COST = 1
@@ -27,6 +38,12 @@ class CascadeItems:
         self._sizes = num_kv_heads, group, num_programs
         self._prefixes: Sequence[SharedPrefix] = ()
         self._words = np.zeros(0, dtype=np.int32)
+
+    def upload(self, plan: SchedulerOutput, device: torch.device) -> CascadeInputs | None:
+        """The items of a plan, if it has shared prefixes."""
+        if not plan.shared_prefixes:
+            return None
+        return cascade_inputs(upload(self.words(plan.shared_prefixes, plan.num_decodes), device), plan.num_decodes)
 
     def words(self, prefixes: Sequence[SharedPrefix], num_reqs: int) -> np.ndarray:
         """As `cut`; not to be written to."""

@@ -25,7 +25,9 @@ from torch import Tensor
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.sampling.buckets import apply_top_p_by_buckets
 from nanovllm.sampling.draw_columns import DrawColumns, RowParams
+from nanovllm.sampling.edited_rows import sample_edited
 from nanovllm.sampling.logits import (
     CHUNK,
     MASKED,
@@ -33,13 +35,12 @@ from nanovllm.sampling.logits import (
     apply_temperature,
     apply_top_k,
     apply_top_p,
-    apply_top_p_by_buckets,
     find_candidates,
     pick_by_weight,
     pick_highest,
 )
 from nanovllm.sampling.philox import uniform
-from nanovllm.sampling.rows import SampledRows, upload
+from nanovllm.sampling.rows import SampledRows
 from nanovllm.sampling_params import LogitsProcessor
 
 if TYPE_CHECKING:
@@ -93,40 +94,9 @@ class Sampler:
         """Next tokens, int32 [n]; `DrawColumns.last_token` keeps them by row. logits [n, V] of any float dtype, left
         unchanged.
         """
-        edited = self.find_edited(rows)
-        if len(edited) == 0:
-            return self._draw(logits, rows)
-        tokens = self._draw_others(logits, edited, rows)
-        self.redraw(logits, tokens, edited, rows)
-        return tokens
-
-    def find_edited(self, rows: SampledRows) -> np.ndarray:
-        """Which of these n rows ask for any of the stages 1 to 7 now, int64 [m]."""
-        return np.zeros(0, dtype=np.int64) if self.pipeline is None else np.flatnonzero(self.pipeline.asks(rows))
-
-    def redraw(self, logits: Tensor, tokens: Tensor, edited: np.ndarray, rows: SampledRows) -> None:
-        """Replace the tokens [n], drawn without stages 1 to 7, of those rows that ask for any of these.
-
-        edited: by `find_edited`, not empty. Counts what is drawn for penalties, so it comes once for each token.
-        """
-        assert self.pipeline is not None
-        size = max(1, CHUNK[logits.device.type] // logits.shape[1])
-        for start in range(0, len(edited), size):
-            part = edited[start : start + size]
-            index, members = upload(part, logits.device), rows.select(part)
-            tokens[index] = self._draw(self.pipeline.edited(logits, part, members), members)
-        self.pipeline.drawn(rows, tokens)
-
-    def finish(
-        self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray
-    ) -> tuple[list[tuple[np.ndarray, Tensor]], dict[int, str]]:
-        """What else these rows [n] asked of what was just drawn: log-probabilities, and why some have no token.
-
-        Both as `Pipeline.logprobs` and `Pipeline.take_failures` say.
-        """
         if self.pipeline is None:
-            return [], {}
-        return self.pipeline.logprobs(logits, tokens, rows_host), self.pipeline.take_failures(rows_host)
+            return self.draw(logits, rows)
+        return sample_edited(self, logits, rows)
 
     def sample_captured(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Stages 8 to 12 on a GPU and without the host, so that it can be captured in a CUDA graph.
@@ -141,20 +111,7 @@ class Sampler:
 
     # -- stages 8 to 12 --
 
-    def _draw_others(self, logits: Tensor, edited: np.ndarray, rows: SampledRows) -> Tensor:
-        """As `_draw`, but for the rows that are edited first; their tokens are yet to come."""
-        if use_triton(logits):
-            self.columns.upload()
-            others = rows.rows.index_fill(0, upload(edited, logits.device), -1)
-            return self.sample_captured(logits, others, rows.positions)
-        tokens = torch.empty(len(rows), dtype=torch.int32)
-        members = np.delete(np.arange(len(rows)), edited)
-        if len(members):
-            index = torch.from_numpy(members)
-            tokens[index] = self._draw(logits[index], rows.select(members))
-        return tokens
-
-    def _draw(self, logits: Tensor, rows: SampledRows) -> Tensor:
+    def draw(self, logits: Tensor, rows: SampledRows) -> Tensor:
         """Without stages 1 to 7; each row's token is also kept in `last_token`."""
         if use_triton(logits):
             self.columns.upload()

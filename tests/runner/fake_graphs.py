@@ -83,7 +83,7 @@ def sample_on_cpu(sampler: Sampler, logits: Tensor, rows: Tensor, positions: Ten
     real = (rows >= 0).nonzero()[:, 0]
     if len(real):
         drawn = SampledRows(rows[real].numpy(), rows[real], positions[real].numpy(), positions[real])
-        tokens[real] = sampler._draw(logits[real], drawn)
+        tokens[real] = sampler.draw(logits[real], drawn)
     return tokens
 
 
@@ -96,11 +96,11 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch, backend: Any = None) -> FakeGra
     monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.GraphPool", lambda _: fake)
     if backend is None:
         monkeypatch.setattr(Sampler, "sample_captured", sample_on_cpu)
-    forward = ModelRunner._forward
+    forward = ModelRunner.forward
 
     def counted(*arguments: Any) -> Any:
         fake.num_uncaptured += 1
         return forward(*arguments)
 
-    monkeypatch.setattr(ModelRunner, "_forward", counted)
+    monkeypatch.setattr(ModelRunner, "forward", counted)
     return fake

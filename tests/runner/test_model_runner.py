@@ -11,6 +11,7 @@ import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.kernels.triton.common.launch import has_dependent_launch
+from nanovllm.runner.extras import PendingExtras
 from nanovllm.runner.graphs.captured_steps import warm_up_kernels
 from nanovllm.runner.graphs.layouts import PromptLayout
 from nanovllm.runner.graphs.step_parts import split
@@ -158,9 +159,9 @@ def test_a_plain_step_does_nothing_but_replay(folder: Path, monkeypatch: pytest.
     def unwanted(*_: Any) -> None:
         raise AssertionError("work for rows that ask, in a step where none does")
 
-    for name in ("redraw", "find_edited", "finish"):
-        monkeypatch.setattr(Sampler, name, unwanted)
-    monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.upload", unwanted)
+    monkeypatch.setattr(PendingExtras, "of_sampled", unwanted)
+    for name in ("upload", "redraw_edited"):
+        monkeypatch.setattr(f"nanovllm.runner.graphs.graph_runner.{name}", unwanted)
     with make_llm(folder) as llm:
         llm.generate(PROMPTS, [PLAIN[i % 3] for i in range(len(PROMPTS))], use_tqdm=False)
     assert fake.num_decodes and fake.num_prompts and not fake.num_uncaptured

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.sampling.edited_rows import find_edited
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling_params import SamplingParams
@@ -307,10 +308,10 @@ def test_who_is_edited_is_about_these_rows_at_these_positions() -> None:
     sampler = Sampler(3, 10, "cpu")
     enter(sampler, 1, SamplingParams(min_tokens=2), 0, 1, (3,))
     enter(sampler, 2, SamplingParams(logit_bias={1: 1.0}), 0, 1, (3,))
-    assert sampler.find_edited(sampled(range(3), [2, 2, 2])).tolist() == [1, 2]
-    assert sampler.find_edited(sampled(range(3), [3, 3, 3])).tolist() == [2]
+    assert find_edited(sampler, sampled(range(3), [2, 2, 2])).tolist() == [1, 2]
+    assert find_edited(sampler, sampled(range(3), [3, 3, 3])).tolist() == [2]
     enter(sampler, 2, SamplingParams(), 0, 1, (3,))
-    assert not len(sampler.find_edited(sampled([2], [0])))
+    assert not len(find_edited(sampler, sampled([2], [0])))
 
 
 def test_extreme_temperatures() -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.triton.common.launch import dependent_launch
+from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture
 from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
 from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens, seq_lens_of
+from nanovllm.sampling.edited_rows import redraw_edited
 from nanovllm.sampling.rows import SampledRows, upload
 
 # Of the layers' weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
@@ -109,10 +111,8 @@ class GraphRunner:
         rows_host, positions_host = np.array(plan.rows)[sampled], seq_lens_of(plan)[sampled]
         uploaded = upload(np.stack((rows_host, positions_host)).astype(np.int32), runner.device)
         rows = SampledRows(rows_host, uploaded[0], positions_host, uploaded[1])
-        edited = runner.sampler.find_edited(rows)
-        if len(edited):
-            runner.sampler.redraw(logits, tokens, edited, rows)
-        return runner.read_back(tokens, *runner.sampler.finish(logits, tokens, rows_host))
+        redraw_edited(runner.sampler, logits, tokens, rows)
+        return runner.read_back(tokens, NO_EXTRAS.of_sampled(runner, logits, tokens, rows_host))
 
 
 def can_capture_prompts(model_config: ModelConfig) -> bool:
