@@ -9,11 +9,11 @@ Owns the order of things and nothing else. Invariant: results are taken in the o
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
 from nanovllm.engine.interfaces import Executor, PendingStep
+from nanovllm.engine.metrics import EngineTimes, engine_metrics
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler import Scheduler
@@ -26,10 +26,7 @@ class Engine:
         self.executor = executor
         self.output_processor = output_processor
         self.overlap_depth = overlap_depth
-        self.num_steps = 0
-        self.host_seconds = 0.0  # planning and taking in results
-        self.execute_seconds = 0.0  # queueing steps; on a CPU this is where they run
-        self.wait_seconds = 0.0  # waiting for the device
+        self.times = EngineTimes()
         self._in_flight: deque[PendingStep] = deque()
 
     def add_request(self, request: Request) -> None:
@@ -44,26 +41,27 @@ class Engine:
     def step(self) -> list[Request]:
         """Advance by at most one step; returns the requests that got a token or ended."""
         start = perf_counter()
-        elsewhere = self.execute_seconds + self.wait_seconds
+        times = self.times
+        elsewhere = times.execute_seconds + times.wait_seconds
         changed: list[Request] = []
         plan = self.scheduler.schedule()
         if plan is not None:
             self._execute(plan)
         if self._in_flight and (len(self._in_flight) >= self.overlap_depth or plan is None):
             changed = self._collect()
-        self.host_seconds += perf_counter() - start - (self.execute_seconds + self.wait_seconds - elsewhere)
+        times.host_seconds += perf_counter() - start - (times.execute_seconds + times.wait_seconds - elsewhere)
         return changed
 
     def _execute(self, plan: SchedulerOutput) -> None:
         start = perf_counter()
         self._in_flight.append(self.executor.execute(plan))
-        self.num_steps += 1
-        self.execute_seconds += perf_counter() - start
+        self.times.num_steps += 1
+        self.times.execute_seconds += perf_counter() - start
 
     def _collect(self) -> list[Request]:
         start = perf_counter()
         output = self._in_flight.popleft().result()
-        self.wait_seconds += perf_counter() - start
+        self.times.wait_seconds += perf_counter() - start
         return self.scheduler.update(output, self.output_processor.find_stop_string)
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
@@ -72,17 +70,7 @@ class Engine:
 
     def get_metrics(self) -> dict[str, float]:
         """See `LLM.get_metrics`."""
-        return {
-            "num_steps": self.num_steps,
-            **asdict(self.scheduler.stats),
-            "num_running": len(self.scheduler.running),
-            "num_waiting": len(self.scheduler.waiting),
-            "num_free_blocks": self.scheduler.cache.pool.num_free_blocks,
-            "num_blocks": self.scheduler.cache.pool.num_blocks,
-            "host_seconds": self.host_seconds,
-            "execute_seconds": self.execute_seconds,
-            "wait_seconds": self.wait_seconds,
-        }
+        return engine_metrics(self.scheduler, self.times)
 
     def reset_prefix_cache(self) -> None:
         self.scheduler.cache.pool.forget_cached()

@@ -16,6 +16,7 @@ import numpy as np
 
 from nanovllm.engine.features.capture import Capture, check_layers
 from nanovllm.engine.features.context_length import ContextRule
+from nanovllm.engine.features.prompt_forms import check_dict, token_id_error
 from nanovllm.engine.features.remote_functions import check_importable
 from nanovllm.engine.features.scoring import Scoring, check_num_logprobs
 from nanovllm.engine.interfaces import TokenConstraint
@@ -171,14 +172,10 @@ class InputProcessor:
 
     def _read_prompt(self, prompt: Prompt, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
-                raise ValueError(f"{name}: keys are 'prompt' or 'prompt_token_ids', got {sorted(map(str, prompt))}")
-            text = prompt.get("prompt")
-            if not isinstance(text, str) and "prompt" in prompt:
-                raise TypeError(f"{name}['prompt'] must be a string, got {brief(text)}")
+            check_dict(prompt, name)
             if "prompt_token_ids" in prompt:
-                return text, self._check_token_ids(prompt["prompt_token_ids"], f"{name}['prompt_token_ids']")
+                token_ids = self._check_token_ids(prompt["prompt_token_ids"], f"{name}['prompt_token_ids']")
+                return prompt.get("prompt"), token_ids
             prompt, name = prompt["prompt"], f"{name}['prompt']"
         if isinstance(prompt, str):
             if not prompt:
@@ -205,17 +202,7 @@ class InputProcessor:
                 return values.tolist()
         except (TypeError, OverflowError):
             pass
-        raise self._token_id_error(token_ids, name)
-
-    def _token_id_error(self, token_ids: list[Any], name: str) -> Exception:
-        """What is wrong with the first of them that is."""
-        for index, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-                return TypeError(f"{name}[{index}] must be an integer token id, got {brief(token_id)}")
-            token_id = token_id.__index__()
-            if not 0 <= token_id < self._vocab_size:
-                return ValueError(f"{name}[{index}] = {token_id} is outside the vocabulary [0, {self._vocab_size})")
-        return TypeError(f"{name} must hold integer token ids, got {brief(token_ids)}")
+        raise token_id_error(token_ids, self._vocab_size, name)
 
     def _fit(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
         """Most tokens that prompt and output may have together; ValueError if not even one output token fits."""

@@ -1,11 +1,15 @@
 """What the engine asks of others. Protocols only; `executor/` and `structured/` hold the implementations."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+
+if TYPE_CHECKING:
+    from nanovllm.engine.output_processor import OutputProcessor
+    from nanovllm.engine.request import Request
 
 
 class PendingStep(Protocol):
@@ -24,6 +28,24 @@ class Executor(Protocol):
     def execute(self, plan: SchedulerOutput) -> PendingStep: ...
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
+class SteppedEngine(Protocol):
+    """`Engine`, or `DataParallelEngine`."""
+
+    output_processor: "OutputProcessor"
+
+    def add_request(self, request: "Request") -> None: ...
+
+    def abort(self, request: "Request") -> None: ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list["Request"]: ...
+
+    def restart(self, requests: Iterable["Request"]) -> None: ...
 
     def close(self) -> None: ...
 

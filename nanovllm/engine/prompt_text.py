@@ -6,8 +6,7 @@ Invariant: an error names the item, and a text that cannot fit is not tokenized 
 
 from collections.abc import Callable
 
-_PIECE = 65_536  # characters
-_PER_CUT = 16  # tokens that a cut between two pieces may add, generously
+from nanovllm.engine.features.prompt_forms import PIECE, check_length
 
 
 class PromptText:
@@ -34,19 +33,6 @@ class PromptText:
                 f"{name} holds U+{ord(text[error.start]):04X} at character {error.start}, which is half of a "
                 "character, as text that was cut in UTF-16 or JSON leaves it: remove it"
             ) from None
-        if len(text) > 8 * self._max_tokens + _PIECE:
-            self._check_length(text, name)
+        if len(text) > 8 * self._max_tokens + PIECE:
+            check_length(text, self._encode, self._max_tokens, name)
         return self._encode(text, add_special_tokens=add_special_tokens)
-
-    def _check_length(self, text: str, name: str) -> None:
-        """Count tokens piece by piece, and stop where they are too many."""
-        assert self._encode is not None
-        num_tokens = 0
-        for start in range(0, len(text), _PIECE):
-            num_tokens += len(self._encode(text[start : start + _PIECE], add_special_tokens=False)) - _PER_CUT
-            if num_tokens > self._max_tokens:
-                raise ValueError(
-                    f"{name} has {len(text):,} characters, of which the first {start + _PIECE:,} are more than "
-                    f"{num_tokens:,} tokens, and max_model_len is {self._max_tokens}. Shorten the prompt, or raise "
-                    "max_model_len if the model allows it"
-                )

@@ -18,22 +18,11 @@ from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
 from nanovllm.engine.features.context_length import become_long
 from nanovllm.engine.features.extras import Extras
 from nanovllm.engine.features.restart import begin_anew, take_back
+from nanovllm.engine.metrics import SchedulerStats
 from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
 from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.engine.steady_decode import SteadyDecode
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counted when a step is planned. Of what a step reads and multiplies, these depend on the requests."""
-
-    num_preemptions: int = 0
-    num_prompt_tokens_cached: int = 0
-    num_tokens_computed: int = 0
-    num_tokens_sampled: int = 0
-    num_context_tokens_read: int = 0  # each request's context, its new tokens included, once a step
-    num_query_key_pairs: int = 0  # each new token with its whole context
 
 
 @dataclass(slots=True)

@@ -12,37 +12,19 @@ once if the turn is free, and else before the next step.
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nanovllm.engine.features.lifetime import Lifetime
-from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.interfaces import SteppedEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.turn import Bell, Turn
 
 News = TypeVar("News")
-
-
-class SteppedEngine(Protocol):
-    """`Engine`, or `DataParallelEngine`."""
-
-    output_processor: OutputProcessor
-
-    def add_request(self, request: Request) -> None: ...
-
-    def abort(self, request: Request) -> None: ...
-
-    def has_work(self) -> bool: ...
-
-    def step(self) -> list[Request]: ...
-
-    def restart(self, requests: Iterable[Request]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Inbox(Generic[News]):

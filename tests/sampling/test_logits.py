@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.sampling.buckets import apply_top_p_by_buckets
 from nanovllm.sampling.logits import (
     apply_min_p,
     apply_temperature,
     apply_top_k,
     apply_top_p,
-    apply_top_p_by_buckets,
     find_candidates,
     pick_by_weight,
     pick_highest,

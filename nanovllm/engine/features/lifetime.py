@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm.engine.features.interruptions import is_from_outside
+from nanovllm.engine.interfaces import SteppedEngine
 from nanovllm.engine.turn import Bell, Turn
 from nanovllm.errors import EngineDeadError, cut
 
 if TYPE_CHECKING:
-    from nanovllm.engine.session import Handle, Inbox, SteppedEngine
+    from nanovllm.engine.session import Handle, Inbox
 
 Result = TypeVar("Result")
 
@@ -26,7 +27,7 @@ Result = TypeVar("Result")
 class Lifetime:
     """A part of `Session`."""
 
-    engine: "SteppedEngine"
+    engine: SteppedEngine
     _handles: "dict[str, Handle]"
     _commands: "deque[Any]"
     _turn: Turn
