@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.detokenizer_windows import JoinedPieces, WindowPieces
 from nanovllm.token_bytes import BytesOfTokens, TextsOfTokens, TokenTables
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 class DetokenizerStream:
     """Text of one sequence of tokens, as they arrive.
+
+    step, feed: take the next token, or the next tokens, and return the new text, "" while a character is incomplete.
+    texts_here: token id -> what `step` would return for it now; holds also when the stream has gone on. flush: at the
+    end of the sequence, what an incomplete character leaves: U+FFFD, or nothing.
 
     spaces_between_special_tokens=False puts special tokens beside each other without a space. follows_text: the
     sequence goes on after a prompt; otherwise it is a text by itself.
@@ -37,43 +42,20 @@ class DetokenizerStream:
         *,
         follows_text: bool = False,
     ) -> None:
-        self._joined_ids = frozenset() if spaces_between_special_tokens else tokenizer.special_ids
-        self._is_after_joined = False
         scheme = tokenizer.fixed_scheme
-        self._pieces: Any  # of one of two kinds
+        pieces: Any  # of one of these kinds
         if scheme is not None:
             num_spaces = 0 if follows_text else scheme.num_spaces
-            self._pieces = _FixedPieces(tokenizer.token_tables(skip_special_tokens), num_spaces)
+            pieces = _FixedPieces(tokenizer.token_tables(skip_special_tokens), num_spaces)
         else:
-            from nanovllm.detokenizer_windows import WindowPieces  # a leaf: hardly a language model needs it
-
             left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
-            self._pieces = WindowPieces(lambda ids: tokenizer.decode_whole(ids, skip_special_tokens), left_out)
-        self._step, self._feed = self._pieces.step, self._pieces.feed
-
-    def step(self, token_id: int) -> str:
-        """Take the next token. Returns the new text, "" while a character is incomplete."""
-        if not self._joined_ids:
-            return self._step(token_id)
-        is_joined = token_id in self._joined_ids
-        piece = self._step(token_id)
-        if is_joined and self._is_after_joined:
-            piece = piece.removeprefix(" ")
-        self._is_after_joined = is_joined
-        return piece
-
-    def feed(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens; the new text."""
-        return "".join([self.step(token_id) for token_id in token_ids]) if self._joined_ids else self._feed(token_ids)
-
-    def texts_here(self) -> Callable[[int], str]:
-        """token id -> what `step` would return for it now. Holds also when the stream has gone on."""
-        texts: Callable[[int], str] = self._pieces.texts_here()
-        return texts
-
-    def flush(self) -> str:
-        """End of the sequence. Returns what an incomplete character leaves: U+FFFD, or nothing."""
-        return self._pieces.flush()
+            pieces = WindowPieces(lambda ids: tokenizer.decode_whole(ids, skip_special_tokens), left_out)
+        if not spaces_between_special_tokens:
+            pieces = JoinedPieces(pieces, tokenizer.special_ids)
+        self.step: Callable[[int], str] = pieces.step
+        self.feed: Callable[[Sequence[int]], str] = pieces.feed
+        self.texts_here: Callable[[], Callable[[int], str]] = pieces.texts_here
+        self.flush: Callable[[], str] = pieces.flush
 
 
 class _FixedPieces:

@@ -1,10 +1,12 @@
-"""WindowPieces: text as tokens arrive, where a token's text depends on the tokens beside it.
+"""Text as tokens arrive, where a token's text depends on the tokens beside it.
 
-Owns a short window of tokens, which is decoded with and without its newest one. Invariant: as of `DetokenizerStream`,
-whose work this is for schemes that are no fixed ones.
+Owns a short window of tokens, which is decoded with and without its newest one (WindowPieces, for schemes that are no
+fixed ones), and special tokens that follow each other without a space (JoinedPieces). Invariant: as of
+`DetokenizerStream`, whose work this is.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 _MAX_WAITING = 16  # tokens of one character, and then some: a window without text for longer holds no character
 
@@ -47,3 +49,24 @@ class WindowPieces:
 
     def flush(self) -> str:
         return self._decode(self._window)[len(self._window_text) :]
+
+
+class JoinedPieces:
+    """pieces: of one of the other kinds; joined_ids: the special tokens."""
+
+    def __init__(self, pieces: Any, joined_ids: frozenset[int]) -> None:
+        self._step = pieces.step
+        self._joined_ids = joined_ids
+        self._is_after_joined = False
+        self.texts_here, self.flush = pieces.texts_here, pieces.flush
+
+    def step(self, token_id: int) -> str:
+        piece: str = self._step(token_id)
+        is_joined = token_id in self._joined_ids
+        if is_joined and self._is_after_joined:
+            piece = piece.removeprefix(" ")
+        self._is_after_joined = is_joined
+        return piece
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        return "".join([self.step(token_id) for token_id in token_ids])

@@ -112,11 +112,6 @@ class Session(Lifetime):
                 self._remove(handle)
             self._carry_out_now()
 
-    def abort(self, handle: Handle) -> None:
-        """Stop a request; the news of its end have the finish reason "abort"."""
-        self._commands.append((self._end, [handle]))
-        self._carry_out_now()
-
     def find(self, request_id: str) -> Handle | None:
         """The unfinished request of that id."""
         return self._handles.get(request_id)
@@ -267,12 +262,6 @@ class Session(Lifetime):
     def _remove(self, handle: Handle) -> None:
         if self._handles.get(handle.request_id) is handle:
             del self._handles[handle.request_id]
-
-    def _end(self, handle: Handle) -> None:
-        if self._handles.get(handle.request_id) is handle:
-            for request in handle.requests:
-                self.engine.abort(request)
-            self._tell(handle)
 
     def _tell(self, handle: Handle) -> None:
         """Put the newest about a request into its inbox; one that has ended is forgotten."""

@@ -38,6 +38,7 @@ class Lifetime:
     _process: int
     _ending: str | None
     _is_closing: bool
+    _carry_out_now: Callable[[], None]
     _try_inside: Callable[[Callable[[], object]], bool]
     _pass_on: Callable[[], None]
     _tell: "Callable[[Handle], None]"
@@ -60,6 +61,11 @@ class Lifetime:
         if self._ending is not None:
             return self.closed_error()
         return RuntimeError("this engine was called from inside one of its own steps, where requests can only end")
+
+    def abort(self, handle: "Handle") -> None:
+        """Stop a request; the news of its end have the finish reason "abort"."""
+        self._commands.append((self._end, [handle]))
+        self._carry_out_now()
 
     def exclusively(self, function: Callable[[], Result]) -> Result:
         """What function() returns, called in this thread between two steps."""
@@ -100,6 +106,12 @@ class Lifetime:
                 raise
 
     # -- inside the turn --
+
+    def _end(self, handle: "Handle") -> None:
+        if self._handles.get(handle.request_id) is handle:
+            for request in handle.requests:
+                self.engine.abort(request)
+            self._tell(handle)
 
     def _restart(self) -> None:
         """Mend what an interruption left: the engine begins anew with all that is unfinished, and all is told again."""
