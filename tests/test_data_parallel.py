@@ -189,18 +189,25 @@ def test_engines_of_two_ranks_each_and_a_killed_one(folder: Path, one: LLM) -> N
         generate(llm, GREEDY)
 
 
+def stop(pid: int) -> None:
+    """Until it has stopped, a thread of the process may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        time.sleep(0.01)
+
+
 def test_a_replica_that_answers_nothing_is_named(folder: Path) -> None:
     """Stopped, it neither ends nor speaks, while the other one goes on. Only a step ends the engine."""
     llm = make_llm(folder, data_parallel_size=2, distributed_timeout_seconds=5)
     generate(llm, GREEDY)
     pid = llm.apply_model(pid_of)[1]
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     for question in (llm.get_metrics, lambda: llm.apply_model(pid_of)):
         with pytest.raises(TimeoutError, match=r"no answer within 5 s .* from data-parallel replica 1"):
             question()
     os.kill(pid, signal.SIGCONT)
     assert llm.apply_model(pid_of)[1] == pid and len(generate(llm, GREEDY)) == len(PROMPTS)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     with pytest.raises(RuntimeError, match=r"no answer within 5 s .* to a step from data-parallel replica 1"):
         generate(llm, GREEDY)
     for call in (llm.get_metrics, lambda: generate(llm, GREEDY)):
