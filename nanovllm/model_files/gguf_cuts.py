@@ -47,6 +47,8 @@ _TEKKEN = Cut(
     (rf"{_words_by_case('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_ENDS}",), ignore_merges=True, adds_bos=True
 )
 _GPT4O = Cut((rf"{_words_by_case(_CONTRACTION + '?')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_ENDS}",))
+# Digits in threes from the right, as they are read aloud.
+_TINY_AYA = replace(_GPT4O, regexes=(r"\d{1,3}(?=(?:\d{3})*\b)", *_GPT4O.regexes))
 _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _DEEPSEEK_CODER = Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, r"\p{N}"))
 # Letters of scripts with two cases, as far as the tokenizer knows them.
@@ -106,10 +108,11 @@ CUTS = {
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _DIGITS_BY_THREE),
     "glm4": replace(_DIGITS_BY_THREE, ignore_merges=True),
     "tekken": _TEKKEN,
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo"), _QWEN2),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2"), _QWEN2),
     **dict.fromkeys(("megrez", "hunyuan", "stablelm2", "solar-open", "grok-2"), _PLAIN_QWEN2),
     "qwen35": _QWEN35,
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _GPT4O),
+    "tiny_aya": _TINY_AYA,
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-llm": _DEEPSEEK_LLM,
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3),

@@ -36,6 +36,7 @@ def test_byte_level_merges_and_special_tokens(tmp_path: Path) -> None:
         ("deepseek-llm", "12 hello", ["12", "Ġ", "hello"]),
         ("falcon3", "12", ["<bos>", "12"]),
         ("superbpe", "0124", ["0", "12", "4"]),
+        ("tiny_aya", "hello'll 0120", ["hello", "'", "ll", "Ġ", "0", "12", "0"]),
         ("gpt-4o", "hello'll12", ["hello", "'", "ll", "12"]),
     ],
 )
