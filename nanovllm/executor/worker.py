@@ -33,7 +33,7 @@ from nanovllm.runner.host_memory import host_memory
 from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import Checkpoint
-from nanovllm.weights.loader import fill_random, load_weights
+from nanovllm.weights.loader import fill_random, load_weights, places
 
 
 class Runner(Protocol):
@@ -125,16 +125,17 @@ def _load_model(
         ops = choose_ops(device, config.compilation, config.deterministic)
         ops = with_quantization(ops, model_config, config.quantization)
         model = model_class(model_config.architecture)(model_config, max_len, dtype, tp, ops)
-        weight_specs = dict(model.weights())  # this makes the weights
+        specs = dict(model.weights())  # this makes the weights
     if config.load_format == "dummy":
         fill_random(model, config.seed)
     else:
-        num_tensors = sum(1 for weight_spec in weight_specs.values() if not weight_spec.instead_of)
+        num_tensors = sum(1 for spec in specs.values() if not spec.instead_of)
         is_shown = config.use_tqdm_on_load and tp.rank == 0
         with tqdm(  # None: shown on a terminal
             desc="Loading weights", total=num_tensors, unit=" tensors", disable=None if is_shown else True
         ) as progress:
-            load_weights(model, checkpoint.tensors(dtype), progress.update)
+            load_weights(model, checkpoint.tensors(dtype, places(specs)), progress.update)
+    del specs  # they hold the weights, which `finish` may put into another form
     model.requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, LinearBase):
