@@ -82,11 +82,15 @@ class DenseExperts(nn.Module):
         )
         gate, up, down = self.gate_up.data[:, :part], self.gate_up.data[:, part:], self.down.data
 
+        is_whole = part == size
+
         def rows(target: Tensor) -> WeightSpec:
-            return WeightSpec((size, hidden_size), lambda tensor: target.copy_(tensor[first:last]))
+            place = target if is_whole else None
+            return WeightSpec((size, hidden_size), lambda tensor: target.copy_(tensor[first:last]), place=place)
 
         def columns(target: Tensor) -> WeightSpec:
-            return WeightSpec((hidden_size, size), lambda tensor: target.copy_(tensor[:, first:last]))
+            place = target if is_whole else None
+            return WeightSpec((hidden_size, size), lambda tensor: target.copy_(tensor[:, first:last]), place=place)
 
         for expert in range(num_experts):
             yield gate_names[expert], rows(gate[expert])

@@ -41,4 +41,4 @@ def reordered_spec(named: tuple[str, WeightSpec], order: Tensor | None) -> tuple
         heads = tensor[:].unflatten(0, (-1, order.shape[0]))
         spec.fill(heads[:, order.to(heads.device)].flatten(0, 1))
 
-    return name, spec._replace(fill=fill)
+    return name, spec._replace(fill=fill, place=None)

@@ -107,7 +107,8 @@ class DenseLinear(LinearMethod):
 
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         spec, target = self.spec, self.weight.data[self.spec.rows(part)]
-        yield "weight", WeightSpec((spec.sizes[part], spec.in_features), _filler(target, spec.parts[part], spec.inputs))
+        shape, fill = (spec.sizes[part], spec.in_features), _filler(target, spec.parts[part], spec.inputs)
+        yield "weight", WeightSpec(shape, fill, place=target if tuple(target.shape) == shape else None)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)

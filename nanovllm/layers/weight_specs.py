@@ -18,6 +18,7 @@ class WeightSpec(NamedTuple):
 
     instead_of: names of specs that this one fills together, for checkpoints that hold one tensor in their place.
     dtypes: that the tensor may have. has_rows: its first dimension is the layer's outputs, as that of a dense matrix.
+    place: the parameter itself where it is the tensor, number by number: they may be written there instead of `fill`.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class WeightSpec(NamedTuple):
     instead_of: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
     has_rows: bool = True
+    place: Tensor | None = None
 
 
 WeightSpecs = Iterator[tuple[str, WeightSpec]]  # (name in the checkpoint, spec)

@@ -7,8 +7,9 @@ one is refused before memory is taken; tensors are memory-mapped and come one by
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,10 @@ _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
+Places = Mapping[str, torch.Tensor]
+NOWHERE: Places = MappingProxyType({})
+
+
 class Checkpoint(Protocol):
     """A model on disk. config, generation_config: as Hugging Face's JSON files ({} where there is no file)."""
 
@@ -31,10 +36,11 @@ class Checkpoint(Protocol):
     config: dict[str, Any]
     generation_config: dict[str, Any]
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, dtype: torch.dtype, places: Places = NOWHERE) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, CPU tensor), each name once. Never write to one: it may be the file itself.
 
-        dtype: of numbers that have to be computed first; others come as they are stored.
+        dtype: of numbers that have to be computed first; others come as they are stored. places: by name, memory for
+        such numbers; a tensor of its shape and dtype is computed there.
         """
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,7 +88,7 @@ class SafetensorsCheckpoint:
             warn_of_other_parts(names, path)
         warn_of_prediction_heads(sum(is_of_prediction_head(name, self.config) for name in names), path)
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, dtype: torch.dtype, places: Places = NOWHERE) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
             with safe_open(file, framework="pt") as tensors:
                 for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)

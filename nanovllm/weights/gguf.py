@@ -29,6 +29,7 @@ from gguf.constants import GGMLQuantizationType
 
 from nanovllm.model_files.gguf_file import GGUFFile, TensorInfo
 from nanovllm.model_files.gguf_tokens import end_of_generation_ids
+from nanovllm.weights.checkpoint import NOWHERE, Places
 from nanovllm.weights.gguf_architectures import ROPE_FACTORS, ROPE_FREQS, read_architecture
 from nanovllm.weights.gguf_blocks import PLAIN_DTYPES, dequantize
 from nanovllm.weights.prediction_heads import warn_of_prediction_heads
@@ -60,11 +61,14 @@ class GGUFCheckpoint:
         dtype = _dtype(info.quantization for info in self._parameters if _is_matrix(info))
         self.config: dict[str, Any] = {**config, "dtype": dtype, **self.generation_config}
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (Hugging Face name, CPU tensor), one at a time; quantized tensors come in `dtype`."""
+    def tensors(self, dtype: torch.dtype, places: Places = NOWHERE) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (Hugging Face name, CPU tensor), one at a time; quantized tensors come in `dtype`.
+
+        places: by name, memory that a quantized tensor of its shape and dtype is unpacked into.
+        """
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             for info in self._parameters:
-                yield from self._read(info, dtype, threads)
+                yield from self._read(info, dtype, threads, places)
                 self._file.forget_pages(info)
         for name, number in self._numbers.items():
             yield name, torch.tensor([number])
@@ -89,7 +93,9 @@ class GGUFCheckpoint:
                 raise ValueError(f"{self.path}: metadata {key} must have a number for each of {num_layers} layers")
             yield from ((f"model.layers.{layer}.{name}", number) for layer, number in enumerate(numbers))
 
-    def _read(self, info: TensorInfo, dtype: torch.dtype, threads: Executor) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(
+        self, info: TensorInfo, dtype: torch.dtype, threads: Executor, places: Places
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         name, rows = self._hf_name(info.name), self._file.read_rows(info)
         if self._architecture.has_pairs and (layer_tensor := _LAYER_TENSOR.fullmatch(info.name)):
             num_heads = {
@@ -101,11 +107,12 @@ class GGUFCheckpoint:
         if "{}" in name:
             expert_info = replace(info, shape=info.shape[1:])
             for expert, expert_rows in enumerate(np.split(rows, self._num_experts(info))):
-                yield name.format(expert), dequantize(expert_rows, expert_info, dtype, threads)
+                expert_name = name.format(expert)
+                yield expert_name, dequantize(expert_rows, expert_info, dtype, threads, places.get(expert_name))
         elif self._architecture.norm_offset and info.name.endswith("norm.weight"):
             yield name, dequantize(rows, info) - self._architecture.norm_offset
         else:
-            yield name, self._in_shape(info, dequantize(rows, info, dtype, threads))
+            yield name, self._in_shape(info, dequantize(rows, info, dtype, threads, places.get(name)))
 
     def _in_shape(self, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
         layer_tensor = _LAYER_TENSOR.fullmatch(info.name)

@@ -38,11 +38,16 @@ Unpack = Callable[[Tensor, Tensor], object]  # (blocks uint8 [n, bytes of a bloc
 
 
 def dequantize(
-    rows: np.ndarray, info: TensorInfo, dtype: torch.dtype = torch.float32, threads: Executor | None = None
+    rows: np.ndarray,
+    info: TensorInfo,
+    dtype: torch.dtype = torch.float32,
+    threads: Executor | None = None,
+    place: Tensor | None = None,
 ) -> Tensor:
     """Turn a tensor's bytes (uint8 [rows, bytes of a row]) into numbers. Returns a CPU tensor of `info.shape`.
 
-    Plain floats keep their type and stay mapped; quantized blocks come in `dtype`. threads: unpack side by side.
+    Plain floats keep their type and stay mapped; quantized blocks come in `dtype`. threads: unpack side by side. place:
+    contiguous memory for the numbers, used if it has that shape and dtype.
     """
     kind = info.quantization
     if kind in PLAIN_DTYPES:
@@ -50,7 +55,9 @@ def dequantize(
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
     unpack = _UNPACKERS.get(kind, partial(_unpack_with_gguf, info))
     blocks = torch.from_numpy(rows).view(-1, block_bytes)
-    numbers = torch.empty(len(blocks), block_size, dtype=dtype)
+    if place is None or tuple(place.shape) != tuple(info.shape) or place.dtype != dtype:
+        place = torch.empty(info.shape, dtype=dtype)
+    numbers = place.view(-1, block_size)
     step = _NUMBERS_A_STEP // block_size
 
     def unpack_task(some_blocks: Tensor, some_numbers: Tensor) -> None:
@@ -59,7 +66,7 @@ def dequantize(
 
     tasks = blocks.split(_STEPS_A_TASK * step), numbers.split(_STEPS_A_TASK * step)
     list(map(unpack_task, *tasks) if threads is None else threads.map(unpack_task, *tasks))
-    return numbers.view(info.shape)
+    return place
 
 
 def _chunks(numbers: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -4,7 +4,7 @@ Owns the matching of names and shapes; the layers know how a tensor maps to thei
 model is loaded or an error names what is missing, unexpected or misshapen.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -61,9 +61,19 @@ def _fill(spec: WeightSpec, name: str, tensor: Tensor, filled: set[str]) -> int:
             f"{name!r} has dtype {dtype} in the checkpoint; its config.json, which says how weights are quantized, "
             f"lets it have {' or '.join(expected)}"
         )
-    spec.fill(tensor)
+    if spec.place is None or tensor.data_ptr() != spec.place.data_ptr():
+        spec.fill(tensor)
     filled.update(parts)
     return len(parts)
+
+
+def places(specs: Mapping[str, WeightSpec]) -> dict[str, Tensor]:
+    """By name: parameters on the CPU that a checkpoint may write its numbers to, where it has to compute them."""
+    return {
+        name: spec.place
+        for name, spec in specs.items()
+        if spec.place is not None and spec.place.is_cpu and not spec.instead_of
+    }
 
 
 def fill_random(model: Any, seed: int) -> None:

@@ -328,6 +328,18 @@ def test_numbers_in_the_dtype_of_the_model_are_rounded_once(kind: Quantization) 
     assert torch.equal(read.isnan(), exact.isnan())
 
 
+def test_numbers_are_unpacked_where_they_belong(tmp_path: Path) -> None:
+    """If the place has the shape and the dtype; a plain tensor stays the file's."""
+    checkpoint = _checkpoint(tmp_path, quantization=Quantization.Q8_0)
+    name, other, norm = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    places = {name: torch.zeros(96, 64), other: torch.zeros(64, 96), norm: torch.zeros(64)}
+    read = dict(checkpoint.tensors(torch.float32, places))
+    assert read[name] is places[name]
+    assert torch.equal(read[name], dict(checkpoint.tensors(torch.float32))[name])
+    assert not places[other].any() and not places[norm].any()
+    assert read[name].data_ptr() != dict(checkpoint.tensors(torch.bfloat16, places))[name].data_ptr()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_keeps_neither_file_nor_numbers_in_memory(tmp_path: Path) -> None:
     """What is resident beside one tensor's numbers stays small, though file and numbers are 75 and 270 MB."""
