@@ -28,7 +28,7 @@ _REFERENCE_GATES = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_re
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, semaphores: Tensor | None = None) -> Tensor:
     """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features].
 
-    Any number of rows; "small" is what it is made for. Rows of x may be strided. semaphores: for split-K on a GPU,
+    Any number of rows; a few are what it is made for. Rows of x may be strided. semaphores: for split-K on a GPU,
     where the caller keeps some (`skinny_gemm.new_semaphores`).
     """
     if use_triton(x):
