@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,13 +34,7 @@ COLOUR = {
     "required": ["name", "is_warm"], "additionalProperties": False,
 }  # fmt: skip
 # The demo model was made without tools, and its own template knows none. With this one it is told of them.
-TEMPLATE = (
-    '{% if tools %}<|im_start|>system\nTo call a function write <tool_call>{"name": ..., "arguments": ...}'
-    "</tool_call>. Functions: {{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TEMPLATE = ROOT / "examples/tools.jinja"
 
 
 @contextmanager
@@ -60,10 +55,8 @@ def serving(model: str, *options: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    template = tmp_path_factory.mktemp("template") / "tools.jinja"
-    template.write_text(TEMPLATE)
-    with serving("demo", "--max-model-len", "2048", "--chat-template", str(template)) as url:
+def url() -> Iterator[str]:
+    with serving("demo", "--max-model-len", "2048", "--chat-template", str(TEMPLATE)) as url:
         yield url
 
 
@@ -77,7 +70,7 @@ def llm() -> Iterator[LLM]:
 def answer(llm: LLM) -> str:
     """To QUESTION, greedily, in at most 12 tokens."""
     params = SamplingParams(temperature=0, max_tokens=12)
-    (output,) = llm.chat(HI, params, chat_template=TEMPLATE, use_tqdm=False)
+    (output,) = llm.chat(HI, params, chat_template=TEMPLATE.read_text(), use_tqdm=False)
     assert len(output.outputs[0].text) > 10
     return output.outputs[0].text
 
@@ -196,6 +189,26 @@ def test_langchain(url: str, answer: str) -> None:
     assert call["name"] == "paint" and set(call["args"]) == {"name", "is_warm"}
     results = [{"role": "tool", "tool_call_id": one["id"], "content": "done"} for one in called.tool_calls]
     assert model.bind_tools([paint]).invoke([*HI, called, *results]).response_metadata["finish_reason"]
+
+
+BLOCKS = re.findall(r"```python\n(.*?base_url=.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[re.findall(r"from (\w+)", block)[0] for block in BLOCKS])
+def test_what_the_page_says_can_be_typed(url: str, block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    package = re.findall(r"from (\w+)", block)[0]
+    pytest.importorskip(package)
+    exec(block.replace("http://127.0.0.1:8000", url), {})
+    assert len(capsys.readouterr().out) > 10
+
+
+def test_the_example_with_langchain(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("langchain_openai")
+    monkeypatch.setenv("NANOVLLM_URL", url)
+    runpy.run_path(str(ROOT / "examples/serve_langchain.py"))
+    assert "City(name=" in capsys.readouterr().out
 
 
 SCORED = [
