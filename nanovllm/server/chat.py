@@ -123,7 +123,7 @@ class _Answer:
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         choices = []
         for completion in sorted(output.outputs, key=lambda completion: completion.index):
-            reply = read_whole(self._prepared.new_reader(), completion.text)
+            reply = read_whole(self._prepared.new_reader(False), completion.text)
             choices.append(
                 {
                     "index": completion.index,
@@ -145,7 +145,7 @@ class _Answer:
         n = self._prepared.params.n
         with served.admitted(n):
             total, last, is_open = 0, None, False
-            readers = [_ChoiceReader(i, self._prepared.new_reader(), self._num_top) for i in range(n)]
+            readers = [_ChoiceReader(i, self._prepared.new_reader(True), self._num_top) for i in range(n)]
             async for output in served.run(self._prepared.prompt, self._prepared.params, self.id):
                 choices = []
                 if not is_open:
@@ -188,7 +188,10 @@ class _ChoiceReader:
     def _delta(self, piece: Piece) -> str:
         if piece.kind == "content":
             return f'{{"content": {json.dumps(piece.text)}}}'
-        if piece.call is None:
+        if piece.kind == "reasoning":
             return json.dumps(_reasoning(piece.text))
+        if piece.call is None:
+            more = {"index": self._num_calls - 1, "function": {"arguments": piece.text}}
+            return json.dumps({"tool_calls": [more]})
         self._num_calls += 1
         return json.dumps({"tool_calls": [{"index": self._num_calls - 1, **_call(piece.call)}]})

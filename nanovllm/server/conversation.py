@@ -13,6 +13,7 @@ from nanovllm.engine.prompt_text import PromptText
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, checking
+from nanovllm.server.growing_calls import GrowingCalls
 from nanovllm.server.reply import Piece, PlainReader, Reader, TemplateReader
 from nanovllm.server.response_templates import find_response_template
 from nanovllm.server.served import Served
@@ -21,11 +22,11 @@ from nanovllm.server.tools import Tools
 
 @dataclass(frozen=True)
 class Prepared:
-    """prompt: for the engine. new_reader: makes the reader of one answer."""
+    """prompt: for the engine. new_reader: makes the reader of one answer; in a stream (True) calls grow."""
 
     prompt: dict[str, Any]
     params: SamplingParams
-    new_reader: Callable[[], Reader]
+    new_reader: Callable[[bool], Reader]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Conversation:
             options["tools"] = schemas
             if tools.is_forced:
                 options.setdefault("enable_thinking", False)  # the call is the answer's first token on
-        with checking("messages"):
+        with checking():
             text = tokenizer.render_chat(self.messages, **options)
             token_ids = PromptText(tokenizer.encode, max_model_len).read(text, "messages", add_special_tokens=False)
         prompt = {"prompt": text, "prompt_token_ids": token_ids}
@@ -68,15 +69,16 @@ class Conversation:
         with checking("tools"):
             response_template = find_response_template(hf, template, tools is not None)
         if response_template is None:
-            return Prepared(prompt, params, PlainReader)
+            return Prepared(prompt, params, lambda is_stream: PlainReader())
         is_parallel = tools is None or tools.is_parallel
 
-        def new_reader() -> Reader:
-            return TemplateReader(response_template, text, schemas or [], is_parallel)
+        def new_reader(is_stream: bool) -> Reader:
+            growing = GrowingCalls if is_stream else None
+            return TemplateReader(response_template, text, schemas or [], is_parallel, growing)
 
         # A form holds from the first token on: also where the prompt has begun to reason, that text is the answer.
         if params.structured_outputs is not None and TemplateReader(response_template, text, [], True).begins_inside:
-            return Prepared(prompt, params, PlainReader)
+            return Prepared(prompt, params, lambda is_stream: PlainReader())
         return Prepared(prompt, replace(params, skip_special_tokens=False), new_reader)
 
 
@@ -84,7 +86,7 @@ async def stream_pieces(
     served: Served, prepared: Prepared, request_id: str
 ) -> AsyncIterator[tuple[list[Piece], RequestOutput]]:
     """A single answer as it comes: what each output adds to it."""
-    reader = prepared.new_reader()
+    reader = prepared.new_reader(True)
     async for output in served.run(prepared.prompt, prepared.params, request_id):
         (completion,) = output.outputs
         pieces = reader.feed(completion.text)

@@ -205,7 +205,7 @@ class _Answer:
         self._model, self._prepared = model, prepared
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
-        pieces = merged(read_pieces(self._prepared.new_reader(), output.outputs[0].text))
+        pieces = merged(read_pieces(self._prepared.new_reader(False), output.outputs[0].text))
         has_calls = any(piece.call is not None for piece in pieces)
         usage = self._usage(output, num_generated(output))
         return {**self._head(), "content": list(map(_block, pieces)), **self._end(output, has_calls), "usage": usage}
@@ -263,15 +263,17 @@ class _OpenBlocks:
 
     def add(self, piece: Piece) -> list[str]:
         events = []
-        if piece.kind != self._kind or piece.call is not None:
+        if piece.call is not None or piece.kind not in (self._kind, "arguments"):
             events += self.close()
             self._kind, self._number = piece.kind, self._number + 1
-            empty: dict[str, Any] = {"input": {}} if piece.call is not None else {}
-            block = {**_block(piece._replace(text="")), **empty}
+            call = piece.call
+            empty = piece._replace(text="", call=None if call is None else call._replace(arguments="{}"))
+            block = _block(empty)
             events.append(_event("content_block_start", index=self._number, content_block=block))
-        if piece.call is not None:
+        if piece.call is not None or piece.kind == "arguments":
             self.has_calls = True
-            delta = {"type": "input_json_delta", "partial_json": piece.call.arguments}
+            text = piece.text if piece.call is None else piece.call.arguments
+            delta = {"type": "input_json_delta", "partial_json": text}
         elif piece.kind == "reasoning":
             delta = {"type": "thinking_delta", "thinking": piece.text}
         else:

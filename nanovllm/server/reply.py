@@ -22,9 +22,9 @@ class Call(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a reply has grown by: text of one kind, or a whole call."""
+    """What a reply has grown by: text of one kind, a call, or more of the last call's arguments."""
 
-    kind: Literal["content", "reasoning", "call"]
+    kind: Literal["content", "reasoning", "call", "arguments"]
     text: str = ""
     call: Call | None = None
 
@@ -46,7 +46,11 @@ def new_call(function: Any) -> Call:
         arguments = json.loads(arguments or "{}")
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a call are named")
-    return Call(f"call_{uuid.uuid4().hex[:24]}", function["name"], json.dumps(arguments, ensure_ascii=False))
+    return Call(new_call_id(), function["name"], json.dumps(arguments, ensure_ascii=False))
+
+
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class PlainReader:
@@ -59,28 +63,47 @@ class PlainReader:
         return []
 
 
+class Growing(Protocol):
+    """Hands out calls while they are written (`growing_calls.py`)."""
+
+    num_begun: int
+
+    def feed(self, text: str) -> list[Piece]: ...
+
+
 class FormReader:
     """For answers that a form made calls of: what they are is known once they are whole."""
 
-    def __init__(self, read: Callable[[Any], list[Any]]) -> None:
-        """read: from the JSON value of the answer to functions for `new_call`."""
-        self._text, self._read = "", read
+    def __init__(self, read: Callable[[Any], list[Any]], growing: Growing | None = None) -> None:
+        """read: from the JSON value of the answer to functions for `new_call`. growing: for a stream."""
+        self._text, self._read, self._growing = "", read, growing
 
     def feed(self, text: str) -> list[Piece]:
         self._text += text
-        return []
+        return [] if self._growing is None else self._growing.feed(text)
 
     def finish(self) -> list[Piece]:
         try:
-            return [Piece("call", call=new_call(function)) for function in self._read(json.loads(self._text))]
+            calls = [new_call(function) for function in self._read(json.loads(self._text))]
         except (ValueError, TypeError, KeyError, RecursionError):
             return [Piece("content", self._text)] if self._text else []
+        return [Piece("call", call=call) for call in calls[self._growing.num_begun if self._growing else 0 :]]
 
 
 class TemplateReader:
-    """By a response template. prompt: the text that the answer goes on from. is_parallel: more than one call is one."""
+    """By a response template. prompt: the text that the answer goes on from. is_parallel: more than one call is one.
 
-    def __init__(self, template: Any, prompt: str, tools: list[dict[str, Any]], is_parallel: bool) -> None:
+    new_growing: for a stream, from a call's name (None where it is in the call's own JSON) and is_parallel.
+    """
+
+    def __init__(
+        self,
+        template: Any,
+        prompt: str,
+        tools: list[dict[str, Any]],
+        is_parallel: bool,
+        new_growing: Callable[[str | None, bool], Growing] | None = None,
+    ) -> None:
         from transformers.utils.chat_parsing import ResponseParser
 
         begun = template.truncate_past_last_anchor(prompt)
@@ -91,6 +114,10 @@ class TemplateReader:
         self.begins_inside = kinds.count("region_open") > kinds.count("region_close")
         self._unread = ""  # what was fed and has not become a piece
         self._is_parallel, self._has_called = is_parallel, False
+        field = template.fields.get("tool_calls")
+        self._call_field = field if new_growing is not None and field is not None and field.content == "json" else None
+        self._new_growing = new_growing
+        self._growing: Growing | None = None  # of the calls that are being written
         self._is_broken = False
         self._after_reasoning = "region_open" in kinds  # then white space before the content is the template's
 
@@ -117,14 +144,7 @@ class TemplateReader:
     def _pieces(self, event: dict[str, Any]) -> list[Piece]:
         name = event["field"]
         if name == "tool_calls":
-            if event["type"] != "region_close":
-                return []
-            value = event["value"]
-            calls = [new_call(one["function"]) for one in (value if isinstance(value, list) else [value])]
-            self._unread = ""
-            kept = calls if self._is_parallel else [] if self._has_called else calls[:1]
-            self._has_called = True
-            return [Piece("call", call=call) for call in kept]
+            return self._call_pieces(event)
         if event["type"] != "region_chunk":
             return []
         text = event["text"]
@@ -139,6 +159,27 @@ class TemplateReader:
             self._after_reasoning = not text
         return [Piece("content", text)] if text else []
 
+    def _call_pieces(self, event: dict[str, Any]) -> list[Piece]:
+        if event["type"] == "region_open":
+            self._growing = self._begin_call()
+            return []
+        if event["type"] == "region_chunk":
+            return [] if self._growing is None else self._growing.feed(event["text"])
+        value, num_begun = event["value"], 0 if self._growing is None else self._growing.num_begun
+        calls = [new_call(one["function"]) for one in (value if isinstance(value, list) else [value])]
+        self._unread, self._growing = "", None
+        kept = calls[num_begun:] if self._is_parallel else [] if self._has_called or num_begun else calls[:1]
+        self._has_called = True
+        return [Piece("call", call=call) for call in kept]
+
+    def _begin_call(self) -> Growing | None:
+        field = self._call_field
+        if field is None or self._new_growing is None or (self._has_called and not self._is_parallel):
+            return None
+        found = field.open_re.search(self._unread)
+        name = None if found is None else found.groupdict().get("name")
+        return self._new_growing(name, self._is_parallel)
+
 
 @dataclass
 class Reply:
@@ -152,6 +193,8 @@ class Reply:
         for piece in pieces:
             if piece.call is not None:
                 self.calls.append(piece.call)
+            elif piece.kind == "arguments":
+                self.calls[-1] = self.calls[-1]._replace(arguments=self.calls[-1].arguments + piece.text)
             elif piece.kind == "reasoning":
                 self.reasoning += piece.text
             else:

@@ -4,6 +4,7 @@ Owns both ways. Invariant: what one turn of the assistant was (thoughts, text, c
 conversation, as chat templates want it, though it comes as several items.
 """
 
+import json
 from typing import Any
 
 from nanovllm.server.body import BadRequest, Body
@@ -94,6 +95,14 @@ def take_function_tools(body: Body) -> Tools | None:
 # -- the answer --
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 class ItemStream:
     """Items as the pieces of an answer make them, one open at most, and the events that tell of it.
 
@@ -107,7 +116,7 @@ class ItemStream:
         self._text = ""
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
-        kind = {"content": "message", "reasoning": "reasoning", "call": "function_call"}[piece.kind]
+        kind = {"content": "message", "reasoning": "reasoning"}.get(piece.kind, "function_call")
         events = []
         if self._open is None or self._open["type"] != kind or piece.call is not None:
             events += self.close("completed")
@@ -115,11 +124,11 @@ class ItemStream:
             events.append(self._event("response.output_item.added", item=dict(self._open), is_part=False))
             if piece.call is None:
                 events.append(self._event("response.content_part.added", part=self._part()))
-        if piece.call is not None:
-            self._text = piece.call.arguments
-            events.append(self._event("response.function_call_arguments.delta", delta=self._text, is_part=False))
-            return events
-        self._text += piece.text
+        self._text += piece.text if piece.call is None else piece.call.arguments
+        if kind == "function_call":
+            delta = piece.text if piece.call is None else piece.call.arguments
+            of_call = self._event("response.function_call_arguments.delta", delta=delta, is_part=False)
+            return [*events, of_call] if delta else events
         if kind == "reasoning":
             return [*events, self._event("response.reasoning_text.delta", delta=piece.text)]
         return [*events, self._event("response.output_text.delta", delta=piece.text, logprobs=[])]
@@ -129,7 +138,7 @@ class ItemStream:
         item = self._open
         if item is None:
             return []
-        is_whole = status == "completed" or item["type"] == "function_call"
+        is_whole = _is_json(self._text) if item["type"] == "function_call" else status == "completed"
         item["status"] = "completed" if is_whole else "incomplete"
         if item["type"] == "function_call":
             item["arguments"] = self._text

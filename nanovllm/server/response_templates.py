@@ -21,6 +21,7 @@ _TURNS = [
 _CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _REASONING = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*", "content": "text"}
 # White space before a call belongs to neither the text before it nor the call.
+_EACH_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
 _TOOL_CALLS: dict[str, dict[str, Any]] = {
     "function tags": {  # Qwen3-Coder, Qwen 3.5
         "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
@@ -47,8 +48,22 @@ _TOOL_CALLS: dict[str, dict[str, Any]] = {
     "a list of JSON": {  # Mistral before
         "open_pattern": r"\s*\[TOOL_CALLS\]\s*",
         "content": "json",
-        "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+        "transform": _EACH_CALL,
         "transform_each": True,
+    },
+    "a marked list of JSON": {  # Granite 3
+        "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*",
+        "content": "json",
+        "transform": _EACH_CALL,
+        "transform_each": True,
+    },
+    "Python calls": {  # LFM2
+        "open_pattern": r"\s*<\|tool_call_start\|>\s*",
+        "close_pattern": r"\s*<\|tool_call_end\|>\s*",
+        "content": "python-call-list",
+        "transform": _EACH_CALL,
+        "transform_each": True,
+        "repeats": True,
     },
     "bare JSON": {  # Llama 3.x: the whole answer is one call
         "open_pattern": r"\A\s*(?:<\|python_tag\|>)?(?=\{\s*\"name\")",
@@ -56,7 +71,35 @@ _TOOL_CALLS: dict[str, dict[str, Any]] = {
         "transform": {"type": "function", "function": "{content}"},
     },
 }
+_TO_FUNCTION = r" to=functions\.(?P<name>[\w.-]+)"
+_HARMONY = {  # gpt-oss: every part has a channel, and a call whom it goes to, ahead of the channel or behind it
+    "start_anchor": "<|start|>assistant",
+    "fields": {
+        "reasoning_content": {
+            "open_pattern": r"<\|channel\|>analysis<\|message\|>",
+            "close_pattern": r"<\|end\|>(?:<\|start\|>assistant(?=<))?",
+            "content": "text",
+        },
+        "tool_calls": {
+            "open_pattern": r"(?:<\|start\|>assistant)?"
+            rf"(?:<\|channel\|>\w+{_TO_FUNCTION}|{_TO_FUNCTION}<\|channel\|>\w+)"
+            r"[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
+            "close_pattern": r"<\|call\|>",
+            "content": "json",
+            "transform": _CALL,
+            "repeats": True,
+        },
+        "content": {
+            "open_pattern": r"<\|channel\|>(?:final|commentary)(?: ?<\|constrain\|>[^<]*)?<\|message\|>",
+            "close_pattern": r"<\|(?:end|return)\|>",
+            "content": "text",
+        },
+    },
+}
 _MARKS = {
+    "<|tool_call|>": "a marked list of JSON",
+    "<|tool_call_start|>": "Python calls",
+    "<|tool_list_start|>": "Python calls",
     "<function=": "function tags",
     "<tool_call>": "tagged JSON",
     "[ARGS]": "named JSON",
@@ -72,6 +115,8 @@ def find_response_template(hf: Any, chat_template: str, has_tools: bool) -> Any 
     None where an answer is text and nothing else. Raises ValueError if tools are offered and nothing can read calls.
     """
     own = getattr(hf, "response_template", None)
+    if own is None and "<|channel|>" in chat_template:
+        own = _HARMONY
     if own is None:
         kind = next((kind for mark, kind in _MARKS.items() if mark in chat_template), None) if has_tools else None
         if has_tools and kind is None:

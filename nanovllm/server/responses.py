@@ -133,7 +133,7 @@ class _Answer:
 
     async def whole(self, output: RequestOutput) -> dict[str, Any]:
         items = ItemStream(self.id)
-        pieces = read_pieces(self._prepared.new_reader(), output.outputs[0].text)
+        pieces = read_pieces(self._prepared.new_reader(False), output.outputs[0].text)
         for piece in pieces:
             items.add(piece)
         items.close(_status(output))

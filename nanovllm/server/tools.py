@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.server.body import BadRequest, Body
+from nanovllm.server.growing_calls import GrowingCalls
 from nanovllm.server.reply import FormReader
 from nanovllm.structured_outputs import StructuredOutputsParams
 
@@ -51,10 +52,13 @@ class Tools:
         most = {} if self.is_parallel else {"maxItems": 1}
         return StructuredOutputsParams(json={"type": "array", "minItems": 1, **most, "items": {"anyOf": calls}})
 
-    def form_reader(self) -> FormReader:
+    def form_reader(self, is_stream: bool) -> FormReader:
+        """is_stream: arguments come as they grow."""
+        name = self.choice if self.is_named else None
+        growing = GrowingCalls(name, self.is_parallel) if is_stream else None
         if self.is_named:
-            return FormReader(lambda value: [{"name": self.choice, "arguments": value}])
-        return FormReader(list)
+            return FormReader(lambda value: [{"name": self.choice, "arguments": value}], growing)
+        return FormReader(list, growing)
 
 
 def _schema(function: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from nanovllm.server import response_templates
+from nanovllm.server.growing_calls import GrowingCalls
 from nanovllm.server.reply import Piece, Reader, Reply, TemplateReader, read_whole
 from nanovllm.server.response_templates import find_response_template
 
@@ -26,10 +27,13 @@ class Tokenizer:
     """One without a template of its own."""
 
 
-def new_reader(chat_template: str, prompt: str = TURN, *, tools: bool = True, is_parallel: bool = True) -> Reader:
+def new_reader(
+    chat_template: str, prompt: str = TURN, *, tools: bool = True, is_parallel: bool = True, grows: bool = False
+) -> Reader:
     template = find_response_template(Tokenizer(), chat_template, tools)
     assert template is not None
-    return TemplateReader(template, prompt, [TOOL] if tools else [], is_parallel)
+    prompt = "<|start|>assistant" if chat_template == HARMONY else prompt
+    return TemplateReader(template, prompt, [TOOL] if tools else [], is_parallel, GrowingCalls if grows else None)
 
 
 def in_pieces(reader: Reader, text: str, size: int) -> Reply:
@@ -44,6 +48,7 @@ def hermes(name: str, arguments: object) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
+HARMONY = "<|channel|>"
 FORMS = {
     "<think></think><tool_call>": f"<think>\nWell.\n</think>\n\nI look.\n{hermes('run', BRACES)}\n{hermes('now', {})}",
     "<think><tool_call><function=": (
@@ -56,16 +61,45 @@ FORMS = {
     ),
     "<think>[TOOL_CALLS]": "<think>Well.</think>I look.[TOOL_CALLS] "
     + json.dumps([{"name": "run", "arguments": BRACES}, {"name": "now", "arguments": {}}]),
+    "<think><|tool_call|>": "<think>Well.</think>I look.<|tool_call|>"
+    + json.dumps([{"name": "run", "arguments": BRACES}, {"name": "now", "arguments": {}}]),
+    "<think><|tool_list_start|>": (
+        "<think>Well.</think>I look.<|tool_call_start|>"
+        """[run(command='mkdir {a,b} && echo "]}"', n=3), now()]<|tool_call_end|>"""
+    ),
+    HARMONY: (
+        "<|channel|>analysis<|message|>Well.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        f"<|start|>assistant<|channel|>commentary to=functions.run <|constrain|>json<|message|>{json.dumps(BRACES)}"
+        "<|call|><|start|>assistant to=functions.now<|channel|>commentary<|message|>{}<|call|>"
+    ),
 }
+_WITHOUT_JSON = ("<think><tool_call><function=", "<think><|tool_list_start|>")
 
 
 @pytest.mark.parametrize("chat_template", FORMS)
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_reasoning_content_and_two_calls(chat_template: str, size: int) -> None:
-    reply = in_pieces(new_reader(chat_template), FORMS[chat_template], size)
-    assert (reply.reasoning, reply.content) == ("Well.", "I look.")
-    assert [(call.name, json.loads(call.arguments)) for call in reply.calls] == [("run", BRACES), ("now", {})]
-    assert len({call.id for call in reply.calls}) == 2
+    text = FORMS[chat_template]
+    for grows in (False, True):
+        reply = in_pieces(new_reader(chat_template, grows=grows), text, size)
+        assert (reply.reasoning, reply.content) == ("Well.", "I look.")
+        assert [(call.name, json.loads(call.arguments)) for call in reply.calls] == [("run", BRACES), ("now", {})]
+        assert len({call.id for call in reply.calls}) == 2
+    reader = new_reader(chat_template, grows=True)
+    pieces = [piece for character in text for piece in reader.feed(character)] + reader.finish()
+    num_growing = sum(piece.kind == "arguments" for piece in pieces)
+    assert num_growing >= len(json.dumps(BRACES)) - 1 or (chat_template in _WITHOUT_JSON and not num_growing)
+
+
+def test_a_call_that_is_cut_while_it_grows_is_text_as_well() -> None:
+    text = FORMS["<think></think><tool_call>"]
+    end = text.index("mkdir")
+    reply = in_pieces(new_reader("<think><tool_call>", grows=True), text[:end], 3)
+    assert (reply.calls[0].name, reply.calls[0].arguments) == ("run", '{"command": "')
+    assert reply.content == text[text.index("I look.") : end]
+    for no_call in ('{"name": "run", "n": 3}', '{"arguments": {}, "name": "run"}', "[1]"):
+        reply = in_pieces(new_reader("<tool_call>", grows=True), f"<tool_call>{no_call}</tool_call>", 2)
+        assert [call.arguments for call in reply.calls] == (["{}"] if "name" in no_call else [])
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])
@@ -85,6 +119,9 @@ def test_no_cut_loses_text_or_makes_an_error(chat_template: str) -> None:
     text = FORMS[chat_template]
     for end in range(len(text)):
         reply = read_whole(new_reader(chat_template), text[:end])
+        if chat_template == HARMONY:  # its tags are no text, but for those of a call that is cut
+            assert "I look." not in text[:end] or reply.content.startswith("I look.")
+            continue
         num_whole = len(reply.calls)
         assert num_whole <= 1 or end > len(text) - 30
         if "I look." in text[:end] and num_whole == 0:
@@ -118,8 +155,9 @@ def test_without_tools_calls_are_text() -> None:
 
 def test_one_call_where_no_more_are_wanted() -> None:
     text = hermes("run", {}) + hermes("now", {})
-    reply = in_pieces(new_reader("<tool_call>", is_parallel=False), text, 3)
-    assert [call.name for call in reply.calls] == ["run"]
+    for grows in (False, True):
+        reply = in_pieces(new_reader("<tool_call>", is_parallel=False, grows=grows), text, 3)
+        assert [call.name for call in reply.calls] == ["run"]
 
 
 def test_a_tokenizers_own_template_comes_first() -> None:

@@ -64,9 +64,12 @@ def test_calls_and_reasoning_in_a_stream(client: Any) -> None:
     assert "".join(delta.content or "" for delta in deltas) == "I look."
     assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == "Well."
     calls = [call for delta in deltas for call in delta.tool_calls or []]
-    assert [(call.index, call.type, call.function.name) for call in calls] == [
+    assert [(call.index, call.type, call.function.name) for call in calls if call.id] == [
         (0, "function", "weather"), (1, "function", "now"),
     ]  # fmt: skip
+    assert not any(call.type or call.function.name for call in calls if not call.id)
+    of_weather = [call.function.arguments for call in calls if call.index == 0]
+    assert json.loads("".join(of_weather)) == {"place": "Rome"} and len(of_weather) > 5, "they come as they grow"
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     with client.chat.completions.stream(
         model="tiny", messages=HI, max_tokens=400, temperature=0, extra_body=says(CALLING),
@@ -100,7 +103,13 @@ def test_forced_calls_fit_their_schema_whatever_the_model_is(client: Any, stream
         if not stream:
             assert answer.choices[0].finish_reason == "tool_calls"
             return list(answer.choices[0].message.tool_calls)
-        return [call for chunk in answer for choice in chunk.choices for call in choice.delta.tool_calls or []]
+        deltas = [call for chunk in answer for choice in chunk.choices for call in choice.delta.tool_calls or []]
+        begun = [delta for delta in deltas if delta.id]
+        for delta in deltas:
+            if not delta.id:
+                begun[delta.index].function.arguments += delta.function.arguments
+        assert len(deltas) > len(begun)
+        return begun
 
     (named,) = calls(tool_choice={"type": "function", "function": {"name": "weather"}})
     assert named.function.name == "weather" and json.loads(named.function.arguments)["place"] in ("Rome", "Oslo")
