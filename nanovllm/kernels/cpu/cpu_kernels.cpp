@@ -1,5 +1,5 @@
 // The CPU kernels of a decoder layer, for float32 and bfloat16: twins of rms_norm.py, silu_and_mul.py,
-// qkv_rope_store.py and of the decode part of paged_attention.py. `native.py` builds this file, checks arguments and
+// qkv_rope_store.py and of the decode part of paged_attention.py. `cpu_kernels.py` builds this file, checks arguments and
 // allocates results.
 //
 // Layout    Every tensor is contiguous; the cache is [2, num_blocks, num_kv_heads, block_size, head_dim], keys first.
