@@ -1,5 +1,6 @@
 """The demo model's file, read by this package and by transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ TEXTS = [
     "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
     "a\u00a0b\u2003c\x00\ufffd",
     "",
+]
+# Of many languages and of code, as for other real tokenizers (tests/integrations/test_real_tokenizers.py).
+TEXTS += [
+    text
+    for text in json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8"))
+    if not any(character.isnumeric() for character in text)  # see DIGITS
 ]
 DIGITS = ["1234567890 3.14 ²³ Ⅷ ½ ٣", "\n\n    1. item\n    12. item", "x1y22z333"]
 
