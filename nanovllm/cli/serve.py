@@ -13,8 +13,12 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.options import engine_options
+
+if TYPE_CHECKING:
+    from nanovllm.async_llm import AsyncLLM
 
 
 def run(args: Namespace) -> int:
@@ -29,18 +33,14 @@ def run(args: Namespace) -> int:
         raise ImportError(
             f"`nanovllm serve` needs the extra `serve`: pip install 'nanovllm[serve]' ({error})"
         ) from error
-    from nanovllm.async_llm import AsyncLLM
-
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     key = _read_key(args.api_key)
     template = Path(args.chat_template).read_text() if args.chat_template is not None else None
     listener = _listen(args.host, args.port)
-    make_engine = partial(AsyncLLM, args.model, **{"engine_process": True, **engine_options(args)})
+    make_engine = partial(_make_engine, args.model, {"engine_process": True, **engine_options(args)}, template)
     served = Served(
         make_engine(), args.served_model_name or [args.model], args.max_unfinished, args.trust_request_chat_template
     )
-    if template is not None:
-        served.tokenizer.hf.chat_template = template
     config = uvicorn.Config(
         make_app(served, key, args.allowed_origins, make_engine if args.restart else None),
         http=BoundedHttp,
@@ -70,6 +70,15 @@ def run(args: Namespace) -> int:
 
     uvloop.run(Server(config).serve(sockets=[listener]))
     return 0
+
+
+def _make_engine(model: str, options: dict[str, Any], chat_template: str | None) -> "AsyncLLM":
+    from nanovllm.async_llm import AsyncLLM  # behind what is wrong with the port or the key
+
+    engine = AsyncLLM(model, **options)
+    if chat_template is not None:
+        engine.llm.get_tokenizer().chat_template = chat_template
+    return engine
 
 
 def _read_key(given: str | None) -> str | None:

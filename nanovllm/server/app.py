@@ -59,10 +59,9 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        keeping = None if make_engine is None else asyncio.create_task(keep_alive(served, make_engine))
+        keeping = asyncio.create_task(keep_alive(served, make_engine))
         yield
-        if keeping is not None:
-            keeping.cancel()
+        keeping.cancel()
         await served.engine.close()
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_http}, lifespan=lifespan)

@@ -1,4 +1,4 @@
-"""`--restart`: a new engine in the place of one whose process has died.
+"""An engine whose process has died: the log says so, and with `--restart` there is a new one in its place.
 
 Owns noticing the death, also of an engine that nobody asks anything of, and the attempts. Invariant: requests that
 came before have ended with an error, and while there is no engine new ones are refused at once, with the advice to come
@@ -17,12 +17,18 @@ _LOOK_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 60.0
 
 
-async def keep_alive(served: Served, make_engine: Callable[[], AsyncLLM]) -> None:
-    """Runs until it is cancelled. An attempt that fails, say because memory is not free yet, is made again later."""
+async def keep_alive(served: Served, make_engine: Callable[[], AsyncLLM] | None) -> None:
+    """Runs until it is cancelled or, with None, until the engine has died.
+
+    An attempt that fails, say because memory is not free yet, is made again later.
+    """
     while True:
         await asyncio.sleep(_LOOK_SECONDS)
         if served.engine.is_alive:
             continue
+        if make_engine is None:
+            _log.error("the engine has died; start the server again, or with --restart, which does it by itself")
+            return
         _log.error("the engine has died; a new one is started")
         served.is_restarting = True
         await served.engine.close()

@@ -1,5 +1,6 @@
 """`nanovllm serve` as a process: ready, answering, and its end."""
 
+import asyncio
 import re
 import runpy
 import signal
@@ -7,11 +8,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 
 from nanovllm.cli.main import main
+from nanovllm.cli.serve import _make_engine
+from nanovllm.server.restart import keep_alive
 from tests.tiny_models import edit_json, save_scripted
 
 
@@ -42,6 +47,22 @@ def test_sigterm_lets_a_stream_end_and_takes_nothing_new(tmp_path: Path) -> None
     finally:
         process.kill()
         process.wait()
+
+
+def test_each_engine_has_the_template_that_was_given(tmp_path: Path) -> None:
+    """Also one in the place of another that died."""
+    folder = save_scripted(tmp_path, "ab", ends=True)
+    engine = _make_engine(str(folder), {"device": "cpu", "dtype": "float32"}, "{{ messages[0].content }}!")
+    try:
+        assert engine.llm._known_tokenizer().render_chat([{"role": "user", "content": "Hi"}]) == "Hi!"
+    finally:
+        engine._close()
+
+
+def test_the_log_says_that_an_engine_has_died(caplog: pytest.LogCaptureFixture) -> None:
+    served: Any = SimpleNamespace(engine=SimpleNamespace(is_alive=False))
+    asyncio.run(keep_alive(served, None))
+    assert "has died" in caplog.text
 
 
 def test_a_port_that_is_taken_is_known_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
