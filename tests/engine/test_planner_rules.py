@@ -244,7 +244,7 @@ def test_a_block_is_hashed_when_the_host_knows_all_its_tokens() -> None:
     """Of a request that is preempted while the last token of a block is on its way: that block can be found later."""
     engine, _ = make_engine(block_size=4, overlap_depth=3)
     request = make_request(range(6), 20)
-    request.recompute_from = 10**6  # so that no step is planned the short way
+    request.context = Context(0, 10**6)  # so that no step is planned the short way
     engine.add_request(request)
     for _ in steps(engine):
         if len(request.token_ids) == 7 and request.row >= 0:
