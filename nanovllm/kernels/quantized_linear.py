@@ -1,12 +1,14 @@
 """Weight-only quantized products: x W^T with W in 4 or 8 bits, and inputs rounded to 8 bits where a format says so.
 
-Owns what the numbers mean; the formats of checkpoints are `quantization/`'s. Invariant: W = (codes - zero) * scale, up
-to rounding to the dtype of x.
+Owns what the numbers mean; the formats of checkpoints are `quantization/`'s. Invariant: W = (codes - zero) * scale, or
+bits * scale + low, up to rounding to the dtype of x.
 
-    codes    int4   [outputs, inputs / 2] uint8: two inputs in a byte, the even one in the lower half, 8 added to each
+    codes    int4   [outputs, inputs / 2] uint8: inputs i and i + 16 of 32 in a byte, the latter in its upper half, 8
+                    added to each
              int8   [outputs, inputs] int8
              fp8    [outputs, inputs] float8_e4m3fn
-    scale, zero     [outputs, groups]: of `group_size` consecutive inputs, the last group what is left
+    bits            the codes as they lie there, of int4 without taking 8 off
+    scale, zero, low    [outputs, groups]: of `group_size` consecutive inputs, the last group what is left
 """
 
 from typing import NamedTuple
@@ -15,19 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 
 FP8_MAX = 448.0  # of float8_e4m3fn: beyond it, some versions of torch give NaN
+MAX_CPU_ROWS = 8  # that a CPU multiplies by codes; more pay for a dense copy of the matrix
 
 
 class QuantizedWeight(NamedTuple):
-    """zero: int8, None where all are 0."""
+    """scale: float32 or float16. zero: int8, None where all are 0. low, as scale: what a code of no bits stands for, in
+    forms that say it so; then there are no zeros."""
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     group_size: int
+    low: Tensor | None = None
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -35,15 +41,26 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     if use_triton(weight.codes) and (weight.codes.dtype != torch.float8_e4m3fn or has_fp8(weight.codes.device)):
         from nanovllm.kernels.triton.linear.quantized_linear import dequantize_triton
 
-        return dequantize_triton(*weight, dtype)
+        return dequantize_triton(weight, dtype)
+    if weight.codes.is_cpu and (kernels := load_cpu_kernels()) is not None:
+        dense = kernels.quantized_linear(None, weight.codes, weight.scale, weight.zero, weight.low, None, dtype)
+        if dense is not None:
+            return dense
     return dequantize_reference(weight, dtype)
 
 
 def dequantize_reference(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     values = (unpack_int4(weight.codes) if weight.codes.dtype == torch.uint8 else weight.codes).float()
-    if weight.zero is not None:
-        values = values - _by_input(weight.zero.float(), weight.group_size, values.shape[1])
-    return (values * _by_input(weight.scale.float(), weight.group_size, values.shape[1])).to(dtype)
+    offset = weight.zero
+    if weight.low is not None:
+        offset = -8 * torch.ones_like(weight.scale) if weight.codes.dtype == torch.uint8 else None
+    size, num_inputs = weight.group_size, values.shape[1]
+    if offset is not None:
+        values = values - _by_input(offset.float(), size, num_inputs)
+    values = values * _by_input(weight.scale.float(), size, num_inputs)
+    if weight.low is not None:
+        values = values + _by_input(weight.low.float(), size, num_inputs)
+    return values.to(dtype)
 
 
 def _by_input(of_groups: Tensor, group_size: int, num_inputs: int) -> Tensor:
@@ -54,14 +71,15 @@ def _by_input(of_groups: Tensor, group_size: int, num_inputs: int) -> Tensor:
 
 
 def pack_int4(values: Tensor) -> Tensor:
-    """values [outputs, inputs] in -8 .. 7 -> codes; an even number of inputs."""
-    even, odd = (values + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
-    return even | odd << 4
+    """values [outputs, inputs] in -8 .. 7 -> codes; a multiple of 32 inputs."""
+    first, second = (values + 8).to(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
+    return (first | second << 4).flatten(1)
 
 
 def unpack_int4(codes: Tensor) -> Tensor:
     """The values, int8."""
-    return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1).to(torch.int8) - 8
+    pairs = codes.unflatten(1, (-1, 16))
+    return torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1).to(torch.int8) - 8
 
 
 def quantized_linear(
@@ -72,9 +90,14 @@ def quantized_linear(
     if use_triton(x):
         from nanovllm.kernels.triton.linear.quantized_linear import choose, quantized_linear_triton
 
-        config = choose(x, weight.codes, weight.scale.shape[1])
+        config = choose(x, weight)
         if config is not None:
-            return quantized_linear_triton(x, weight.codes, weight.scale, weight.zero, bias, config, semaphores)
+            return quantized_linear_triton(x, weight, bias, config, semaphores)
+    elif x.shape[0] <= MAX_CPU_ROWS and (kernels := load_cpu_kernels()) is not None:
+        codes, scale, zero, _, low = weight
+        product = kernels.quantized_linear(x, codes, scale, zero, low, bias, x.dtype)
+        if product is not None:
+            return product
     return F.linear(x, dequantize(weight, x.dtype), bias)
 
 

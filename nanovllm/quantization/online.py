@@ -16,7 +16,7 @@ from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 from nanovllm.quantization.scheme import is_named
 
-_GROUP_SIZES = (128, 64, 32, 16, 8)  # of "int4": the first that the inputs are whole groups of
+_GROUP_SIZES = (128, 64, 32)  # of "int4": the first that the inputs are whole groups of
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +40,7 @@ class Online:
             group_size = next((n for n in _GROUP_SIZES if len(spec.inputs) % n == 0), None)
             if group_size is None:
                 names = ", ".join(spec.names)
-                raise ValueError(f"{names}: {len(spec.inputs)} inputs are no multiple of 8, which 'int4' needs")
+                raise ValueError(f"{names}: {len(spec.inputs)} inputs are no multiple of 32, which 'int4' needs")
         rounding = Rounding(kind) if self.name in ("fp8", "int8_dynamic") else None
         return OnlineLinear(spec, kind, group_size, has_zeros=kind == "int4", rounding=rounding)
 
@@ -48,7 +48,7 @@ class Online:
 class OnlineLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         shape = (self.spec.sizes[part], self.spec.in_features)
-        yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, outputs=0)
+        yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, has_rows=True)
 
     def _quantize(self, part: int, dense: Tensor) -> None:
         rows, columns = self.spec.parts[part], self.spec.inputs

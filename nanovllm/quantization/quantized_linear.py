@@ -40,7 +40,8 @@ class Rounding(NamedTuple):
 class QuantizedLinear(LinearMethod):
     """kind: of the codes, "int4", "int8" or "fp8". group_size: None for one scale for all inputs of an output.
 
-    has_order: groups may be of inputs that are not neighbours (`fill_groups`).
+    has_order: groups may be of inputs that are not neighbours (`fill_groups`). has_low: what code 0 stands for is told
+    (`fill_low`), in scale_dtype.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class QuantizedLinear(LinearMethod):
         has_zeros: bool = False,
         has_order: bool = False,
         rounding: Rounding | None = None,
+        has_low: bool = False,
+        scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(spec)
         self.kind, self.rounding = kind, rounding
@@ -64,7 +67,8 @@ class QuantizedLinear(LinearMethod):
             return nn.Parameter(torch.zeros(spec.num_outputs, columns, dtype=dtype), requires_grad=False)
 
         self.codes = room(inputs // 2 if kind == "int4" else inputs, _CODES[kind])
-        self.scale = room(len(self.groups), torch.float32)
+        self.scale = room(len(self.groups), scale_dtype)
+        self.low = room(len(self.groups), scale_dtype) if has_low else None
         self.zero = room(len(self.groups), torch.int8) if has_zeros else None
         self.input_scale: nn.Parameter | None = None
         if rounding is not None and rounding.is_static:
@@ -75,8 +79,8 @@ class QuantizedLinear(LinearMethod):
 
     def _check_sizes(self, inputs: int, has_order: bool) -> None:
         spec = self.spec
-        if self.kind == "int4" and spec.in_features % 8:
-            raise ValueError(f"{self._names}: {spec.in_features} inputs do not fill words of eight 4-bit numbers")
+        if self.kind == "int4" and (inputs % 32 or spec.inputs.start % 32):
+            raise ValueError(f"{self._names}: {inputs} inputs (on each rank) are no multiple of 32, which 'int4' needs")
         if inputs == spec.in_features:
             return
         if has_order:
@@ -111,11 +115,11 @@ class QuantizedLinear(LinearMethod):
         shape: tuple[int, ...],
         dtypes: tuple[torch.dtype, ...],
         fill: Callable[[int, Tensor], object],
-        outputs: int | None = None,
+        has_rows: bool = False,
     ) -> tuple[str, WeightSpec]:
         """(name, spec) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer."""
         device = self.codes.device
-        return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, outputs=outputs)
+        return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, has_rows=has_rows)
 
     def fill_codes(self, part: int, codes: Tensor) -> None:
         """codes: of the whole matrix, in the form that is kept; of "int4", two inputs in a byte."""
@@ -131,6 +135,11 @@ class QuantizedLinear(LinearMethod):
         """zero [outputs, groups] of the whole matrix, less what is taken off the codes to make them signed."""
         assert self.zero is not None
         self._fill(self.zero, part, zero, self.groups)
+
+    def fill_low(self, part: int, low: Tensor) -> None:
+        """low [outputs, groups] of the whole matrix."""
+        assert self.low is not None
+        self._fill(self.low, part, low, self.groups)
 
     def fill_groups(self, part: int, group_of_input: Tensor) -> None:
         """group_of_input [inputs]: which scale each input has."""
@@ -178,7 +187,7 @@ class QuantizedLinear(LinearMethod):
 
     @property
     def weight(self) -> QuantizedWeight:
-        return QuantizedWeight(self.codes, self.scale, self.zero, self.group_size)
+        return QuantizedWeight(self.codes, self.scale, self.zero, self.group_size, self.low)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.order is not None:
@@ -204,5 +213,6 @@ class QuantizedLinear(LinearMethod):
         return torch.cat(products, dim=1)
 
     def gather_rows(self, ids: Tensor) -> Tensor:
-        zero = None if self.zero is None else self.zero[ids]
-        return dequantize(QuantizedWeight(self.codes[ids], self.scale[ids], zero, self.group_size), self.spec.dtype)
+        zero, low = (None if of_groups is None else of_groups[ids] for of_groups in (self.zero, self.low))
+        weight = QuantizedWeight(self.codes[ids], self.scale[ids], zero, self.group_size, low)
+        return dequantize(weight, self.spec.dtype)

@@ -23,6 +23,7 @@ from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels import triton as twins
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.cascade import cascade_inputs
+from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import make_case
@@ -171,7 +172,7 @@ def multiply_codes(
     dtype: torch.dtype = torch.bfloat16,
     inputs: int = 1024,
 ) -> None:
-    """more: with zeros and a bias."""
+    """more: with a bias, and zeros or lows."""
     twin = MODULES["linear.quantized_linear"]
     if kind == "fp8" and not twin.has_fp8(torch.device("cpu")):
         return
@@ -179,13 +180,17 @@ def multiply_codes(
     codes_dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
     codes = torch.zeros(256, inputs // 2 if kind == "int4" else inputs, dtype=codes_dtype)
     groups = 1 if group_size is None else inputs // group_size
-    scale, zero = torch.rand(256, groups), torch.zeros(256, groups, dtype=torch.int8) if more else None
-    config = twin.choose(x, codes, groups)._replace(ahead=1)
+    scale, zero = torch.rand(256, groups), torch.zeros(256, groups, dtype=torch.int8)
+    weights = [QuantizedWeight(codes, scale, zero if more else None, inputs // groups)]
+    if more:
+        weights.append(weights[0]._replace(scale=scale.half(), zero=None, low=scale.half()))
     bias, semaphores = bf16(256) if more else None, new_semaphores()
-    twin.quantized_linear_triton(x, codes, scale, zero, bias, config, semaphores)
-    if num_rows > 1:
-        twin.quantized_linear_triton(x, codes, scale, zero, None, config._replace(splits=1))
-    twin.dequantize_triton(codes, scale, zero, inputs // groups, dtype)
+    for weight in weights:
+        config = twin.choose(x, weight)
+        twin.quantized_linear_triton(x, weight, bias, config._replace(ahead=1) if num_rows == 1 else config, semaphores)
+        if num_rows > 1:
+            twin.quantized_linear_triton(x, weight, None, config._replace(splits=1))
+        twin.dequantize_triton(weight, dtype)
 
 
 def round_inputs(kind: str, group_size: int | None, scale: Tensor | None) -> None:

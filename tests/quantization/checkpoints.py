@@ -15,6 +15,8 @@ def save_quantized(
     folder: Path, form: Format, *, dense: Iterable[str] = (), architecture: str = "Qwen3ForCausalLM", **config: Any
 ) -> tuple[Path, Path]:
     """(quantized, dense), both below `folder`. dense: parts of the names of layers that stay as they are."""
+    if not form.rounds_inputs:  # of 4 bits, the inputs of a layer are a multiple of 32
+        config = {"intermediate_size": 64, **config}
     plain = save_random(folder / "dense", architecture, **config)
     quantized = folder / "quantized"
     quantized.mkdir()

@@ -7,85 +7,16 @@
 // Sizes     Rows may have any length; a head_dim is at most MAX_DIM, and in attention a multiple of 16.
 // Threads   OpenMP, in the pool that PyTorch uses. One thread computes a row, or a request under one KV head, in an
 //           order that depends on nothing else: so results depend neither on the threads nor on the batch.
-// Vectors   The compiler's generic vectors, as wide as the machine's registers: one source for AVX-512, AVX2 and NEON.
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <utility>
+
+#include "vectors.h"
 
 namespace {
-#if defined(__AVX512F__)
-constexpr int W = 16;  // floats in a vector
-#elif defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
 constexpr int MAX_DIM = 256;   // of a head
 constexpr int MAX_GROUP = 16;  // query heads that share a KV head
 constexpr int TILE = 64;       // keys between two updates of the running softmax
-constexpr int SMALL = 16384;   // elements that one thread handles sooner than several can be woken
 
-typedef float f32 __attribute__((vector_size(4 * W)));
-typedef int32_t i32 __attribute__((vector_size(4 * W)));
-typedef uint32_t u32 __attribute__((vector_size(4 * W)));
-typedef uint16_t u16 __attribute__((vector_size(2 * W)));
-typedef f32 f32_anywhere __attribute__((aligned(4), may_alias));
-typedef u16 u16_anywhere __attribute__((aligned(2), may_alias));
-struct bf16 {
-  uint16_t bits;
-};
-
-// --- vectors ------------------------------------------------------------
-
-inline f32 all(float x) { return f32{} + x; }
-inline f32 load(const float* p) { return *(const f32_anywhere*)p; }
-inline f32 load(const bf16* p) { return (f32)(__builtin_convertvector((u16)*(const u16_anywhere*)p, u32) << 16); }
-inline u32 round_bits(f32 x) {  // the upper halves are bfloat16, to nearest, ties to even
-  u32 bits = (u32)x;
-  return bits + 0x7fff + ((bits >> 16) & 1);
-}
-inline void store(float* p, f32 x) { *(f32_anywhere*)p = x; }
-inline void store(bf16* p, f32 x) { *(u16_anywhere*)p = __builtin_convertvector(round_bits(x) >> 16, u16); }
-template <class T> f32 rounded(f32 x);
-template <> inline f32 rounded<float>(f32 x) { return x; }
-template <> inline f32 rounded<bf16>(f32 x) { return (f32)(round_bits(x) & 0xffff0000u); }
-
-// The last vector of a row may be short: `left` elements, the other lanes 0.
-template <class T> inline f32 load(const T* p, int64_t left) {
-  if (left >= W) return load(p);
-  T padded[W] = {};
-  std::memcpy(padded, p, left * sizeof(T));
-  return load(padded);
-}
-template <class T> inline void store(T* p, f32 x, int64_t left) {
-  if (left >= W) return store(p, x);
-  T padded[W];
-  store(padded, x);
-  std::memcpy(p, padded, left * sizeof(T));
-}
-
-// Interleaves a and b and adds the lower half to the upper: lanes a0 + a[W/2], b0 + b[W/2], a1 + a[W/2 + 1], ...
-template <int... I> inline f32 fold(f32 a, f32 b, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * W)...) +
-         __builtin_shufflevector(a, b, (I / 2 + I % 2 * W + W / 2)...);
-#else
-  const i32 low = {(I / 2 + I % 2 * W)...}, high = low + W / 2;
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-#endif
-}
-inline f32 fold(f32 a, f32 b) { return fold(a, b, std::make_integer_sequence<int, W>()); }
-inline float sum(f32 x) {
-  for (int n = W; n > 1; n /= 2) x = fold(x, x);
-  return x[0];
-}
-inline f32 sums(f32* x) {  // of W vectors, the sum of vector i in lane i
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] = fold(x[i], x[i + half]);
-  return x[0];
-}
 inline f32 exponential(f32 x) {  // 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2], relative error < 2e-7; x clamped
   x = x < all(-87.0f) ? all(-87.0f) : x;
   x = x > all(88.0f) ? all(88.0f) : x;

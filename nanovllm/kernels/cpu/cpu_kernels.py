@@ -1,4 +1,4 @@
-"""CPU kernels in C++ (`cpu_kernels.cpp`): the operations between matrix products, built once, kept in a cache.
+"""CPU kernels in C++: the operations between matrix products, and quantized ones, built once, kept in a cache.
 
 Owns the build, its cache, and every check that stands between a tensor and a raw pointer. Invariant: what the C++ does
 not take (another dtype, strides, sizes that do not fit together) goes to the PyTorch operation of the same name, so a
@@ -29,7 +29,8 @@ from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
 
-_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "quantized_linear.cpp"))
+_HEADER = Path(__file__).with_name("vectors.h")
 _COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math: infinities and NaN keep their meaning, and additions their order.
 _FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -std=c++17 -shared -fPIC -fopenmp".split()
@@ -44,6 +45,7 @@ _SIGNATURES = {
     "gelu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
     "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6, _FLOAT),
     "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 5, *[_INT] * 8, _FLOAT),
+    "quantized_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6),
 }
 
 
@@ -63,6 +65,7 @@ class CpuKernels:
         self._gelu_and_mul = by_dtype("gelu_and_mul")
         self._qkv_rope_store = by_dtype("qkv_rope_store")
         self._decode_attention = by_dtype("decode_attention")
+        self._quantized_linear = by_dtype("quantized_linear")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `kernels.rms_norm.rms_norm`."""
@@ -179,6 +182,41 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
+    def quantized_linear(
+        self,
+        x: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        low: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """x W^T + b, or without x W itself, in `dtype`, which x has; W as in `kernels.quantized_linear`.
+
+        None where the C++ does not apply: FP8, another dtype, groups that are no multiple of 32 inputs (16 of int8).
+        """
+        is_int4, (num_outputs, num_groups) = codes.dtype == torch.uint8, scale.shape
+        num_inputs = codes.shape[1] * (2 if is_int4 else 1)
+        run, num_rows = self._quantized_linear.get(dtype), 0 if x is None else x.shape[0]
+        if run is None or not (
+            codes.dtype in (torch.uint8, torch.int8)
+            and codes.is_contiguous()
+            and num_inputs % (num_groups * (32 if is_int4 else 16)) == 0
+            and scale.dtype in (torch.float32, torch.float16)
+            and scale.is_contiguous()
+            and (zero is None or _is_packed(zero, scale.numel(), torch.int8))
+            and (low is None or _is_packed(low, scale.numel(), scale.dtype))
+            and (bias is None or _is_packed(bias, num_outputs, dtype))
+            and (x is None or x.dtype == dtype)
+        ):
+            return None
+        x = None if x is None else x.contiguous()
+        out = torch.empty((num_outputs, num_inputs) if x is None else (num_rows, num_outputs), dtype=dtype)
+        pointers = [None if t is None else t.data_ptr() for t in (codes, scale, low, zero, x, bias, out)]
+        run(*pointers, num_rows, num_outputs, num_inputs, num_groups, 4 if is_int4 else 8, scale.dtype == torch.float16)
+        return out
+
 
 def _is_packed(x: Tensor, numel: int, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and x.numel() == numel and x.is_contiguous()
@@ -224,7 +262,8 @@ def _cache_dir() -> Path:
 def _build_key(compiler: str) -> str:
     """What the machine code depends on: a home directory may be shared by machines with different CPUs."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    parts = [_SOURCE.read_text(), " ".join(_FLAGS), compiler, version, _cpu_model(), str(_openmp_runtime())]
+    sources = [source.read_text() for source in (*_SOURCES, _HEADER)]
+    parts = [*sources, " ".join(_FLAGS), compiler, version, _cpu_model(), str(_openmp_runtime())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -251,6 +290,6 @@ def build(compiler: str, library: Path, *extra_flags: str) -> None:
     link = [str(runtime), "-Wl,--as-needed"] if runtime else []
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [compiler, *_FLAGS, *extra_flags, str(_SOURCE), *link, "-o", str(built)]
+        command = [compiler, *_FLAGS, *extra_flags, *map(str, _SOURCES), *link, "-o", str(built)]
         subprocess.run(command, capture_output=True, check=True, text=True, timeout=_BUILD_SECONDS)
         os.replace(built, library)

@@ -30,7 +30,7 @@ from nanovllm.kernels.triton.attention.tiles import (
 )
 from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import launch
-from nanovllm.kernels.triton.common.sizes import cdiv, coarse_size, next_power_of_2
+from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
 PLAN_PROGRAMS = 32  # tiles of queries that one program of the planning kernel puts in order
 LONG_PROMPT = 1024  # tokens to compute, in the mean of a step's prompts
@@ -142,7 +142,7 @@ def plan_prefill(
     launch(
         _plan_prefill_kernel, (cdiv(num_programs, PLAN_PROGRAMS),), q.device,
         query_start_loc, seq_lens, order, first_req, num_reqs, num_programs, TOKENS=tokens,
-        BLOCK_REQS=coarse_size(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
+        BLOCK_REQS=next_power_of_2(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
     )  # fmt: skip
     return PrefillPlan(order, first_req, config)
 

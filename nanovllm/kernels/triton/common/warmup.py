@@ -1,18 +1,16 @@
 """Kernel warmup: Triton kernels are compiled in parallel, after a dry run that notes which ones are missing.
 
-Owns both halves, and a log of what is compiled once an engine is ready. A launch compiles its kernel, so kernels that
-are met one after the other are compiled one after the other, on one core, while the others idle. Invariant: a launch
-that was noted did nothing, so whatever was run around it is to be run again.
+Owns both halves. A launch compiles its kernel, so kernels that are met one after the other are compiled one after the
+other, on one core, while the others idle. Invariant: a launch that was noted did nothing, so whatever was run around it
+is to be run again.
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,8 +21,6 @@ Missing = dict[tuple[str, str], Callable[[], Any]]  # by kernel and specializati
 
 _noted: ContextVar[Missing | None] = ContextVar("missing_kernels", default=None)  # of this thread
 _hook_before: Callable[..., bool | None] | None = None
-_log = logging.getLogger("nanovllm.late")
-_began: dict[Any, float] = {}  # by key of a kernel that is compiled now
 
 
 @contextmanager
@@ -46,7 +42,6 @@ def _note(**launch: Any) -> bool | None:
     """What Triton asks before it compiles; True: leave it to me, and launch nothing."""
     missing = _noted.get()
     if missing is None:
-        _began[launch["key"]] = perf_counter()
         return None if _hook_before is None else _hook_before(**launch)
     kernel, specialization = launch["fn"], launch["compile"]["specialization_data"]
     missing[f"{kernel.module}.{kernel.name}", launch["key"]] = lambda: kernel.jit_function.preload(specialization)
@@ -71,15 +66,3 @@ def _load(device_index: int, kernel: Any) -> None:
     """Triton has a C compiler build what launches a kernel, for each kind of parameters anew."""
     torch.cuda.set_device(device_index)  # a thread has one of its own
     kernel.result().run  # noqa: B018 - a property that loads
-
-
-def log_late_kernels() -> None:
-    """From now on, log each kernel that a launch of this process has to wait for, and for how long."""
-    if knobs.runtime.jit_post_compile_hook is None:
-        knobs.runtime.jit_post_compile_hook = _log_late
-
-
-def _log_late(**launch: Any) -> None:
-    began = _began.pop(launch["key"], None)
-    if began is not None and not launch["already_compiled"]:
-        _log.info("kernel %s was compiled late, in %.2f s", launch["fn"].name, perf_counter() - began)

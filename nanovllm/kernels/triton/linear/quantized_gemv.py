@@ -1,4 +1,4 @@
-"""GEMV with quantized weights in Triton: codes become numbers in registers, then multiply and add.
+"""The product of a row with quantized weights, by multiplying and adding in registers.
 
 Owns that kernel; which products it is for is `quantized_linear.py`'s to say. A lane has 16 bytes of codes that
 lie side by side, four lanes (or eight) a group of inputs. Codes become float32 by putting them below a constant
@@ -36,23 +36,13 @@ def _load_codes(
         return tl.load(codes_ptr + place, mask=(group + i * PER_CHUNK < GROUPS)[None, :, None], other=0.0)
 
 
-@triton.jit
-def _load_pairs(x_ptr, place, mask):
-    """Two neighbouring inputs of 16 bits from each place, as float32."""
-    pair = tl.load(x_ptr.to(tl.pointer_type(tl.uint32)) + place, mask=mask, other=0)
-    if x_ptr.dtype.element_ty == tl.bfloat16:
-        return (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        even = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
-        return even.to(tl.float32), (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["num_outputs"])
 def _quantized_vector_kernel(
     x_ptr,
     codes_ptr,
     scale_ptr,
     zero_ptr,
+    low_ptr,
     bias_ptr,
     out_ptr,
     num_outputs,
@@ -62,8 +52,6 @@ def _quantized_vector_kernel(
     PER_CHUNK: tl.constexpr,
     IS_INT4: tl.constexpr,
     IS_FP8: tl.constexpr,
-    ZEROS: tl.constexpr,
-    BIAS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -72,7 +60,8 @@ def _quantized_vector_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     CHUNKS: tl.constexpr = (GROUPS + PER_CHUNK - 1) // PER_CHUNK
-    OFFSET: tl.constexpr = 136.0 if IS_INT4 else (0.0 if IS_FP8 else 32896.0)
+    # What a code has too much: of int4, 8 more where there is no `low`.
+    OFFSET: tl.constexpr = (136.0 if low_ptr is None else 128.0) if IS_INT4 else (0.0 if IS_FP8 else 32896.0)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     weight_row = tl.minimum(output, num_outputs - 1)
     group, byte = tl.arange(0, PER_CHUNK), tl.arange(0, BYTES)
@@ -89,8 +78,8 @@ def _quantized_vector_kernel(
         own = group + i * PER_CHUNK
         scale_place = weight_row[:, None] * SCALES + tl.minimum(own, GROUPS - 1)[None, :] // (GROUPS // SCALES)
         if SCALES > 1:
-            scale = tl.load(scale_ptr + scale_place)
-        if ZEROS:
+            scale = tl.load(scale_ptr + scale_place).to(tl.float32)
+        if zero_ptr is not None:
             zero = tl.load(zero_ptr + scale_place).to(tl.float32)
         if IS_INT4:
             bits = codes[i].to(tl.uint32)
@@ -104,19 +93,23 @@ def _quantized_vector_kernel(
         place = i * (PER_CHUNK * BYTES) + in_chunk
         mask = (own < GROUPS)[:, None]
         if IS_INT4:
-            even, odd = _load_pairs(x_ptr, place, mask)
-            products = tl.sum(low * even[None, :, :] + high * odd[None, :, :], axis=2)
-            total = tl.sum(even + odd, axis=1)
+            x_place = place // 16 * 32 + place % 16
+            first = tl.load(x_ptr + x_place, mask=mask, other=0.0).to(tl.float32)
+            second = tl.load(x_ptr + x_place + 16, mask=mask, other=0.0).to(tl.float32)
+            products = tl.sum(low * first[None, :, :] + high * second[None, :, :], axis=2)
+            total = tl.sum(first + second, axis=1)
         else:
             x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
             products = tl.sum(low * x[None, :, :], axis=2)
             total = tl.sum(x, axis=1)
-        if ZEROS:
+        if zero_ptr is not None:
             products -= (zero + OFFSET) * total[None, :]
         elif not IS_FP8:
             products -= OFFSET * total[None, :]
         if SCALES > 1:
             products *= scale
+        if low_ptr is not None:
+            products += tl.load(low_ptr + scale_place).to(tl.float32) * total[None, :]
         acc += products
         # Only now are there registers for another chunk.
         if i + AHEAD < CHUNKS:
@@ -124,8 +117,8 @@ def _quantized_vector_kernel(
     valid = output < num_outputs
     result = tl.sum(acc, axis=1)
     if SCALES == 1:
-        result *= tl.load(scale_ptr + weight_row)
-    if BIAS:
+        result *= tl.load(scale_ptr + weight_row).to(tl.float32)
+    if bias_ptr is not None:
         result += tl.load(bias_ptr + output, mask=valid, other=0.0).to(tl.float32)
     tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=valid)
 
@@ -140,16 +133,23 @@ class GemvConfig(NamedTuple):
 
 
 def launch_gemv(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, config: GemvConfig
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    low: Tensor | None,
+    bias: Tensor | None,
+    config: GemvConfig,
 ) -> Tensor:
     """`quantized_linear.quantized_linear` of one row."""
     num_outputs = codes.shape[0]
     out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
     launch(
         _quantized_vector_kernel, (cdiv(num_outputs, config.outputs),), x.device,
-        x, codes, scale, zero, bias, out, num_outputs, GROUPS=codes.shape[1] // config.group_bytes,
+        x, codes, scale, zero, low, bias, out, num_outputs, GROUPS=codes.shape[1] // config.group_bytes,
         SCALES=scale.shape[1], BYTES=config.group_bytes, PER_CHUNK=ROW_BYTES // config.group_bytes,
-        IS_INT4=codes.dtype == torch.uint8, IS_FP8=codes.dtype == torch.float8_e4m3fn, ZEROS=zero is not None,
-        BIAS=bias is not None, OUTPUTS=config.outputs, AHEAD=config.ahead, num_warps=config.num_warps,
+        IS_INT4=codes.dtype == torch.uint8, IS_FP8=codes.dtype == torch.float8_e4m3fn,
+        OUTPUTS=config.outputs, AHEAD=config.ahead,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return out

@@ -14,12 +14,16 @@ from tests.kernels.twins import DEVICE, INTERPRETED, TOLERANCE, load_twin, randn
 
 pytestmark = twin_test
 twin = load_twin("linear.quantized_linear")
+new_semaphores = load_twin("linear.skinny_gemm").new_semaphores
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 
 
-def random_weight(kind: str, outputs: int, inputs: int, group_size: int | None, has_zeros: bool) -> QuantizedWeight:
+def random_weight(
+    kind: str, outputs: int, inputs: int, group_size: int | None, has_zeros: bool, has_low: bool = False
+) -> QuantizedWeight:
     groups = 1 if group_size is None else inputs // group_size
     zero = torch.randint(-8, 8, (outputs, groups), dtype=torch.int8).to(DEVICE) if has_zeros else None
+    low = torch.randn(outputs, groups).half().to(DEVICE) / 20 if has_low else None
     if kind == "int4":
         codes = pack_int4(torch.randint(-8, 8, (outputs, inputs)))
     elif kind == "int8":
@@ -27,70 +31,75 @@ def random_weight(kind: str, outputs: int, inputs: int, group_size: int | None, 
     else:  # numbers that FP8 has
         codes = (torch.randint(-15, 16, (outputs, inputs)) * 4.0).to(torch.float8_e4m3fn)
     scale = torch.rand(outputs, groups).to(DEVICE) / 100
-    return QuantizedWeight(codes.to(DEVICE), scale, zero, group_size or inputs)
+    return QuantizedWeight(codes.to(DEVICE), scale.half() if has_low else scale, zero, group_size or inputs, low)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(
-    ("num_rows", "outputs", "inputs", "group_size", "has_zeros"),
-    [(2, 128, 512, 128, True), (7, 200, 256, 32, False), (17, 64, 384, None, False), (64, 72, 256, 64, True)],
+    ("num_rows", "outputs", "inputs", "group_size", "more"),
+    [(2, 128, 512, 128, "zeros"), (7, 200, 256, 32, "low"), (17, 64, 384, None, ""), (40, 72, 256, 64, "zeros")],
 )
 def test_products(
-    dtype: torch.dtype, kind: str, num_rows: int, outputs: int, inputs: int, group_size: int | None, has_zeros: bool
+    dtype: torch.dtype, kind: str, num_rows: int, outputs: int, inputs: int, group_size: int | None, more: str
 ) -> None:
-    """Outputs that do not fill a tile; a scale an output; a bias; splits. A row is the same whatever the others are."""
-    weight = random_weight(kind, outputs, inputs, group_size, has_zeros and kind != "fp8")
+    """Outputs and rows that do not fill a tile; a bias; splits. A row is the same whatever the others are."""
+    weight = random_weight(
+        kind, outputs, inputs, group_size, more == "zeros" and kind != "fp8", more == "low" and kind != "fp8"
+    )
     x, bias = randn(num_rows, inputs, dtype=dtype), randn(outputs, dtype=dtype)
     want = x.float() @ dequantize_reference(weight, torch.float32).t()
-    config = twin.choose(x, weight.codes, weight.scale.shape[1])
+    config = twin.choose(x, weight)
     assert config is not None
-    semaphores = twin.new_semaphores(DEVICE)
-    for splits in sorted({1, config.splits}):
-        own = config._replace(splits=splits, ahead=2)
-        got = twin.quantized_linear_triton(x, *weight[:3], None, own, semaphores)
+    semaphores = new_semaphores(DEVICE)
+    for splits, rows in sorted({(1, 16), (config.splits, config.rows)}):
+        own = config._replace(splits=splits, rows=rows, stages=2)
+        got = twin.quantized_linear_triton(x, weight, None, own, semaphores)
         assert relative_error(got, want) < TOLERANCE[dtype]
-        with_bias = twin.quantized_linear_triton(x, *weight[:3], bias, own, semaphores)
+        with_bias = twin.quantized_linear_triton(x, weight, bias, own, semaphores)
         assert relative_error(with_bias, want + bias.float()) < TOLERANCE[dtype]
         others = torch.cat((x[:1], 100 * x[1:]))
-        assert torch.equal(twin.quantized_linear_triton(others, *weight[:3], None, own, semaphores)[0], got[0])
+        assert torch.equal(twin.quantized_linear_triton(others, weight, None, own, semaphores)[0], got[0])
     assert not semaphores.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "group_size", "has_zeros"),
-    [(128, 512, 128, True), (20, 256, 32, False), (30, 1152, None, False), (9, 1280, 64, True)],
+    ("outputs", "inputs", "group_size", "more"),
+    [(128, 512, 128, "zeros"), (20, 256, 32, "low"), (30, 1152, None, ""), (9, 1280, 64, "zeros")],
 )
-def test_a_row(
-    dtype: torch.dtype, kind: str, outputs: int, inputs: int, group_size: int | None, has_zeros: bool
-) -> None:
+def test_a_row(dtype: torch.dtype, kind: str, outputs: int, inputs: int, group_size: int | None, more: str) -> None:
     """Chunks of inputs that are not full, several chunks, outputs that do not fill a program."""
-    weight = random_weight(kind, outputs, inputs, group_size, has_zeros and kind != "fp8")
+    weight = random_weight(
+        kind, outputs, inputs, group_size, more == "zeros" and kind != "fp8", more == "low" and kind != "fp8"
+    )
     x, bias = randn(1, inputs, dtype=dtype), randn(outputs, dtype=dtype)
     want = x.float() @ dequantize_reference(weight, torch.float32).t()
-    config = twin.choose(x, weight.codes, weight.scale.shape[1])
-    got = twin.quantized_linear_triton(x, *weight[:3], None, config._replace(ahead=1))
+    config = twin.choose(x, weight)
+    got = twin.quantized_linear_triton(x, weight, None, config._replace(ahead=1))
     assert relative_error(got, want) < TOLERANCE[dtype]
-    with_bias = twin.quantized_linear_triton(x, *weight[:3], bias, config)
+    with_bias = twin.quantized_linear_triton(x, weight, bias, config)
     assert relative_error(with_bias, want + bias.float()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
-@pytest.mark.parametrize("group_size", [None, 24, 64])
-def test_dense_copies(kind: str, group_size: int | None) -> None:
-    weight = random_weight(kind, 20, 192, group_size, has_zeros=kind != "fp8")
-    got = twin.dequantize_triton(*weight, torch.float16)
+@pytest.mark.parametrize(("group_size", "has_low"), [(None, False), (24, False), (64, False), (32, True)])
+def test_dense_copies(kind: str, group_size: int | None, has_low: bool) -> None:
+    weight = random_weight(
+        kind, 20, 192, group_size, has_zeros=kind != "fp8" and not has_low, has_low=has_low and kind != "fp8"
+    )
+    got = twin.dequantize_triton(weight, torch.float16)
     assert relative_error(got, dequantize_reference(weight, torch.float32)) < TOLERANCE[torch.float16]
 
 
 def test_a_last_group_that_is_shorter() -> None:
     weight = random_weight("int8", 6, 96, None, has_zeros=False)
     weight = weight._replace(scale=torch.rand(6, 2).to(DEVICE), group_size=64)
-    got = twin.dequantize_triton(*weight, torch.float16)
+    got = twin.dequantize_triton(weight, torch.float16)
     assert relative_error(got, dequantize_reference(weight, torch.float32)) < TOLERANCE[torch.float16]
-    assert twin.choose(randn(3, 90, dtype=torch.float16), weight.codes, 3) is None, "groups of 30"
+    thirds = weight._replace(scale=torch.rand(6, 3).to(DEVICE), group_size=30)
+    assert twin.choose(randn(3, 90, dtype=torch.float16), thirds) is None, "groups of 30"
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

@@ -1,0 +1,381 @@
+// Products with weights of 4 and 8 bits on a CPU, from the codes: twins of quantized_linear.py.
+//
+// W = (code - zero) * scale, or code * scale + low; x W^T with x float32 or bfloat16, summed in float32.
+//
+// Rounding  None but that of the result: codes become numbers exactly, inputs stay as they are.
+// Order     A sum is of W inputs a lane, group by group; it depends on the sizes alone, not on threads or other rows.
+// Sizes     Inputs fill groups; a group has a multiple of 32 inputs ("int4") or of 16 ("int8").
+// Vectors   Float32 everywhere; bfloat16 inputs in pairs, where the CPU multiplies those (AVX-512 BF16).
+#include <algorithm>
+#include <memory>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "vectors.h"
+
+namespace {
+constexpr int BLOCK = 32;     // inputs that have one scale, at most
+constexpr int STRETCH = 64;   // blocks whose scales are made ready at a time
+constexpr int OUTPUTS = 4;    // rows of W that one thread reads side by side
+constexpr int ROWS = 4;       // rows of x for which a code becomes a number once
+constexpr int AHEAD = 4096;   // bytes of codes that are asked for early
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float number(float x) { return x; }
+inline float number(bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+inline void put(float* to, float x) { *to = x; }
+inline void put(bf16* to, float x) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+// W bytes as integers, without a sign or with one. Compilers take a vector of bytes apart, so they are told.
+inline i32 widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (i32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  i32 result;
+  for (int i = 0; i < W; i++) result[i] = p[i];
+  return result;
+#endif
+}
+inline i32 widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  i32 result;
+  for (int i = 0; i < W; i++) result[i] = p[i];
+  return result;
+#endif
+}
+inline void numbers(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
+inline void numbers(const fp16* from, float* to, int64_t n) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  for (; i < n; i++) to[i] = _cvtsh_ss(from[i].bits);
+#endif
+  for (; i < n; i++) {  // the exponent is moved and multiplied into place, which also holds for denormals
+    const uint32_t sign = (uint32_t)(from[i].bits & 0x8000) << 16, rest = (uint32_t)(from[i].bits & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &rest, 4);
+    value = (from[i].bits & 0x7c00) == 0x7c00 ? value + __builtin_inff() : value * 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
+
+// --- what stands beside the codes ----------------------------------------------------------
+
+template <class S> struct Weight {
+  const uint8_t* codes;  // "int4": inputs i and i + 16 of 32 in a byte; "int8": as they are
+  const S* scale;        // [outputs, groups]
+  const S* low;          // what code 0 stands for, or null
+  const int8_t* zero;    // what is taken off a code, or null
+  int64_t outputs, inputs, groups;
+};
+
+// Of n groups of an output: W = (code - zero) * scale + low. An "int4" code of 8 is 0 where there is no `low`.
+template <int BITS, class S>
+inline void read_groups(const Weight<S>& w, int64_t output, int64_t first, int64_t n, float* scale, float* zero,
+                        float* low) {
+  const int64_t place = output * w.groups + first;
+  numbers(w.scale + place, scale, n);
+  std::fill(zero, zero + n, BITS == 4 && !w.low ? 8 : 0);
+  if (w.low)
+    numbers(w.low + place, low, n);
+  else
+    std::fill(low, low + n, 0);
+  for (int64_t g = 0; w.zero && g < n; g++) zero[g] += w.zero[place + g];
+}
+
+// By blocks of `block` inputs, of which a group has one or more, scales and what a code of no bits stands for.
+template <int BITS, class S>
+inline void read_blocks(const Weight<S>& w, int64_t output, int64_t block, int64_t first, int64_t n, float* scale,
+                        float* low) {
+  const int64_t per_group = w.inputs / w.groups / block;
+  float zero[STRETCH + 1];
+  if (per_group == 1) {
+    read_groups<BITS>(w, output, first, n, scale, zero, low);
+    for (int64_t b = 0; b < n; b++) low[b] -= zero[b] * scale[b];
+    return;
+  }
+  float group_scale[STRETCH + 1], group_low[STRETCH + 1];
+  const int64_t begin = first / per_group, end = (first + n - 1) / per_group + 1;
+  read_groups<BITS>(w, output, begin, end - begin, group_scale, zero, group_low);
+  for (int64_t b = 0; b < n; b++) {
+    const int64_t g = (first + b) / per_group - begin;
+    scale[b] = group_scale[g], low[b] = group_low[g] - zero[g] * scale[b];
+  }
+}
+
+// --- sums of products ----------------------------------------------------------------------
+//
+// A form says how codes meet inputs, a vector of codes at a time: LANE inputs for each lane of float32 sums, so that
+// BLOCK / LANE lanes have one scale (all of them, where LANE is 0). `prepare` brings a row of x into the order in which
+// `add` reads it, with zeros behind it; OFFSET is what `add` has too much in every code.
+
+template <class T> inline void load_or_zeros(const uint8_t* p, int64_t bytes, T& to) {
+  if (bytes >= (int64_t)sizeof(T)) {
+    std::memcpy(&to, p, sizeof(T));
+  } else {
+    to = T{};
+    std::memcpy(&to, p, bytes);
+  }
+}
+
+// Of 32 inputs of "int4", the place of input i among halves of bytes: byte i % 16, the lower half first.
+inline int64_t nibble(int64_t i) { return i % 16 * 2 + i % 32 / 16; }
+
+// "int4", float32: a lane has eight inputs, four bytes.
+struct Fours {
+  typedef float element;
+  static constexpr int BITS = 4, LANE = 8, STEP = 8 * W;
+  static constexpr float OFFSET = 0;
+
+  template <class X> static void prepare(const X* x, float* to, int64_t inputs) {
+    for (int64_t i = 0; i < inputs; i++) {
+      const int64_t place = i % STEP / BLOCK * BLOCK + nibble(i);
+      to[i / STEP * STEP + place % 8 * W + place / 8] = number(x[i]);
+    }
+  }
+  template <int N, int R>
+  static inline void add(const uint8_t* const* codes, const float* const* x, int64_t i, int64_t left, f32 (&sums)[N][R]) {
+    for (int n = 0; n < N; n++) {
+      u32 bits;
+      load_or_zeros(codes[n] + i / 2, left / 2, bits);
+      for (int j = 0; j < 8; j++) {
+        const f32 values = __builtin_convertvector((i32)(bits >> (4 * j) & 15), f32);
+        for (int r = 0; r < R; r++) sums[n][r] += values * load(x[r] + i + j * W);
+      }
+    }
+  }
+};
+
+// "int8", float32, blocks of SIZE inputs.
+template <int SIZE> struct Eights {
+  typedef float element;
+  static constexpr int BITS = 8, LANE = 0, STEP = SIZE;
+  static constexpr float OFFSET = 0;
+
+  template <class X> static void prepare(const X* x, float* to, int64_t inputs) {
+    for (int64_t i = 0; i < inputs; i += W) store(to + i, load(x + i));
+  }
+  template <int N, int R>
+  static inline void add(const uint8_t* const* codes, const float* const* x, int64_t i, int64_t, f32 (&sums)[N][R]) {
+    for (int n = 0; n < N; n++)
+      for (int j = 0; j < SIZE; j += W) {
+        const f32 values = __builtin_convertvector(widen((const int8_t*)codes[n] + i + j), f32);
+        for (int r = 0; r < R; r++) sums[n][r] += values * load(x[r] + i + j);
+      }
+  }
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bfloat16. Four bits below an exponent are one: 128 and they, or 2048 and 16 times they. A lane has four bytes,
+// so in turn four pairs of halves of bytes: eight inputs of "int4", or four of "int8", each in two parts.
+template <int BITS_> struct Pairs {
+  typedef bf16 element;
+  static constexpr int BITS = BITS_, LANE = 32 / BITS, STEP = LANE * W;
+  static constexpr float OFFSET = BITS == 4 ? 128 : 128 + 2048 + 128;  // the last: codes of 8 bits without their sign
+
+  template <class X> static void prepare(const X* x, bf16* to, int64_t inputs) {
+    for (int64_t i = 0; i < inputs; i++) {
+      const int64_t place = BITS == 4 ? i % STEP / BLOCK * BLOCK + nibble(i) : i % STEP;
+      const int64_t lane = place / LANE, in_lane = place % LANE, half = LANE / 2;
+      to[i / STEP * STEP + in_lane % half * 2 * W + lane * 2 + in_lane / half] = x[i];
+    }
+  }
+  template <int N, int R>
+  static inline void add(const uint8_t* const* codes, const bf16* const* x, int64_t i, int64_t left, f32 (&sums)[N][R]) {
+    const __mmask16 mask = left >= STEP ? 0xffff : (1 << left / LANE) - 1;
+    for (int n = 0; n < N; n++) {
+      const u32 bits = (u32)_mm512_maskz_loadu_epi32(mask, codes[n] + i * BITS / 8);
+      for (int j = 0; j < 4; j++) {
+        const u32 exponents = u32{} + (BITS == 4 || j % 2 == 0 ? 0x43004300 : 0x45084508);
+        const __m512bh pairs = (__m512bh)((bits >> (4 * j) & 0x000f000f) ^ exponents);
+        for (int r = 0; r < R; r++) {
+          const bf16* inputs = x[r] + i + (BITS == 4 ? j : j / 2) * 2 * W;
+          sums[n][r] = (f32)_mm512_dpbf16_ps((__m512)sums[n][r], pairs, (__m512bh)_mm512_loadu_si512(inputs));
+        }
+      }
+    }
+  }
+};
+#endif
+
+// Lane l becomes what lane l / PER was.
+template <int PER, int... I> inline f32 spread(f32 x, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, (I / PER)...);
+#else
+  return __builtin_shuffle(x, i32{(I / PER)...});
+#endif
+}
+
+// R rows of x with N outputs from `output` on. sums_of_x: of each row, by block, with zeros to the end of a vector.
+template <class Form, int N, int R, class S, class X>
+void multiply(const Weight<S>& w, int64_t output, const typename Form::element* const* x,
+              const float* const* sums_of_x, const X* bias, X* const* out) {
+  constexpr int SIZE = Form::LANE ? BLOCK : Form::STEP;  // of a block
+  const int64_t blocks = w.inputs / SIZE;
+  const uint8_t* codes[N];
+  for (int n = 0; n < N; n++) codes[n] = w.codes + (output + n) * (w.inputs * Form::BITS / 8);
+  f32 acc[N][R] = {};
+  float scale[N][STRETCH + W] = {}, low[STRETCH] = {};
+  for (int64_t first = 0; first < blocks; first += STRETCH) {
+    const int64_t count = std::min<int64_t>(STRETCH, blocks - first);
+    for (int n = 0; n < N; n++) {
+      read_blocks<Form::BITS>(w, output + n, SIZE, first, count, scale[n], low);
+      for (int64_t b = 0; b < count; b += W) {
+        const f32 of_nothing = load(low + b) - Form::OFFSET * load(scale[n] + b);
+        for (int r = 0; r < R; r++) acc[n][r] += of_nothing * load(sums_of_x[r] + first + b);
+      }
+    }
+    for (int64_t b = 0; b < count; b += Form::STEP / SIZE) {
+      f32 sums[N][R] = {};
+      for (int n = 0; n < N; n++) __builtin_prefetch(codes[n] + (first + b) * SIZE * Form::BITS / 8 + AHEAD);
+      Form::template add<N, R>(codes, x, (first + b) * SIZE, (count - b) * SIZE, sums);
+      for (int n = 0; n < N; n++) {
+        f32 scales = all(scale[n][b]);
+        if (Form::LANE)
+          scales = spread<BLOCK / (Form::LANE ? Form::LANE : BLOCK)>(load(scale[n] + b), std::make_integer_sequence<int, W>());
+        for (int r = 0; r < R; r++) acc[n][r] += sums[n][r] * scales;
+      }
+    }
+  }
+  for (int n = 0; n < N; n++)
+    for (int r = 0; r < R; r++)
+      put(out[r] + output + n, sum(acc[n][r]) + (bias ? number(bias[output + n]) : 0));
+}
+
+template <class Form, class S, class X>
+void multiply_all(const Weight<S>& w, const X* x, const X* bias, X* out, int64_t rows) {
+  typedef typename Form::element Element;
+  constexpr int SIZE = Form::LANE ? BLOCK : Form::STEP;
+  const int64_t blocks = w.inputs / SIZE, x_stride = (w.inputs + Form::STEP - 1) / Form::STEP * Form::STEP;
+  const int64_t sums_stride = (blocks + W - 1) / W * W, tiles = (w.outputs + OUTPUTS - 1) / OUTPUTS;
+  const std::unique_ptr<Element[]> prepared(new Element[rows * x_stride]());
+  const std::unique_ptr<float[]> sums_of_x(new float[rows * sums_stride]());
+#pragma omp parallel if (rows * w.inputs * w.outputs > SMALL)
+  {
+#pragma omp for
+    for (int64_t row = 0; row < rows; row++) {
+      const X* in = x + row * w.inputs;
+      Form::prepare(in, prepared.get() + row * x_stride, w.inputs);
+      for (int64_t b = 0; b < blocks; b++) {
+        f32 total = {};
+        for (int i = 0; i < SIZE; i += W) total += load(in + b * SIZE + i);
+        sums_of_x[row * sums_stride + b] = sum(total);
+      }
+    }
+#pragma omp for
+    for (int64_t tile = 0; tile < tiles; tile++)
+      for (int64_t row = 0; row < rows;) {
+        const Element* some_x[ROWS];
+        const float* some_sums[ROWS];
+        X* some_out[ROWS];
+        const int64_t count = rows - row >= ROWS ? ROWS : 1, end = std::min((tile + 1) * OUTPUTS, w.outputs);
+        for (int64_t r = 0; r < count; r++) {
+          some_x[r] = prepared.get() + (row + r) * x_stride;
+          some_sums[r] = sums_of_x.get() + (row + r) * sums_stride;
+          some_out[r] = out + (row + r) * w.outputs;
+        }
+        int64_t output = tile * OUTPUTS;
+        if (count == 1 && output + OUTPUTS == end)
+          multiply<Form, OUTPUTS, 1>(w, output, some_x, some_sums, bias, some_out), output = end;
+        for (; count == ROWS && output + 2 <= end; output += 2)
+          multiply<Form, 2, ROWS>(w, output, some_x, some_sums, bias, some_out);
+        for (; output < end; output++)
+          if (count == ROWS)
+            multiply<Form, 1, ROWS>(w, output, some_x, some_sums, bias, some_out);
+          else
+            multiply<Form, 1, 1>(w, output, some_x, some_sums, bias, some_out);
+        row += count;
+      }
+  }
+}
+
+template <class X> struct Forms {
+  typedef Fours four_bits;
+  typedef Eights<32> eight_bits;
+};
+#ifdef __AVX512BF16__
+template <> struct Forms<bf16> {
+  typedef Pairs<4> four_bits;
+  typedef Pairs<8> eight_bits;
+};
+#endif
+
+// --- W itself ------------------------------------------------------------------------------
+
+template <int BITS, class S, class X> void dense_rows(const Weight<S>& w, X* out) {
+  const int64_t size = w.inputs / w.groups;
+#pragma omp parallel for if (w.outputs * w.inputs > SMALL)
+  for (int64_t output = 0; output < w.outputs; output++) {
+    const uint8_t* codes = w.codes + output * (w.inputs * BITS / 8);
+    X* to = out + output * w.inputs;
+    float scale[STRETCH], zero[STRETCH], low[STRETCH];
+    for (int64_t first = 0; first < w.groups; first += STRETCH) {
+      const int64_t count = std::min<int64_t>(STRETCH, w.groups - first);
+      read_groups<BITS>(w, output, first, count, scale, zero, low);
+      for (int64_t g = 0; g < count; g++)
+        for (int64_t i = (first + g) * size, end = i + size; i < end; i += W)
+          if (BITS == 4) {
+            if (i % BLOCK >= 16) continue;
+            const i32 bytes = widen(codes + i / BLOCK * 16 + i % 16);
+            store(to + i, (__builtin_convertvector(bytes & 15, f32) - zero[g]) * scale[g] + low[g]);
+            store(to + i + 16, (__builtin_convertvector(bytes >> 4, f32) - zero[g]) * scale[g] + low[g]);
+          } else {
+            const f32 values = __builtin_convertvector(widen((const int8_t*)codes + i), f32);
+            store(to + i, (values - zero[g]) * scale[g] + low[g]);
+          }
+    }
+  }
+}
+
+template <class X, class S>
+void with_scales(const Weight<S>& w, const X* x, const X* bias, X* out, int64_t rows, int64_t bits) {
+  if (!x)
+    bits == 4 ? dense_rows<4>(w, out) : dense_rows<8>(w, out);
+  else if (bits == 4)
+    multiply_all<typename Forms<X>::four_bits>(w, x, bias, out, rows);
+  else if (w.inputs / w.groups % BLOCK)
+    multiply_all<Eights<16>>(w, x, bias, out, rows);
+  else
+    multiply_all<typename Forms<X>::eight_bits>(w, x, bias, out, rows);
+}
+
+// bits: 4 or 8. has_halves: scale and low are float16, else float32. x null: out [outputs, inputs] becomes W itself.
+template <class X>
+void quantized_linear(const uint8_t* codes, const void* scale, const void* low, const int8_t* zero, const X* x,
+                      const X* bias, X* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t groups,
+                      int64_t bits, int64_t has_halves) {
+  if (has_halves) {
+    const Weight<fp16> w = {codes, (const fp16*)scale, (const fp16*)low, zero, outputs, inputs, groups};
+    with_scales(w, x, bias, out, rows, bits);
+  } else {
+    const Weight<float> w = {codes, (const float*)scale, (const float*)low, zero, outputs, inputs, groups};
+    with_scales(w, x, bias, out, rows, bits);
+  }
+}
+}  // namespace
+
+extern "C" {
+decltype(&quantized_linear<float>) quantized_linear_float32 = quantized_linear;
+decltype(&quantized_linear<bf16>) quantized_linear_bfloat16 = quantized_linear;
+}
