@@ -74,7 +74,10 @@ def build_engine(config: EngineConfig) -> EngineParts:
     """Raises ValueError or ImportError for what cannot run here, ConnectionError if a download fails."""
     times = [perf_counter()]
     device = _choose_device(config.device)
-    checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=config.revision)
+    is_packed = config.quantization == "gguf"
+    checkpoint = open_checkpoint(
+        config.model, load_format=config.load_format, revision=config.revision, is_packed=is_packed
+    )
     model_config = read_model_config(checkpoint.config, _choose_dtype(config.dtype, checkpoint.config, device))
     config = config.resolve(model_config, device.type)
     times.append(perf_counter())

@@ -15,7 +15,7 @@ from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
-QUANTIZATIONS = ("fp8", "int8", "int8_dynamic", "int4")  # of weights, at load
+QUANTIZATIONS = ("fp8", "int8", "int8_dynamic", "int4", "gguf")  # of weights, at load
 
 
 def _read_path(value: Any) -> Any:
@@ -88,8 +88,8 @@ class EngineConfig:
     load_format: "auto", "safetensors", "gguf", or "dummy" for random weights of the right shape.
     use_tqdm_on_load: show a bar while weights are loaded, on a terminal.
     quantization: what the weights of linear layers become while they are loaded: "fp8" or "int8_dynamic" (weights and
-        inputs in 8 bits), "int8" or "int4" (weights alone); None keeps them as the checkpoint has them. See
-        docs/quantization.md.
+        inputs in 8 bits), "int8" or "int4" (weights alone); "gguf" keeps those of a GGUF file packed; None keeps them
+        as the checkpoint has them, and makes those of a GGUF file dense. See docs/quantization.md.
     skip_tokenizer_init: work on token ids only.
     deterministic: make tokens and log-probabilities of a seeded (or greedy) request equal to the bit whatever else
         runs: alone or in any batch, in chunks, after a preemption, on a prefix-cache hit. Slower; see
@@ -177,7 +177,7 @@ class EngineConfig:
             raise ValueError("deterministic=True does not cover models with a soft-cap on their logits; leave it off")
         if self.deterministic and model_config.quantization is not None:
             raise ValueError("deterministic=True does not cover quantized checkpoints; leave it off")
-        if self.quantization is not None and model_config.quantization is not None:
+        if self.quantization not in (None, "gguf") and model_config.quantization is not None:
             raise ValueError(
                 f"quantization={self.quantization!r} is for checkpoints that are not quantized, and this one is, by "
                 f"{model_config.quantization.get('quant_method')!r}; leave it out"

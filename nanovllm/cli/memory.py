@@ -25,7 +25,8 @@ def run(args: Namespace) -> int:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if args.gpu_memory_utilization is not None and not 0 < args.gpu_memory_utilization <= 1:
         raise ValueError(f"--gpu-memory-utilization must be in (0, 1], got {args.gpu_memory_utilization}")
-    hf = open_checkpoint(args.model, load_format="dummy", revision=args.revision).config
+    is_packed = args.quantization == "gguf"
+    hf = open_checkpoint(args.model, load_format="dummy", revision=args.revision, is_packed=is_packed).config
     dtype = args.dtype if args.dtype != "auto" else hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"the checkpoint's dtype {dtype!r} is not supported; pass --dtype {' or '.join(DTYPES)}")

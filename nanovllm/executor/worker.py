@@ -153,7 +153,8 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
     from nanovllm.quantization.online import OnlineScheme  # a room: most models are dense
     from nanovllm.quantization.scheme import quantized_by, read_scheme
 
-    scheme = OnlineScheme(quantization) if quantization else read_scheme(model_config.quantization or {})
+    stored = model_config.quantization
+    scheme = OnlineScheme(quantization or "") if stored is None else read_scheme(stored)
     return ops._replace(linear_method=quantized_by(scheme, dense=ops.linear_method))
 
 

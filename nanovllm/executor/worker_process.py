@@ -64,7 +64,8 @@ class Worker:
             timeout=config.distributed_timeout_seconds,
             store_port=setup.store_port,
         )
-        checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=None)
+        is_packed = config.quantization == "gguf"
+        checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=None, is_packed=is_packed)
         self._runner, times = build_runner(config, setup.model_config, checkpoint, device, tp)
         return Ready(self._runner.num_blocks, times)
 

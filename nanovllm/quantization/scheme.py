@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from nanovllm.layers.linear_method import LinearMethod, LinearSpec
+from nanovllm.quantization.parts_linear import PartsLinear
 
 MakeLinear = Callable[[LinearSpec], LinearMethod]
 
@@ -21,19 +22,19 @@ class Scheme(Protocol):
 
 def read_scheme(fields: Mapping[str, Any]) -> Scheme:
     """fields: `quantization_config` of a config.json. Raises NotImplementedError for what is not known."""
-    from nanovllm.quantization import awq, compressed_tensors, fp8, gptq
+    from nanovllm.quantization import awq, compressed_tensors, fp8, gguf, gptq
 
     readers: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
         "awq": awq.AwqScheme,
         "compressed-tensors": compressed_tensors.CompressedTensorsScheme,
         "fp8": fp8.Fp8Scheme,
+        "gguf": gguf.GgufScheme,
         "gptq": gptq.GptqScheme,
     }
     method = fields.get("quant_method")
     if method not in readers:
         raise NotImplementedError(
-            f"quantization_config: quant_method={method!r} is not supported; supported are {', '.join(readers)}, and "
-            "GGUF files"
+            f"quantization_config: quant_method={method!r} is not supported; supported are {', '.join(readers)}"
         )
     return readers[method](fields)
 
@@ -42,13 +43,8 @@ def quantized_by(scheme: Scheme, dense: MakeLinear) -> MakeLinear:
     """The linear method of each layer; dense: of those that are not quantized."""
 
     def make(spec: LinearSpec) -> LinearMethod:
-        first, *others = [scheme.method_of(name) for name in spec.names]
-        for name, other in zip(spec.names[1:], others, strict=True):
-            if other != first:
-                raise NotImplementedError(
-                    f"{spec.names[0]} and {name} are one product here, but quantized in different ways"
-                )
-        return (first or dense)(spec)
+        methods = [scheme.method_of(name) or dense for name in spec.names]
+        return methods[0](spec) if len(set(methods)) == 1 else PartsLinear(spec, methods)
 
     return make
 

@@ -47,11 +47,11 @@ class Checkpoint(Protocol):
         """Yield what `tensors` does as tensors of the meta device: names, shapes and dtypes, and nothing is read."""
 
 
-def open_checkpoint(model: str, *, load_format: str, revision: str | None) -> Checkpoint:
+def open_checkpoint(model: str, *, load_format: str, revision: str | None, is_packed: bool = False) -> Checkpoint:
     """Open a folder, a .gguf file, a Hugging Face Hub name, or "demo".
 
     load_format: "auto" takes safetensors where there are some, else GGUF; "safetensors" and "gguf" insist; "dummy"
-    needs the config only. revision: of a Hub name.
+    needs the config only. revision: of a Hub name. is_packed: matrices of a GGUF file come in the bits they have there.
     Raises ValueError or NotImplementedError that names the file at fault, ConnectionError if a download fails.
     """
     # The Hub's GGUF files are alternatives of which a user wants one: they are not fetched, only refused below.
@@ -59,18 +59,20 @@ def open_checkpoint(model: str, *, load_format: str, revision: str | None) -> Ch
     if path.is_file():
         if load_format == "safetensors":
             raise ValueError(f"load_format='safetensors', but {path} is a GGUF file: use load_format='auto'")
-        return _open_gguf(path)
+        return _open_gguf(path, is_packed)
     has_safetensors = any(path.glob("*.safetensors"))
     if load_format == "gguf" or (load_format != "safetensors" and not has_safetensors and any(path.glob("*.gguf"))):
-        return _open_gguf(only_gguf_file(path))
+        return _open_gguf(only_gguf_file(path), is_packed)
+    if is_packed:
+        raise ValueError(f"quantization='gguf' is for GGUF files, and safetensors are read from {path}: leave it out")
     return SafetensorsCheckpoint(path, [] if load_format == "dummy" else _weight_files(path))
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Path, is_packed: bool) -> Checkpoint:
     # A leaf: only GGUF files need the gguf package.
     from nanovllm.weights.gguf import GGUFCheckpoint
 
-    return GGUFCheckpoint(path)
+    return GGUFCheckpoint(path, is_packed)
 
 
 class SafetensorsCheckpoint:

@@ -32,6 +32,7 @@ from nanovllm.model_files.gguf_tokens import end_of_generation_ids
 from nanovllm.weights.checkpoint import NOWHERE, Places
 from nanovllm.weights.gguf_architectures import ROPE_FACTORS, ROPE_FREQS, read_architecture
 from nanovllm.weights.gguf_blocks import PLAIN_DTYPES, dequantize
+from nanovllm.weights.gguf_packed import PACKED_KINDS, PackedKind, unpack_codes
 from nanovllm.weights.prediction_heads import warn_of_prediction_heads
 
 _NAMES = {
@@ -49,9 +50,10 @@ class GGUFCheckpoint:
     """Checkpoint of a .gguf file. Raises ValueError or NotImplementedError that names what is not understood.
 
     config: as Hugging Face's config.json; generation_config: EOS, BOS and padding ids from the metadata.
+    is_packed: matrices of the kinds that `gguf_packed.py` knows come as codes, scales and lows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_packed: bool = False) -> None:
         self.path = path
         self._file = GGUFFile(path)
         self._architecture, config = read_architecture(self._file)
@@ -60,6 +62,9 @@ class GGUFCheckpoint:
         self._parameters = list(_parameters(self._file, config))
         dtype = _dtype(info.quantization for info in self._parameters if _is_matrix(info))
         self.config: dict[str, Any] = {**config, "dtype": dtype, **self.generation_config}
+        self._packed = self._packed_matrices() if is_packed else {}
+        if is_packed:
+            self.config["quantization_config"] = {"quant_method": "gguf", "matrices": self._packed}
 
     def tensors(self, dtype: torch.dtype, places: Places = NOWHERE) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, CPU tensor), one at a time; quantized tensors come in `dtype`.
@@ -77,11 +82,17 @@ class GGUFCheckpoint:
         """As `tensors`, on the meta device."""
         for info in self._parameters:
             name, dtype = self._hf_name(info.name), PLAIN_DTYPES.get(info.quantization, torch.float32)
-            if "{}" not in name:
+            layer = name.removesuffix(".weight")
+            if layer in self._packed:
+                row_bytes = info.num_bytes // info.shape[0]
+                rows = torch.empty((info.shape[0], row_bytes), dtype=torch.uint8, device="meta")
+                for suffix, part in unpack_codes(rows, info.quantization).items():
+                    yield f"{layer}.{suffix}", part
+            elif "{}" not in name:
                 yield name, self._in_shape(info, torch.empty(info.shape, dtype=dtype, device="meta"))
-                continue
-            for expert in range(self._num_experts(info)):
-                yield name.format(expert), torch.empty(info.shape[1:], dtype=dtype, device="meta")
+            else:
+                for expert in range(self._num_experts(info)):
+                    yield name.format(expert), torch.empty(info.shape[1:], dtype=dtype, device="meta")
         yield from ((name, torch.empty(1, device="meta")) for name in self._numbers)
 
     def _read_numbers(self, num_layers: int) -> Iterator[tuple[str, float]]:
@@ -104,7 +115,10 @@ class GGUFCheckpoint:
             }.get(layer_tensor[2])
             if num_heads is not None:
                 rows = _undo_row_permutation(rows.reshape(info.shape[0], -1), num_heads)
-        if "{}" in name:
+        if (layer := name.removesuffix(".weight")) in self._packed:
+            for suffix, part in unpack_codes(torch.from_numpy(rows), info.quantization).items():
+                yield f"{layer}.{suffix}", part
+        elif "{}" in name:
             expert_info = replace(info, shape=info.shape[1:])
             for expert, expert_rows in enumerate(np.split(rows, self._num_experts(info))):
                 expert_name = name.format(expert)
@@ -118,6 +132,16 @@ class GGUFCheckpoint:
         layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
         is_row = layer_tensor is not None and layer_tensor[2] in self._architecture.rows
         return tensor.reshape(1, -1) if is_row else tensor
+
+    def _packed_matrices(self) -> dict[str, PackedKind]:
+        """By the layer's name, those that stay as they are."""
+        return {
+            name.removesuffix(".weight"): PACKED_KINDS[info.quantization]
+            for info in self._parameters
+            if info.quantization in PACKED_KINDS
+            and len(info.shape) == 2
+            and "{}" not in (name := self._hf_name(info.name))
+        }
 
     def _num_experts(self, info: TensorInfo) -> int:
         if len(info.shape) != 3:

@@ -97,20 +97,20 @@ def _unpack_with_gguf(info: TensorInfo, blocks: Tensor, numbers: Tensor) -> None
 
 def _unpack_q4_0(blocks: Tensor, numbers: Tensor) -> None:
     """d | 16 bytes, low nibbles before high ones, which stand for -8 to 7."""
-    scales, nibbles = _halves(blocks[:, :2]), _nibbles(blocks[:, 2:], 16)
+    scales, nibbles = halves(blocks[:, :2]), unpack_nibbles(blocks[:, 2:], 16)
     for part, values in _chunks(numbers):
         values.copy_(nibbles[part]).sub_(8).mul_(scales[part])
 
 
 def _unpack_q4_1(blocks: Tensor, numbers: Tensor) -> None:
     """d, the least number | 16 bytes, low nibbles before high ones."""
-    headers, nibbles = _halves(blocks[:, :4]), _nibbles(blocks[:, 4:], 16)
+    headers, nibbles = halves(blocks[:, :4]), unpack_nibbles(blocks[:, 4:], 16)
     for part, values in _chunks(numbers):
         values.copy_(nibbles[part]).mul_(headers[part, :1]).add_(headers[part, 1:])
 
 
 def _unpack_q8_0(blocks: Tensor, numbers: Tensor) -> None:
-    scales = _halves(blocks[:, :2])
+    scales = halves(blocks[:, :2])
     for part, values in _chunks(numbers):
         values.copy_(blocks[part, 2:].view(torch.int8)).mul_(scales[part])
 
@@ -120,8 +120,8 @@ def _unpack_q8_0(blocks: Tensor, numbers: Tensor) -> None:
 
 def _unpack_q4_k(blocks: Tensor, numbers: Tensor) -> None:
     """d dmin | 12 bytes: 8 scales and 8 minima of 6 bits | 4 x 32 bytes, low nibbles before high ones."""
-    scales, minima = _scales_and_minima(blocks)
-    nibbles = _nibbles(blocks[:, 16:], 32)
+    scales, minima = scales_and_minima(blocks)
+    nibbles = unpack_nibbles(blocks[:, 16:], 32)
     for part, values in _chunks(numbers):
         values.copy_(nibbles[part])
         values.view(-1, 8, 32).mul_(scales[part]).sub_(minima[part])
@@ -129,9 +129,8 @@ def _unpack_q4_k(blocks: Tensor, numbers: Tensor) -> None:
 
 def _unpack_q5_k(blocks: Tensor, numbers: Tensor) -> None:
     """As Q4_K; before the nibbles 32 bytes, whose bit j is the fifth bit of part j."""
-    scales, minima = _scales_and_minima(blocks)
-    nibbles, fifth = _nibbles(blocks[:, 48:], 32), _words(blocks[:, 16:48])[:, None]
-    bits = torch.cat([((fifth >> j) & _LOW_BITS) << 4 for j in range(8)], dim=1).view(torch.uint8).view(-1, 256)
+    scales, minima = scales_and_minima(blocks)
+    nibbles, bits = unpack_nibbles(blocks[:, 48:], 32), fifth_bits_of_q5_k(blocks)
     for part, values in _chunks(numbers):
         values.copy_(nibbles[part] | bits[part])
         values.view(-1, 8, 32).mul_(scales[part]).sub_(minima[part])
@@ -139,23 +138,34 @@ def _unpack_q5_k(blocks: Tensor, numbers: Tensor) -> None:
 
 def _unpack_q6_k(blocks: Tensor, numbers: Tensor) -> None:
     """2 x 64 bytes with the low nibbles | 2 x 32 bytes with pairs of high bits | 16 scales of 8 bits | d."""
-    scales = (blocks[:, 192:208].view(torch.int8).float() * _halves(blocks[:, 208:]))[:, :, None]
-    nibbles, high = _nibbles(blocks[:, :128], 64), _words(blocks[:, 128:192]).view(-1, 2, 8)
-    # The pairs of part 0 move up by four bits, those of parts 1 to 3 by two, not at all, and down by two.
-    moved = [part & _PAIRS_UP for part in (high << 4, high << 2, high, high >> 2)]
-    pairs = torch.cat(moved, dim=2).view(torch.uint8).view(-1, 256)
+    scales = (blocks[:, 192:208].view(torch.int8).float() * halves(blocks[:, 208:]))[:, :, None]
+    nibbles, pairs = unpack_nibbles(blocks[:, :128], 64), high_pairs_of_q6_k(blocks)
     for part, values in _chunks(numbers):
         values.copy_(nibbles[part] | pairs[part]).sub_(32)
         values.view(-1, 16, 16).mul_(scales[part])
 
 
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def fifth_bits_of_q5_k(blocks: Tensor) -> Tensor:
+    """uint8 [n, 256], in the order of the nibbles and where they go."""
+    fifth = _words(blocks[:, 16:48])[:, None]
+    return torch.cat([((fifth >> j) & _LOW_BITS) << 4 for j in range(8)], dim=1).view(torch.uint8).view(-1, 256)
+
+
+def high_pairs_of_q6_k(blocks: Tensor) -> Tensor:
+    """uint8 [n, 256], in the order of the nibbles and where they go."""
+    high = _words(blocks[:, 128:192]).view(-1, 2, 8)
+    # The pairs of part 0 move up by four bits, those of parts 1 to 3 by two, not at all, and down by two.
+    moved = [part & _PAIRS_UP for part in (high << 4, high << 2, high, high >> 2)]
+    return torch.cat(moved, dim=2).view(torch.uint8).view(-1, 256)
+
+
+def scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of the 8 parts of a Q4_K or Q5_K block, float32 [n, 8, 1] each.
 
     Parts 0 to 3 have their 6 bits in one byte, scales first; of parts 4 to 7 the last four bytes hold the low nibbles,
     and the upper two bits of the others the high ones.
     """
-    headers = _halves(blocks[:, :4])
+    headers = halves(blocks[:, :4])
     first, second, third = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat((first & 0x3F, (third & 0x0F) | ((first >> 6) << 4)), dim=1)
     minima = torch.cat((second & 0x3F, (third >> 4) | ((second >> 6) << 4)), dim=1)
@@ -165,7 +175,7 @@ def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
 # --- parts of blocks ---------------------------------------------------------------
 
 
-def _halves(column: Tensor) -> Tensor:
+def halves(column: Tensor) -> Tensor:
     """float16 numbers of each block, as float32."""
     return column.contiguous().view(torch.float16).float()
 
@@ -175,7 +185,7 @@ def _words(column: Tensor) -> Tensor:
     return column.contiguous().view(torch.int32)
 
 
-def _nibbles(column: Tensor, size: int) -> Tensor:
+def unpack_nibbles(column: Tensor, size: int) -> Tensor:
     """The nibbles of each `size` bytes, first the low ones and then the high ones: uint8 [n, twice the bytes]."""
     packed = _words(column).view(len(column), -1, size // 4)
     halves = torch.cat((packed & _LOW_NIBBLES, (packed >> 4) & _LOW_NIBBLES), dim=2)

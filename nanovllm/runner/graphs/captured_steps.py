@@ -17,9 +17,6 @@ from nanovllm.runner.graphs.cuda_graphs import compile_kernels, padding
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.model_runner import ModelRunner
 
-# For some of the kernels, sizes between two of these are as the greater one (`skinny_linear.py`).
-KINDS_OF_DECODES = (1, 2, 8, 16, 32, 64)
-
 
 class CapturedSteps:
     def __init__(self, runner: ModelRunner, max_num_seqs: int) -> None:
@@ -86,36 +83,28 @@ def runs_before_capture(config: ResolvedConfig) -> bool:
 
 @torch.inference_mode()
 def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompts: bool) -> None:
-    """Compile, side by side, the kernels of all kinds of steps, be they captured or not. No request must be there yet.
-
-    A kind is a step for which kernels have a shape of their own.
-    """
+    """Compile, side by side, most kernels of large steps, be they captured or not. No request must be there yet."""
     if runs_before_capture(config):
         return
     from nanovllm.sampling.stages.edits_on_gpu import warm_up_edits
 
     steps = CapturedSteps(runner, config.max_num_seqs)
     decode_layout, prompt_layout = DecodeLayout(config.max_num_seqs), PromptLayout()
-    largest = decode_layout.sizes[-1]
-    kinds = [size for size in decode_layout.sizes if size in KINDS_OF_DECODES and size != largest]
-    decodes = [padding(decode_layout, size, runner.device) for size in (*kinds, largest)]
-    # Of the last size is a step with one long prompt; most such steps are too long to be captured.
-    prompt_sizes = [(16, 8), prompt_layout.largest, (prompt_layout.largest[0], 1)] if captures_prompts else []
-    prompts = [padding(prompt_layout, size, runner.device) for size in prompt_sizes]
+    decodes = padding(decode_layout, decode_layout.sizes[-1], runner.device)
+    prompts = padding(prompt_layout, prompt_layout.largest, runner.device)
     cascades = []
     if runner.cascade_items is not None:
         layout, sizes = CascadeLayout(decode_layout, runner.cascade_items), decode_layout.sizes
         few = max(size for size in sizes if size <= 16)  # for these, kernels have another shape
-        cascades = [padding(layout, size, runner.device) for size in sorted({few, largest})]
+        cascades = [padding(layout, size, runner.device) for size in sorted({few, sizes[-1]})]
 
     def run() -> None:
-        for inputs in decodes:
-            _, logits = steps.decode(inputs)
-        warm_up_edits(runner.sampler, logits, decodes[-1].rows)
-        for shared in cascades:
-            steps.decode_cascade(shared)
-        for prompt in prompts:
-            steps.prompts(prompt)
+        _, logits = steps.decode(decodes)
+        for inputs in cascades:
+            steps.decode_cascade(inputs)
+        warm_up_edits(runner.sampler, logits, decodes.rows)
+        if captures_prompts:
+            steps.prompts(prompts)
 
     with dependent_launch(config.dependent_launch):
         compile_kernels(run, runner.device)

@@ -7,9 +7,7 @@ logits, holds until the next graph of the same pool is queued: eager work queued
 the allocator gives nothing of a pool to tensors outside of captures as long as a graph uses that pool.
 """
 
-import logging
 from collections.abc import Callable
-from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +16,6 @@ from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SchedulerOutput
 
-_log = logging.getLogger("nanovllm.late")
 Size = TypeVar("Size", contravariant=True)  # hashable
 Inputs = TypeVar("Inputs", covariant=True)
 
@@ -116,9 +113,7 @@ class StepGraphs(Generic[Size, Inputs]):
     def run(self, size: Size, plan: SchedulerOutput) -> tuple[Tensor, Tensor]:
         """Queue one step. Returns its tokens and logits, padding's behind the others; see above for how long."""
         if size not in self._graphs:
-            began = perf_counter()
             self.capture(size)
-            _log.info("steps of %s: captured late, in %.2f s", size, perf_counter() - began)
         self._upload(size, plan)
         graph, tokens, logits = self._graphs[size]
         graph.replay()

@@ -47,10 +47,6 @@ class GraphRunner:
             self._cascade_graphs = StepGraphs(steps.decode_cascade, cascades, config.max_num_seqs, *how)
         with dependent_launch(self._dependent_launch):
             self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
-        if runner.device.type == "cuda":
-            from nanovllm.kernels.triton.common.warmup import log_late_kernels
-
-            log_late_kernels()
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:

@@ -1,0 +1,55 @@
+"""quantization="gguf": the matrices of a GGUF file kept in the bits that they have there.
+
+Owns which layers these are and where their tensors go; what the blocks of a file mean is `weights/gguf_packed.py`'s.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanovllm.layers.linear_method import LinearSpec
+from nanovllm.layers.weight_specs import WeightSpec
+from nanovllm.quantization.quantized_linear import QuantizedLinear
+
+# Matrices that some files hold in one, by the name that each has here.
+_JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_JOINED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """bits: of a code, 4 or 8. group_size: inputs that share a scale. has_low: what code 0 stands for is no scale."""
+
+    bits: int
+    group_size: int
+    has_low: bool
+
+    def __call__(self, spec: LinearSpec) -> QuantizedLinear:
+        return GgufLinear(spec, self)
+
+
+class GgufScheme:
+    """fields["matrices"]: by the layer's name, the fields of `Gguf`; those that are not named are dense."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._methods = {name: Gguf(*packed) for name, packed in fields["matrices"].items()}
+
+    def method_of(self, name: str) -> Gguf | None:
+        module, _, last = name.rpartition(".")
+        return self._methods.get(name) or self._methods.get(f"{module}.{_JOINED.get(last, last)}")
+
+
+class GgufLinear(QuantizedLinear):
+    def __init__(self, spec: LinearSpec, form: Gguf) -> None:
+        super().__init__(spec, f"int{form.bits}", form.group_size, has_low=form.has_low, scale_dtype=torch.float16)
+        self.form = form
+
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
+        size, inputs, groups, halves = self.spec.sizes[part], self.spec.in_features, self.num_groups, (torch.float16,)
+        codes = (size, inputs * self.form.bits // 8)
+        yield self.weight_spec("weight_codes", part, codes, (self.codes.dtype,), self.fill_codes, has_rows=True)
+        yield self.weight_spec("weight_scale", part, (size, groups), halves, self.fill_scale, has_rows=True)
+        if self.form.has_low:
+            yield self.weight_spec("weight_low", part, (size, groups), halves, self.fill_low, has_rows=True)
