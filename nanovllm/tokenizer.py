@@ -93,12 +93,10 @@ class Tokenizer:
 
     def decode_whole(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """As the package that the tokenizer comes from decodes it. For schemes that are no fixed ones."""
-        if self._backend is None:
-            text: str = self.hf.decode(
-                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-            return text
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if self._backend is not None:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self.hf.decode(token_ids, **options))
 
     def to_json(self) -> str:
         """All of it as text in the format of the tokenizers package. Raises ValueError if it is not one of those."""
@@ -129,3 +127,10 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
+
+
+def load_tokenizer(model: str, *, revision: str | None) -> Tokenizer:
+    """Of a folder, a file or a name, whose reader this class does not know: see `model_files/tokenizer_files.py`."""
+    from nanovllm.model_files import tokenizer_files
+
+    return tokenizer_files.load_tokenizer(model, revision=revision)

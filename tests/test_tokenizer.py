@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nanovllm.tokenizer
 from nanovllm.detokenizer import DetokenizerStream
 from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.tokenizer import Tokenizer
@@ -27,6 +28,13 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = write_gguf(tmp_path_factory.mktemp("s") / "s.gguf", "llama", sentencepiece_keys(), {})
     return load_tokenizer(str(path), revision=None)
+
+
+def test_a_tokenizer_is_loaded_by_the_module_that_has_its_class(tmp_path: Path) -> None:
+    """Who has a Tokenizer in hand looks for its maker there, too."""
+    path = str(write_gguf(tmp_path / "b.gguf", "llama", byte_level_keys(), {}))
+    there, here = (load(path, revision=None) for load in (load_tokenizer, nanovllm.tokenizer.load_tokenizer))
+    assert here.encode("hello world") == there.encode("hello world")
 
 
 def _stream(tokenizer: Tokenizer, token_ids: list[int], skip_special_tokens: bool) -> list[str]:

@@ -91,11 +91,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = GatedLinear(
-            hidden, (inner, inner), config.mlp_bias, dtype, tp, ops, activation=config.activation
-        )
-        self.down_proj = RowParallelLinear(inner, hidden, config.mlp_bias, dtype, tp, ops)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = GatedLinear(hidden, (inner, inner), bias, dtype, tp, ops, activation=config.activation)
+        self.down_proj = RowParallelLinear(inner, hidden, bias, dtype, tp, ops)
 
     def forward(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         gated, residual = self.gate_up_proj.after_norm(norm, x, residual)
