@@ -1,10 +1,10 @@
-"""StepGraphs: a step captured once per size, and replayed as one launch, whatever requests are in it.
+"""StepGraphs: a step captured as a CUDA graph once per size, and replayed as one launch, whatever requests are in it.
 
-Owns capturing, replaying and the way in; which steps there are, and how a plan is laid out for them, is
-`layouts.py`'s. Invariant: a graph reads only device memory that outlives it (weights, KV cache, batch
-state, its static inputs), so one capture serves every later step of its size. What a graph leaves, its tokens and
-logits, holds until the next graph of the same pool is queued: eager work queued in between may read and change it, for
-the allocator gives nothing of a pool to tensors outside of captures as long as a graph uses that pool.
+Owns capture, replay and the upload of a graph's inputs; which steps there are, and how a plan is laid out for them, is
+`layouts.py`'s. Invariant: a graph reads only device memory that outlives it (weights, KV cache, batch state, its static
+inputs), so one capture serves every later step of its size. A graph's outputs, tokens and logits, stay valid until the
+next graph of the same pool is queued. Eager work queued in between may read and change them: the allocator gives no
+memory of a pool to tensors outside of captures as long as a graph uses that pool.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class Memory:
 
 
 class GraphPool:
-    """Memory that graphs share. It would go with its last graph, so a graph of next to nothing stays in it."""
+    """A memory pool that graphs share. PyTorch frees a pool with its last graph, so one small graph keeps it alive."""
 
     def __init__(self, device: torch.device) -> None:
         self.handle = torch.cuda.graph_pool_handle()

@@ -21,7 +21,7 @@ from nanovllm.runner.cascade_items import CascadeItems
 
 
 class DecodeInputs(NamedTuple):
-    """What a decode step is told, each [size] int32."""
+    """Inputs of a decode step, each [size] int32."""
 
     rows: Tensor  # -1: padding
     token_ids: Tensor  # -1: the row's last sampled token
@@ -61,7 +61,7 @@ class DecodeLayout:
 
 
 class CascadeLayout:
-    """size: a batch size, as of decodes that share nothing. Behind what those are told lie the items."""
+    """Decodes that share prefixes: the inputs of a decode step, then the items. size: a batch size."""
 
     def __init__(self, decodes: DecodeLayout, items: CascadeItems) -> None:
         self._decodes = decodes
@@ -81,7 +81,7 @@ class CascadeLayout:
 
 
 class PromptInputs(NamedTuple):
-    """What a step with prompts is told, int32. The last request is padding, and owns the tokens that fill a size up."""
+    """Inputs of a step with prompts, int32. The last request is padding, and owns the tokens that fill a size up."""
 
     rows: Tensor  # [num_reqs], -1: padding
     query_start_loc: Tensor  # [num_reqs + 1]
