@@ -35,6 +35,7 @@ _NO_VARIABLES = (
     "tokenizer_kwargs",
     "truncation",
 )
+OWN_OPTIONS = ("name", "max_seconds", "max_bytes")  # of `render_chat`, for those who call it and not for their clients
 
 
 def render_chat(

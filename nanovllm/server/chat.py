@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
-from nanovllm.server.conversation import Conversation, Prepared
+from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
 from nanovllm.server.events import stream_events, unless_gone
 from nanovllm.server.reply import Call, Piece, Reader, Reply, read_whole
 from nanovllm.server.sampling import take_sampling_params
@@ -70,7 +70,7 @@ def _take_logprobs(body: Body) -> int | None:
 
 def _take_conversation(body: Body) -> Conversation:
     messages: list[Any] = body.require("messages", list)
-    options: dict[str, Any] = dict(body.take("chat_template_kwargs", dict, {}))
+    options = take_template_variables(body)
     for field, kind in (("add_generation_prompt", bool), ("continue_final_message", bool), ("chat_template", str)):
         value = body.take(field, kind)
         if value is not None:

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nanovllm.chat_template import OWN_OPTIONS
 from nanovllm.engine.prompt_text import PromptText
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.body import BadRequest, checking
+from nanovllm.server.body import BadRequest, Body, checking
 from nanovllm.server.growing_calls import GrowingCalls
 from nanovllm.server.reply import Piece, PlainReader, Reader, TemplateReader
 from nanovllm.server.response_templates import find_response_template
@@ -80,6 +81,15 @@ class Conversation:
         if params.structured_outputs is not None and TemplateReader(response_template, text, [], True).begins_inside:
             return Prepared(prompt, params, lambda is_stream: PlainReader())
         return Prepared(prompt, replace(params, skip_special_tokens=False), new_reader)
+
+
+def take_template_variables(body: Body) -> dict[str, Any]:
+    """What a request tells the chat template beside its messages."""
+    variables: dict[str, Any] = dict(body.take("chat_template_kwargs", dict, {}))
+    for name in OWN_OPTIONS:
+        if name in variables:
+            raise BadRequest(f"chat_template_kwargs.{name} is no variable of a chat template", "chat_template_kwargs")
+    return variables
 
 
 async def stream_pieces(

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, read_body
-from nanovllm.server.conversation import Conversation, Prepared, stream_pieces
+from nanovllm.server.conversation import Conversation, Prepared, stream_pieces, take_template_variables
 from nanovllm.server.errors import Fault, error_response
 from nanovllm.server.events import stream_events, unless_gone
 from nanovllm.server.reply import Piece, merged, read_pieces
@@ -89,7 +89,7 @@ def _take_conversation(body: Body) -> Conversation:
     laid_out = [{"role": "system", "content": text} for text in [_take_system(body)] if text]
     for i, item in enumerate(given):
         laid_out += _read_message(body.of(item, f"messages[{i}]"))
-    options: dict[str, Any] = dict(body.take("chat_template_kwargs", dict, {}))
+    options = take_template_variables(body)
     thinking = body.inner("thinking")
     if thinking is not None:
         kind = thinking.choose("type", ("enabled", "disabled", "adaptive"), "enabled")

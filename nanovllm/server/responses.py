@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from nanovllm.outputs import RequestOutput
 from nanovllm.server.body import Body, read_body
-from nanovllm.server.conversation import Conversation, Prepared, stream_pieces
+from nanovllm.server.conversation import Conversation, Prepared, stream_pieces, take_template_variables
 from nanovllm.server.events import stream_events, unless_gone
 from nanovllm.server.reply import Piece, read_pieces
 from nanovllm.server.response_items import ItemStream, take_function_tools, take_input
@@ -61,7 +61,7 @@ async def responses(request: Request) -> Response:
 
 
 def _take_options(body: Body) -> dict[str, Any]:
-    options: dict[str, Any] = dict(body.take("chat_template_kwargs", dict, {}))
+    options = take_template_variables(body)
     reasoning = body.inner("reasoning")
     if reasoning is not None:
         effort = reasoning.take("effort", str)

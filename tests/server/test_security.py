@@ -1,5 +1,6 @@
 """What a client may not do: get in without the key, hold what it has no right to, speak in another's name."""
 
+import inspect
 import logging
 import socket
 import time
@@ -10,6 +11,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from nanovllm.chat_template import render_chat
 from nanovllm.cli.main import main
 from nanovllm.server import http
 from nanovllm.server.app import make_app
@@ -91,6 +93,18 @@ def test_templates_of_requests_are_run_for_those_who_trust_them(server: Running)
         finally:
             server.served.trust_request_chat_template = False
         assert answer.json()["usage"]["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_request_does_not_move_the_bounds_of_templates(server: Running, path: str) -> None:
+    known = {"hf", "messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template", "variables"}
+    ours = inspect.signature(render_chat).parameters.keys() - known
+    assert {"max_seconds", "max_bytes"} <= ours
+    for name in ours:
+        body = {"messages": HI, "input": "Hi", "max_tokens": 1, "chat_template_kwargs": {name: 10**9}}
+        del body["input" if "responses" not in path else "messages"]
+        answer = httpx.post(server.url + path, json=body)
+        assert answer.status_code == 400 and name in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
