@@ -189,7 +189,8 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.hidden[None])
+        # That of mixtures has all that others have.
+        return transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self.hidden[None])
 
 
 @torch.inference_mode()

@@ -105,6 +105,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM": {},
     "Olmo2ForCausalLM": {},
     "GraniteForCausalLM": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["attention"] * 3, "residual_multiplier": 0.4},
+    "Cohere2ForCausalLM": {"sliding_window": 20},
+    "Qwen3MoeForCausalLM": {},
 }
 
 
@@ -119,7 +122,7 @@ def test_check_model_agrees_or_names_the_first_layer_that_differs(
     assert f"{num_prompts} of {num_prompts} prompts agree" in capsys.readouterr().out
     theirs = load_hugging_face(folder)
     with torch.no_grad():
-        theirs.model.layers[1].mlp.down_proj.weight[0] += 0.5
+        theirs.model.layers[1].self_attn.o_proj.weight[0] += 0.5
     monkeypatch.setattr("nanovllm.cli.check_model._load_hugging_face", lambda name, revision: theirs)
     assert main(["check-model", str(folder)]) == 1
     shown = capsys.readouterr().out
