@@ -11,10 +11,14 @@ Owns the order and the loading into it. Invariant: queries, keys and the weights
 scores do not depend on it.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from nanovllm.config import RopeConfig
+from nanovllm.layers.linear import LinearBase
+from nanovllm.layers.linear_method import Gate, LinearMethod, Norm
 from nanovllm.layers.weight_specs import WeightSpec
 
 
@@ -30,15 +34,59 @@ def halves_order(head_dim: int, rope: RopeConfig | None, is_neox_style: bool) ->
 
 
 def reordered_spec(named: tuple[str, WeightSpec], order: Tensor | None) -> tuple[str, WeightSpec]:
-    """The spec of a layer that keeps the rows of each head in another order: `order` [head_dim], on the CPU."""
+    """The spec of a tensor whose rows are those of heads, for a layer that keeps them in `order`."""
     if order is None:
         return named
     name, spec = named
-    if not spec.has_rows:
-        raise NotImplementedError(f"{name}: heads whose rows are put in another order cannot be quantized in this form")
 
     def fill(tensor: Tensor) -> None:
         heads = tensor[:].unflatten(0, (-1, order.shape[0]))
         spec.fill(heads[:, order.to(heads.device)].flatten(0, 1))
 
     return name, spec._replace(fill=fill, place=None)
+
+
+def reordered_specs(
+    layer: LinearBase, named: Sequence[tuple[str, WeightSpec]], order: Tensor | None
+) -> Sequence[tuple[str, WeightSpec]]:
+    """The specs `named` of a layer of queries, keys and values (not reordered), so that its outputs come in `order`.
+
+    Codes of quantized weights may lie in words of several rows, or share scales with them: then the rows stay where
+    they are, and what they give is put in order after each product.
+    """
+    if order is None or isinstance(layer.method, ReorderedOutputs):
+        return named
+    sizes, values = dict(zip(layer.spec.names, layer.spec.sizes, strict=True)), layer.spec.names[2]
+    by_layer = [(name.rpartition(".")[0], spec) for name, spec in named]
+    if all(spec.outputs == 0 and spec.shape[0] == sizes[of] for of, spec in by_layer):
+        pairs = zip(named, by_layer, strict=True)
+        return [part if of == values else reordered_spec(part, order) for part, (of, _) in pairs]
+    layer.method = ReorderedOutputs(layer.method, order)
+    return named
+
+
+class ReorderedOutputs(LinearMethod):
+    """Another method, whose outputs for queries and keys are put in order, head by head."""
+
+    def __init__(self, method: LinearMethod, order: Tensor) -> None:
+        super().__init__(method.spec)
+        self.method = method
+        queries, keys, values = map(len, method.spec.parts)
+        by_head = torch.arange(queries + keys, device="cpu").view(-1, order.shape[0])[:, order]
+        rest = torch.arange(queries + keys, queries + keys + values, device="cpu")
+        self.columns = torch.cat((by_head.flatten(), rest)).to(torch.get_default_device())
+
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
+        return self.method.weights(part)
+
+    def finish(self) -> None:
+        self.method.finish()
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.method.multiply(x, bias)[:, self.columns]
+
+    def multiply_after_norm(
+        self, norm: Norm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Gate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        product, total = self.method.multiply_after_norm(norm, x, residual, bias, gate)
+        return product[:, self.columns], total

@@ -17,7 +17,8 @@ class WeightSpec(NamedTuple):
     """shape: of the whole tensor in the checkpoint. fill: copies this rank's part, converting dtype and device.
 
     instead_of: names of specs that this one fills together, for checkpoints that hold one tensor in their place.
-    dtypes: that the tensor may have. has_rows: its first dimension is the layer's outputs, as that of a dense matrix.
+    dtypes: that the tensor may have. outputs: which of its dimensions is the layer's outputs, as the first one of a
+    dense matrix; None where they share it.
     place: the parameter itself where it is the tensor, number by number: they may be written there instead of `fill`.
     """
 
@@ -25,7 +26,7 @@ class WeightSpec(NamedTuple):
     fill: Callable[[Tensor], object]
     instead_of: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    has_rows: bool = True
+    outputs: int | None = 0
     place: Tensor | None = None
 
 
@@ -38,16 +39,26 @@ def parameter_spec(name: str, parameter: Tensor) -> tuple[str, WeightSpec]:
 
 
 def with_joined(name: str, parts: Sequence[tuple[str, WeightSpec]]) -> WeightSpecs:
-    """`parts`, and the specs of checkpoints that hold them one below the other in `name`.weight and `name`.bias."""
+    """`parts`, and the specs of checkpoints that hold them as one layer `name`, with their outputs side by side."""
     yield from parts
-    for suffix in dict.fromkeys(part_name.rpartition(".")[2] for part_name, spec in parts if spec.has_rows):
-        names, specs = zip(*((n, spec) for n, spec in parts if n.endswith(suffix)), strict=True)
+    layers, suffixes = zip(*(part_name.rpartition(".")[::2] for part_name, _ in parts), strict=True)
+    for suffix in dict.fromkeys(suffixes):
+        names, specs = zip(*(part for part, of in zip(parts, suffixes, strict=True) if of == suffix), strict=True)
+        if len(names) < len(set(layers)):
+            continue  # some of them are kept in another form
+        outputs, shape = specs[0].outputs, list(specs[0].shape)
+        if outputs is not None:
+            shape[outputs] = sum(spec.shape[outputs] for spec in specs)
 
-        def fill(tensor: Tensor, specs: Sequence[WeightSpec] = specs) -> None:
+        def fill(tensor: Tensor, specs: Sequence[WeightSpec] = specs, outputs: int | None = outputs) -> None:
             first = 0
             for spec in specs:
-                spec.fill(tensor[first : first + spec.shape[0]])
-                first += spec.shape[0]
+                if outputs is None:
+                    spec.fill(tensor)
+                else:
+                    last = first + spec.shape[outputs]
+                    spec.fill(tensor[(slice(None),) * outputs + (slice(first, last),)])
+                    first = last
 
-        shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])
-        yield f"{name}.{suffix}", WeightSpec(shape, fill, instead_of=names, dtypes=specs[0].dtypes)
+        replaced = tuple(other for n, spec in zip(names, specs, strict=True) for other in spec.instead_of or (n,))
+        yield f"{name}.{suffix}", WeightSpec(tuple(shape), fill, replaced, specs[0].dtypes, outputs)

@@ -22,7 +22,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import Embedding, LMHead
-from nanovllm.layers.head_order import halves_order, reordered_spec
+from nanovllm.layers.head_order import halves_order, reordered_spec, reordered_specs
 from nanovllm.layers.linear import GatedLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
@@ -77,9 +77,8 @@ class SelfAttention(nn.Module):
         return self.o_proj(self.attention(qkv, cos_sin, ctx, *self.head_norms)), residual
 
     def weights(self, name: str) -> WeightSpecs:
-        parts = self.qkv_proj.weights(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
-        ordered = [part if ".v_proj." in part[0] else reordered_spec(part, self.order) for part in parts]
-        yield from with_joined(f"{name}.qkv_proj", ordered)
+        parts = list(self.qkv_proj.weights(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"))
+        yield from with_joined(f"{name}.qkv_proj", reordered_specs(self.qkv_proj, parts, self.order))
         yield from self.o_proj.weights(f"{name}.o_proj")
         for norm, norm_name in zip((self.q_norm, self.k_norm), self.norm_names, strict=True):
             if norm is not None:

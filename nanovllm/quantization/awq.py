@@ -52,9 +52,11 @@ class AwqLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups = self.spec.sizes[part], self.spec.in_features, self.num_groups
         words = (torch.int32,)
-        yield self.weight_spec("qweight", part, (inputs, size // 8), words, self._fill_words)
-        yield self.weight_spec("qzeros", part, (groups, size // 8), words, self._fill_zeros)
-        yield self.weight_spec("scales", part, (groups, size), _HALVES, lambda part, t: self.fill_scale(part, t.t()))
+        yield self.weight_spec("qweight", part, (inputs, size // 8), words, self._fill_words, outputs=1)
+        yield self.weight_spec("qzeros", part, (groups, size // 8), words, self._fill_zeros, outputs=1)
+        yield self.weight_spec(
+            "scales", part, (groups, size), _HALVES, lambda part, t: self.fill_scale(part, t.t()), outputs=1
+        )
 
     def _fill_words(self, part: int, words: Tensor) -> None:
         self.fill_codes(part, pack_int4(_unpack(words)))

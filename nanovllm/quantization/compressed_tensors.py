@@ -139,9 +139,10 @@ class CompressedLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs = self.spec.sizes[part], self.spec.in_features
         codes = FP8 if self.kind == "fp8" else (torch.int8,)
-        yield self.weight_spec("weight", part, (size, inputs), codes, self.fill_codes, has_rows=True)
-        by_row = self.form.strategy in ("channel", "group")
-        yield self.weight_spec("weight_scale", part, self._scale_shape(size), SCALES, self._fill_scale, has_rows=by_row)
+        yield self.weight_spec("weight", part, (size, inputs), codes, self.fill_codes, outputs=0)
+        block_size = self.form.block_size[0] if self.form.block_size is not None else 1
+        outputs = None if self.form.strategy == "tensor" or size % block_size else 0
+        yield self.weight_spec("weight_scale", part, self._scale_shape(size), SCALES, self._fill_scale, outputs=outputs)
         if self.input_scale is not None:
             yield self.weight_spec("input_scale", part, (1,), SCALES, self.fill_input_scale)
 
@@ -168,24 +169,24 @@ class PackedCompressedLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups = self.spec.sizes[part], self.spec.in_features, self.num_groups
         words, per_word = (torch.int32,), 32 // self.bits
-        yield self.weight_spec(
-            "weight_packed", part, (size, inputs // per_word), words, self._fill_words, has_rows=True
-        )
+        yield self.weight_spec("weight_packed", part, (size, inputs // per_word), words, self._fill_words, outputs=0)
         if self.form.strategy == "tensor":
             yield self.weight_spec(
                 "weight_scale", part, (1,), SCALES, lambda part, t: self.fill_scale(part, t.view(1, 1))
             )
         else:
-            yield self.weight_spec("weight_scale", part, (size, groups), SCALES, self.fill_scale, has_rows=True)
+            yield self.weight_spec("weight_scale", part, (size, groups), SCALES, self.fill_scale, outputs=0)
         yield self.weight_spec("weight_shape", part, (2,), (torch.int64, torch.int32), self._check_shape)
         if self.zero is not None:
-            yield self.weight_spec("weight_zero_point", part, (-(-size // per_word), groups), words, self._fill_zeros)
+            shape, outputs = (-(-size // per_word), groups), None if size % per_word else 0
+            yield self.weight_spec("weight_zero_point", part, shape, words, self._fill_zeros, outputs=outputs)
         if self.form.has_order:
             yield self.weight_spec("weight_g_idx", part, (inputs,), (torch.int32, torch.int64), self.fill_groups)
 
     def _check_shape(self, part: int, shape: Tensor) -> None:
         expected = [self.spec.sizes[part], self.spec.in_features]
-        if not shape.is_meta and shape.tolist() != expected:
+        joined = [sum(self.spec.sizes), self.spec.in_features]
+        if not shape.is_meta and shape.tolist() not in (expected, joined):
             name = f"{self.spec.names[part]}.weight_shape"
             raise ValueError(f"{name!r} says {shape.tolist()} in the checkpoint; the config says {expected}")
 

@@ -61,12 +61,13 @@ class Fp8Linear(QuantizedLinear):
 
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs = self.spec.sizes[part], self.spec.in_features
-        yield self.weight_spec("weight", part, (size, inputs), FP8, self.fill_codes, has_rows=True)
+        yield self.weight_spec("weight", part, (size, inputs), FP8, self.fill_codes, outputs=0)
         if self.block_size is None:
             yield from self._scale_specs(self.scale_name, "weight_scale_inv", part, self._fill_scale)
         else:
             blocks = (-(-size // self.block_size[0]), self.num_groups)
-            yield self.weight_spec(self.scale_name, part, blocks, SCALES, self._fill_scale)
+            outputs = None if size % self.block_size[0] else 0  # a block of two matrices could not be told apart
+            yield self.weight_spec(self.scale_name, part, blocks, SCALES, self._fill_scale, outputs=outputs)
         if self.input_scale is not None:
             yield from self._scale_specs("input_scale", "activation_scale", part, self.fill_input_scale)
 

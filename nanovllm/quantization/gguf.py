@@ -49,7 +49,7 @@ class GgufLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups, halves = self.spec.sizes[part], self.spec.in_features, self.num_groups, (torch.float16,)
         codes = (size, inputs * self.form.bits // 8)
-        yield self.weight_spec("weight_codes", part, codes, (self.codes.dtype,), self.fill_codes, has_rows=True)
-        yield self.weight_spec("weight_scale", part, (size, groups), halves, self.fill_scale, has_rows=True)
+        yield self.weight_spec("weight_codes", part, codes, (self.codes.dtype,), self.fill_codes, outputs=0)
+        yield self.weight_spec("weight_scale", part, (size, groups), halves, self.fill_scale, outputs=0)
         if self.form.has_low:
-            yield self.weight_spec("weight_low", part, (size, groups), halves, self.fill_low, has_rows=True)
+            yield self.weight_spec("weight_low", part, (size, groups), halves, self.fill_low, outputs=0)

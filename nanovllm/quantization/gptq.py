@@ -69,9 +69,11 @@ class GptqLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups = self.spec.sizes[part], self.spec.in_features, self.num_groups
         words, per_word = (torch.int32,), 32 // self.form.bits
-        yield self.weight_spec("qweight", part, (inputs // per_word, size), words, self._fill_words)
-        yield self.weight_spec("qzeros", part, (groups, size // per_word), words, self._fill_zeros)
-        yield self.weight_spec("scales", part, (groups, size), _FLOATS, lambda part, t: self.fill_scale(part, t.t()))
+        yield self.weight_spec("qweight", part, (inputs // per_word, size), words, self._fill_words, outputs=1)
+        yield self.weight_spec("qzeros", part, (groups, size // per_word), words, self._fill_zeros, outputs=1)
+        yield self.weight_spec(
+            "scales", part, (groups, size), _FLOATS, lambda part, t: self.fill_scale(part, t.t()), outputs=1
+        )
         yield self.weight_spec("g_idx", part, (inputs,), words, self._fill_groups)
 
     def _fill_words(self, part: int, words: Tensor) -> None:

@@ -48,7 +48,7 @@ class Online:
 class OnlineLinear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         shape = (self.spec.sizes[part], self.spec.in_features)
-        yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, has_rows=True)
+        yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, outputs=0)
 
     def _quantize(self, part: int, dense: Tensor) -> None:
         rows, columns = self.spec.parts[part], self.spec.inputs

@@ -115,11 +115,11 @@ class QuantizedLinear(LinearMethod):
         shape: tuple[int, ...],
         dtypes: tuple[torch.dtype, ...],
         fill: Callable[[int, Tensor], object],
-        has_rows: bool = False,
+        outputs: int | None = None,
     ) -> tuple[str, WeightSpec]:
         """(name, spec) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer."""
         device = self.codes.device
-        return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, has_rows=has_rows)
+        return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, outputs=outputs)
 
     def fill_codes(self, part: int, codes: Tensor) -> None:
         """codes: of the whole matrix, in the form that is kept; of "int4", two inputs in a byte."""

@@ -128,6 +128,30 @@ def test_through_the_engine(tmp_path: Path, name: str) -> None:
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3)
 
 
+ROTATED: dict[str, dict[str, Any]] = {
+    "GlmForCausalLM": {"head_dim": 16, "partial_rotary_factor": 0.5},
+    "Phi3ForCausalLM": {
+        "hidden_size": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ROTATED)
+@pytest.mark.parametrize(
+    "name",
+    ["AWQ", "GPTQ, other order", "int4, groups, zero points", "fp8, blocks", "fp8, a scale a matrix, dynamic inputs"],
+)
+def test_matrices_in_one_tensor_and_heads_in_another_order(tmp_path: Path, architecture: str, name: str) -> None:
+    """Gate and up, or all, are joined in the checkpoint; a part of each head is rotated, of one in neighbours."""
+    needs(name)
+    form = FORMATS[name]
+    quantized, plain = save_quantized(tmp_path, form, architecture=architecture, **ROTATED[architecture])
+    for ours, theirs in zip(logprobs(quantized), logprobs(plain), strict=True):
+        tolerance = 0.3 if form.rounds_inputs else 1e-3
+        torch.testing.assert_close(torch.tensor(ours[:-1]), torch.tensor(theirs[:-1]), rtol=0, atol=tolerance)
+
+
 def edit(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     fields = json.loads(file.read_text())
