@@ -199,7 +199,7 @@ def test_what_the_page_says_can_be_typed(url: str, block: str, capsys: pytest.Ca
     package = re.findall(r"from (\w+)", block)[0]
     pytest.importorskip(package)
     exec(block.replace("http://127.0.0.1:8000", url), {})
-    assert len(capsys.readouterr().out) > 10
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_example_with_langchain(
