@@ -8,7 +8,7 @@ calls an event loop at most once a step; who is slow finds several steps' tokens
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
@@ -23,6 +23,7 @@ from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
+_QUICK_SIZE = 4000  # characters or token ids
 _NUM_TOKENIZING_THREADS = 4  # tokenizers leave the interpreter's lock, and a long text takes a second
 
 
@@ -73,6 +74,8 @@ class AsyncLLM:
         params = sampling_params if sampling_params is not None else self.llm.get_default_sampling_params()
         make_handle = partial(self.llm._make_handle, prompt, params, request_id, self._inbox)
         self._session.check_open()
+        if _is_quick(prompt, params):
+            return make_handle()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make_handle)
 
     async def outputs(self, handle: Handle) -> AsyncGenerator[RequestOutput, None]:
@@ -123,6 +126,14 @@ class AsyncLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _is_quick(prompt: Prompt, params: SamplingParams) -> bool:
+    """Whether checking takes less time than the way to another thread and back does where the interpreter is busy."""
+    if params.structured_outputs is not None:
+        return False
+    sizes = prompt.values() if isinstance(prompt, Mapping) else (prompt,)
+    return all(len(one) <= _QUICK_SIZE for one in sizes if isinstance(one, (str, list)))
 
 
 class _Stream:

@@ -269,7 +269,7 @@ class DataParallelEngine:
             for replica in self._replicas:
                 if any(child is replica.child for child, _ in messages):
                     replica.waited_for_since = now
-            self._news.extend(value for _, (number, value) in messages if number == 0)
+            self._news.extend([News._make(one) for one in value] for _, (number, value) in messages if number == 0)
         return [(number, value) for _, (number, value) in messages if number != 0]
 
     def _apply(self, news: News) -> Request:

@@ -20,6 +20,8 @@ from nanovllm.server.response_templates import find_response_template
 from nanovllm.server.served import Served
 from nanovllm.server.tools import Tools
 
+_QUICK_SIZE = 4000  # characters
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -39,14 +41,17 @@ class Conversation:
     tools: Tools | None = None
 
     async def prepare(self, served: Served, params: SamplingParams) -> Prepared:
-        """Rendering and tokenizing take a while: in a thread."""
+        """Rendering and tokenizing take a while: in a thread, unless the way there takes longer."""
         if self.options.get("chat_template") is not None and not served.trust_request_chat_template:
             raise BadRequest(
                 "chat_template is a program, and this server runs none that comes with a request; start it with "
                 "--trust-request-chat-template for that",
                 param="chat_template",
             )
-        prepared: Prepared = await served.in_thread(self._prepare, served.tokenizer, served.max_model_len, params)
+        arguments = served.tokenizer, served.max_model_len, params
+        if self.tools is None and len(str(self.messages)) <= _QUICK_SIZE:
+            return self._prepare(*arguments)
+        prepared: Prepared = await served.in_thread(self._prepare, *arguments)
         return prepared
 
     def _prepare(self, tokenizer: Any, max_model_len: int, params: SamplingParams) -> Prepared:
