@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import FrameType

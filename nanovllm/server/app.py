@@ -33,6 +33,7 @@ from nanovllm.server.embeddings import embeddings
 from nanovllm.server.errors import Fault, error_response, fault_of
 from nanovllm.server.messages import count_tokens, messages
 from nanovllm.server.openapi import describe
+from nanovllm.server.page import page
 from nanovllm.server.responses import responses
 from nanovllm.server.restart import keep_alive
 from nanovllm.server.served import Served
@@ -40,7 +41,7 @@ from nanovllm.server.tokens import generate
 
 _log = logging.getLogger("nanovllm.server")
 _Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
-_OPEN_PATHS = ("/health", "/ping", "/version")  # what a load balancer asks has no key
+_OPEN_PATHS = ("/", "/health", "/ping", "/version")  # what a load balancer or a browser asks first has no key
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,100}")  # of bytes, so ASCII: none can forge or colour a line of the log
 
 
@@ -226,6 +227,7 @@ async def _metrics(request: Request) -> Response:
 
 
 _ROUTES: dict[str, tuple[Any, ...]] = {  # path: endpoint, methods
+    "/": (page, "GET"),
     "/v1/chat/completions": (chat_completions, "POST"),
     "/v1/completions": (completions, "POST"),
     "/v1/responses": (responses, "POST"),

@@ -65,4 +65,4 @@ def test_every_route_is_described(server: Running) -> None:
         assert answer.status_code == (405 if path in OPERATIONS else 200)
         assert path in GETS or answer.headers["allow"] == "POST"
     routes = make_app(server.served)._app.routes  # type: ignore[attr-defined]
-    assert {route.path.replace(":path", "") for route in routes} == {*OPERATIONS, *GETS, "/openapi.json"}
+    assert {route.path.replace(":path", "") for route in routes} == {*OPERATIONS, *GETS, "/openapi.json", "/"}
