@@ -143,7 +143,7 @@ examples:
 
 
 def _add_start(kinds: Commands) -> argparse.ArgumentParser:
-    return add_command(
+    start = add_command(
         kinds,
         "start",
         "where the time goes from the start of a process to its first token",
@@ -154,8 +154,13 @@ examples:
   nanovllm bench start
   nanovllm bench start --model Qwen/Qwen3-0.6B --repeat 3
   nanovllm bench start --model ./only-a-config --load-format dummy --skip-tokenizer-init
+  nanovllm bench start --model Qwen/Qwen3-0.6B --first-use
 """,
     )
+    start.add_argument(
+        "--first-use", action="store_true", help="instead, the first and the second time of each kind of step"
+    )
+    return start
 
 
 def _add_ablation(kinds: Commands) -> argparse.ArgumentParser:

@@ -1,4 +1,5 @@
-"""`nanovllm bench start`: where the time goes from the start of a process to its first token.
+"""`nanovllm bench start`: where the time goes from the start of a process to its first token, and with `--first-use`
+what each kind of step takes when it first comes.
 
 Owns the two situations: cold, with empty caches of compiled kernels, and warm, with what the cold start left there.
 Compiling has figures of its own beside the parts in which it happens (`start_probe.py` measures it), added up over
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import time
@@ -22,6 +23,7 @@ from typing import Any
 from nanovllm import __version__
 from nanovllm.cli.options import engine_options
 from nanovllm.model_files.demo_model import demo_cache_dir
+from nanovllm_bench.first_use import LIMIT_SECONDS
 from nanovllm_bench.report import print_record, print_table
 
 _PARTS = {
@@ -44,10 +46,13 @@ _PARTS = {
 
 def run(args: Namespace) -> int:
     options = engine_options(args)
+    more = ["first-use"] if args.first_use else []
     with tempfile.TemporaryDirectory(prefix="nanovllm-start-") as caches:
         environment = {**os.environ, **_empty_caches(Path(caches))}
-        cold = _start(args.model, options, environment)
-        warm = [_start(args.model, options, environment) for _ in range(args.repeats)]
+        cold = _start(args.model, options, environment, more)
+        warm = [_start(args.model, options, environment, more) for _ in range(1 if args.first_use else args.repeats)]
+    if args.first_use:
+        return _report_first_use(args, options, {"cold": cold, "warm": warm[0]})
     typical = {name: median(run[name] for run in warm) for name in _PARTS}
     slowest = {name: max(run[name] for run in warm) for name in _PARTS}
     rows = [
@@ -68,6 +73,23 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _report_first_use(args: Namespace, options: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> int:
+    rows, late = [], []
+    for cold, warm in zip(runs["cold"]["steps"], runs["warm"]["steps"], strict=True):
+        row = {"kind": cold["kind"], "kernels": len(cold["kernels"])}
+        for name, step in (("cold", cold), ("warm", warm)):
+            row |= {name: step["first_seconds"], f"{name} 2nd": step["second_seconds"]}
+            if step["first_seconds"] - step["second_seconds"] > LIMIT_SECONDS[name]:
+                late.append(f"{cold['kind']} ({name})")
+        rows.append(row)
+    columns = ("cold", "cold 2nd", "warm", "warm 2nd")
+    print_table(rows, {"kind of step": "kind", **{name: name for name in columns}, "kernels": "kernels"})
+    print(f"later than {LIMIT_SECONDS['cold']} s (cold) or {LIMIT_SECONDS['warm']} s: {', '.join(late) or 'nothing'}")
+    row = {"engine": "nanovllm", "version": __version__, "workload": "first_use", **runs, "late": late}
+    print_record(args, {"settings": options, "results": [row]})
+    return 0
+
+
 def _empty_caches(folder: Path) -> dict[str, str]:
     """Environment variables that move every cache of compiled code into `folder`, and leave models where they are."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -83,8 +105,10 @@ def _empty_caches(folder: Path) -> dict[str, str]:
     }
 
 
-def _start(model: str, options: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "nanovllm_bench.start_probe", str(time()), model, json.dumps(options)]
+def _start(
+    model: str, options: Mapping[str, Any], environment: Mapping[str, str], more: Sequence[str] = ()
+) -> dict[str, Any]:
+    command = [sys.executable, "-m", "nanovllm_bench.start_probe", str(time()), model, json.dumps(options), *more]
     result = subprocess.run(command, env=dict(environment), stdout=subprocess.PIPE, text=True)
     if result.returncode:
         raise RuntimeError(f"the start failed with status {result.returncode}; its own message is above")

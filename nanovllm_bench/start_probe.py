@@ -5,6 +5,7 @@ Owns the order: import, LLM(...), a first token, a second one; and the watch on 
 Invariant: nothing heavy is imported before the clock.
 
     python -m nanovllm_bench.start_probe SPAWNED_AT MODEL OPTIONS      time.time() of the parent; engine options as JSON
+    python -m nanovllm_bench.start_probe SPAWNED_AT MODEL OPTIONS first-use     all kinds of steps instead of two tokens
 """
 
 import json
@@ -20,11 +21,15 @@ def main() -> None:
     times = [spawned, time()]
     nanovllm = import_module("nanovllm")
     engine = nanovllm.LLM  # loads torch and all else that is needed
-    compiling = _watch_compilers(options.get("device", "auto"))
+    compiling, compiled = _watch_compilers(options.get("device", "auto"))
     times.append(time())
     llm = engine(model, **options)
     times.append(time())
     construct_compile = sum(compiling)
+    if sys.argv[4:] == ["first-use"]:
+        rows = import_module("nanovllm_bench.first_use").measure(llm, compiled)
+        print(json.dumps({"construct_seconds": times[3] - times[2], "steps": rows}))
+        return
     length = min(128, llm.config.max_model_len // 2)
     params = nanovllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     llm.generate([[1] * length], params, use_tqdm=False)
@@ -50,9 +55,13 @@ def main() -> None:
     print(json.dumps(record))
 
 
-def _watch_compilers(device: str) -> list[float]:
-    """Seconds of each compilation in this process from now on; the list grows. device: as in `EngineConfig`."""
+def _watch_compilers(device: str) -> tuple[list[float], list[str]]:
+    """Seconds and name of each compilation in this process from now on; the lists grow.
+
+    device: as in `EngineConfig`.
+    """
     seconds: list[float] = []
+    names: list[str] = []
     cpu_kernels: Any = import_module("nanovllm.kernels.cpu.cpu_kernels")
     build = cpu_kernels.build
 
@@ -60,13 +69,19 @@ def _watch_compilers(device: str) -> list[float]:
         start = time()
         build(*arguments)
         seconds.append(time() - start)
+        names.append("C++ kernels")
 
     cpu_kernels.build = timed_build
     # An engine on a CPU never imports Triton.
     if device != "cpu" and import_module("torch").cuda.is_available() and find_spec("triton"):
         knobs: Any = import_module("triton.knobs")
-        knobs.compilation.listener = lambda *, times, **_: seconds.append(times.total / 1e6)
-    return seconds
+
+        def note(*, src: Any, times: Any, **_: Any) -> None:
+            seconds.append(times.total / 1e6)
+            names.append(src.name)
+
+        knobs.compilation.listener = note
+    return seconds, names
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 
 from nanovllm.cli.main import main
 from nanovllm.kernels.cpu import cpu_kernels
-from nanovllm_bench import start_probe
+from nanovllm.llm import LLM
+from nanovllm_bench import first_use, start_probe
 from tests.tiny_models import save_random, save_tokenizer
 
 
@@ -56,7 +57,7 @@ def test_both_compilers_are_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cpu_kernels, "build", lambda *arguments: time.sleep(0.01))
-    seconds = start_probe._watch_compilers("auto")
+    seconds, names = start_probe._watch_compilers("auto")
     cpu_kernels.build("c++", tmp_path / "library.so")
     assert len(seconds) == 1 and seconds[0] >= 0.01
 
@@ -73,6 +74,7 @@ def test_both_compilers_are_watched(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         elapsed = time.perf_counter() - start
     assert len(seconds) == 3
     assert min(seconds[1:]) > 0 and sum(seconds[1:]) < elapsed
+    assert names == ["C++ kernels", "kernel", "kernel"]
 
 
 def test_an_engine_on_a_cpu_watches_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +84,24 @@ def test_an_engine_on_a_cpu_watches_no_triton(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cpu_kernels, "build", cpu_kernels.build)  # put back behind the test
     start_probe._watch_compilers("cpu")
     assert triton.knobs.compilation.listener is None
+
+
+def test_kinds_of_steps_are_those_that_fit() -> None:
+    few, many = list(first_use.kinds(200, 8)), list(first_use.kinds(40000, 256))
+    assert all(len(kind.lens) <= 8 and max(kind.lens) + kind.max_tokens <= 200 for kind in few)
+    assert len(few) < len(many) == len({kind.name for kind in many})
+
+
+def test_each_kind_of_step_is_timed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = first_use.Kind("two", [5, 3], 2, {"logprobs": 1})
+    monkeypatch.setattr(first_use, "kinds", lambda *sizes: [kind])
+    names = ["before"]
+    with LLM(str(save_random(tmp_path)), device="cpu", skip_tokenizer_init=True, kv_cache_memory_bytes=10**7) as llm:
+        generate = llm.generate
+        monkeypatch.setattr(llm, "generate", lambda *args, **more: (names.append("k"), generate(*args, **more)))
+        (row,) = first_use.measure(llm, names)
+        assert llm.get_metrics()["num_tokens_sampled"] == 2 * 2 * 2
+    assert row["kind"] == "two" and row["kernels"] == ["k"] and min(row["first_seconds"], row["second_seconds"]) > 0
 
 
 def test_a_start_that_fails_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.kernels.triton.common.launch import has_dependent_launch
 from nanovllm.runner.extras import PendingExtras
-from nanovllm.runner.graphs.captured_steps import warm_up_kernels
+from nanovllm.runner.graphs.captured_steps import KINDS_OF_DECODES, warm_up_behind, warm_up_kernels
 from nanovllm.runner.graphs.layouts import PromptLayout
 from nanovllm.runner.graphs.step_parts import split
 from nanovllm.runner.model_runner import ModelRunner
@@ -238,8 +238,15 @@ def test_each_engine_launches_as_it_was_told(folder: Path, monkeypatch: pytest.M
 def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
     folder: Path, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
 ) -> None:
-    """It runs here, as compiling is what a GPU does with it."""
+    """It runs here, as compiling is what a GPU does with it; but for kernels that only a GPU has."""
+    pytest.importorskip("triton")
+    from nanovllm.sampling.stages import edits_on_gpu
+
     fake_graphs(monkeypatch)
+    asked: list[str] = []
+    edit = lambda logits, members, *_: (asked.append("edit"), logits[members].float())[1]  # noqa: E731
+    monkeypatch.setattr(edits_on_gpu, "edit_logits_triton", edit)
+    monkeypatch.setattr(edits_on_gpu, "top_logprobs_triton", lambda *_, k: asked.append("logprobs"))
     runners: list[tuple[ModelRunner, Any]] = []
     init, sample = ModelRunner.__init__, Sampler.sample_captured
     sampled: list[torch.dtype] = []
@@ -254,7 +261,7 @@ def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
 
     monkeypatch.setattr(ModelRunner, "__init__", noted_init)
     monkeypatch.setattr(Sampler, "sample_captured", noted_sample)
-    monkeypatch.setattr("nanovllm.runner.graphs.captured_steps.compile_kernels", lambda step, device: step())
+    monkeypatch.setattr("nanovllm.runner.graphs.captured_steps.compile_kernels", lambda step, *_, **__: step())
     with make_llm(folder, dtype="bfloat16", enforce_eager=enforce_eager) as llm:
         ((runner, config),) = runners
         state, caches = runner.state, [cache.data for cache in runner.kv_caches]
@@ -262,6 +269,11 @@ def test_what_is_compiled_ahead_is_every_kind_of_step_and_for_nobody(
         told = [tensor.clone() for tensor in tensors]
         sampled.clear()
         warm_up_kernels(runner, config, captures_prompts=True)
-        assert sampled == [torch.bfloat16, torch.float32, torch.bfloat16]
+        assert sampled == [torch.bfloat16] + [torch.float32] * 2 + [torch.bfloat16]
+        assert asked == ["edit"] * 4 + ["logprobs"]
+        sampled.clear()
+        warm_up_behind(runner, config, captures_prompts=True)
+        kinds = [size for size in KINDS_OF_DECODES if size <= config.max_num_seqs]
+        assert sampled == [torch.bfloat16] * (len(kinds) + 4)
         assert all(map(torch.equal, tensors, told))
         assert len(llm.generate(PROMPTS[:2], PLAIN[0], use_tqdm=False)) == 2

@@ -17,6 +17,9 @@ from nanovllm.runner.graphs.cuda_graphs import compile_kernels, padding
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.model_runner import ModelRunner
 
+# For some of the kernels, sizes between two of these are as the greater one (`skinny_linear.py`).
+KINDS_OF_DECODES = (1, 2, 8, 16, 32, 64)
+
 
 class CapturedSteps:
     def __init__(self, runner: ModelRunner, max_num_seqs: int) -> None:
@@ -35,13 +38,15 @@ class CapturedSteps:
         """As `decode`, where some rows share prefixes."""
         return self.decode(*inputs)
 
-    def prompts(self, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
-        """A whole step with prompts, its new rows and blocks in place."""
+    def prompts(self, inputs: PromptInputs, num_decodes: int = 0) -> tuple[Tensor, Tensor]:
+        """A whole step with prompts, its new rows and blocks in place. num_decodes: requests that attention takes for
+        such; a captured step does not know how many it will have."""
         step = self._runner.prepare(
             inputs.rows, inputs.query_start_loc, inputs.token_ids, self._runner.state.max_blocks
         )
-        lens = [inputs.token_ids.shape[0]] + [0] * (inputs.rows.shape[0] - 1)  # their sum is all that counts
-        hidden = self._forward(inputs.rows, step, inputs.query_start_loc, lens, num_decodes=0, cascade=None)
+        num_tokens, num_others = inputs.token_ids.shape[0] - num_decodes, inputs.rows.shape[0] - num_decodes - 1
+        lens = [1] * num_decodes + [num_tokens] + [0] * num_others  # their sum is all that counts
+        hidden = self._forward(inputs.rows, step, inputs.query_start_loc, lens, num_decodes, cascade=None)
         hidden = gather_rows(hidden, inputs.sampled_from)
         return self._sample(hidden, inputs.sampled_rows, inputs.sampled_positions)
 
@@ -83,28 +88,54 @@ def runs_before_capture(config: ResolvedConfig) -> bool:
 
 @torch.inference_mode()
 def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompts: bool) -> None:
-    """Compile, side by side, most kernels of large steps, be they captured or not. No request must be there yet."""
+    """Compile, side by side, the kernels of large steps, be they captured or not. No request must be there yet."""
     if runs_before_capture(config):
         return
     from nanovllm.sampling.stages.edits_on_gpu import warm_up_edits
 
     steps = CapturedSteps(runner, config.max_num_seqs)
     decode_layout, prompt_layout = DecodeLayout(config.max_num_seqs), PromptLayout()
-    decodes = padding(decode_layout, decode_layout.sizes[-1], runner.device)
+    largest = decode_layout.sizes[-1]
+    decodes = padding(decode_layout, largest, runner.device)
     prompts = padding(prompt_layout, prompt_layout.largest, runner.device)
     cascades = []
     if runner.cascade_items is not None:
-        layout, sizes = CascadeLayout(decode_layout, runner.cascade_items), decode_layout.sizes
-        few = max(size for size in sizes if size <= 16)  # for these, kernels have another shape
-        cascades = [padding(layout, size, runner.device) for size in sorted({few, sizes[-1]})]
+        layout = CascadeLayout(decode_layout, runner.cascade_items)
+        few = max(size for size in decode_layout.sizes if size <= 16)  # for these, kernels have another shape
+        cascades = [padding(layout, size, runner.device) for size in sorted({few, largest})]
 
     def run() -> None:
         _, logits = steps.decode(decodes)
+        warm_up_edits(runner.sampler, logits, decodes.rows)
         for inputs in cascades:
             steps.decode_cascade(inputs)
-        warm_up_edits(runner.sampler, logits, decodes.rows)
         if captures_prompts:
             steps.prompts(prompts)
 
     with dependent_launch(config.dependent_launch):
         compile_kernels(run, runner.device)
+
+
+@torch.inference_mode()
+def warm_up_behind(runner: ModelRunner, config: ResolvedConfig, captures_prompts: bool) -> None:
+    """Note the kernels of all other kinds of steps, which are steps for which a kernel has a shape of its own, and
+    compile them while the engine is at work already."""
+    if runs_before_capture(config):
+        return
+    steps = CapturedSteps(runner, config.max_num_seqs)
+    decode_layout, prompt_layout = DecodeLayout(config.max_num_seqs), PromptLayout()
+    decodes = [padding(decode_layout, size, runner.device) for size in decode_layout.sizes if size in KINDS_OF_DECODES]
+    num_tokens, num_reqs = prompt_layout.largest
+    # One long prompt, few short ones, more than are captured, and prompts beside few decodes.
+    kinds = [((num_tokens, 1), 0), ((16, 8), 0), ((num_tokens, 4 * num_reqs), 0), ((num_tokens, num_reqs), 8)]
+    prompts = [(padding(prompt_layout, size, runner.device), num_decodes) for size, num_decodes in kinds]
+
+    def run() -> None:
+        for inputs in decodes:
+            steps.decode(inputs)
+        if captures_prompts:
+            for prompt, num_decodes in prompts:
+                steps.prompts(prompt, num_decodes)
+
+    with dependent_launch(config.dependent_launch):
+        compile_kernels(run, runner.device, is_behind=True)

@@ -7,7 +7,9 @@ next graph of the same pool is queued. Eager work queued in between may read and
 memory of a pool to tensors outside of captures as long as a graph uses that pool.
 """
 
+import logging
 from collections.abc import Callable
+from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SchedulerOutput
 
+_log = logging.getLogger("nanovllm.late")
 Size = TypeVar("Size", contravariant=True)  # hashable
 Inputs = TypeVar("Inputs", covariant=True)
 
@@ -69,13 +72,13 @@ def padding(layout: Layout[Size, Inputs], size: Size, device: torch.device) -> I
     return layout.inputs(torch.from_numpy(words).to(device), size)
 
 
-def compile_kernels(step: Callable[[], object], device: torch.device) -> None:
-    """Compile what a step that could be captured launches. Nothing of it runs."""
-    from nanovllm.kernels.triton.common.warmup import compile_together, missing_kernels
+def compile_kernels(step: Callable[[], object], device: torch.device, is_behind: bool = False) -> None:
+    """Compile what a step that could be captured launches. Nothing of it runs. is_behind: wait for nothing."""
+    from nanovllm.kernels.triton.common.warmup import compile_behind, compile_together, missing_kernels
 
     with missing_kernels() as missing, torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
         step()
-    compile_together(missing, device)
+    (compile_behind if is_behind else compile_together)(missing, device)
 
 
 class StepGraphs(Generic[Size, Inputs]):
@@ -113,7 +116,9 @@ class StepGraphs(Generic[Size, Inputs]):
     def run(self, size: Size, plan: SchedulerOutput) -> tuple[Tensor, Tensor]:
         """Queue one step. Returns its tokens and logits, padding's behind the others; see above for how long."""
         if size not in self._graphs:
+            began = perf_counter()
             self.capture(size)
+            _log.info("steps of %s: captured late, in %.2f s", size, perf_counter() - began)
         self._upload(size, plan)
         graph, tokens, logits = self._graphs[size]
         graph.replay()

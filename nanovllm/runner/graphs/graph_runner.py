@@ -14,7 +14,7 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.extras import NO_EXTRAS
-from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture
+from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture, warm_up_behind
 from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
 from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
@@ -47,6 +47,12 @@ class GraphRunner:
             self._cascade_graphs = StepGraphs(steps.decode_cascade, cascades, config.max_num_seqs, *how)
         with dependent_launch(self._dependent_launch):
             self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+        if runner.device.type == "cuda":
+            from nanovllm.kernels.triton.common.warmup import log_late_kernels
+
+            warm_up_behind(runner, config, self._captures_prompts)
+            torch.cuda.empty_cache()  # what the dry run took
+            log_late_kernels()
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:

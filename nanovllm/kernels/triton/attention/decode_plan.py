@@ -18,7 +18,7 @@ from nanovllm.kernels.cascade import CascadeInputs
 from nanovllm.kernels.triton.attention.cascade import CascadeResults, room_for_results
 from nanovllm.kernels.triton.attention.tiles import num_multiprocessors
 from nanovllm.kernels.triton.common.launch import launch
-from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+from nanovllm.kernels.triton.common.sizes import cdiv, coarse_size
 
 PLAN_PROGRAMS = 32  # ranges that one program of the planning kernel finds
 FEW_REQUESTS = 16
@@ -200,7 +200,7 @@ def plan_decode(
         seq_lens, None if cascade is None else cascade.shared_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, num_reqs, num_programs, block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=cache.block_size, WINDOW=window or 0, TILE=config.tile,
-        BLOCK_REQS=next_power_of_2(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
+        BLOCK_REQS=coarse_size(num_reqs), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
     )  # fmt: skip
     return plan
 

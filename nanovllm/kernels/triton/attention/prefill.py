@@ -30,7 +30,7 @@ from nanovllm.kernels.triton.attention.tiles import (
 )
 from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import launch
-from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+from nanovllm.kernels.triton.common.sizes import cdiv, coarse_size, next_power_of_2
 
 PLAN_PROGRAMS = 32  # tiles of queries that one program of the planning kernel puts in order
 LONG_PROMPT = 1024  # tokens to compute, in the mean of a step's prompts
@@ -78,7 +78,9 @@ def prefill_config(kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
     return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT)
 
 
-@triton.jit(do_not_specialize=["first_req", "num_reqs", "num_programs"])
+@triton.jit(
+    do_not_specialize=["first_req", "num_reqs", "num_programs"], do_not_specialize_on_alignment=["query_start_ptr"]
+)
 def _plan_prefill_kernel(
     query_start_ptr,
     seq_lens_ptr,
@@ -142,7 +144,7 @@ def plan_prefill(
     launch(
         _plan_prefill_kernel, (cdiv(num_programs, PLAN_PROGRAMS),), q.device,
         query_start_loc, seq_lens, order, first_req, num_reqs, num_programs, TOKENS=tokens,
-        BLOCK_REQS=next_power_of_2(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
+        BLOCK_REQS=coarse_size(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
     )  # fmt: skip
     return PrefillPlan(order, first_req, config)
 
@@ -151,7 +153,7 @@ def _rows_of_program(config: PrefillConfig, group: int) -> int:
     return max(config.rows, next_power_of_2(group))
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["query_start_ptr"])
 def _prefill_kernel(
     q_ptr,
     cache_ptr,

@@ -1,16 +1,20 @@
 """Kernel warmup: Triton kernels are compiled in parallel, after a dry run that notes which ones are missing.
 
-Owns both halves. A launch compiles its kernel, so kernels that are met one after the other are compiled one after the
-other, on one core, while the others idle. Invariant: a launch that was noted did nothing, so whatever was run around it
-is to be run again.
+Owns both halves, and a log of what a launch has to wait for once an engine is ready. A launch compiles its kernel, so
+kernels that are met one after the other are compiled one after the other, on one core, while the others idle.
+Invariant: a launch that was noted did nothing, so whatever was run around it is to be run again.
 """
 
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
+from threading import Thread
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,6 +25,9 @@ Missing = dict[tuple[str, str], Callable[[], Any]]  # by kernel and specializati
 
 _noted: ContextVar[Missing | None] = ContextVar("missing_kernels", default=None)  # of this thread
 _hook_before: Callable[..., bool | None] | None = None
+_log = logging.getLogger("nanovllm.late")
+_began: dict[Any, float] = {}  # by key of a kernel that is compiled now
+_is_behind: ContextVar[bool] = ContextVar("compiles_behind", default=False)  # of a thread of `compile_behind`
 
 
 @contextmanager
@@ -42,6 +49,7 @@ def _note(**launch: Any) -> bool | None:
     """What Triton asks before it compiles; True: leave it to me, and launch nothing."""
     missing = _noted.get()
     if missing is None:
+        _began[launch["key"]] = perf_counter()
         return None if _hook_before is None else _hook_before(**launch)
     kernel, specialization = launch["fn"], launch["compile"]["specialization_data"]
     missing[f"{kernel.module}.{kernel.name}", launch["key"]] = lambda: kernel.jit_function.preload(specialization)
@@ -57,6 +65,30 @@ def compile_together(missing: Missing, device: torch.device) -> None:
             list(threads.map(partial(_load, torch.cuda.current_device()), kernels))
 
 
+def compile_behind(missing: Missing, device: torch.device) -> None:
+    """The same in threads of their own, on half of the cores, which end with the list or with the process.
+
+    A launch that needs a kernel before its turn compiles it itself.
+    """
+    tasks = deque(missing.values())
+    index = torch.cuda.current_device() if device.type == "cuda" else None
+
+    def work() -> None:
+        _is_behind.set(True)
+        if index is not None:
+            torch.cuda.set_device(index)
+        while tasks:
+            try:
+                kernel = tasks.popleft()()
+                if index is not None:
+                    kernel.run  # noqa: B018 - a property that loads
+            except Exception as error:  # whoever launches it meets it again
+                _log.info("a kernel was not compiled ahead: %s", error)
+
+    for _ in range(min(len(tasks), max(1, len(os.sched_getaffinity(0)) // 2))):
+        Thread(target=work, name="nanovllm-compile", daemon=True).start()
+
+
 def _compile(missing: Missing, threads: ThreadPoolExecutor) -> list[Any]:
     with triton.AsyncCompileMode(threads):
         return [compile_kernel() for compile_kernel in missing.values()]
@@ -66,3 +98,15 @@ def _load(device_index: int, kernel: Any) -> None:
     """Triton has a C compiler build what launches a kernel, for each kind of parameters anew."""
     torch.cuda.set_device(device_index)  # a thread has one of its own
     kernel.result().run  # noqa: B018 - a property that loads
+
+
+def log_late_kernels() -> None:
+    """From now on, log each kernel that a launch of this process has to wait for, and for how long."""
+    if knobs.runtime.jit_post_compile_hook is None:
+        knobs.runtime.jit_post_compile_hook = _log_late
+
+
+def _log_late(**launch: Any) -> None:
+    began = _began.pop(launch["key"], None)
+    if began is not None and not launch["already_compiled"] and not _is_behind.get():
+        _log.info("kernel %s was compiled late, in %.2f s", launch["fn"].name, perf_counter() - began)

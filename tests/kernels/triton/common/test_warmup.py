@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from threading import Thread
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels.triton.common.warmup import compile_together, missing_kernels
+from nanovllm.kernels.triton.common.warmup import compile_behind, compile_together, log_late_kernels, missing_kernels
 from tests.kernels.test_triton_compiles import MODULES, NoDevice, bf16
 
 pytestmark = pytest.mark.slow
@@ -118,3 +119,38 @@ def test_an_error_of_the_compiler_is_raised(launches: list[str]) -> None:
     missing["another", ""] = fail
     with pytest.raises(RuntimeError, match="no such instruction"):
         compile_together(missing, torch.device("cpu"))
+
+
+def test_what_a_launch_waits_for_is_logged_once(
+    launches: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+    with missing_kernels():
+        MODULES["silu_and_mul"].silu_and_mul_triton(bf16(3, 256))
+    log_late_kernels()
+    with caplog.at_level("INFO", "nanovllm.late"):
+        step()
+        step()
+    assert launches == NAMES * 2
+    logged = [record.getMessage().split()[1] for record in caplog.records]
+    assert sorted(logged) == sorted(NAMES[:3]), "two kinds of one kernel, and another"
+
+
+def test_behind_the_engine_kernels_are_compiled_by_threads_that_end(
+    launches: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not compile keeps none of the others from it."""
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+    with missing_kernels() as missing:
+        _wrong_kernel[(1,)](bf16(4))
+        step()
+    log_late_kernels()
+    with caplog.at_level("INFO", "nanovllm.late"):
+        compile_behind(missing, torch.device("cpu"))
+        for thread in enumerate_threads():
+            if thread.name == "nanovllm-compile":
+                thread.join()
+    assert ["was not compiled ahead" in record.getMessage() for record in caplog.records] == [True]
+    with missing_kernels() as missing:
+        step()
+    assert not missing and launches == NAMES
