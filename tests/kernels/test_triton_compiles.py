@@ -44,6 +44,7 @@ from triton.runtime.jit import JITFunction
 pytestmark = pytest.mark.slow
 
 FOR_HOPPER = (".fence_tile_loads", ".row_of_tile")  # functions
+HOPPER_ONLY = ".prefill_hopper."  # a module
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # by compute capability: the bytes that a program may ask for
 PREFIX = f"{twins.__name__}."
 MODULES = {
@@ -88,7 +89,17 @@ def attend(
     plans = ATTENTION.StepPlans()
     for _ in range(2):
         ATTENTION.paged_attention_triton(q, cache, meta, shape, plans)
-    MODULES["batch_invariant.attention"].batch_invariant_attention_triton(q[:3], cache, meta, shape)
+    MODULES["batch_invariant.attention"].batch_invariant_attention_triton(q, cache, meta, shape)
+
+
+def attend_on_hopper(num_heads: int, head_dim: int, block_size: int) -> None:
+    case = make_case(
+        [1, 1100, 1030], [90, 1100, 1500], num_heads=num_heads, head_dim=head_dim, block_size=block_size,
+        dtype=torch.bfloat16, layout="heads outside",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ATTENTION, "has_hopper_gluon", lambda device: driver.active.get_current_target().arch == 90)
+        ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.1))
 
 
 def decode_many(num_reqs: int) -> None:
@@ -249,6 +260,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 64),
     "attention of a long prompt": lambda: attend(None, None, 128, 64, 1100),
     "attention of a long prompt, window": lambda: attend(100, None, 128, 64, 1100),
+    "attention of long prompts on Hopper": lambda: attend_on_hopper(8, 128, 64),
+    "attention of long prompts on Hopper, small heads and blocks": lambda: attend_on_hopper(14, 64, 16),
     "attention, float32": lambda: attend(None, None, 128, 64, dtype=torch.float32),
     "attention of many decodes": lambda: decode_many(20),
     "attention of shared prefixes": lambda: decode_cascade(None, 128, 64),
@@ -413,7 +426,8 @@ def test_every_launch_compiles(compiled: Compiled) -> None:
 def test_every_kernel_is_launched(compiled: Compiled) -> None:
     """What is launched is named _kernel, and nothing that is so named is left out; other functions belong to those."""
     launched = {name for name, _, binary in compiled.launches if binary.asm["cubin"]}
-    assert launched == {name for name in FUNCTIONS if name.endswith("_kernel")}
+    known = {name for name in FUNCTIONS if name.endswith("_kernel")}
+    assert launched == {name for name in known if HOPPER_ONLY not in name or compiled.capability == 90}
 
 
 def test_every_line_is_compiled(compiled: Compiled) -> None:
@@ -421,7 +435,8 @@ def test_every_line_is_compiled(compiled: Compiled) -> None:
     missed = []
     for name, function in FUNCTIONS.items():
         body = function.parse().body[0]
-        for_hopper = ast.walk(body) if name.endswith(FOR_HOPPER) else statements_for_hopper(body)
+        is_for_hopper = name.endswith(FOR_HOPPER) or HOPPER_ONLY in name
+        for_hopper = ast.walk(body) if is_for_hopper else statements_for_hopper(body)
         spared = {id(node) for node in for_hopper} if compiled.capability < 90 else set()
         for node in ast.walk(body):
             branches = [node] if isinstance(node, ast.stmt) else []
@@ -452,4 +467,5 @@ def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> 
             )
             assert usage is not None
             stacks[kernel, call] = int(usage[1])
-    assert {place: size for place, size in stacks.items() if size} == {}
+    # Two numbers that one of Hopper's consumers needs before its loop and behind it are worth no other shape.
+    assert {place: size for place, size in stacks.items() if size > 8 * (HOPPER_ONLY in place[0])} == {}

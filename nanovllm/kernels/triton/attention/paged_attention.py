@@ -17,6 +17,7 @@ from nanovllm.kernels.triton.attention.decode import decode_attention
 from nanovllm.kernels.triton.attention.decode_plan import FEW_REQUESTS, DecodePlan, plan_decode
 from nanovllm.kernels.triton.attention.fused_decode import fused_decode
 from nanovllm.kernels.triton.attention.prefill import PrefillPlan, plan_prefill, prefill_attention
+from nanovllm.kernels.triton.common.device_limits import has_hopper_gluon
 
 
 @dataclass
@@ -25,7 +26,7 @@ class StepPlans:
     read it before they wait (`launch.py`, rule 4)."""
 
     decode: dict[int | None, DecodePlan] = field(default_factory=dict)  # by window
-    prefill: PrefillPlan | None = None
+    prefill: dict[bool, PrefillPlan] = field(default_factory=dict)  # by: is it for Hopper's own kernel?
 
 
 def paged_attention_triton(
@@ -42,10 +43,26 @@ def paged_attention_triton(
         plan, is_settled = _decode_plan(plans, meta, out, cache, shape.window)
         decode_attention(q, cache, out, meta, plan, shape, is_settled)
     if meta.num_reqs > meta.num_decodes:
-        if plans.prefill is None:
-            plans.prefill = plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, q, cache)
-        prefill_attention(q, cache, out, meta, plans.prefill, shape)
+        _attend_prompts(q, cache, out, meta, shape, plans)
     return out
+
+
+def _attend_prompts(
+    q: Tensor, cache: LayerCache, out: Tensor, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans
+) -> None:
+    attend, config, is_for_hopper = prefill_attention, None, False
+    if has_hopper_gluon(q.device):
+        from nanovllm.kernels.triton.attention import prefill_hopper
+
+        mean_query_len = (q.shape[0] - meta.num_decodes) // (meta.num_reqs - meta.num_decodes)
+        is_for_hopper = prefill_hopper.is_for_hopper(cache, shape, mean_query_len)
+        if is_for_hopper:
+            attend, config = prefill_hopper.prefill_attention_hopper, prefill_hopper.CONFIG
+    if is_for_hopper not in plans.prefill:
+        plans.prefill[is_for_hopper] = plan_prefill(
+            meta.query_start_loc, meta.seq_lens, meta.num_decodes, q, cache, config
+        )
+    attend(q, cache, out, meta, plans.prefill[is_for_hopper], shape)
 
 
 def _decode_plan(

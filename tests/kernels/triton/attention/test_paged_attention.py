@@ -49,7 +49,7 @@ def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) ->
     plans.decode[window] = decode.plan_decode(
         meta.seq_lens[: meta.num_decodes], meta.block_table, case.q, case.cache, window, decodes
     )
-    plans.prefill = prefill.plan_prefill(
+    plans.prefill[False] = prefill.plan_prefill(
         meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.cache, prefills
     )
     if not INTERPRETED:
