@@ -30,6 +30,7 @@ MODELS = {
     "Qwen3ForCausalLM": {"num_key_value_heads": 1, "hidden_size": 72},
     "MistralForCausalLM": {"sliding_window": 11, "intermediate_size": 100},
     "Qwen3MoeForCausalLM": {"moe_intermediate_size": 20, "norm_topk_prob": True},
+    "Qwen2MoeForCausalLM": {"num_experts": 5},
 }
 WAYS: list[dict[str, Any]] = [
     {},

@@ -49,7 +49,7 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
 
 
 def route_reference(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
-    scores = logits.float().sigmoid() if routing.scores == "sigmoid" else logits.softmax(dim=-1, dtype=torch.float32)
+    scores = sigmoid(logits) if routing.scores == "sigmoid" else logits.softmax(dim=-1, dtype=torch.float32)
     compared = scores if bias is None else scores + bias
     if routing.top_groups < routing.num_groups:
         compared = _in_best_groups(compared, routing)
@@ -58,6 +58,15 @@ def route_reference(logits: Tensor, bias: Tensor | None, routing: Routing) -> tu
     if routing.renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=routing.least_sum)
     return weights * routing.scale, expert_ids.int()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """float32. Each number has the bits that it has alone: on a CPU, PyTorch's own has another formula for the numbers
+    that are left over of its vectors, so a token's would depend on how many stand beside it.
+    """
+    if x.is_cuda:
+        return x.float().sigmoid()
+    return torch.stack((x, torch.zeros_like(x)), dim=-1).softmax(dim=-1, dtype=torch.float32)[..., 0]
 
 
 def _in_best_groups(compared: Tensor, routing: Routing) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.routing import sigmoid
 from nanovllm.layers.linear import GatedLinear, Linear, LinearBase, RowParallelLinear
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpecs, with_joined
@@ -54,7 +55,7 @@ class SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [num_tokens, hidden_size], normed -> the same shape."""
         result: Tensor = self.down_proj(self.gate_up_proj(x))
-        return result if self.gate is None else result * self.gate(x).sigmoid()
+        return result if self.gate is None else result * sigmoid(self.gate(x)).to(result.dtype)
 
     def weights(self, layer: str) -> WeightSpecs:
         """layer: what stands before the names of its tensors."""

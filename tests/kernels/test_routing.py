@@ -57,6 +57,16 @@ def test_each_token_is_routed_by_its_own_logits(name: str, dtype: torch.dtype) -
         torch.testing.assert_close(weight, torch.tensor(list(want.values())))
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_token_has_the_bits_that_it_has_alone(name: str) -> None:
+    _, bias, routing = rule_inputs(name, 1)
+    logits = torch.randn(50, RULES[name][0])
+    together = route(logits, bias, routing)
+    for token in range(50):
+        for whole, alone in zip(together, route(logits[token : token + 1], bias, routing), strict=True):
+            assert torch.equal(whole[token], alone[0])
+
+
 def test_scores_that_vanish_divide_by_the_least_sum() -> None:
     logits = torch.tensor([[-200.0, -200.0, -201.0]])
     routing = Routing(2, scores="sigmoid", has_bias=True, least_sum=1e-20)
