@@ -35,6 +35,7 @@ ARCHITECTURES = [
     ("Phi3ForCausalLM", {"hidden_size": 64}),
     ("Qwen3MoeForCausalLM", {"head_dim": 16, "num_experts": 4}),
     ("GraniteForCausalLM", {}),
+    ("Glm4MoeForCausalLM", {"n_group": 2}),
 ]
 ODD_VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 0.5, 1.5, -0.5, 1e-300, 1e308, 10**30, 2**31, 2**40, 2**63, 10**400),
@@ -100,6 +101,8 @@ def break_bytes(content: bytes, rng: random.Random, end: int) -> bytes:
     """One to four changes in the first `end` bytes: bits, bytes, numbers, pieces left out or doubled, or cut off."""
     broken = bytearray(content)
     for _ in range(rng.randint(1, 4)):
+        if not broken:
+            break
         place = rng.randrange(max(1, min(end, len(broken) - 8)))
         kind = rng.randrange(6)
         if kind == 0:
