@@ -136,6 +136,7 @@ _ARCHITECTURE_OF_HF = {
     "Glm4MoeForCausalLM": "glm4moe",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "HunYuanMoEV1ForCausalLM": "hunyuan-moe",
     "GraniteMoeForCausalLM": "granitemoe",
     "GraniteMoeSharedForCausalLM": "granitemoe",
     "SmolLM3ForCausalLM": "smollm3",
@@ -233,6 +234,12 @@ def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_expert_weights_norm(hf["norm_topk_prob"])
         writer.add_expert_group_count(hf["n_group"])
         writer.add_expert_group_used_count(hf["topk_group"])
+    if hf["model_type"] == "hunyuan_v1_moe":
+        writer.add_expert_count(hf["num_experts"])
+        writer.add_expert_used_count(hf["moe_topk"])
+        writer.add_expert_shared_count(1)
+        writer.add_expert_feed_forward_length(hf["intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(hf["intermediate_size"])
     if hf["model_type"] == "ernie4_5_moe":
         writer.add_expert_count(hf["moe_num_experts"])
         writer.add_expert_used_count(hf["moe_k"])

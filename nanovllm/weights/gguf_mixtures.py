@@ -31,6 +31,10 @@ _NAMES = _expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj")
 _QWEN2_NAMES = {**_NAMES, **_shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _DEEPSEEK_NAMES = {**_NAMES, **_shared_names("mlp.shared_experts"), "exp_probs_b": "mlp.gate.e_score_correction_bias"}
 _ERNIE_NAMES = {**_DEEPSEEK_NAMES, "exp_probs_b": "mlp.moe_statics.e_score_correction_bias"}
+_HUNYUAN_NAMES = {
+    **{**_NAMES, **_shared_names("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg"},
+    **{"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+}
 _GRANITE_NAMES = {
     **_expert_names("block_sparse_moe", "router.layer", "gate_proj", "up_proj", "down_proj"),
     **_shared_names("shared_mlp", "output_linear"),
@@ -117,6 +121,14 @@ def _ernie(metadata: GGUFMetadata, common: Fields) -> Fields:
     }
 
 
+def _hunyuan_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """All experts are as wide as the shared one, as transformers has them; alpha is in the base of the rotation."""
+    for key in ("expert_feed_forward_length", "expert_shared_feed_forward_length"):
+        metadata.expect(key, common["intermediate_size"])
+    metadata.expect("expert_shared_count", 1)
+    return {"num_experts": metadata.integer("expert_count"), "moe_topk": metadata.integer("expert_used_count")}
+
+
 def _granite_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {**granite_fields(metadata, common), **_experts(metadata, common)}
 
@@ -152,6 +164,9 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
         names=_ERNIE_NAMES,
         fields=_ernie,
         rows=("exp_probs_b",),
+    ),
+    "hunyuan-moe": GGUFArchitecture(
+        hf_class="HunYuanMoEV1ForCausalLM", model_type="hunyuan_v1_moe", names=_HUNYUAN_NAMES, fields=_hunyuan_moe
     ),
     "granitemoe": GGUFArchitecture(
         hf_class="GraniteMoeForCausalLM",

@@ -101,6 +101,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4moe-qk-norm": ("Glm4MoeForCausalLM", {"use_qk_norm": True, "head_dim": 24, "num_mtp_layers": 0}),
     "dots1": ("Dots1ForCausalLM", {"first_k_dense_replace": 1, "n_shared_experts": 2, "sliding_window": None}),
     "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", {"num_hidden_layers": 3, "intermediate_size": 96}),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {"head_dim": 16}),
     "granitemoe": ("GraniteMoeForCausalLM", {"attention_multiplier": 0.2, "logits_scaling": 5.0}),
     "granitemoe-shared": ("GraniteMoeSharedForCausalLM", {"attention_multiplier": 0.2, "residual_multiplier": 0.5}),
     "smollm3": ("SmolLM3ForCausalLM", {"num_hidden_layers": 4, "rope_theta": 2000000.0}),
