@@ -142,7 +142,8 @@ class LLM(SteppedLLM, VLLMSurface):
         config = self.config
         return (
             f"LLM({config.model!r}, device={config.device!r}, dtype={config.dtype!r}, "
-            f"max_model_len={config.max_model_len}, num_kv_cache_tokens={self.num_kv_cache_tokens})"
+            f"quantization={config.quantization!r}, max_model_len={config.max_model_len}, "
+            f"num_kv_cache_tokens={self.num_kv_cache_tokens})"
         )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import argparse
 
 from nanovllm.cli.options import add_engine_options
 from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command
+from nanovllm.config import QUANTIZATIONS
 
 
 def add_bench(commands: Commands) -> None:
@@ -40,6 +41,9 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     serve = _add_serve(kinds)
     _add_record_options(serve)
     add_engine_options(serve, exclude=["skip_tokenizer_init", "tokenizer", "engine_process"])
+    quality = _add_quality(kinds)
+    _add_model_and_output(quality)
+    add_engine_options(quality, exclude=["skip_tokenizer_init", "quantization", "engine_process"])
     _add_chart(kinds)
 
 
@@ -264,6 +268,34 @@ examples:
     return serve
 
 
+def _add_quality(kinds: Commands) -> argparse.ArgumentParser:
+    quality = add_command(
+        kinds,
+        "quality",
+        "what weights of fewer bits cost: perplexity, divergence and greedy agreement",
+        """\
+Every form reads the same text, and is compared with the model as its checkpoint has it.
+
+examples:
+  nanovllm bench quality
+  nanovllm bench quality --model Qwen/Qwen3-0.6B --forms fp8 int4 --text book.txt
+""",
+    )
+    quality.add_argument(
+        "--forms",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        metavar="FORM",
+        help=f"of {', '.join(QUANTIZATIONS)} (default: all)",
+    )
+    quality.add_argument("--text", metavar="FILE", help="the text that is read (default: one that comes with this)")
+    quality.add_argument(
+        "--window", type=int, default=256, metavar="N", help="tokens that are read at once (%(default)s)"
+    )
+    quality.add_argument("--windows", type=int, default=8, metavar="N", help="of the text, at most (%(default)s)")
+    return quality
+
+
 def _add_chart(kinds: Commands) -> None:
     chart = add_command(
         kinds,
@@ -312,7 +344,7 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
+    _add_model_and_output(parser)
     parser.add_argument(
         "--repeat",
         "--repeats",
@@ -322,4 +354,8 @@ def _add_record_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="measured runs, after one to warm up (default: 3)",
     )
+
+
+def _add_model_and_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", "-m", default="demo", help=f"{MODEL_HELP} (default: demo)")
     parser.add_argument("--output", "-o", metavar="FILE", help="also append the JSON line to this file")

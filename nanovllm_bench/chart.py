@@ -36,9 +36,7 @@ def run(args: Namespace) -> int:
     if args.compared_only:
         panels = {panel: bars for panel, bars in panels.items() if len(bars) > 1 and any(map(_is_ours, bars))}
     if not panels:
-        raise ValueError(
-            f"nothing to draw in {', '.join(args.files)}: no result of throughput, prefill, latency, start or parallel"
-        )
+        raise ValueError(f"nothing to draw in {', '.join(args.files)}: no result of a kind that has a chart")
     draw(panels, args.output)
     print(args.output)
     return 0
@@ -80,7 +78,11 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
         batch = re.fullmatch(r"decode_(\d+)|(\d+) x 128\+512", workload)  # two names of one workload
         name = f"batch {batch[1] or batch[2]}" if batch else workload
         yield f"decode, {name}, ms a step (less is better)", Bar(row["step_ms"], spread)
-    if kind == "serve":
+    elif kind == "quality":
+        yield "perplexity (less is better)", Bar(row["perplexity"], None)
+        yield "mean KL from plain, nats (less is better)", Bar(row["mean_kl"], None)
+        yield "greedy token as plain's, share", Bar(row["agreement"], None)
+    elif kind == "serve":
         yield f"{workload}, output tok/s", Bar(row["output_tokens_per_second"], spread)
         for name, text in (("first_token", "first token"), ("gap", "gap")):
             for share in ("p50", "p99"):

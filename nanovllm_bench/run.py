@@ -15,6 +15,7 @@ _KINDS = {
     "ablation": "nanovllm_bench.ablation",
     "parallel": "nanovllm_bench.parallel",
     "serve": "nanovllm_bench.serving",
+    "quality": "nanovllm_bench.quality",
     "chart": "nanovllm_bench.chart",
 }
 

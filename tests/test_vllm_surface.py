@@ -155,7 +155,7 @@ def test_the_engine_as_wrappers_read_it(llm: LLM, folder: Path) -> None:
     assert model_config.hf_text_config.vocab_size == model_config.get_vocab_size()
     assert llm.llm_engine.get_tokenizer() is llm.get_tokenizer()
     assert repr(llm).startswith(
-        f"LLM({str(folder)!r}, device='cpu', dtype='float32', max_model_len=200, num_kv_cache_tok"
+        f"LLM({str(folder)!r}, device='cpu', dtype='float32', quantization=None, max_model_len=200, num_kv_cac"
     )
 
 
