@@ -174,8 +174,11 @@ class Soak:
 
     async def called(self) -> int:
         tool = {"tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required"}
-        body = {"messages": HI, "max_tokens": 40, **tool}
-        return await self._status("/v1/chat/completions", json.dumps(body).encode(), (200, 400, 429))
+        body = {"messages": HI, "max_tokens": 40, **tool, "stream": self._random.random() < 0.5}
+        status, answer = await self._ask("/v1/chat/completions", json.dumps(body).encode())
+        assert status in (200, 400, 429), (status, answer[-500:])
+        assert status != 200 or not body["stream"] or b"data: [DONE]" in answer, answer[-500:]
+        return status
 
     async def looks(self) -> int:
         path = self._random.choice(("/metrics", "/health", "/v1/models", "/load", "/v1/nothing", "/v1/completions"))
@@ -311,6 +314,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_scripted(Path(folder), "abcdefgh", ends=False)
         edit_json(Path(folder) / "config.json", max_position_embeddings=2000)
+        template = Path(__file__).parents[2] / "examples/tools.jinja"
+        (Path(folder) / "chat_template.jinja").write_text(template.read_text())
         command = [sys.executable, "-m", "nanovllm.cli.main", "serve", folder, "--port", "0", "--device", "cpu"]
         options = ["--dtype", "float32", "--max-num-seqs", "8", "--num-gpu-blocks-override", "300"]
         limits = ["--max-unfinished", "16", "--log-level", "error"]
