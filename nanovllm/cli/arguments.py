@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_batch(commands)
     _add_serve(commands)
+    _add_top(commands)
     add_bench(commands)
     _add_check_model(commands)
     add_command(
@@ -220,6 +221,27 @@ examples:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
     )
     add_engine_options(parser, exclude=("model",))
+
+
+def _add_top(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "top",
+        "show what a server does now, line by line",
+        """\
+Reads /metrics of a server of `nanovllm serve`, or of any with vLLM's names. A first token's time is that of
+streams; "cached" is the share of prompt tokens that came from the prefix cache.
+
+examples:
+  nanovllm top
+  nanovllm top http://127.0.0.1:8000 --interval 5
+""",
+        " [URL]",
+    )
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="X", help="seconds between lines (default: 1)")
+    parser.add_argument("--count", type=int, metavar="N", help="end after so many lines (default: never)")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key")
 
 
 def _add_check_model(commands: Commands) -> None:

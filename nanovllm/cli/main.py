@@ -25,6 +25,7 @@ _COMMANDS = {
     "demo": "nanovllm.cli.demo",
     "batch": "nanovllm.cli.batch",
     "serve": "nanovllm.cli.serve",
+    "top": "nanovllm.cli.top",
     "bench": "nanovllm.cli.bench",
     "check-model": "nanovllm.cli.check_model",
     "models": "nanovllm.cli.models",

@@ -36,6 +36,7 @@ from nanovllm.server.openapi import describe
 from nanovllm.server.page import page
 from nanovllm.server.responses import responses
 from nanovllm.server.restart import keep_alive
+from nanovllm.server.scores import score
 from nanovllm.server.served import Served
 from nanovllm.server.tokens import generate
 
@@ -232,6 +233,8 @@ _ROUTES: dict[str, tuple[Any, ...]] = {  # path: endpoint, methods
     "/v1/completions": (completions, "POST"),
     "/v1/responses": (responses, "POST"),
     "/v1/embeddings": (embeddings, "POST"),
+    "/score": (score, "POST"),
+    "/v1/score": (score, "POST"),
     "/v1/messages": (messages, "POST"),
     "/v1/messages/count_tokens": (count_tokens, "POST"),
     "/inference/v1/generate": (generate, "POST"),

@@ -96,6 +96,15 @@ OPERATIONS = {
         {"model": str, "encoding_format": str, "pooling": str, "normalize": bool, "dimensions": int},
         ("object", "data", "model", "usage"),
     ),
+    **dict.fromkeys(
+        ("/score", "/v1/score"),
+        _Operation(
+            "The log-likelihood of texts behind others, in vLLM's form",
+            {"text_1": (str, list), "text_2": (str, list)},
+            {"model": str},
+            ("id", "object", "data", "model", "usage"),
+        ),
+    ),
     "/inference/v1/generate": _Operation(
         "Token ids from token ids, as vLLM does",
         {"token_ids": list},

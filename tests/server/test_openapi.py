@@ -18,6 +18,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": HI, "max_tokens": 1},
     "/v1/messages/count_tokens": {"messages": HI},
     "/v1/embeddings": {"input": "a"},
+    "/score": {"text_1": "a", "text_2": "b"},
+    "/v1/score": {"text_1": "a", "text_2": ["b"]},
     "/inference/v1/generate": {"token_ids": [97], "sampling_params": {"max_tokens": 1}},
     "/tokenize": {"messages": HI},
     "/detokenize": {"tokens": [97]},
