@@ -82,7 +82,7 @@ def _read_rope(
         raise ValueError(f"config.json: rope_type {rope_type!r} is not supported; supported are {', '.join(_REQUIRED)}")
     if share != 1.0 and "partial_rotary_factor" not in hf:
         raise ValueError(f"partial_rotary_factor={share} is not supported for this architecture; only 1.0 is")
-    rotary_dim = int(head_dim * share)
+    rotary_dim = int(min(head_dim * share, MAX_SIZE))
     if not 2 <= rotary_dim <= head_dim or rotary_dim % 2 or head_dim % 2:
         raise ValueError(
             f"config.json: head_dim {head_dim} with partial_rotary_factor {share} rotates {rotary_dim} dimensions; it "
