@@ -32,3 +32,8 @@ def in_row_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, 0, -num_rows % ROWS)).contiguous()
     parts = [product(tile) for tile in padded.split(ROWS)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]
+
+
+def one_row_at_a_time(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), row by row: on a CPU, the last numbers of a tensor are computed in another way."""
+    return torch.cat([function(*rows) for rows in zip(*(tensor.split(1) for tensor in tensors), strict=True)])

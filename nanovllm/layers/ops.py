@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear
+from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear, one_row_at_a_time
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
@@ -40,7 +40,10 @@ from nanovllm.layers.packed_linear import PackedLinear
 
 
 class Ops(NamedTuple):
-    """See the function of the same name in `kernels/` for each contract. linear_method: see `linear_method.py`."""
+    """See the function of the same name in `kernels/` for each contract. linear_method: see `linear_method.py`.
+
+    by_row(function, *tensors): function(*tensors), which computes each row, of the same number in all, by itself.
+    """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -49,6 +52,7 @@ class Ops(NamedTuple):
     qkv_rope_store: Callable[[Tensor, HeadInputs, LayerCache, AttentionShape], Tensor]
     fused_experts: Callable[..., Tensor] = fused_experts
     linear_method: Callable[[LinearSpec], LinearMethod] = DenseLinear
+    by_row: Callable[..., Tensor] = lambda function, *tensors: function(*tensors)
 
 
 PLAIN = Ops(
@@ -96,6 +100,7 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
             experts = partial(fused_experts, block_size=64)
         else:
             experts = partial(fused_experts_reference, linear=batch_invariant_linear, gate=ops.silu_and_mul)
+            ops = ops._replace(by_row=one_row_at_a_time)
         return ops._replace(fused_experts=experts, linear_method=BatchInvariantLinear)
     is_on_cpu = device.type == "cpu"
     linear_method = PackedLinear if is_on_cpu else DenseLinear

@@ -23,6 +23,6 @@ class NormAfterRotation(SelfAttention):
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
         q, k, v = (part.unflatten(1, (-1, self.attention.shape.head_dim)) for part in qkv.split(self.parts, dim=1))
         if cos_sin is not None:
-            q, k = (apply_rope_reference(heads, cos_sin) for heads in (q, k))
+            q, k = (self.attention.ops.by_row(apply_rope_reference, heads, cos_sin) for heads in (q, k))
         qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=1).flatten(1)
         return self.o_proj(self.attention(qkv, None, ctx, None, None)), residual

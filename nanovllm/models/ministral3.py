@@ -35,11 +35,12 @@ class Ministral3ForCausalLM(LlamaForCausalLM):
     def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype, *others: Any) -> None:
         super().__init__(config, max_len, dtype, *others, attention=ScaledQueries)
         parameters = config.extra["rope_scaling"] or config.extra["rope_parameters"]
-        self.beta = parameters["llama_4_scaling_beta"]
         self.original_length = parameters["original_max_position_embeddings"]
-        self.dtype = dtype
+        lengths = torch.arange(max_len // self.original_length + 1, dtype=torch.float32, device="cpu")
+        scales = 1 + parameters["llama_4_scaling_beta"] * torch.log1p(lengths)
+        self.scales: Tensor  # by how many original lengths are behind; [num_lengths, 1]
+        self.register_buffer("scales", scales[:, None].to(torch.get_default_device(), dtype), persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        scales = 1 + self.beta * torch.log1p((positions // self.original_length).float())
-        scaled = ScaledContext(**vars(ctx), query_scales=scales[:, None].to(self.dtype))
-        return super().forward(input_ids, positions, scaled)
+        scales = self.scales[positions // self.original_length]
+        return super().forward(input_ids, positions, ScaledContext(**vars(ctx), query_scales=scales))

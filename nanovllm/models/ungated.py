@@ -33,13 +33,14 @@ class UngatedMLP(nn.Module):
         self.up_proj = MergedColumnParallelLinear(hidden, [inner], bias, dtype, tp, ops)
         self.down_proj = RowParallelLinear(inner, hidden, bias, dtype, tp, ops)
         self.activate = self.activation(config, dtype)
+        self.by_row = ops.by_row
 
     def activation(self, config: ModelConfig, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return _ACTIVATIONS[config.activation]
 
     def forward(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         up, residual = self.up_proj.after_norm(norm, x, residual)
-        return self.down_proj(self.activate(up)), residual
+        return self.down_proj(self.by_row(self.activate, up)), residual
 
     def weights(self, name: str) -> WeightSpecs:
         yield from self.up_proj.weights(f"{name}.{self.up_name}")

@@ -7,9 +7,10 @@ import torch
 
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.layers.ops import PLAIN
+from nanovllm.layers.ops import PLAIN, choose_ops
 from nanovllm.models.llama import MLP, SelfAttention
 from nanovllm.models.registry import read_model_config
+from nanovllm.models.ungated import XIELUMLP, UngatedMLP
 
 HIDDEN, HEADS, KV_HEADS, DIM = 32, 4, 2, 8
 
@@ -67,3 +68,18 @@ def test_gate_and_up_in_one_tensor(size: int) -> None:
         dict(mlp.weights("m"))["m.gate_up_proj.weight"].fill(torch.cat((gate, up)))
         rows = slice(rank * 16 // size, (rank + 1) * 16 // size)
         assert torch.equal(mlp.gate_up_proj.method.weight, torch.cat((gate[rows], up[rows])))
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "relu2", "xielu"])
+def test_an_activation_without_a_kernel_is_deterministic_too(activation: str) -> None:
+    """A row's bits do not depend on the rows beside it, where PyTorch treats the last numbers in another way."""
+    ops = choose_ops(torch.device("cpu"), "kernels", is_deterministic=True)
+    block = XIELUMLP if activation == "xielu" else UngatedMLP
+    fields = {"activation": activation, "intermediate_size": 99}
+    mlp = block(replace(config(1.0), **fields), 0, torch.float32, TensorParallel(), ops)
+    for _, spec in mlp.weights("m"):
+        spec.fill(torch.randn(spec.shape))
+    up = 3 * torch.randn(7, 99)
+    together = mlp.by_row(mlp.activate, up)
+    assert torch.equal(together, torch.cat([mlp.by_row(mlp.activate, row) for row in up.split(1)]))
+    torch.testing.assert_close(together, mlp.activate(up))
