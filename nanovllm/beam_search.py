@@ -73,7 +73,7 @@ def search_prompts(
             progress.update()
             return generate(beams, step)
 
-        outputs = beam_search(generate_and_count, token_ids, params, input_processor.eos_token_ids)
+        outputs = beam_search(generate_and_count, token_ids, params, frozenset(input_processor.eos_token_ids))
     for sequence in (sequence for output in outputs for sequence in output.sequences):
         if tokenizer is not None:
             sequence.text = tokenizer.decode(sequence.tokens[sequence.num_prompt_tokens :])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.detokenizer_windows import JoinedPieces, WindowPieces
+from nanovllm.detokenizer_windows import JoinedPieces, StandingAlone, WindowPieces
 from nanovllm.token_bytes import BytesOfTokens, TextsOfTokens, TokenTables
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ class DetokenizerStream:
         scheme = tokenizer.fixed_scheme
         pieces: Any  # of one of these kinds
         if scheme is not None:
-            num_spaces = 0 if follows_text else scheme.num_spaces
-            pieces = _FixedPieces(tokenizer.token_tables(skip_special_tokens), num_spaces)
+            pieces = _FixedPieces(tokenizer.token_tables(skip_special_tokens))
+            if scheme.num_spaces and not follows_text:
+                pieces = StandingAlone(pieces, scheme.num_spaces)
         else:
             left_out = tokenizer.special_ids if skip_special_tokens else frozenset()
             pieces = WindowPieces(lambda ids: tokenizer.decode_whole(ids, skip_special_tokens), left_out)
@@ -59,37 +60,26 @@ class DetokenizerStream:
 
 
 class _FixedPieces:
-    def __init__(self, tables: TokenTables, num_spaces: int) -> None:
+    def __init__(self, tables: TokenTables) -> None:
         self._bytes_of, self._text_of = tables
-        self._num_spaces = num_spaces  # that the text may still lose at its beginning
         self._utf8 = _UTF8("replace")
         self._is_inside = False  # a character, whose first bytes the decoder holds
 
     def step(self, token_id: int) -> str:
         text = None if self._is_inside else self._text_of[token_id]
-        if text is None:
-            return self.feed((token_id,))
-        return self._without_first_spaces(text) if self._num_spaces else text
+        return self.feed((token_id,)) if text is None else text
 
     def feed(self, token_ids: Sequence[int]) -> str:
         bytes_of = self._bytes_of
         text = self._utf8.decode(b"".join([bytes_of[token_id] for token_id in token_ids]))
         self._is_inside = bool(self._utf8.getstate()[0])
-        return self._without_first_spaces(text) if self._num_spaces else text
+        return text
 
     def texts_here(self) -> Callable[[int], str]:
         return partial(_decode_after, self._utf8.getstate(), self._bytes_of, self._text_of)
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
-
-    def _without_first_spaces(self, text: str) -> str:
-        while text.startswith(" ") and self._num_spaces:
-            text = text[1:]
-            self._num_spaces -= 1
-        if text:
-            self._num_spaces = 0
-        return text
 
 
 def _decode_after(state: tuple[bytes, int], bytes_of: BytesOfTokens, text_of: TextsOfTokens, token_id: int) -> str:

@@ -1,7 +1,8 @@
 """Text as tokens arrive, where a token's text depends on the tokens beside it.
 
 Owns a short window of tokens, which is decoded with and without its newest one (WindowPieces, for schemes that are no
-fixed ones), and special tokens that follow each other without a space (JoinedPieces). Invariant: as of
+fixed ones), first spaces of a text that follows no other (StandingAlone), and special tokens that follow each other
+without a space (JoinedPieces). Invariant: as of
 `DetokenizerStream`, whose work this is.
 """
 
@@ -49,6 +50,29 @@ class WindowPieces:
 
     def flush(self) -> str:
         return self._decode(self._window)[len(self._window_text) :]
+
+
+class StandingAlone:
+    """A text that follows no other loses its first spaces. pieces: of another kind; num_spaces: how many at most."""
+
+    def __init__(self, pieces: Any, num_spaces: int) -> None:
+        self._pieces = pieces
+        self._num_spaces = num_spaces
+        self.texts_here, self.flush = pieces.texts_here, pieces.flush
+
+    def step(self, token_id: int) -> str:
+        return self._without_first_spaces(self._pieces.step(token_id))
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        return self._without_first_spaces(self._pieces.feed(token_ids))
+
+    def _without_first_spaces(self, text: str) -> str:
+        while text.startswith(" ") and self._num_spaces:
+            text = text[1:]
+            self._num_spaces -= 1
+        if text:
+            self._num_spaces = 0
+        return text
 
 
 class JoinedPieces:

@@ -21,7 +21,7 @@ from nanovllm.prompts import list_prompts
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.stepping import SteppedLLM, SteppedRequests
 from nanovllm.vllm_options import refuse_absent
-from nanovllm.vllm_surface import Message, VLLMSurface, is_conversation
+from nanovllm.vllm_surface import VLLMSurface
 
 Prompts = Prompt | Sequence[Prompt]  # one, or a list of them
 Params = SamplingParams | Sequence[SamplingParams] | None  # for all of these prompts, or one for each
@@ -121,30 +121,11 @@ class LLM(SteppedLLM, VLLMSurface):
                 for i, (prompt, params, number) in enumerate(zip(prompts, sampling_params, numbers, strict=True))
             ]
 
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: Params = None,
-        use_tqdm: bool = True,
-        **options: Any,
-    ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list. options: of `preprocess_chat`, which makes prompts of them."""
-        prompts = self.preprocess_chat(messages, **options)
-        return self.generate(prompts[0] if is_conversation(messages) else prompts, sampling_params, use_tqdm)
-
     def _make_output(
         self, group: Sequence[Request], marks: Marks | None = None, since: Marks | None = None
     ) -> RequestOutput:
         output = self._output_processor.make_output(group, marks, since)
         return output if group[0].params.capture is None else join_hidden_states(output)
-
-    def __repr__(self) -> str:
-        config = self.config
-        return (
-            f"LLM({config.model!r}, device={config.device!r}, dtype={config.dtype!r}, "
-            f"quantization={config.quantization!r}, max_model_len={config.max_model_len}, "
-            f"num_kv_cache_tokens={self.num_kv_cache_tokens})"
-        )
 
     def close(self) -> None:
         """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""

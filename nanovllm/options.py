@@ -6,17 +6,16 @@ and float then, lists are tuples, and every number is one that float32, in which
 """
 
 import math
-import operator
-import struct
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from functools import cache, wraps
-from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from nanovllm.errors import reject_unknown_options
+from nanovllm.plain_lists import read_list
+from nanovllm.plain_numbers import as_float32, read_integer, read_number
 
 Owner = TypeVar("Owner", bound=type)
 
@@ -134,56 +133,3 @@ def _check(name: str, value: Any, kinds: tuple[Any, ...], accepted: Accepts) -> 
         value = read_number(name, value)
         accepted.check_range(name, value, as_float32(value))
     return value  # of any other type, `read` has checked it
-
-
-def read_integer(name: str, value: Any) -> int:
-    """What Python can count with, NumPy's integers too; but no truth value."""
-    if type(value) is int:
-        return value
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-
-
-def read_number(name: str, value: Any) -> float:
-    """A real number that float32 can hold, of Python or of NumPy."""
-    if type(value) not in (float, int):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        value = float(value)
-    if not math.isfinite(as_float32(value)):
-        is_number = value == value and abs(value) != math.inf
-        raise ValueError(f"{name} must be finite{' in float32' if is_number else ''}, got {value}")
-    return value
-
-
-def as_float32(value: float) -> float:
-    """The float32 nearest to a number; infinite where float32 ends."""
-    try:
-        return float(struct.unpack("f", struct.pack("f", float(value)))[0])
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def read_list(name: str, value: Any, kind: Any) -> tuple[Any, ...]:
-    """A list or tuple of integers, strings or functions, as a tuple."""
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name} must be a list, got {value!r}")
-    return tuple(_read_member(name, member, kind) for member in value)
-
-
-def _read_member(name: str, value: Any, kind: Any) -> Any:
-    if kind is int:
-        try:
-            return read_integer(name, value)
-        except TypeError:
-            raise TypeError(f"{name} must hold integers, got {value!r}") from None
-    if kind is str and not isinstance(value, str):
-        raise TypeError(f"{name} must hold strings, got {value!r}")
-    # A class, as vLLM has processors of a whole batch, can be called too, but for no logits.
-    if kind is not str and (not callable(value) or isinstance(value, type)):
-        raise TypeError(f"{name} must hold functions (token_ids, logits) -> logits, got {value!r}")
-    return value

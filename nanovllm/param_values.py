@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanovllm.errors import reject_unknown_options
-from nanovllm.options import read_integer, read_list, read_number
+from nanovllm.plain_lists import read_list
+from nanovllm.plain_numbers import read_integer, read_number
 
 # Bounds that keep logits finite in float32: 1e30 times 1000, divided by the smallest temperature, is 1e38.
 _MOST_BIAS = 1e30

@@ -54,6 +54,7 @@ class VLLMSurface:
     # What `LLM` has.
     config: ResolvedConfig
     model_config: ModelConfig
+    num_kv_cache_tokens: int
     generate: Callable[..., list[RequestOutput]]
     _hf_config: Mapping[str, Any]
     _generation_config: Mapping[str, Any]
@@ -64,6 +65,17 @@ class VLLMSurface:
     _tokenizer: Tokenizer | None
     _process: Callable[..., list[list[Request]]]
     _make_output: Callable[[Sequence[Request]], RequestOutput]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list. options: of `preprocess_chat`, which makes prompts of them."""
+        prompts = self.preprocess_chat(messages, **options)
+        return self.generate(prompts[0] if is_conversation(messages) else prompts, sampling_params, use_tqdm)
 
     def preprocess_chat(
         self,
@@ -187,6 +199,14 @@ class VLLMSurface:
         return embed(self._session, self._process(list_prompts(prompts)[0], EMBED_PARAMS), how)
 
     # -- about the engine --
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"LLM({config.model!r}, device={config.device!r}, dtype={config.dtype!r}, "
+            f"quantization={config.quantization!r}, max_model_len={config.max_model_len}, "
+            f"num_kv_cache_tokens={self.num_kv_cache_tokens})"
+        )
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer."""

@@ -7,7 +7,7 @@ be run to its end, so nothing user-facing fails after it; nothing is queued here
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from nanovllm.engine.features.capture import Capture, check_layers
+from nanovllm.engine.features.constraints import CompileConstraint, make_constraint
 from nanovllm.engine.features.context_length import ContextRule
-from nanovllm.engine.features.prompt_forms import check_dict, token_id_error
+from nanovllm.engine.features.prompt_forms import check_dict, check_token_options, token_id_error
 from nanovllm.engine.features.remote_functions import check_importable
 from nanovllm.engine.features.scoring import Scoring, check_num_logprobs
 from nanovllm.engine.interfaces import TokenConstraint
@@ -25,11 +26,11 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.string_options import StringOptions
 from nanovllm.errors import brief
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.structured_outputs import StructuredOutputsParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
+@dataclass(kw_only=True, eq=False)
 class InputProcessor:
     """encode: as in `PromptText`. special_tokens: those that are left out of texts, with their ids.
 
@@ -39,43 +40,31 @@ class InputProcessor:
     do. long_from: contexts longer than this have keys of another kind (longrope); None if none have.
     max_logprobs: most log-probabilities of one token that a request may ask for; -1 allows all.
     has_logits_processors: the engine has some of its own, which run for every request. is_remote: requests are
-    computed in other processes, where Python functions are found by name.
+    computed in other processes, where Python functions are found by name. compile_constraint: makes a new one for
+    (params, ignore_eos); None without a tokenizer.
     """
 
-    def __init__(
-        self,
-        *,
-        encode: Callable[..., list[int]] | None,
-        special_tokens: Mapping[str, int],
-        vocab_size: int,
-        num_layers: int,
-        max_model_len: int,
-        num_cache_tokens: int,
-        eos_token_ids: Sequence[int],
-        seed: int,
-        max_logprobs: int = -1,
-        length_dependent_from: int | None = None,
-        long_from: int | None = None,
-        has_logits_processors: bool = False,
-        is_remote: bool = False,
-        compile_constraint: Callable[[StructuredOutputsParams, bool], TokenConstraint] | None = None,
-    ) -> None:
-        """compile_constraint: makes a new one for (params, ignore_eos); None without a tokenizer."""
-        self._text = PromptText(encode, max_model_len)
-        self._strings = StringOptions(self._text, special_tokens, vocab_size)
-        self._vocab_size = vocab_size
-        self._num_layers = num_layers
-        self._max_model_len = max_model_len
-        self._num_cache_tokens = num_cache_tokens
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._seed = seed
-        self._max_logprobs = max_logprobs
+    encode: Callable[..., list[int]] | None
+    special_tokens: Mapping[str, int]
+    vocab_size: int
+    num_layers: int
+    max_model_len: int
+    num_cache_tokens: int
+    eos_token_ids: Sequence[int]
+    seed: int
+    max_logprobs: int = -1
+    length_dependent_from: int | None = None
+    long_from: int | None = None
+    has_logits_processors: bool = False
+    is_remote: bool = False
+    compile_constraint: CompileConstraint | None = None
+
+    def __post_init__(self) -> None:
+        self._text = PromptText(self.encode, self.max_model_len)
+        self._strings = StringOptions(self._text, self.special_tokens, self.vocab_size)
         self._contexts: ContextRule | None = None
-        if length_dependent_from is not None or long_from is not None:
-            self._contexts = ContextRule(length_dependent_from, long_from)
-        self._has_logits_processors = has_logits_processors
-        self._is_remote = is_remote
-        self._compile_constraint = compile_constraint
+        if self.length_dependent_from is not None or self.long_from is not None:
+            self._contexts = ContextRule(self.length_dependent_from, self.long_from)
 
     def process(
         self, prompt: Prompt, params: SamplingParams, name: str, number: int, request_id: str | None = None
@@ -93,9 +82,9 @@ class InputProcessor:
         stop_tokens = self._strings.read_stop(params, name) if params.stop else {}
         bad_words = self._strings.read_bad_words(params, name) if params.bad_words else ()
         constraints = [self.make_constraint(params, name) for _ in range(params.n)]
-        uses_python = bool(params.logits_processors) or self._has_logits_processors
+        uses_python = bool(params.logits_processors) or self.has_logits_processors
         needs_host_tokens = uses_python or any(len(word) > 1 for word in bad_words)
-        eos = frozenset() if params.ignore_eos else self._eos_token_ids
+        eos = frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         seed = self.request_seed(number) if params.seed is None else params.seed
         salt, context = b"", None
         if self._contexts is not None:
@@ -140,35 +129,22 @@ class InputProcessor:
             return self._check_token_ids(text, name)
         return self._check_token_ids(self._text.read(text, name, add_special_tokens=False), name)
 
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        return self._eos_token_ids
-
     def make_constraint(self, params: SamplingParams, name: str) -> TokenConstraint | None:
         """A new constraint for one sequence, if its parameters ask for one. ValueError for `name` if it cannot be."""
         if params.structured_outputs is None:
             return None
-        if self._compile_constraint is None:
-            raise ValueError(f"{name}: structured_outputs need a tokenizer; use skip_tokenizer_init=False")
-        try:
-            return self._compile_constraint(params.structured_outputs, params.ignore_eos)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        return make_constraint(self.compile_constraint, params.structured_outputs, params.ignore_eos, name)
 
     def _check(self, params: SamplingParams, name: str) -> None:
         """What of the parameters depends on the model or its engine."""
-        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token_id in getattr(params, field) or ():
-                if not 0 <= token_id < self._vocab_size:
-                    raise ValueError(
-                        f"{name}: {field} holds {token_id}, which is outside the vocabulary [0, {self._vocab_size})"
-                    )
-        if self._is_remote and params.logits_processors:
+        if params.stop_token_ids or params.allowed_token_ids or params.logit_bias:
+            check_token_options(params, self.vocab_size, name)
+        if self.is_remote and params.logits_processors:
             check_importable(params.logits_processors, f"{name}: logits_processors")
         if params.capture is not None:
-            check_layers(params.capture["layers"], self._num_layers, name)
-        if self._max_logprobs >= 0:
-            check_num_logprobs(params, self._max_logprobs, name)
+            check_layers(params.capture["layers"], self.num_layers, name)
+        if self.max_logprobs >= 0:
+            check_num_logprobs(params, self.max_logprobs, name)
 
     def _read_prompt(self, prompt: Prompt, name: str) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -192,37 +168,37 @@ class InputProcessor:
             raise TypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
         if hasattr(token_ids, "__len__"):
             self._check_length(len(token_ids), name)  # before a copy is made
-        token_ids = list(islice(token_ids, self._max_model_len + 1))
+        token_ids = list(islice(token_ids, self.max_model_len + 1))
         if not token_ids:
             raise ValueError(f"{name} is empty; give at least one token id")
         try:
             values = np.frombuffer(array("q", token_ids), dtype=np.int64)  # all at once: half the time of one by one
-            is_known = values.min() >= 0 and values.max() < self._vocab_size
+            is_known = values.min() >= 0 and values.max() < self.vocab_size
             if is_known and not any(isinstance(token_ids[index], bool) for index in np.flatnonzero(values <= 1)):
                 return values.tolist()
         except (TypeError, OverflowError):
             pass
-        raise token_id_error(token_ids, self._vocab_size, name)
+        raise token_id_error(token_ids, self.vocab_size, name)
 
     def _fit(self, token_ids: list[int], params: SamplingParams, name: str) -> int:
         """Most tokens that prompt and output may have together; ValueError if not even one output token fits."""
         num_prompt = len(token_ids)
         self._check_length(num_prompt, name)
-        if num_prompt >= self._num_cache_tokens:
+        if num_prompt >= self.num_cache_tokens:
             raise ValueError(
-                f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self._num_cache_tokens}. "
+                f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self.num_cache_tokens}. "
                 "Shorten the prompt, or raise kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
             )
-        limit = min(self._max_model_len, self._num_cache_tokens)
+        limit = min(self.max_model_len, self.num_cache_tokens)
         return limit if params.max_tokens is None else min(limit, num_prompt + params.max_tokens)
 
     def _check_length(self, num_prompt: int, name: str) -> None:
-        if num_prompt >= self._max_model_len:
+        if num_prompt >= self.max_model_len:
             raise ValueError(
                 f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len "
-                f"is {self._max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
+                f"is {self.max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
             )
 
     def request_seed(self, number: int) -> int:
         """What the request of that number draws with, if its parameters have no seed."""
-        return int.from_bytes(blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest(), "little")
+        return int.from_bytes(blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest(), "little")

@@ -7,16 +7,14 @@ and is cut at a stop string before anyone sees it.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.engine.logprobs import LogprobsOfRequest
 from nanovllm.engine.output_text import OutputText
 from nanovllm.engine.request import Request
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from nanovllm.engine.logprobs import LogprobsOfRequest
 
 
 class Mark(NamedTuple):
@@ -26,7 +24,7 @@ class Mark(NamedTuple):
     num_characters: int
     is_ended: bool
     text: OutputText | None
-    logprobs: "LogprobsOfRequest | None"
+    logprobs: LogprobsOfRequest | None
 
 
 Marks = Sequence[Mark]  # of the sequences of one prompt
@@ -97,12 +95,10 @@ class OutputProcessor:
         num_tokens = len(request.token_ids) - request.num_prompt_tokens
         return Mark(num_tokens, 0 if text is None else text.num_characters(), request.is_finished, text, logprobs)
 
-    def _logprobs_of(self, request: Request) -> "LogprobsOfRequest | None":
+    def _logprobs_of(self, request: Request) -> LogprobsOfRequest | None:
         if request.params.logprobs is None and request.params.prompt_logprobs is None:
             return None
         if request not in self._logprobs:
-            from nanovllm.engine.logprobs import LogprobsOfRequest  # a leaf, for requests that ask
-
             self._logprobs[request] = LogprobsOfRequest(request, self._tokenizer)
         return self._logprobs[request]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
+from nanovllm.engine.features.constraints import bitmasks
 from nanovllm.engine.features.context_length import become_long
 from nanovllm.engine.features.extras import Extras
 from nanovllm.engine.features.restart import begin_anew, take_back
@@ -250,10 +251,8 @@ class Scheduler:
                 sampled.append(request)
             self.stats.num_context_tokens_read += end
             self.stats.num_query_key_pairs += num_new * (start + 1 + end) // 2
-        constrained = {request.row: request.constraint for request in sampled if request.constraint is not None}
-        if constrained:
-            constraints = list(constrained.values())
-            plan.grammar_bitmask = dict(zip(constrained, constraints[0].bitmasks(constraints), strict=True))
+        if any(request.constraint is not None for request in sampled):
+            plan.grammar_bitmask = bitmasks(sampled)
         self.stats.num_tokens_computed += len(plan.token_ids)
         self.stats.num_tokens_sampled += len(sampled)
         self._planned.append(step)

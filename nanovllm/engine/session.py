@@ -112,13 +112,6 @@ class Session(Lifetime):
                 self._remove(handle)
             self._carry_out_now()
 
-    def find(self, request_id: str) -> Handle | None:
-        """The unfinished request of that id."""
-        return self._handles.get(request_id)
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self._handles)
-
     def check_open(self) -> None:
         """Raise RuntimeError where no request can be run."""
         if self._ending is not None or os.getpid() != self._process or self._turn.is_mine():

@@ -115,7 +115,7 @@ class ModelRunner:
             return run_with_hidden_states(self, plan)
         batch = self.stage(plan)
         hidden, seq_lens = self.forward(plan, batch)
-        return self.sample(plan, batch, hidden, seq_lens)
+        return self.sample(plan, batch, hidden, seq_lens, NO_EXTRAS)
 
     def stage(self, plan: SchedulerOutput) -> InputBatch:
         """The plan on the device, its new rows and blocks in place."""
@@ -145,12 +145,7 @@ class ModelRunner:
         return self.run_model(batch.rows, inputs, meta, lens), inputs.seq_lens
 
     def sample(
-        self,
-        plan: SchedulerOutput,
-        batch: InputBatch,
-        hidden: Tensor,
-        seq_lens: Tensor,
-        extras: PendingExtras = NO_EXTRAS,
+        self, plan: SchedulerOutput, batch: InputBatch, hidden: Tensor, seq_lens: Tensor, extras: PendingExtras
     ) -> PendingTokens:
         """hidden, seq_lens: as `forward` returns them. extras: of the step, queued before."""
         if not len(batch.sampled_host):
@@ -168,26 +163,12 @@ class ModelRunner:
         return self.read_back(tokens, extras)
 
     def prepare(
-        self,
-        rows: Tensor,
-        query_start_loc: Tensor,
-        token_ids: Tensor,
-        num_blocks: int,
-        new_blocks: Tensor | None = None,
+        self, rows: Tensor, starts: Tensor, token_ids: Tensor, num_blocks: int, new_blocks: Tensor | None = None
     ) -> StepInputs:
-        """As `prepare_inputs`, of the rows here."""
-        state = self.state
-        return prepare_inputs(
-            rows,
-            query_start_loc,
-            token_ids,
-            self.sampler.columns.last_token,
-            state.num_computed,
-            self._first_tables,
-            self.block_size,
-            num_blocks,
-            new_blocks,
-        )
+        """As `prepare_inputs`, of the rows here; starts: its query_start_loc."""
+        last_token, num_computed = self.sampler.columns.last_token, self.state.num_computed
+        state = last_token, num_computed, self._first_tables, self.block_size
+        return prepare_inputs(rows, starts, token_ids, *state, num_blocks, new_blocks)
 
     def run_model(
         self, rows: Tensor, inputs: StepInputs, meta: AttentionMetadata, rope_lens: Tensor | None = None

@@ -16,7 +16,6 @@ position alone, and so does the route to it.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -41,10 +40,8 @@ from nanovllm.sampling.logits import (
 )
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.rows import SampledRows
+from nanovllm.sampling.stages.pipeline import Pipeline
 from nanovllm.sampling_params import LogitsProcessor
-
-if TYPE_CHECKING:
-    from nanovllm.sampling.stages.pipeline import Pipeline
 
 _NUM_CANDIDATES = 128  # what the filters look at first; rows that keep more are filtered whole
 
@@ -73,8 +70,6 @@ class Sampler:
         for new in plan.new_rows:
             self.columns.set_row(new.row, new.params, new.seed)
         if self.pipeline is None and self._needs_pipeline(plan):
-            from nanovllm.sampling.stages.pipeline import Pipeline
-
             self.pipeline = Pipeline(self.columns, self._processors, self._tp)
         if self.pipeline is not None:
             self.pipeline.enter(plan)

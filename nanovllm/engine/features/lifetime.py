@@ -62,6 +62,13 @@ class Lifetime:
             return self.closed_error()
         return RuntimeError("this engine was called from inside one of its own steps, where requests can only end")
 
+    def find(self, request_id: str) -> "Handle | None":
+        """The unfinished request of that id."""
+        return self._handles.get(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._handles)
+
     def abort(self, handle: "Handle") -> None:
         """Stop a request; the news of its end have the finish reason "abort"."""
         self._commands.append((self._end, [handle]))

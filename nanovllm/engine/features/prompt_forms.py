@@ -1,4 +1,4 @@
-"""Prompts that are dicts, far too long, or wrong: what is said of them.
+"""Prompts that are dicts, far too long, or wrong, and options with tokens that are not there: what is said of them.
 
 Owns messages, and the early end of a text that cannot fit. Invariant: an error names the item, and a text that cannot
 fit is not tokenized as a whole.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanovllm.errors import brief
+from nanovllm.sampling_params import SamplingParams
 
 PIECE = 65_536  # characters
 _PER_CUT = 16  # tokens that a cut between two pieces may add, generously
@@ -20,6 +21,14 @@ def check_dict(prompt: Mapping[Any, Any], name: str) -> None:
         raise ValueError(f"{name}: keys are 'prompt' or 'prompt_token_ids', got {sorted(map(str, prompt))}")
     if "prompt" in prompt and not isinstance(prompt["prompt"], str):
         raise TypeError(f"{name}['prompt'] must be a string, got {brief(prompt['prompt'])}")
+
+
+def check_token_options(params: SamplingParams, vocab_size: int, name: str) -> None:
+    """Raise ValueError for `name` if an option names a token that the model does not have."""
+    for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token_id in getattr(params, field) or ():
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"{name}: {field} holds {token_id}, which is outside the vocabulary [0, {vocab_size})")
 
 
 def token_id_error(token_ids: list[Any], vocab_size: int, name: str) -> Exception:
