@@ -6,7 +6,7 @@ is more likely than one that was kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.logprobs import LogprobsMap
-from nanovllm.options import accepting, check_fields, option, takes_options
+from nanovllm.options import check_fields, option, takes_options
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
@@ -37,8 +37,8 @@ class BeamSearchParams:
         included; above 0 it favours long ones. In [-50, 50].
     """
 
-    beam_width: int = field(metadata=accepting(low=1, high=1_024))  # a step weighs twice its square
-    max_tokens: int = field(metadata=accepting(low=1))
+    beam_width: int = option(low=1, high=1_024)  # a step weighs twice its square
+    max_tokens: int = option(low=1)
     ignore_eos: bool = False
     temperature: float = option(0.0, low=0, words="0 or more")
     length_penalty: float = option(1.0, low=-50, high=50)  # beyond, no float holds the power of a long sequence

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.options import accepting, check_fields, option, takes_options
+from nanovllm.options import check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,7 +98,7 @@ class EngineConfig:
         every request before its own `SamplingParams.logits_processors`.
     """
 
-    model: str = field(metadata=accepting(read=_read_model, has_flag=False))  # each command takes it in its own way
+    model: str = option(read=_read_model, has_flag=False)  # each command takes it in its own way
     tokenizer: str | None = option(None, read=_read_path)
     revision: str | None = None
     dtype: str = option("auto", choices=("auto", *DTYPES), read=_read_dtype)

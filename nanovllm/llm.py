@@ -131,10 +131,6 @@ class LLM(SteppedLLM, VLLMSurface):
         """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""
         self._session.close()
 
-    @property
-    def _is_closed(self) -> bool:
-        return self._session.is_closed
-
     def __enter__(self) -> "LLM":
         return self
 

@@ -7,7 +7,7 @@ and float then, lists are tuples, and every number is one that float32, in which
 
 import math
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from functools import cache, wraps
 from types import NoneType, UnionType
@@ -48,14 +48,9 @@ class Accepts:
         raise ValueError(f"{name} must be {words}, got {value}")
 
 
-def option(default: Any, *, hash: bool | None = None, **accepts: Any) -> Any:
-    """A dataclass field with a default; accepts: the arguments of `Accepts`."""
-    return field(default=default, hash=hash, metadata=accepting(**accepts))
-
-
-def accepting(**accepts: Any) -> dict[str, Accepts]:
-    """Metadata of a dataclass field without a default."""
-    return {"accepts": Accepts(**accepts)}
+def option(default: Any = MISSING, *, hash: bool | None = None, **accepts: Any) -> Any:
+    """A dataclass field, with or without a default; accepts: the arguments of `Accepts`."""
+    return field(default=default, hash=hash, metadata={"accepts": Accepts(**accepts)})
 
 
 def accepts(of: "Field[Any]") -> Accepts:

@@ -47,6 +47,9 @@ class Tokenizer:
         """Number of tokens, added ones included; a model may have more rows (padding), never fewer."""
         return len(self.hf) if self._backend is None else self._backend.get_vocab_size()
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the model expects around it.
 

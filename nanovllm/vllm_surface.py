@@ -208,6 +208,10 @@ class VLLMSurface:
             f"num_kv_cache_tokens={self.num_kv_cache_tokens})"
         )
 
+    @property
+    def _is_closed(self) -> bool:
+        return self._session.is_closed
+
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer."""
         return self._known_tokenizer().hf

@@ -75,7 +75,7 @@ def test_however_tokens_come_their_text_is_the_same(
 ) -> None:
     """One by one, in any portions, as a whole; ids beyond the vocabulary add nothing."""
     tokenizer = tokenizers[kind]
-    token_ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=30))
+    token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), max_size=30))
     one_by_one = "".join(pieces(tokenizer, token_ids, skip, spaces, follows_text=follows))
     stream = DetokenizerStream(tokenizer, skip, spaces, follows_text=follows)
     text, rest = "", token_ids
@@ -96,7 +96,7 @@ def test_texts_here_are_those_of_the_next_step(
 ) -> None:
     tokenizer = tokenizers[kind]
     stream = DetokenizerStream(tokenizer, skip, follows_text=True)
-    for token_id in data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)):
+    for token_id in data.draw(st.lists(st.integers(0, len(tokenizer) + 2), max_size=12)):
         texts = stream.texts_here()
         piece = stream.step(token_id)
         assert texts(token_id) == piece, "also when the stream has gone on"
@@ -126,7 +126,7 @@ def test_what_is_utf8_is_decoded_as_by_the_tokenizers_package(
 ) -> None:
     """What is not, differs on purpose: the package makes every byte token of a run U+FFFD for one that is wrong."""
     tokenizer = tokenizers[kind]
-    token_ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=20))
+    token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), max_size=20))
     text = tokenizer.decode(token_ids, skip_special_tokens=skip)
     if "\ufffd" not in text:
         assert text == tokenizer.decode_whole(token_ids, skip)
