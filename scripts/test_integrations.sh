@@ -4,4 +4,4 @@
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup_venv dev,integrations || exit 1
-.venv/bin/python -m pytest -m integrations tests/integrations "$@"
+.venv/bin/python -m pytest -m integrations tests/integrations tests/server/test_page.py "$@"

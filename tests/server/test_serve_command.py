@@ -17,6 +17,7 @@ import pytest
 from nanovllm.cli.main import main
 from nanovllm.cli.serve import _make_engine
 from nanovllm.server.restart import keep_alive
+from tests.server.conftest import Running
 from tests.tiny_models import edit_json, save_scripted
 
 
@@ -81,3 +82,26 @@ def test_vllms_path_starts_the_same_command(
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("nanovllm.entrypoints.openai.api_server", run_name="__main__")
     assert caught.value.code == 2 and "cannot listen on not a host" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_engines_behind_a_port_share_requests_by_their_caches(tmp_path: Path) -> None:
+    folder = save_scripted(tmp_path, "abcdefgh", ends=False)
+    edit_json(folder / "config.json", max_position_embeddings=20_000)
+    running = Running(str(folder), data_parallel_size=2, max_model_len=20_000, num_gpu_blocks_override=1300)
+    url = f"{running.url}/v1/completions"
+    try:
+        with httpx.Client(timeout=60) as client:
+            for is_known in (False, True):
+                body = {"prompt": "x" * 100, "max_tokens": 19_000, "stream": True}
+                with client.stream("POST", url, json=body) as stream:
+                    lines = stream.iter_lines()
+                    next(lines)  # while this one runs, the other goes to the other engine
+                    other = client.post(url, json={"prompt": "y" * 100, "max_tokens": 2}).json()
+                    cached = other["usage"]["prompt_tokens_details"]["cached_tokens"]
+                    assert (cached > 64) == is_known
+            again = client.post(url, json={"prompt": "x" * 100, "max_tokens": 2}).json()
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 64
+        assert all(replica.cached for replica in running.engine.llm._engine._replicas)
+    finally:
+        running.close()
