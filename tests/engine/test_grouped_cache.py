@@ -70,6 +70,24 @@ def test_a_prefix_needs_all_of_one_group_and_a_window_of_the_other() -> None:
     check_output(probe, SPECS)
 
 
+def test_behind_a_cached_prefix_only_the_rest_is_taken() -> None:
+    engine, _ = make_engine(num_blocks=100, specs=SPECS, max_num_batched_tokens=64)
+    engine.add_request(make_request(range(42), 1))
+    run(engine)
+    probe = make_request([*range(42), 90, 91], 1)
+    engine.add_request(probe)
+    engine.scheduler.schedule()
+    assert len(probe.block_ids[0]) == 44 // 4
+
+
+@pytest.mark.parametrize("specs", [(PagedKV(),), SPECS])
+def test_a_block_for_each_table_of_each_request_is_enough(specs: tuple[PagedKV, ...]) -> None:
+    engine, _ = make_engine(num_blocks=3 * len(specs), specs=specs)
+    requests = [make_request(range(4), 4) for _ in range(4)]
+    assert engine.scheduler.cache.has_blocks(requests[:3])
+    assert not engine.scheduler.cache.has_blocks(requests)
+
+
 def forget(cache, block_id: int) -> None:  # type: ignore[no-untyped-def]
     del cache.pool._block_of_hash[cache.pool._hashes[block_id]]
     cache.pool._hashes[block_id] = None

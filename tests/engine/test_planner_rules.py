@@ -446,6 +446,19 @@ class Form:
         return np.full((len(constraints), 4), -1, dtype=np.int32)
 
 
+def test_a_mask_goes_with_each_row_that_has_a_form_once_it_samples() -> None:
+    """Beside a plain request, of whose tokens the worker is told no more than it computes."""
+    engine, _ = make_engine(block_size=4, max_num_batched_tokens=8)
+    formed, plain = make_request(range(12), 20), make_request(range(20, 22), 20)
+    formed.constraint, formed.needs_host_tokens = Form(), True
+    for request in (formed, plain):
+        engine.add_request(request)
+    chunk, last = engine.scheduler.schedule(), engine.scheduler.schedule()
+    assert chunk is not None and not chunk.grammar_bitmask
+    assert last is not None and list(last.grammar_bitmask) == [formed.row]
+    assert [new.token_ids for new in (*chunk.new_rows, *last.new_rows)] == [None, None]
+
+
 @pytest.mark.parametrize("overlap_depth", [1, 2, 3])
 def test_a_restart_forgets_plans_blocks_and_what_was_published(overlap_depth: int) -> None:
     engine, device = make_engine(block_size=4, overlap_depth=overlap_depth)

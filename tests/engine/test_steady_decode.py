@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm.engine.request import End
 from nanovllm.engine.scheduler import Scheduler
-from tests.engine.fake_device import check_output, make_engine, make_request
+from tests.engine.fake_device import check_output, make_engine, make_request, steps
 
 
 def run_workload(seed: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -60,3 +60,13 @@ def test_steady_steps_are_those_of_the_general_rule(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Scheduler, "_schedule_steady", lambda *_: None)
         assert short == run_workload(seed), f"seed {seed}"
     assert sum(plan is not None for plan in taken) > 500
+
+
+def test_who_waits_for_a_row_leaves_the_others_on_the_short_way() -> None:
+    engine, _ = make_engine(max_num_seqs=1)
+    first, second = make_request(range(6), 12), make_request(range(6, 12), 12)
+    for request in (first, second):
+        engine.add_request(request)
+    used = [engine.scheduler._steady for _ in steps(engine) if second.row < 0 and 8 <= len(first.token_ids) < 12]
+    assert len(used) == 4 and used[0] is not None
+    assert all(steady is used[0] for steady in used)
