@@ -18,6 +18,7 @@ class OutputText:
         self._request = request
         self._stream = stream
         self._stops: Sequence[str] = request.params.stop or ()
+        self._longest_stop = max(map(len, self._stops), default=0)
         self._pieces: list[str] = []
         self._ends: list[int] = []  # of each of them in the text
         self._length = 0  # of the text: of all pieces, until the request has ended and the rest is cut off
@@ -29,7 +30,7 @@ class OutputText:
     def find_stop_string(self) -> str | None:
         """The stop string that the newest token completed."""
         self._take_tokens(len(self._request.token_ids))
-        found = find_stop(self._stops, self._join, self._before_newest, self._length)
+        found = find_stop(self._stops, self._longest_stop, self._join, self._before_newest, self._length)
         return None if found is None else found[1]
 
     def num_characters(self) -> int:
@@ -37,7 +38,7 @@ class OutputText:
         self._catch_up()
         if not self._stops or self._request.is_finished or self._request.params.include_stop_str_in_output:
             return self._length
-        return self._length - length_of_possible_stop(self._stops, self._join, self._length)
+        return self._length - length_of_possible_stop(self._stops, self._longest_stop, self._join, self._length)
 
     def between(self, start: int, end: int) -> str:
         """Characters of the text that may be shown. It costs what they do, wherever they are."""
@@ -64,7 +65,7 @@ class OutputText:
         is_left_out = is_ended_by_token and not request.params.include_stop_str_in_output
         self._take_tokens(len(request.token_ids) - is_left_out)
         if isinstance(end.stop_reason, str) and not is_ended_by_token:
-            found = find_stop(self._stops, self._join, self._before_newest, self._length)
+            found = find_stop(self._stops, self._longest_stop, self._join, self._before_newest, self._length)
             assert found is not None, "the newest token has completed it"
             self._length = found[0] + (len(found[1]) if request.params.include_stop_str_in_output else 0)
         else:
