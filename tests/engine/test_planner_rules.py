@@ -457,6 +457,8 @@ def test_a_mask_goes_with_each_row_that_has_a_form_once_it_samples() -> None:
     assert chunk is not None and not chunk.grammar_bitmask
     assert last is not None and list(last.grammar_bitmask) == [formed.row]
     assert [new.token_ids for new in (*chunk.new_rows, *last.new_rows)] == [None, None]
+    ahead = engine.scheduler.schedule()
+    assert ahead is not None and ahead.rows == [plain.row], "before its token is read, only the plain one goes on"
 
 
 @pytest.mark.parametrize("overlap_depth", [1, 2, 3])
