@@ -57,11 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-# What the dense families change does not depend on how many ranks there are.
-RANKS = [*((2, name) for name in ARCHITECTURES), *((4, name) for name in ARCHITECTURES if name not in DENSE_FAMILIES)]
-
-
-@pytest.mark.parametrize(("ranks", "architecture"), RANKS, indirect=["ranks"])
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in DENSE_FAMILIES])
 def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architecture: str) -> None:
     """With two key/value heads for four ranks; cold and cached prefixes, chunks, preemption, overlap."""
     folder, (greedy, sampled) = checkpoint(architecture)
@@ -70,6 +66,16 @@ def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architectur
     assert metrics["num_prompt_tokens_cached"] > 0 and metrics["num_preemptions"] == 0
     tokens, metrics = ranks.generate(folder, TIGHT, [TIGHT_ROUND])
     assert tokens == greedy[2:4]
+    assert metrics["num_preemptions"] > 0
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize("architecture", DENSE_FAMILIES)
+def test_two_ranks_of_the_other_dense_families(ranks: Ranks, tmp_path: Path, architecture: str) -> None:
+    """What they change, names, norms and blocks, does not depend on how many ranks there are."""
+    folder = save_random(tmp_path, architecture)
+    tokens, metrics = ranks.generate(folder, TIGHT, [TIGHT_ROUND])
+    assert tokens == generate(folder, {}, [TIGHT_ROUND])[0]
     assert metrics["num_preemptions"] > 0
 
 
