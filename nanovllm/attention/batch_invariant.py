@@ -1,4 +1,4 @@
-"""BatchInvariantBackend: attention of each new token by itself, for `deterministic=True`.
+"""BatchInvariantBackend: attention of each new token by itself, for `deterministic=True` on a CPU.
 
 Owns the step's tokens as a batch of decodes: prompts, chunks of prompts and decodes all become one query with a length
 and a block table of its own. Invariant: a token's output depends on its query and its context, to the bit: not on the

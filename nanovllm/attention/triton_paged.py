@@ -16,12 +16,23 @@ from nanovllm.kernels.triton.attention.paged_attention import (
     paged_attention_triton,
     takes_qkv,
 )
+from nanovllm.kernels.triton.batch_invariant.attention import batch_invariant_attention_triton
 
 
 @dataclass(frozen=True)
 class PreparedStep:
     meta: AttentionMetadata
     plans: StepPlans = field(default_factory=StepPlans)
+
+
+class BatchInvariantTritonBackend(AttentionBackend):
+    """For `deterministic=True`."""
+
+    def prepare(self, meta: AttentionMetadata) -> PreparedStep:
+        return PreparedStep(meta)
+
+    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
+        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, prepared.plans)
 
 
 class TritonBackend(AttentionBackend):

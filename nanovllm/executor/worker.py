@@ -160,9 +160,9 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
 
 def _choose_backend(device: torch.device, compilation: str, is_deterministic: bool) -> AttentionBackend:
     if is_deterministic and device.type == "cuda":
-        from nanovllm.kernels.triton.batch_invariant.attention import batch_invariant_attention_triton
+        from nanovllm.attention.triton_paged import BatchInvariantTritonBackend
 
-        return BatchInvariantBackend(batch_invariant_attention_triton)
+        return BatchInvariantTritonBackend()
     if is_deterministic:
         return BatchInvariantBackend(cpp_or_reference(load_cpu_kernels()))
     if device.type == "cuda":

@@ -224,6 +224,11 @@ def route_tokens(name: str) -> None:
     MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
 
 
+def multiply_in_one_order(num_rows: int, inputs: int) -> None:
+    x, weight, bias = bf16(num_rows, inputs), bf16(96, inputs), bf16(96)
+    MODULES["batch_invariant.linear"].batch_invariant_linear_triton(x, weight, bias)
+
+
 def sample(is_deterministic: bool) -> None:
     rows, state = torch.arange(3, dtype=torch.int32), DrawColumns(3, 151_936, "cpu")
     MODULES["sample"].sample_triton(bf16(3, 151_936), rows, rows, state.upload(), state.last_token, is_deterministic)
@@ -296,9 +301,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm_gated_linear of a row": lambda: normalize_and_multiply(1, 304, True, True, True),
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
     "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
-    "batch_invariant_linear": lambda: MODULES["batch_invariant.linear"].batch_invariant_linear_triton(
-        bf16(5, 200), bf16(96, 200), bf16(96)
-    ),
+    "batch_invariant_linear": lambda: multiply_in_one_order(5, 200),
+    "batch_invariant_linear of a few rows": lambda: multiply_in_one_order(64, 256),
+    "batch_invariant_linear of some rows": lambda: multiply_in_one_order(65, 256),
+    "batch_invariant_linear of many rows": lambda: multiply_in_one_order(1025, 256),
     "int4, groups, zeros": lambda: multiply_codes(3, "int4", 128, more=True),
     "int4, small groups, 64 rows": lambda: multiply_codes(64, "int4", 32),
     "int4, groups, float16": lambda: multiply_codes(3, "int4", 128, dtype=torch.float16),

@@ -1,15 +1,25 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
-from nanovllm.attention.batch_invariant import BatchInvariantBackend, cpp_or_reference
-from nanovllm.kernels.attention_types import LayerCache
+from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
+from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import make_case
 from tests.kernels.twins import DEVICE, DTYPES, TOLERANCE, load_twin, relative_error, twin_test
 
 pytestmark = twin_test
 twin = load_twin("batch_invariant.attention")
+
+QUERY_LENS, SEQ_LENS = [1, 1, 3, 43], [40, 3, 40, 70]
+
+
+def batch(query_lens: list[int], seq_lens: list[int], table: torch.Tensor) -> AttentionMetadata:
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+    return AttentionMetadata(
+        query_start_loc=starts, seq_lens=lens, block_table=table.contiguous(),
+        slot_mapping=torch.empty(0, dtype=torch.int64), num_decodes=0, num_reqs=len(lens),
+        max_query_len=max(query_lens), max_seq_len=max(seq_lens), query_lens_host=query_lens, seq_lens_host=seq_lens,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -19,22 +29,22 @@ twin = load_twin("batch_invariant.attention")
 def test_twin_equals_the_reference_and_a_token_is_the_same_in_any_batch(
     dtype: torch.dtype, window: int | None, softcap: float | None, block_size: int, head_dim: int
 ) -> None:
-    """To the bit: a whole prompt against its tokens one by one, and beside others."""
-    case = make_case([1, 1, 5, 17], [40, 3, 40, 17], dtype=dtype, block_size=block_size, head_dim=head_dim)
-    reference = BatchInvariantBackend(cpp_or_reference(None))
+    """To the bit: a prompt whole, in chunks and one token at a time, beside others and alone."""
+    case = make_case(QUERY_LENS, SEQ_LENS, dtype=dtype, block_size=block_size, head_dim=head_dim)
     shape = case.shape(0.3, window, softcap)
-    expected = reference.forward(shape, case.q, case.cache, reference.prepare(case.meta))
-    table = case.meta.block_table.repeat_interleave(torch.tensor([1, 1, 5, 17]), 0).to(DEVICE)
-    lens = torch.tensor([40, 3, *range(36, 41), *range(1, 18)], dtype=torch.int32, device=DEVICE)
-    q, cache = case.q.to(DEVICE), LayerCache(case.kv_cache.to(DEVICE))
-    meta = replace(case.meta, block_table=table, seq_lens=lens)
-    out = twin.batch_invariant_attention_triton(q, cache, meta, shape)
+    expected = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
+    q, cache, table = case.q.to(DEVICE), LayerCache(case.kv_cache.to(DEVICE)), case.meta.block_table.to(DEVICE)
+    out = twin.batch_invariant_attention_triton(q, cache, batch(QUERY_LENS, SEQ_LENS, table), shape)
     assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
-    for token in (0, 1, 6, 22):
-        part = slice(token, token + 1)
-        one = replace(meta, block_table=table[part], seq_lens=lens[part])
-        alone = twin.batch_invariant_attention_triton(q[part], cache, one, shape)
-        assert torch.equal(alone[0], out[token])
-    lens[3] = 0
-    out = twin.batch_invariant_attention_triton(q, cache, meta, shape)
-    assert not out[3].any(), "padding"
+
+    alone = twin.batch_invariant_attention_triton(q[5:], cache, batch([43], [70], table[3:]), shape)
+    assert torch.equal(alone, out[5:])
+    lens = [9, 1, 1, 32]
+    ends = [27 + sum(lens[: i + 1]) for i in range(4)]
+    chunks = batch(lens, ends, table[3:].expand(4, -1))
+    assert torch.equal(twin.batch_invariant_attention_triton(q[5:], cache, chunks, shape), out[5:])
+    some, requests = [0, 1, 4, 5, 26, 47], [0, 1, 2, 3, 3, 3]
+    each = batch([1] * 6, [40, 3, 40, 28, 49, 70], table[requests])
+    assert torch.equal(twin.batch_invariant_attention_triton(q[some], cache, each, shape), out[some])
+    each.seq_lens[3] = 0
+    assert not twin.batch_invariant_attention_triton(q[some], cache, each, shape)[3].any(), "padding"
