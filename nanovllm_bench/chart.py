@@ -80,7 +80,8 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
         yield f"decode, {name}, ms a step (less is better)", Bar(row["step_ms"], spread)
     elif kind == "quality":
         yield "perplexity (less is better)", Bar(row["perplexity"], None)
-        yield "mean KL from plain, nats (less is better)", Bar(row["mean_kl"], None)
+        if row["mean_kl"] > 0:  # plain's own is none
+            yield "mean KL from plain, nats (less is better)", Bar(row["mean_kl"], None)
         yield "greedy token as plain's, share", Bar(row["agreement"], None)
     elif kind == "serve":
         yield f"{workload}, output tok/s", Bar(row["output_tokens_per_second"], spread)
