@@ -5,7 +5,7 @@ and on the number of rows, which picks the kernel.
 
     rows      product
     1         quantized_gemv.py: multiply and add
-    2 .. 64   quantized_gemm.py: codes to 16 bits in registers, then the matrix unit; FP8 with rounded inputs: cuBLAS
+    2 .. 256  quantized_gemm.py: codes to 16 bits in registers, then the matrix unit; FP8 with rounded inputs: cuBLAS
     more      FP8 with rounded inputs: cuBLAS, in FP8; else a dense copy, which many rows pay for, and cuBLAS
 """
 
@@ -17,15 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.quantized_linear import QuantizedWeight
-from nanovllm.kernels.triton.common.device_limits import has_fp8
+from nanovllm.kernels.triton.common.device_limits import has_fp8, has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.linear.quantized_gemm import GemmConfig, launch_gemm, rows_of_tile
 from nanovllm.kernels.triton.linear.quantized_gemv import GemvConfig, launch_gemv
 from nanovllm.kernels.triton.linear.skinny_gemm import MAX_TILES
 
-MAX_ROWS = 64
-NUM_PROGRAMS = 264  # two for each multiprocessor of an H100
+NUM_PROGRAMS = 384  # three for each multiprocessor of an H100
 FP8_MAX = tl.constexpr(448.0)
 
 Config = GemvConfig | GemmConfig
@@ -35,7 +34,7 @@ def choose(x: Tensor, weight: QuantizedWeight) -> Config | None:
     """The kernel for x [num_rows, inputs]; None: none is made for it."""
     (num_rows, num_inputs), codes, num_groups = x.shape, weight.codes, weight.scale.shape[1]
     if (
-        not 0 < num_rows <= MAX_ROWS
+        num_rows == 0
         or x.dtype not in (torch.float16, torch.bfloat16)
         or x.stride(1) != 1
         or num_inputs % num_groups
@@ -49,11 +48,24 @@ def choose(x: Tensor, weight: QuantizedWeight) -> Config | None:
         return None
     if num_rows == 1:
         return GemvConfig(step // 2 if codes.dtype == torch.uint8 else step, outputs=8, num_warps=4, ahead=4)
-    tiles, steps = cdiv(codes.shape[0], 64), num_inputs // step
-    splits = next(n for n in range(min(steps, max(1, NUM_PROGRAMS // tiles)), steps + 1) if steps % n == 0)
-    if tiles > MAX_TILES and splits > 1:
+    return _gemm_config(num_rows, codes, num_inputs, step)
+
+
+def _gemm_config(num_rows: int, codes: Tensor, num_inputs: int, step: int) -> GemmConfig | None:
+    """The rules are what sweeps over layers of an 8B model on an H100 found fastest."""
+    is_few, is_wide = num_rows <= 16, codes.dtype == torch.uint8 and step == 128
+    if num_rows > (256 if step == 128 else 128):
         return None
-    return GemmConfig(rows_of_tile(num_rows, 64), 64, 4, step, splits, stages=4 if num_rows <= 16 else 3)
+    rows = rows_of_tile(num_rows, 128 if has_large_shared_memory(codes.device) else 64)
+    outputs, num_warps = (128, 4 if is_few else 8) if is_wide else (64, 4)
+    stages = (4 if is_wide else 6) if is_few else (3 if step == 128 else 5)
+    tiles, steps = cdiv(codes.shape[0], outputs), num_inputs // step
+    most = 4 if is_few or (num_rows <= 64 and not is_wide) else 2
+    wanted = min(most, max(1, NUM_PROGRAMS // tiles))
+    splits = next(n for n in range(min(steps, wanted), steps + 1) if steps % n == 0)
+    if tiles * cdiv(num_rows, rows) > MAX_TILES and splits > 1:
+        return None
+    return GemmConfig(rows, outputs, num_warps, step, splits, stages)
 
 
 def quantized_linear_triton(
