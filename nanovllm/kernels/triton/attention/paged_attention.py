@@ -1,4 +1,4 @@
-"""Paged attention in Triton: the choice between the decode, the fused decode and the prefill kernel.
+"""Paged attention in Triton: the choice between the decode, the fused decode, the prefill and Hopper's prefill kernel.
 
 Owns which of them computes which rows, and what the layers of a step share. Invariant: lengths and blocks are read on
 the device, and every grid follows from sizes known on the host, so a call can be captured in a CUDA graph and replayed
