@@ -184,10 +184,11 @@ def test_one_long_request_preempts_and_resumes_several_times(folder: Path, greed
 
 
 SIZES = [*range(1, 65), 100, 200, 511]
+LIMITS = [1, 2, 3, 16, 17, 64, 511]
 
 
 def test_full_batches_at_every_size(tmp_path: Path) -> None:
-    """1 to 64, 100, 200 and 511 requests in one step, and one more than there are rows."""
+    """1 to 64, 100, 200 and 511 requests in one step, also where these are all rows; and one more than there are."""
     folder = save_random(
         tmp_path, vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -195,9 +196,11 @@ def test_full_batches_at_every_size(tmp_path: Path) -> None:
     prompts = [[i % 32, i // 32] for i in range(512)]
     with make_llm(folder, max_num_seqs=32) as llm:
         expected = tokens(llm, prompts, params)
-    for size in SIZES:
-        with make_llm(folder, max_num_seqs=size, max_num_batched_tokens=2 * size, max_model_len=16) as llm:
-            assert tokens(llm, prompts[:size], params) == expected[:size]
-            assert llm.get_metrics()["num_steps"] == 2, f"{size} requests must run as one batch"
-            if size in (1, 3, 64):
-                assert tokens(llm, prompts[: size + 1], params) == expected[: size + 1]
+    for limit in LIMITS:
+        with make_llm(folder, max_num_seqs=limit, max_num_batched_tokens=2 * limit, max_model_len=16) as llm:
+            for size in SIZES if limit == max(SIZES) else [limit]:
+                num_steps = llm.get_metrics()["num_steps"]
+                assert tokens(llm, prompts[:size], params) == expected[:size]
+                assert llm.get_metrics()["num_steps"] == num_steps + 2, f"{size} requests must run as one batch"
+            if limit in (1, 3, 64):
+                assert tokens(llm, prompts[: limit + 1], params) == expected[: limit + 1]

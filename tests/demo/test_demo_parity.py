@@ -17,7 +17,7 @@ from tests.tiny_models import hugging_face_logits
 
 pytestmark = [pytest.mark.demo_model, pytest.mark.slow]
 
-NUM_OUTPUT = 24
+NUM_OUTPUT = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True)
 LENGTHS = [5, 6, 7, 8, 9, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48]
 LENGTHS += [55, 63, 64, 65, 80, 97, 120, 127, 128, 150, 200, 256, 333, 450, 640, 900]
