@@ -1,15 +1,23 @@
 """Tests that need a CUDA device are skipped, with the reason, where there is none. SIGINT is as at a terminal.
 
-Hypothesis takes no time: on a busy machine all of it may pass between two examples.
+Hypothesis takes no time: on a busy machine all of it may pass between two examples. Processes that run tests side by
+side have a cache of Triton's kernels each: in a cold one that they shared, kernels got each other's launchers.
 """
 
+import os
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and "TRITON_CACHE_DIR" not in os.environ:
+    os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"nanovllm_tests_triton_{os.getuid()}_{worker}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -311,6 +311,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "int4, small groups, 64 rows": lambda: multiply_codes(64, "int4", 32),
     "int4, groups, float16": lambda: multiply_codes(3, "int4", 128, dtype=torch.float16),
     "int8, a scale an output": lambda: multiply_codes(3, "int8", None),
+    "int8, float16": lambda: multiply_codes(3, "int8", None, dtype=torch.float16),
     "int8, groups, zeros": lambda: multiply_codes(40, "int8", 64, more=True),
     "fp8, a scale an output": lambda: multiply_codes(3, "fp8", None),
     "fp8, groups": lambda: multiply_codes(64, "fp8", 128),

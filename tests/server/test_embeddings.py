@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.server import patient
 from tests.server.conftest import Running
 from tests.tiny_models import save_random, save_tokenizer
 
@@ -46,6 +46,6 @@ def test_vectors_are_the_engines(tmp_path: Any) -> None:
     ],
 )
 def test_what_is_wrong_is_named(server: Running, body: dict[str, Any], param: str | None, message: str) -> None:
-    answer = httpx.post(f"{server.url}/v1/embeddings", json=body)
+    answer = patient.post(f"{server.url}/v1/embeddings", json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param and message in answer.json()["error"]["message"]

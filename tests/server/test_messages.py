@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.server import patient
 from tests.server.conftest import Running, says
 
 anthropic = pytest.importorskip("anthropic")
@@ -118,7 +118,7 @@ def test_a_form(client: Any) -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_in_the_dialect(tooled: Running, body: dict[str, Any], message: str) -> None:
-    answer = httpx.post(f"{tooled.url}/v1/messages", json={"messages": HI, **body})
+    answer = patient.post(f"{tooled.url}/v1/messages", json={"messages": HI, **body})
     assert answer.status_code == 400, answer.text
     error = answer.json()
     assert error["type"] == "error" and error["error"]["type"] == "invalid_request_error"

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.server import patient
 from tests.server.conftest import Running
 from tests.tiny_models import edit_json, save_scripted
 
@@ -108,12 +109,12 @@ def test_forms_are_kept_to(client: Any) -> None:
 def test_models_tokenize_and_back(client: Any, server: Running) -> None:
     assert [card.id for card in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("alias").max_model_len == 20_000
-    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "héllo"}).json()
+    tokens = patient.post(f"{server.url}/tokenize", json={"prompt": "héllo"}).json()
     assert tokens["count"] == len(tokens["tokens"]) == 7
-    back = httpx.post(f"{server.url}/detokenize", json={"tokens": tokens["tokens"][1:]}).json()
+    back = patient.post(f"{server.url}/detokenize", json={"tokens": tokens["tokens"][1:]}).json()
     assert back == {"prompt": "héllo"}
-    assert httpx.post(f"{server.url}/detokenize", json={"tokens": [True]}).status_code == 400
-    chat = httpx.post(f"{server.url}/tokenize", json={"messages": HI}).json()
+    assert patient.post(f"{server.url}/detokenize", json={"tokens": [True]}).status_code == 400
+    chat = patient.post(f"{server.url}/tokenize", json={"messages": HI}).json()
     assert chat["count"] > 2
 
 
@@ -137,7 +138,7 @@ def test_what_is_wrong_is_named(
     server: Running, route: str, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     for stream in (False, True):
-        answer = httpx.post(f"{server.url}/v1/{route}", json={**body, "stream": stream})
+        answer = patient.post(f"{server.url}/v1/{route}", json={**body, "stream": stream})
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
         assert error["param"] == param and message in error["message"] and error["type"] == "invalid_request_error"
@@ -160,14 +161,14 @@ def test_bodies_that_are_none(server: Running, body: bytes, status: int) -> None
 def test_other_models_and_paths(client: Any, server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here"):
         client.chat.completions.create(model="gpt-9", messages=HI)
-    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert patient.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert patient.get(f"{server.url}/v1/completions").status_code == 405
 
 
 def test_a_client_that_goes_away_frees_what_it_held(server: Running) -> None:
     """In a stream and while a whole answer is waited for: the fixture finds no request and no block left."""
     body = {"prompt": "a", "max_tokens": 19_000, "temperature": 0}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}) as stream:
+    with patient.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}) as stream:
         lines = stream.iter_lines()
         next(lines)
         assert server.served.num_unfinished == 1
@@ -183,7 +184,7 @@ def test_more_than_is_taken_comes_back_later(server: Running) -> None:
     server.served.max_unfinished = 1
     try:
         for fields in ({"prompt": ["a", "b"]}, {"prompt": "a", "n": 2, "temperature": 1}):
-            answer = httpx.post(f"{server.url}/v1/completions", json={**fields, "max_tokens": 1})
+            answer = patient.post(f"{server.url}/v1/completions", json={**fields, "max_tokens": 1})
             assert answer.status_code == 429 and answer.headers["retry-after"]
             assert answer.json()["error"]["type"] == "rate_limit_error"
     finally:
@@ -194,7 +195,7 @@ def test_metrics_under_vllms_names(client: Any, server: Running) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
 
     def read() -> dict[str, float]:
-        families = parser.text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+        families = parser.text_string_to_metric_families(patient.get(f"{server.url}/metrics").text)
         return {s.name: s.value for family in families for s in family.samples if "le" not in s.labels}
 
     before = read()
@@ -214,9 +215,9 @@ def test_metrics_under_vllms_names(client: Any, server: Running) -> None:
 def test_the_key_is_asked_for(tmp_path: Any) -> None:
     running = Running(str(save_scripted(tmp_path, "ab", ends=True)), api_key="secret", engine_process=True)
     try:
-        assert httpx.get(f"{running.url}/health").status_code == 200
-        assert httpx.get(f"{running.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
-        assert httpx.get(f"{running.url}/v1/models", headers={"authorization": "Bearer secre"}).status_code == 401
+        assert patient.get(f"{running.url}/health").status_code == 200
+        assert patient.get(f"{running.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
+        assert patient.get(f"{running.url}/v1/models", headers={"authorization": "Bearer secre"}).status_code == 401
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret")
         assert client.completions.create(model="tiny", prompt="x", temperature=0).choices[0].text == "ab"
     finally:
@@ -240,23 +241,23 @@ def test_an_engine_that_was_killed_is_told_from_a_busy_one(tmp_path: Any) -> Non
         with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)
-            assert httpx.get(f"{running.url}/health").status_code == 200
+            assert patient.get(f"{running.url}/health").status_code == 200
             (child,) = running.engine.llm._engine._children.members
             child.process.kill()
             *_, last = (line for line in lines if line)
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error", "and no [DONE] behind it"
         wait_until(lambda: running.served.is_restarting)
-        assert httpx.get(f"{running.url}/health").status_code == 503
-        refused = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"})
+        assert patient.get(f"{running.url}/health").status_code == 503
+        refused = patient.post(f"{running.url}/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503 and refused.headers["retry-after"]
         running.may_restart.set()
-        wait_until(lambda: httpx.get(f"{running.url}/health").status_code == 200)
-        answer = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 3})
+        wait_until(lambda: patient.get(f"{running.url}/health").status_code == 200)
+        answer = patient.post(f"{running.url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 3})
         assert answer.json()["choices"][0]["text"] == "bcd"
         running.may_restart.clear()
         (child,) = running.served.engine.llm._engine._children.members
         child.process.kill()  # while nobody asks anything of it
-        wait_until(lambda: httpx.get(f"{running.url}/health").status_code == 503)
+        wait_until(lambda: patient.get(f"{running.url}/health").status_code == 503)
     finally:
         running.close()
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import httpx
 import pytest
 
 from nanovllm.server.app import make_app
 from nanovllm.server.body import Body
 from nanovllm.server.openapi import GETS, OPERATIONS, describe
+from tests.server import patient
 from tests.server.conftest import Running
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -47,7 +47,7 @@ def test_a_route_takes_the_fields_that_are_described(
 
     monkeypatch.setattr(Body, "take", note_kind)
     monkeypatch.setattr(Body, "refuse", note_refusal)
-    answer = httpx.post(server.url + path, json=BODIES[path])
+    answer = patient.post(server.url + path, json=BODIES[path])
     assert answer.status_code == 200, answer.text
     operation = OPERATIONS[path]
     described = {**operation.required, **operation.optional}
@@ -56,14 +56,14 @@ def test_a_route_takes_the_fields_that_are_described(
         assert set(operation.answer) <= answer.json().keys()
     for name in operation.required:
         left = {other: value for other, value in BODIES[path].items() if other != name}
-        assert httpx.post(server.url + path, json=left).status_code == 400
+        assert patient.post(server.url + path, json=left).status_code == 400
 
 
 def test_every_route_is_described(server: Running) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = patient.get(f"{server.url}/openapi.json").json()
     assert document == describe(["tiny", "alias"])
     for path in (*OPERATIONS, *GETS):
-        answer = httpx.get(server.url + path.replace("{name}", "alias"))
+        answer = patient.get(server.url + path.replace("{name}", "alias"))
         assert answer.status_code == (405 if path in OPERATIONS else 200)
         assert path in GETS or answer.headers["allow"] == "POST"
     routes = make_app(server.served)._app.routes  # type: ignore[attr-defined]

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.server import patient
 from tests.server.conftest import Running
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -16,7 +16,7 @@ FIGURE = "(name => Number(document.querySelector(`[data-metric='${name}']`)?.tex
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_no_key(server: Running) -> None:
-    answer = httpx.get(f"{server.url}/")
+    answer = patient.get(f"{server.url}/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "http://" not in answer.text and "https://" not in answer.text and "innerHTML" not in answer.text

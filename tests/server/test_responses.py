@@ -3,9 +3,9 @@
 import json
 from typing import Any, Literal
 
-import httpx
 import pytest
 
+from tests.server import patient
 from tests.server.conftest import Running, says
 
 openai = pytest.importorskip("openai")
@@ -125,7 +125,7 @@ def test_forced_calls(client: Any, choice: Any) -> None:
     ],
 )
 def test_what_is_wrong_is_named(tooled: Running, body: dict[str, Any], param: str | None, message: str) -> None:
-    answer = httpx.post(f"{tooled.url}/v1/responses", json=body)
+    answer = patient.post(f"{tooled.url}/v1/responses", json=body)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == param and message in error["message"]

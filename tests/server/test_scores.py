@@ -2,19 +2,19 @@
 
 from typing import Any
 
-import httpx
 import pytest
 
 from nanovllm.cli.main import main
+from tests.server import patient
 from tests.server.conftest import Running
 
 
 def test_scores_are_those_of_llm_score(server: Running) -> None:
     llm = server.engine.llm
-    answer = httpx.post(f"{server.url}/score", json={"text_1": "abc", "text_2": ["de", "xyz"]}).json()
+    answer = patient.post(f"{server.url}/score", json={"text_1": "abc", "text_2": ["de", "xyz"]}).json()
     assert [one["score"] for one in answer["data"]] == pytest.approx(llm.score("abc", ["de", "xyz"]))
     assert answer["usage"]["prompt_tokens"] == 4 + 2 + 4 + 3 and answer["model"] == "tiny"
-    pairs = httpx.post(f"{server.url}/v1/score", json={"text_1": ["a", "b"], "text_2": ["b", "a"]}).json()["data"]
+    pairs = patient.post(f"{server.url}/v1/score", json={"text_1": ["a", "b"], "text_2": ["b", "a"]}).json()["data"]
     assert [one["score"] for one in pairs] == pytest.approx([*llm.score("a", ["b"]), *llm.score("b", ["a"])])
 
 
@@ -29,7 +29,7 @@ def test_scores_are_those_of_llm_score(server: Running) -> None:
     ],
 )
 def test_what_is_wrong_is_named(server: Running, body: dict[str, Any], param: str | None) -> None:
-    answer = httpx.post(f"{server.url}/score", json=body)
+    answer = patient.post(f"{server.url}/score", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 
 

@@ -15,6 +15,7 @@ from nanovllm.chat_template import render_chat
 from nanovllm.cli.main import main
 from nanovllm.server import http
 from nanovllm.server.app import make_app
+from tests.server import patient
 from tests.server.conftest import Running
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -77,7 +78,7 @@ def test_pages_of_other_sites_get_nothing_unless_they_are_allowed(server: Runnin
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_what_a_form_of_any_page_can_send_is_not_read(server: Running, kind: str | None) -> None:
     headers = {} if kind is None else {"content-type": kind}
-    answer = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+    answer = patient.post(f"{server.url}/v1/completions", content=b'{"prompt": "a"}', headers=headers)
     assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
 
 
@@ -85,11 +86,11 @@ def test_templates_of_requests_are_run_for_those_who_trust_them(server: Running)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     for fields in ({"chat_template": template}, {"chat_template_kwargs": {"chat_template": template}}):
         body = {"messages": HI, "max_tokens": 1, **fields}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        answer = patient.post(f"{server.url}/v1/chat/completions", json=body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template"
         server.served.trust_request_chat_template = True
         try:
-            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+            answer = patient.post(f"{server.url}/v1/chat/completions", json=body)
         finally:
             server.served.trust_request_chat_template = False
         assert answer.json()["usage"]["prompt_tokens"] == 2
@@ -103,7 +104,7 @@ def test_a_request_does_not_move_the_bounds_of_templates(server: Running, path: 
     for name in ours:
         body = {"messages": HI, "input": "Hi", "max_tokens": 1, "chat_template_kwargs": {name: 10**9}}
         del body["input" if "responses" not in path else "messages"]
-        answer = httpx.post(server.url + path, json=body)
+        answer = patient.post(server.url + path, json=body)
         assert answer.status_code == 400 and name in answer.json()["error"]["message"]
 
 
@@ -123,7 +124,7 @@ def test_no_field_is_the_name_of_a_file(server: Running, tmp_path: Path, fields:
     secret.write_text('{"const": "tell nobody"}')
     body = httpx.Request("POST", server.url, json=fields).content.replace(b"{}", str(secret).encode())
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    answer = patient.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
     assert answer.status_code in (400, 404) and "tell nobody" not in answer.text, answer.text
 
 

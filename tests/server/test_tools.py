@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.server import patient
 from tests.server.conftest import Running, says
 
 openai = pytest.importorskip("openai")
@@ -158,7 +158,7 @@ def test_with_no_tool_to_call_it_is_text(client: Any) -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_tools_is_named(tooled: Running, body: dict[str, Any], param: str, message: str) -> None:
-    answer = httpx.post(f"{tooled.url}/v1/chat/completions", json={"messages": HI, **body})
+    answer = patient.post(f"{tooled.url}/v1/chat/completions", json={"messages": HI, **body})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param and message in answer.json()["error"]["message"]
 
@@ -166,5 +166,5 @@ def test_what_is_wrong_with_tools_is_named(tooled: Running, body: dict[str, Any]
 def test_a_model_that_knows_no_tools_is_given_none(server: Running) -> None:
     for choice in ("auto", "required"):
         body = {"messages": HI, "tools": [NOW], "tool_choice": choice}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        answer = patient.post(f"{server.url}/v1/chat/completions", json=body)
         assert answer.status_code == 400 and "chat template knows no tools" in answer.json()["error"]["message"]
