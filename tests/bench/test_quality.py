@@ -70,4 +70,4 @@ def test_the_command(model: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert int8["mean_kl"] > 0 and int8["weights_megabytes"] < plain["weights_megabytes"]
     assert math.isclose(int8["perplexity_ratio"], int8["perplexity"] / plain["perplexity"])
     panels = collect([record])
-    assert [list(bars) for bars in panels.values()] == [["plain", "int8"], ["int8"], ["plain", "int8"]]
+    assert [list(bars) for bars in panels.values()] == [["plain", "int8"], ["plain", "int8"], ["int8"]]

@@ -133,8 +133,8 @@ def growth_while_loading(folder: Path, size: int) -> int:
     seen = [own_bytes()]
     tensors = SafetensorsCheckpoint.tensors
 
-    def watched(self: SafetensorsCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        for item in tensors(self, dtype):
+    def watched(self: SafetensorsCheckpoint, *arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in tensors(self, *arguments):
             yield item
             seen.append(own_bytes())
 

@@ -29,7 +29,9 @@ def long_prompts(**changes: Any) -> Any:
     return make_case([1, 5, 700, 130], [100, 5, 900, 1024], **(options | changes))
 
 
-@pytest.mark.skipif(not limits.has_hopper_gluon(DEVICE), reason="needs a Hopper GPU and a known Gluon")
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and limits.has_hopper_gluon(DEVICE)), reason="needs a Hopper GPU and a known Gluon"
+)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype"),
     [
