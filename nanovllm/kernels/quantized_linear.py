@@ -11,6 +11,7 @@ bits * scale + low, up to rounding to the dtype of x.
     scale, zero, low    [outputs, groups]: of `group_size` consecutive inputs, the last group what is left
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -130,9 +131,28 @@ def int8_linear(
     """
     if x.is_cpu:
         codes, scales = quantize_rows(x, "int8")
-        product = (torch._int_mm(codes, weight.codes.t()).float() * scales * weight.scale.t()).to(x.dtype)
+        product = (_whole_product(codes, weight.codes).float() * scales * weight.scale.t()).to(x.dtype)
         return product if bias is None else product + bias
     return quantized_linear(round_rows(x, "int8"), weight, bias, semaphores)
+
+
+def _whole_product(x: Tensor, codes: Tensor) -> Tensor:
+    """x [rows, inputs] times codes [outputs, inputs], int8, on a CPU: exact, int32."""
+    if _multiplies_int8():
+        return torch._int_mm(x, codes.t())
+    # Of 1,024 inputs, float32 holds every sum there may be.
+    parts = zip(x.split(1024, dim=1), codes.split(1024, dim=1), strict=True)
+    return torch.stack([(a.float() @ b.float().t()).int() for a, b in parts]).sum(0, dtype=torch.int32)
+
+
+@cache
+def _multiplies_int8() -> bool:
+    """Whether PyTorch's products of int8 are exact on this CPU.
+
+    With AVX2 alone oneDNN adds pairs in 16 bits, which large ones do not fit ("Nuances of int8 computations").
+    """
+    codes = torch.full((64, 256), 127, dtype=torch.int8)
+    return bool((torch._int_mm(codes, codes.t()) == 127 * 127 * 256).all())
 
 
 def _multiplies_fp8(x: Tensor, weight: QuantizedWeight) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels import quantized_linear
 from nanovllm.kernels.quantized_linear import dequantize, quantize_rows, round_rows
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.quantization.online import Online
@@ -72,6 +73,16 @@ def test_whole_numbers_on_a_cpu(dtype: torch.dtype) -> None:
     got = layer.multiply(x, bias)
     torch.testing.assert_close(got.float(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
     assert torch.equal(torch.cat([layer.multiply(row[None], bias) for row in x]), got)
+
+
+def test_whole_products_are_exact_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Largest codes, and more of them than one float32 sums exactly."""
+    x, codes = torch.full((3, 3000), 127, dtype=torch.int8), torch.full((5, 3000), -127, dtype=torch.int8)
+    x[1], codes[2] = torch.randint(-127, 128, (2, 3000), dtype=torch.int8)
+    want = (x.double() @ codes.double().t()).int()
+    for has_exact in (quantized_linear._multiplies_int8(), False):
+        monkeypatch.setattr(quantized_linear, "_multiplies_int8", lambda has_exact=has_exact: has_exact)
+        assert torch.equal(quantized_linear._whole_product(x, codes), want)
 
 
 def logprobs(folder: Path, **options: Any) -> list[float]:
