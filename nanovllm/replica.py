@@ -8,7 +8,6 @@ the main one waits for the session's news, and so steps. Invariant: neither side
 sends; this session runs as any other does.
 """
 
-import gc
 import os
 import sys
 import threading
@@ -28,10 +27,7 @@ from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.executor.calls import call_function, locked_sender, report_failure
 from nanovllm.executor.children import connect_to_parent
 from nanovllm.executor.worker import RunnerTimes
-
-_SWITCH_SECONDS = (
-    0.0002  # that a thread waits for another's turn in the interpreter; the 5 ms of Python are a step or two
-)
+from nanovllm.interpreter import share_interpreter
 
 
 @dataclass
@@ -127,9 +123,7 @@ def _run(connection: Connection, send: Callable[[Any], None]) -> None:
     replica = Replica(parts)
     times = parts.start_times
     send((number, Ready(parts.num_blocks, RunnerTimes(*astuple(times)[-len(RunnerTimes._fields) :]))))
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    gc.collect()
-    gc.freeze()  # a collection that looks at all that imports have made takes a tenth of a second
+    share_interpreter()
     is_closed = threading.Event()  # by the other side
     threading.Thread(target=_obey, args=(connection, setup, replica, send, is_closed), daemon=True).start()
     try:

@@ -4,7 +4,6 @@ Owns the process: loading, listening, and the end. SIGTERM and Ctrl-C let what r
 nothing new. Invariant: the port answers only once the model is ready.
 """
 
-import gc
 import logging
 import os
 import socket
@@ -17,11 +16,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.options import engine_options
+from nanovllm.interpreter import share_interpreter
 
 if TYPE_CHECKING:
     from nanovllm.async_llm import AsyncLLM
-
-_SWITCH_SECONDS = 0.0002
 
 
 def run(args: Namespace) -> int:
@@ -44,7 +42,7 @@ def run(args: Namespace) -> int:
     served = Served(
         make_engine(), args.served_model_name or [args.model], args.max_unfinished, args.trust_request_chat_template
     )
-    _share_the_interpreter()
+    share_interpreter()
     config = uvicorn.Config(
         make_app(served, key, args.allowed_origins, make_engine if args.restart else None),
         http=BoundedHttp,
@@ -83,17 +81,6 @@ def _make_engine(model: str, options: dict[str, Any], chat_template: str | None)
     if chat_template is not None:
         engine.llm.get_tokenizer().chat_template = chat_template
     return engine
-
-
-def _share_the_interpreter() -> None:
-    """The event loop and the thread that reads the engine's news take turns: let neither wait long for the other.
-
-    A thread that wants the interpreter waits 5 ms for one that does not give it up by itself, which is a step or two.
-    And a collection that looks at all that imports have made takes a tenth of a second: leave that out.
-    """
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    gc.collect()
-    gc.freeze()
 
 
 def _read_key(given: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """Architecture: how one name in config.json's `architectures` is run.
 
-Owns the form of a row; the rows are in `registry.py` and `dense_families.py`. Invariant: plain data, so that reading
-the table imports neither torch nor a model.
+Owns the form of a row; the rows are in `registry.py`, `dense_families.py` and `mixture_families.py`. Invariant: plain
+data, so that reading the table imports neither torch nor a model.
 """
 
 from collections.abc import Callable, Mapping

@@ -34,7 +34,7 @@ def _if_positions_are_rotated(hf: Fields, layer_type: str, parameters: Fields) -
     return parameters if hf["position_embedding_type"] == "rope" else None
 
 
-def with_alpha(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
+def _with_alpha(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
     """Hunyuan's "dynamic" does not look at the length, if it has an alpha: it is a larger base, and nothing else."""
     kind = parameters.get("rope_type") or parameters.get("type")
     if kind != "dynamic" or not parameters.get("alpha"):
@@ -69,7 +69,14 @@ HUNYUAN_UNREAD: Mapping[str, Any] = dict.fromkeys(
     "org_vocab_size pad_id pool_type position_embedding_xdrope skip_cls_token text_end_id text_start_id use_cla "
     "use_qk_norm use_rotary_pos_emb video_end_id video_start_id".split()
 )
-_GRANITE_MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+HUNYUAN_ATTENTION: Mapping[str, Any] = {  # arguments of `Architecture`
+    "switches": {"qk_norm": "head", "norm_names": {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}},
+    "rope": _with_alpha,
+    "attention": "nanovllm.models.attention_variants:NormAfterRotation",
+}
+GRANITE_MULTIPLIERS: Mapping[str, Any] = dict.fromkeys(
+    ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0
+)
 _GRANITE_UNREAD = (
     *("init_method", "normalization_function", "time_step_limit"),
     *("mamba_chunk_size", "mamba_conv_bias", "mamba_d_conv", "mamba_d_head", "mamba_d_state", "mamba_expand"),
@@ -150,9 +157,7 @@ DENSE_FAMILIES: Mapping[str, Architecture] = {
         serves="Hunyuan, dense",
         proof=_PROOF,
         fields={**HUNYUAN_UNREAD, "attention_bias": False, "rms_norm_eps": 1e-5},
-        switches={"qk_norm": "head", "norm_names": {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}},
-        rope=with_alpha,
-        attention="nanovllm.models.attention_variants:NormAfterRotation",
+        **HUNYUAN_ATTENTION,
     ),
     "Starcoder2ForCausalLM": Architecture(
         serves="StarCoder 2",
@@ -207,7 +212,7 @@ DENSE_FAMILIES: Mapping[str, Architecture] = {
         serves="Granite 4 without Mamba layers and experts",
         proof=_PROOF,
         fields={
-            **dict.fromkeys(_GRANITE_MULTIPLIERS, 1.0),
+            **GRANITE_MULTIPLIERS,
             **{"attention_bias": False, "intermediate_size": 11008, "shared_intermediate_size": 1024},
             **{"layer_types": None, "num_local_experts": 8, "num_experts_per_tok": 2, "position_embedding_type": None},
             **dict.fromkeys(_GRANITE_UNREAD),

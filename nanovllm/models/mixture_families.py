@@ -7,14 +7,11 @@ Owns their part of the table (`registry.py`). Does not own what the fields mean:
 from collections.abc import Mapping
 
 from nanovllm.models.architecture import Architecture
-from nanovllm.models.dense_families import HUNYUAN_UNREAD, with_alpha
+from nanovllm.models.dense_families import GRANITE_MULTIPLIERS, HUNYUAN_ATTENTION, HUNYUAN_UNREAD
 from nanovllm.models.hf_fields import flag
 
 _PROOF = "tests/models/test_moe_parity.py"
-_GRANITE = {
-    **{"attention_bias": False, "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "logits_scaling": 1.0},
-    **{"residual_multiplier": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2},
-}
+_GRANITE = {**GRANITE_MULTIPLIERS, "attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2}
 _DEEPSEEK = {
     **{"attention_bias": False, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
     **{"moe_intermediate_size": 1408, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
@@ -125,9 +122,7 @@ MIXTURE_FAMILIES: Mapping[str, Architecture] = {
             **{"moe_layer_num_skipped": 0, "moe_random_routing_dropped_token": False, "norm_topk_prob": True},
             **{"num_shared_expert": 1, "routed_scaling_factor": 1.0, "use_mixed_mlp_moe": True},
         },
-        switches={"qk_norm": "head", "norm_names": {"q_norm": "query_layernorm", "k_norm": "key_layernorm"}},
-        rope=with_alpha,
-        attention="nanovllm.models.attention_variants:NormAfterRotation",
         mlp="nanovllm.models.mixture:hunyuan_moe",
+        **HUNYUAN_ATTENTION,
     ),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 from nanovllm.config import ModelConfig
 from nanovllm.models.architecture import Architecture
-from nanovllm.models.dense_families import DENSE_FAMILIES
+from nanovllm.models.dense_families import DENSE_FAMILIES, GRANITE_MULTIPLIERS
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
 from nanovllm.models.mixture_families import MIXTURE_FAMILIES
@@ -133,13 +133,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
     "GraniteForCausalLM": Architecture(
         serves="Granite 3",
         proof=_PROOF,
-        fields={
-            **_BIASES,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "residual_multiplier": 1.0,
-        },
+        fields={**_BIASES, **GRANITE_MULTIPLIERS},
     ),
     **MIXTURE_FAMILIES,
     **DENSE_FAMILIES,
