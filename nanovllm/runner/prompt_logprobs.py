@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SchedulerOutput
-from nanovllm.sampling.logits import CHUNK
-from nanovllm.sampling.logprobs import packed, top_logprobs
+from nanovllm.sampling.logprobs import packed, rows_at_once, top_logprobs
 from nanovllm.sampling.rows import upload
 from nanovllm.sampling.sampler import Sampler
 
@@ -39,7 +38,7 @@ def _score(
     assert pipeline is not None, "a request that scores its prompt brings its tokens"
     history, k = pipeline.histories.of(row), int(pipeline.num_prompt_logprobs[row])
     begin = sum(plan.num_scheduled_tokens[:index]) + first - plan.num_computed_tokens[index]
-    size = max(1, CHUNK[hidden.device.type] // sampler.columns.vocab_size)
+    size = rows_at_once(hidden.device, sampler.columns.vocab_size, k)
     parts = []
     for start in range(0, count, size):
         stop = min(start + size, count)

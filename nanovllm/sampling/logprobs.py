@@ -24,9 +24,14 @@ class TopLogprobs(NamedTuple):
     ranks: Tensor  # int64: 1 + how many tokens are more likely
 
 
+def rows_at_once(device: torch.device, vocab_size: int, k: int) -> int:
+    """How many rows' log-probabilities are worked out together: each of k takes as much as eight logits on the way."""
+    return max(1, CHUNK[device.type] // (vocab_size + 8 * k))
+
+
 def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:
     """logits [n, V] of any float dtype, token_ids [n] in [0, V), 0 <= k <= V."""
-    size = max(1, CHUNK[logits.device.type] // logits.shape[1])
+    size = rows_at_once(logits.device, logits.shape[1], k)
     parts = [
         _of_chunk(logits[i : i + size].float(), token_ids[i : i + size, None].long(), k)
         for i in range(0, len(logits), size)

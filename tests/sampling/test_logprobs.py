@@ -31,3 +31,19 @@ def test_values_and_ranks(
         np.testing.assert_allclose(top.logprobs[row].numpy(), expected[ids], atol=1e-5)
         assert top.ranks[row].tolist() == [1 + int((x > x[token]).sum()) for token in ids]
         assert ids[1:].tolist() == np.argsort(-x, kind="stable")[:k].tolist(), "falling, ties by id"
+
+
+@pytest.mark.parametrize("k", [0, 5, 40_000])
+def test_memory_on_the_way_is_bounded_whatever_is_asked(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """A whole vocabulary's log-probabilities take many times the logits while they are sorted."""
+    sizes = []
+    of_chunk = logprobs._of_chunk
+
+    def watched(logits: torch.Tensor, own_ids: torch.Tensor, k: int) -> logprobs.TopLogprobs:
+        sizes.append(logits.shape[0] * (logits.shape[1] + 8 * k))
+        return of_chunk(logits, own_ids, k)
+
+    monkeypatch.setattr(logprobs, "_of_chunk", watched)
+    logits = torch.randn(60, 40_000)
+    assert top_logprobs(logits, logits.argmax(-1), k).token_ids.shape == (60, 1 + k)
+    assert max(sizes) <= logprobs.CHUNK["cpu"]
