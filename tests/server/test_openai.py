@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -224,13 +223,6 @@ def test_the_key_is_asked_for(tmp_path: Any) -> None:
         running.close()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_an_engine_that_was_killed_is_told_from_a_busy_one(tmp_path: Any) -> None:
     """What ran ends with an error, /health says so, and a new engine takes its place."""
     folder = save_scripted(tmp_path, "abcdefgh", ends=False)
@@ -246,18 +238,18 @@ def test_an_engine_that_was_killed_is_told_from_a_busy_one(tmp_path: Any) -> Non
             child.process.kill()
             *_, last = (line for line in lines if line)
             assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error", "and no [DONE] behind it"
-        wait_until(lambda: running.served.is_restarting)
+        patient.wait_until(lambda: running.served.is_restarting)
         assert patient.get(f"{running.url}/health").status_code == 503
         refused = patient.post(f"{running.url}/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503 and refused.headers["retry-after"]
         running.may_restart.set()
-        wait_until(lambda: patient.get(f"{running.url}/health").status_code == 200)
+        patient.wait_until(lambda: patient.get(f"{running.url}/health").status_code == 200)
         answer = patient.post(f"{running.url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 3})
         assert answer.json()["choices"][0]["text"] == "bcd"
         running.may_restart.clear()
         (child,) = running.served.engine.llm._engine._children.members
         child.process.kill()  # while nobody asks anything of it
-        wait_until(lambda: patient.get(f"{running.url}/health").status_code == 503)
+        patient.wait_until(lambda: patient.get(f"{running.url}/health").status_code == 503)
     finally:
         running.close()
 

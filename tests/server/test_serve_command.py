@@ -17,6 +17,7 @@ import pytest
 from nanovllm.cli.main import main
 from nanovllm.cli.serve import _make_engine
 from nanovllm.server.restart import keep_alive
+from tests.server import patient
 from tests.server.conftest import Running
 from tests.tiny_models import edit_json, save_scripted
 
@@ -90,9 +91,15 @@ def test_two_engines_behind_a_port_share_requests_by_their_caches(tmp_path: Path
     edit_json(folder / "config.json", max_position_embeddings=20_000)
     running = Running(str(folder), data_parallel_size=2, max_model_len=20_000, num_gpu_blocks_override=1300)
     url = f"{running.url}/v1/completions"
+
+    def wait_until_idle() -> None:
+        """What a client has left in its middle counts for its engine until that knows."""
+        patient.wait_until(lambda: running.engine.llm.get_metrics()["num_running"] == 0)
+
     try:
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=patient.SECONDS) as client:
             for is_known in (False, True):
+                wait_until_idle()
                 body = {"prompt": "x" * 100, "max_tokens": 19_000, "stream": True}
                 with client.stream("POST", url, json=body) as stream:
                     lines = stream.iter_lines()
@@ -100,6 +107,7 @@ def test_two_engines_behind_a_port_share_requests_by_their_caches(tmp_path: Path
                     other = client.post(url, json={"prompt": "y" * 100, "max_tokens": 2}).json()
                     cached = other["usage"]["prompt_tokens_details"]["cached_tokens"]
                     assert (cached > 64) == is_known
+            wait_until_idle()
             again = client.post(url, json={"prompt": "x" * 100, "max_tokens": 2}).json()
             assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 64
         assert all(replica.cached for replica in running.engine.llm._engine._replicas)
