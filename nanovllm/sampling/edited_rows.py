@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.sampling.logits import CHUNK
+from nanovllm.sampling.logits import rows_of_chunk
 from nanovllm.sampling.rows import SampledRows, upload
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def find_edited(sampler: "Sampler", rows: SampledRows) -> np.ndarray:
 def _redraw(sampler: "Sampler", logits: Tensor, tokens: Tensor, edited: np.ndarray, rows: SampledRows) -> None:
     pipeline = sampler.pipeline
     assert pipeline is not None
-    size = max(1, CHUNK[logits.device.type] // logits.shape[1])
+    size = rows_of_chunk(logits.device, logits.shape[1])
     for start in range(0, len(edited), size):
         part = edited[start : start + size]
         index, members = upload(part, logits.device), rows.select(part)

@@ -19,6 +19,11 @@ _DRAW_BLOCK = 128
 _CANDIDATE_BLOCK = 32
 
 
+def rows_of_chunk(device: torch.device, row_size: int) -> int:
+    """How many rows of that many numbers are handled at a time."""
+    return max(1, CHUNK[device.type] // row_size)
+
+
 def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     """logits [n, V] of any float dtype divided by temperature [n] > 0, in float32.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.sampling.logits import CHUNK
+from nanovllm.sampling.logits import rows_of_chunk
 
 _BLOCK = 32
 
@@ -26,7 +26,7 @@ class TopLogprobs(NamedTuple):
 
 def rows_at_once(device: torch.device, vocab_size: int, k: int) -> int:
     """How many rows' log-probabilities are worked out together: each of k takes as much as eight logits on the way."""
-    return max(1, CHUNK[device.type] // (vocab_size + 8 * k))
+    return rows_of_chunk(device, vocab_size + 8 * k)
 
 
 def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:

@@ -28,7 +28,6 @@ from nanovllm.sampling.buckets import apply_top_p_by_buckets
 from nanovllm.sampling.draw_columns import DrawColumns, RowParams
 from nanovllm.sampling.edited_rows import sample_edited
 from nanovllm.sampling.logits import (
-    CHUNK,
     MASKED,
     apply_min_p,
     apply_temperature,
@@ -37,6 +36,7 @@ from nanovllm.sampling.logits import (
     find_candidates,
     pick_by_weight,
     pick_highest,
+    rows_of_chunk,
 )
 from nanovllm.sampling.philox import uniform
 from nanovllm.sampling.rows import SampledRows
@@ -131,7 +131,7 @@ class Sampler:
             return pick_highest(logits)
         params = self.columns.select(rows)
         noise = uniform(params.seed, positions)
-        size = max(1, CHUNK["cpu"] // logits.shape[1])
+        size = rows_of_chunk(logits.device, logits.shape[1])
         picked = []
         for start in range(0, len(logits), size):
             part = slice(start, start + size)

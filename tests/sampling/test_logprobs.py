@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nanovllm.sampling import logprobs
+from nanovllm.sampling.logits import CHUNK
 from nanovllm.sampling.logprobs import top_logprobs
 
 
@@ -17,7 +18,7 @@ def test_values_and_ranks(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, vocab_size: int, k: int, chunk: int
 ) -> None:
     """Raw, in float32, over the whole vocabulary; tokens that tie share the better rank (bfloat16 ties a lot)."""
-    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
     generator = torch.Generator().manual_seed(n)
     logits = (torch.randn(n, vocab_size, generator=generator) * 4).to(dtype)
     tokens = torch.randint(vocab_size, (n,), generator=generator).int()
@@ -46,4 +47,4 @@ def test_memory_on_the_way_is_bounded_whatever_is_asked(monkeypatch: pytest.Monk
     monkeypatch.setattr(logprobs, "_of_chunk", watched)
     logits = torch.randn(60, 40_000)
     assert top_logprobs(logits, logits.argmax(-1), k).token_ids.shape == (60, 1 + k)
-    assert max(sizes) <= logprobs.CHUNK["cpu"]
+    assert max(sizes) <= CHUNK["cpu"]
