@@ -2,8 +2,8 @@
 
 Owns the requests' block tables, and which blocks may be found by others: anyone through the prefix cache, siblings
 without one. References are `block_pool.py`'s; who runs is the scheduler's, which asks: how much is there (find_prefix),
-would the rest fit (has_room); enter, allocate, publish, release. Invariant: a running request holds every block that
-its next token reads.
+would the rest fit (has_room); enter, allocate, publish, release. Invariants: a running request holds every block that
+its next token reads; nobody finds a block that other weights have computed, since their name is in its hash.
 
 Here all layers keep the keys and values of all tokens, so a request has one table. Where layers differ, it has one for
 each group of them (`grouped_cache.py`).
@@ -12,7 +12,8 @@ each group of them (`grouped_cache.py`).
 from collections.abc import Callable, Sequence
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
-from nanovllm.engine.features.siblings import alike, prompt_hashes
+from nanovllm.engine.features.siblings import longest_held, prompt_hashes
+from nanovllm.engine.features.weights_version import WeightsVersion
 from nanovllm.engine.request import Request
 
 BlockTables = list[list[int]]  # of one request, for each group of layers
@@ -26,6 +27,7 @@ class CacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_blocks)
+        self.weights = WeightsVersion()
 
     def clear(self) -> None:
         """Forget every table and all content."""
@@ -39,6 +41,8 @@ class CacheManager:
         At least one token is left over to compute, for its logits, and all from which the log-probability of a prompt
         token is still to be computed. Without a prefix cache these are blocks of its prompt that a sibling holds.
         """
+        if request.hash_root != (root := self.weights.root + request.cache_salt):
+            request.hash_root, request.block_hashes = root, []
         nothing: BlockTables = [[] for _ in range(self.num_groups)]
         if request.capture is not None:
             return nothing  # the cache holds keys and values, no hidden states
@@ -48,15 +52,13 @@ class CacheManager:
         last = num_tokens // self.block_size
         if self.enable_prefix_caching:
             hashes = self._hashes(request, last)
-            return self._longest(lambda group, index: self.pool.find(self._key(hashes[index], group)), last)
-        last = min(last, request.num_prompt_tokens // self.block_size)
-        held = [self._longest(self._held(one), min(last, one.num_published_blocks)) for one in alike(request)]
-        return max(held, key=self.num_tokens, default=nothing)
+            return self.longest(lambda group, index: self.pool.find(self._key(hashes[index], group)), last)
+        return longest_held(self, request, last) or nothing
 
     def num_tokens(self, prefix: BlockTables) -> int:
         return len(prefix[0]) * self.block_size
 
-    def _longest(self, find: Find, num_blocks: int) -> BlockTables:
+    def longest(self, find: Find, num_blocks: int) -> BlockTables:
         """Tables of the longest prefix, of at most num_blocks, that is there for every group."""
         table: list[int] = []
         for index in range(num_blocks):
@@ -65,7 +67,7 @@ class CacheManager:
             table.append(block_id)
         return [table]
 
-    def _held(self, request: Request) -> Find:
+    def held(self, request: Request) -> Find:
         return lambda group, index: request.block_ids[group][index]
 
     # -- what a request holds --
@@ -142,7 +144,7 @@ class CacheManager:
         request.num_published_blocks = num_full
         if self.enable_prefix_caching:
             hashes = self._hashes(request, num_full)
-            find = self._held(request)
+            find = self.held(request)
             for group in range(self.num_groups):
                 for index in range(num_published, num_full):
                     if (block_id := find(group, index)) is not None:
@@ -158,6 +160,6 @@ class CacheManager:
             hashes.extend(prompt_hashes(request, self.block_size))
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size
-            parent = hashes[-1] if hashes else request.cache_salt
+            parent = hashes[-1] if hashes else request.hash_root
             hashes.append(hash_block(parent, request.token_ids[start : start + self.block_size]))
         return hashes

@@ -8,19 +8,19 @@ Owns the order of things and nothing else. Invariant: results are taken in the o
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from time import perf_counter
-from typing import Any
 
+from nanovllm.engine.features.between_steps import BetweenSteps
 from nanovllm.engine.interfaces import Executor, PendingStep
-from nanovllm.engine.metrics import EngineTimes, engine_metrics
+from nanovllm.engine.metrics import EngineTimes
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_output import SchedulerOutput
 
 
-class Engine:
+class Engine(BetweenSteps):
     def __init__(self, scheduler: Scheduler, executor: Executor, output_processor: OutputProcessor, overlap_depth: int):
         self.scheduler = scheduler
         self.executor = executor
@@ -63,17 +63,6 @@ class Engine:
         output = self._in_flight.popleft().result()
         self.times.wait_seconds += perf_counter() - start
         return self.scheduler.update(output, self.output_processor.find_stop_string)
-
-    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
-        """What function(model) returns, for each worker."""
-        return self.executor.apply_model(function)
-
-    def get_metrics(self) -> dict[str, float]:
-        """See `LLM.get_metrics`."""
-        return engine_metrics(self.scheduler, self.times)
-
-    def reset_prefix_cache(self) -> None:
-        self.scheduler.cache.pool.forget_cached()
 
     def restart(self, requests: Iterable[Request]) -> None:
         """After an interrupted step: drop what is in flight and let `requests`, the unfinished ones, begin again."""

@@ -34,7 +34,7 @@ class GroupedCache(CacheManager):
         self._table_width = self._num_blocks(max_model_len)
         self._max_step_tokens = max_step_tokens
 
-    def _longest(self, find: Find, num_blocks: int) -> BlockTables:
+    def longest(self, find: Find, num_blocks: int) -> BlockTables:
         found: BlockTables = [[] for _ in self._specs]
         in_a_row = [0] * self.num_groups  # blocks found up to here, without a gap
         length = 0
@@ -54,7 +54,7 @@ class GroupedCache(CacheManager):
         """For each group, the first block that the token behind so many blocks reads."""
         return [spec.first_block(num_blocks * self.block_size, self.block_size) for spec in self._specs]
 
-    def _held(self, request: Request) -> Find:
+    def held(self, request: Request) -> Find:
         def find(group: int, index: int) -> int | None:
             block_id = request.block_ids[group][index]
             return None if block_id == NO_BLOCK else block_id

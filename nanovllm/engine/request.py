@@ -44,6 +44,7 @@ class Request:
     stop_reasons: Mapping[int, str | None] = field(default_factory=dict)  # of those whose reason is not their id
     max_total_tokens: int  # prompt and output: the nearest of max_tokens, model length and cache size
     cache_salt: bytes = b""  # requests with different salts never share KV blocks
+    hash_root: bytes = b""  # before the first block's hash: the weights and the salt that its KV was begun with
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not hold
     needs_history: bool = False  # the worker must know all tokens that the host knows when the request enters a row
     needs_host_tokens: bool = False  # the host must have read every token before the next one can be planned
