@@ -2,7 +2,8 @@
 
 The "model" of these tests computes the next token from the hashes of the whole context as read through the block table.
 A slot that is stale, foreign, unwritten or overwritten changes the token, and the output then differs from
-`expected_output`, which knows no blocks at all.
+`expected_output`, which knows no blocks at all. Where layers have states, each row's and each snapshot's is the hash of
+the whole history that it sums up, and changes the token likewise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.engine.shared_prefixes import SharedPrefixes
+from nanovllm.engine.state_cache import StateCache
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 97
@@ -43,6 +45,7 @@ def expected_output(
     max_total_tokens: int,
     stop_token_ids: frozenset[int],
     specs: Sequence[PagedKV] = (PagedKV(),),
+    has_states: bool = False,
 ) -> list[int]:
     """What a request must produce, computed alone and without a cache, by a model with these groups of layers."""
     history: list[bytes] = []
@@ -50,7 +53,8 @@ def expected_output(
         history.append(extend_hash(history[-1] if history else b"", token_id))
     output: list[int] = []
     while len(prompt) + len(output) < max_total_tokens:
-        output.append(next_token([history[i] for spec in specs for i in seen(spec, len(history))]))
+        states = [history[-1]] if has_states else []
+        output.append(next_token([history[i] for spec in specs for i in seen(spec, len(history))] + states))
         if output[-1] in stop_token_ids:
             break
         history.append(extend_hash(history[-1], output[-1]))
@@ -80,12 +84,20 @@ class FakeDevice:
 
     specs: of the groups of its layers, with windows of 2 at least; their block tables, each of table_width, lie side by
     side in a row. The hidden state of a token is its position; the log-probability of a prompt token has its position
-    for its id.
+    for its id. has_states: other layers keep a state; the table of a row's snapshots lies behind the block tables.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, specs: Sequence[PagedKV], table_width: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        specs: Sequence[PagedKV],
+        table_width: int,
+        has_states: bool = False,
     ) -> None:
+        self.has_states = has_states
+        self.states: dict[int, bytes] = {}  # by slot; a row has that of its number
         self.specs = specs
         self.table_width = table_width
         self.num_blocks = num_blocks
@@ -105,6 +117,10 @@ class FakeDevice:
             self.last_token[new.row] = -1
         for row, index, block_id in plan.new_blocks:
             self.tables[row][index] = block_id
+        for new in plan.new_rows if self.has_states else ():
+            start = new.num_computed_tokens
+            assert start % self.block_size == 0
+            self.states[new.row] = self.states[self.tables[new.row][self._snapshot(start - 1)]] if start else b""
         self._write(plan)
         shared = self._shared_blocks(plan)
         sampled = []
@@ -117,6 +133,8 @@ class FakeDevice:
                     for group, spec in enumerate(self.specs)
                     for position in seen(spec, self.num_computed[row])
                 ]
+                if self.has_states:
+                    context.append(self.states[row])
                 self.last_token[row] = next_token(context)
                 sampled.append([self.last_token[row]])
         self.num_tokens_per_step.append(len(plan.token_ids))
@@ -161,6 +179,14 @@ class FakeDevice:
             for group in range(len(self.specs)):
                 previous = self.slots[self._slot(table, position - 1, group)] if position else b""
                 self.slots[self._slot(table, position, group)] = extend_hash(previous, token_id)
+            if self.has_states:
+                self.states[row] = extend_hash(self.states[row], token_id)
+                snapshot = table.get(self._snapshot(position))
+                if (position + 1) % self.block_size == 0 and snapshot is not None:
+                    self.states[snapshot] = self.states[row]
+
+    def _snapshot(self, position: int) -> int:
+        return len(self.specs) * self.table_width + position // self.block_size
 
     def _slot(self, table: dict[int, int], position: int, group: int) -> int:
         place = group * self.table_width + position // self.block_size
@@ -172,6 +198,10 @@ class FakeDevice:
             if pool._hashes[block_id] is None:
                 for offset in range(self.block_size):
                     self.slots.pop(block_id * self.block_size + offset, None)
+
+    def poison_snapshots(self, cache: StateCache) -> None:
+        for slot in cache.snapshots._free:
+            self.states.pop(slot, None)
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
         return []
@@ -191,20 +221,32 @@ def make_engine(
     overlap_depth: int = 1,
     specs: Sequence[PagedKV] = (PagedKV(),),
     max_model_len: int = 1024,
+    num_snapshots: int | None = None,
+    stride: int = 4,
+    worth_a_step: int = 8,
 ) -> tuple[Engine, FakeDevice]:
-    is_grouped = list(specs) != [PagedKV()]
+    """num_snapshots: of a model some of whose layers keep a state; None: there are no such layers."""
+    is_grouped, has_states = list(specs) != [PagedKV()], num_snapshots is not None
     cache = CacheManager(num_blocks, block_size, enable_prefix_caching)
+    options = {"max_model_len": max_model_len, "max_step_tokens": max_num_batched_tokens}
     if is_grouped:
-        options = {"max_model_len": max_model_len, "max_step_tokens": max_num_batched_tokens}
         cache = GroupedCache(num_blocks, block_size, enable_prefix_caching, specs, **options)
+    elif num_snapshots is not None:
+        slots = range(max_num_seqs, max_num_seqs + num_snapshots)
+        options |= {"stride": stride, "worth_a_step": worth_a_step}
+        cache = StateCache(num_blocks, block_size, enable_prefix_caching, slots=slots, **options)
+    shared_prefixes = SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1)
     scheduler = Scheduler(
         cache,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_chunked_prefill=enable_chunked_prefill,
-        shared_prefixes=None if is_grouped else SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1),
+        shared_prefixes=None if is_grouped or has_states else shared_prefixes,
     )
-    device = FakeDevice(num_blocks, block_size, max_num_seqs, specs, -(-max_model_len // block_size))
+    if isinstance(cache, StateCache):
+        cache.waiting = lambda: scheduler.waiting
+    width = -(-max_model_len // block_size)
+    device = FakeDevice(num_blocks, block_size, max_num_seqs, specs, width, has_states)
     return Engine(scheduler, device, OutputProcessor(None), overlap_depth), device
 
 
@@ -243,9 +285,9 @@ def run(engine: Engine) -> None:
         pass
 
 
-def check_output(request: Request, specs: Sequence[PagedKV] = (PagedKV(),)) -> None:
+def check_output(request: Request, specs: Sequence[PagedKV] = (PagedKV(),), has_states: bool = False) -> None:
     prompt = request.token_ids[: request.num_prompt_tokens]
-    expected = expected_output(prompt, request.max_total_tokens, request.stop_token_ids, specs)
+    expected = expected_output(prompt, request.max_total_tokens, request.stop_token_ids, specs, has_states)
     assert request.output_token_ids == expected
 
 
@@ -255,3 +297,7 @@ def check_nothing_leaked(engine: Engine) -> None:
     assert scheduler.cache.pool.num_free_blocks == scheduler.cache.pool.num_blocks
     assert not any(scheduler.cache.pool._references)
     assert not scheduler.cache.pool.num_shared
+    if isinstance(scheduler.cache, StateCache):
+        snapshots = scheduler.cache.snapshots
+        found = [snapshot.slot for snapshot in snapshots._by_hash.values()]
+        assert sorted(found + snapshots._free) == list(snapshots.slots), "a slot is reserved still, or is there twice"

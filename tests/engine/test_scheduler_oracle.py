@@ -37,9 +37,13 @@ class Witness:
         return np.full((len(constraints), 4), -1, dtype=np.int32)
 
 
-def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> tuple[int, int]:
-    """Returns how often it preempted, and how many tokens of prompts the cache held. specs: of the groups of layers."""
-    rng = random.Random(seed)
+def run_random_workload(
+    seed: int, specs: Sequence[PagedKV] = (PagedKV(),), has_states: bool = False
+) -> tuple[int, int]:
+    """Returns how often it preempted, and how many tokens of prompts the cache held. specs: of the groups of layers;
+    has_states: and other layers keep a state.
+    """
+    rng, how = random.Random(seed), random.Random(seed)
     block_size = rng.choice([2, 4, 8])
     num_blocks = rng.randint(4, 40) * len(specs)
     max_num_seqs = rng.randint(1, 8)
@@ -51,6 +55,9 @@ def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> t
         enable_prefix_caching=rng.random() < 0.8,
         overlap_depth=rng.randint(1, 3),
         specs=specs,
+        num_snapshots=how.choice([0, 1, 2, 4, 8, 30]) if has_states else None,
+        stride=how.choice([1, 4, 16]),
+        worth_a_step=how.choice([1, 8, 1000]),
     )
     groups = CacheGroups(tuple(specs), ((0,),) * len(specs))
     capacity = groups.longest_request(num_blocks, block_size, 320, engine.scheduler.max_num_batched_tokens)
@@ -83,6 +90,8 @@ def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> t
         engine.step()
         assert all(r.num_pending_tokens <= 1 for r in requests if r.needs_host_tokens)
         device.poison(engine.scheduler.cache.pool)
+        if has_states:
+            device.poison_snapshots(engine.scheduler.cache)
         assert len(engine.scheduler.running) <= max_num_seqs
         assert device.num_tokens_per_step[-1:] <= [engine.scheduler.max_num_batched_tokens]
         holders = [r for r in requests if r.block_ids]
@@ -97,7 +106,7 @@ def run_random_workload(seed: int, specs: Sequence[PagedKV] = (PagedKV(),)) -> t
     for request in requests:
         assert request.is_finished
         if request not in aborted:
-            check_output(request, specs)
+            check_output(request, specs, has_states)
             if isinstance(request.constraint, Witness):
                 ends = request.output_token_ids[-1] in request.stop_token_ids
                 assert request.constraint.token_ids == request.output_token_ids[: -1 if ends else None]
@@ -119,4 +128,12 @@ def test_random_workloads_with_windows_equal_the_oracle(windows: tuple[int | Non
 def test_random_workloads_equal_the_oracle(start: int) -> None:
     results = [run_random_workload(seed) for seed in range(start, start + 300)]
     assert sum(preemptions for preemptions, _ in results) > 100, "the workloads must preempt"
+    assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"
+
+
+@pytest.mark.parametrize("start", range(0, 300, 150))
+def test_random_workloads_with_states_equal_the_oracle(start: int) -> None:
+    """Every state that is begun from or read sums up the whole history of its tokens, and nothing else."""
+    results = [run_random_workload(seed, has_states=True) for seed in range(start, start + 150)]
+    assert sum(preemptions for preemptions, _ in results) > 50, "the workloads must preempt"
     assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"
