@@ -6,7 +6,7 @@ before the weights are read.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from time import perf_counter
 from typing import Any
 
@@ -143,16 +143,30 @@ def _start_engine(
         setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)
         replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
         return replicas, replicas.num_blocks, replicas.runner_times
+    make_scheduler, make_engine = _planner_and_loop(config, device)
     executor, times = _start_executor(config, model_config, checkpoint, device)
-    scheduler = Scheduler(
+    scheduler = make_scheduler(
         _cache_manager(config, model_config, executor.num_blocks),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
         shared_prefixes=_shared_prefixes(config, model_config, device),
     )
-    engine = Engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
+    engine = make_engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
     return engine, executor.num_blocks, times
+
+
+def _planner_and_loop(
+    config: ResolvedConfig, device: torch.device
+) -> tuple[Callable[..., Scheduler], Callable[..., Engine]]:
+    """The classes, or those that write a trace of what they do."""
+    if config.trace is None:
+        return Scheduler, Engine
+    from nanovllm.tracing.device_clock import choose_clock  # a room
+    from nanovllm.tracing.traced_engine import TracedEngine, TracedScheduler, open_recorder
+
+    clock = choose_clock(device.type, config.distributed_executor_backend)
+    return partial(TracedScheduler, recorder=open_recorder(config)), partial(TracedEngine, clock=clock)
 
 
 def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:
@@ -200,11 +214,16 @@ def _replica_setups(config: ResolvedConfig, device: torch.device) -> list[Replic
     size, tp_size = config.data_parallel_size, config.tensor_parallel_size
     num_threads = max(1, torch.get_num_threads() // size)
     config = replace(config, data_parallel_size=1, engine_process=False, revision=None)
+    configs = [config] * size
+    if config.trace is not None and size > 1:
+        from nanovllm.tracing.traced_engine import numbered
+
+        configs = [replace(config, trace=str(numbered(config.trace, i))) for i in range(size)]
     if device.type == "cpu":
-        config = replace(config, gpu_memory_utilization=config.gpu_memory_utilization / size)
-        return [ReplicaSetup(config, num_threads)] * size
-    first = device.index or 0
-    return [ReplicaSetup(replace(config, device=f"cuda:{first + i * tp_size}"), num_threads) for i in range(size)]
+        memory = config.gpu_memory_utilization / size
+        return [ReplicaSetup(replace(one, gpu_memory_utilization=memory), num_threads) for one in configs]
+    devices = [f"cuda:{(device.index or 0) + i * tp_size}" for i in range(size)]
+    return [ReplicaSetup(replace(one, device=d), num_threads) for one, d in zip(configs, devices, strict=True)]
 
 
 def _start_executor(

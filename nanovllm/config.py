@@ -91,6 +91,8 @@ class EngineConfig:
         inputs in 8 bits), "int8" or "int4" (weights alone); "gguf" keeps those of a GGUF file packed; None keeps them
         as the checkpoint has them, and makes those of a GGUF file dense. See docs/quantization.md.
     skip_tokenizer_init: work on token ids only.
+    trace: a file that tells of every step, ending in .json or .json.gz, for ui.perfetto.dev, `nanovllm trace` and
+        `LLM.explain`; several engines put a number before the ending. See docs/tracing.md.
     deterministic: make tokens and log-probabilities of a seeded (or greedy) request equal to the bit whatever else
         runs: alone or in any batch, in chunks, after a preemption, on a prefix-cache hit. Slower; see
         docs/determinism.md.
@@ -129,6 +131,7 @@ class EngineConfig:
     use_tqdm_on_load: bool = option(True, has_flag=False)  # the commands' --quiet
     quantization: str | None = option(None, choices=(None, *QUANTIZATIONS))
     skip_tokenizer_init: bool = False
+    trace: str | None = option(None, read=_read_path)
     deterministic: bool = False
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = option((), has_flag=False)
 
@@ -144,6 +147,8 @@ class EngineConfig:
                 f"distributed_executor_backend='external_launcher' runs one engine in this process, but "
                 f"engine_process is {self.engine_process} and data_parallel_size {self.data_parallel_size}; use 'mp'"
             )
+        if self.trace is not None and not self.trace.endswith((".json", ".json.gz")):
+            raise ValueError(f"trace must be a file that ends in .json or .json.gz, got {self.trace!r}")
         if self.tensor_parallel_size > 1 and self.distributed_executor_backend == "uni":
             raise ValueError(
                 f"distributed_executor_backend='uni' is one process on one device, but tensor_parallel_size is "

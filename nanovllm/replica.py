@@ -73,7 +73,8 @@ class Replica:
         group = admission.requests
         handle = Handle(group, self._inbox, only_ends=False)
         for key, request in enumerate(group, admission.key):
-            request.request_id = str(admission.key)  # here, an id that comes again may meet the one before
+            # An id that comes again may meet the one before here, so the key stands before it.
+            request.request_id = f"{admission.key}:{request.request_id}"
             if len(group) > 1:
                 request.siblings = group
             # The other side has made one for the same parameters, so this raises nothing.

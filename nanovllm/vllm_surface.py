@@ -241,6 +241,19 @@ class VLLMSurface:
         start = {f"start_{name}": seconds for name, seconds in asdict(self._start_times).items()}
         return {**self._session.exclusively(self._engine.get_metrics), **start}
 
+    def explain(self, request_id: str) -> str:
+        """What happened to a request, in words: when it waited and for what, what was cached, when it ran.
+
+        Raises ValueError where the engine writes no `trace`, or nothing of that id is in it yet.
+        """
+        if self.config.trace is None:
+            raise ValueError("explain reads the trace: make the engine with trace='run.json.gz'")
+        from nanovllm.tracing.explain import explain  # a room
+        from nanovllm.tracing.traced_engine import traces_of
+
+        self.get_metrics()  # then all that has ended is in the file
+        return explain(traces_of(self.config), request_id)
+
     def reset_prefix_cache(self) -> None:
         """Forget what earlier requests left in the KV cache."""
         self._session.exclusively(self._engine.reset_prefix_cache)

@@ -102,6 +102,7 @@ FEATURES = {
     "preemption": Feature(engine={"num_gpu_blocks_override": 9, "max_model_len": 72}, counts="num_preemptions"),
     "chunked prefill": Feature(engine={"max_num_batched_tokens": 5, "max_num_seqs": 5}),  # prompts have 37 tokens
     "overlap depth 2": Feature(engine={"overlap_depth": 2}),
+    "trace": Feature(engine={"trace": "run.json.gz"}),  # in a folder of the tests, a file for each engine
     "quantization": Feature(model={"quantization": "int8"}),
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
@@ -126,6 +127,8 @@ class Engines:
         if key not in self._engines:
             defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 12, "overlap_depth": 1}
             defaults["enable_prefix_caching"] = False
+            if "trace" in options:
+                options["trace"] = self._folder / f"{len(self._engines)}.{options['trace']}"
             self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
         return self._engines[key]
 
@@ -170,6 +173,8 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
     outputs = llm.generate(PROMPTS + PLAIN, params + plain, use_tqdm=False)
     after = llm.get_metrics()
     check_nothing_is_left(llm)
+    if "trace" in names:
+        assert all("of output" in llm.explain(output.request_id) for output in outputs), "the trace has all of them"
     for name in names:
         feature = FEATURES[name]
         assert feature.shows(outputs[:2]), f"{name} was not in use"

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_batch(commands)
     _add_serve(commands)
     _add_top(commands)
+    _add_trace(commands)
     add_bench(commands)
     _add_check_model(commands)
     add_command(
@@ -242,6 +243,27 @@ examples:
     parser.add_argument("--interval", type=float, default=1.0, metavar="X", help="seconds between lines (default: 1)")
     parser.add_argument("--count", type=int, metavar="N", help="end after so many lines (default: never)")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key")
+
+
+def _add_trace(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "trace",
+        "show what a trace tells of an engine's steps",
+        """\
+TRACE is what an engine with the option `trace` (--trace) writes; ui.perfetto.dev opens it, too.
+
+examples:
+  nanovllm serve Qwen/Qwen3-0.6B --trace run.json.gz
+  nanovllm trace run.json.gz                       steps, tokens, what was waited for
+  nanovllm trace run.json.gz --html run.html       a page for a browser
+  nanovllm trace run.json.gz --explain 17          one request, in words
+""",
+        " TRACE",
+    )
+    parser.add_argument("trace", metavar="TRACE", help="a file that ends in .json or .json.gz")
+    parser.add_argument("--html", metavar="PAGE", help="write one page that needs nothing from elsewhere")
+    parser.add_argument("--explain", metavar="ID", help="what happened to a request")
 
 
 def _add_check_model(commands: Commands) -> None:

@@ -35,7 +35,7 @@ _LOG_SECONDS = 60.0  # how often a log, where there is no terminal, hears of the
 _HOW_MUCH = (
     "data_parallel_size", "distributed_executor_backend", "distributed_timeout_seconds", "engine_process",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs",
-    "num_gpu_blocks_override", "overlap_depth",
+    "num_gpu_blocks_override", "overlap_depth", "trace",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ _COMMANDS = {
     "batch": "nanovllm.cli.batch",
     "serve": "nanovllm.cli.serve",
     "top": "nanovllm.cli.top",
+    "trace": "nanovllm.cli.trace",
     "bench": "nanovllm.cli.bench",
     "check-model": "nanovllm.cli.check_model",
     "models": "nanovllm.cli.models",
