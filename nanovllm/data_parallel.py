@@ -63,6 +63,19 @@ class News(NamedTuple):
     num_cached_tokens: int | None
 
 
+class StepNews(NamedTuple):
+    """What one step has brought, in one message.
+
+    The first three lists run in parallel: sequences that have grown by one token and nothing else, how many tokens each
+    had, and the new one. They are nearly all of nearly every message, and cost a tenth of what `News` cost.
+    """
+
+    keys: list[int]
+    starts: list[int]
+    token_ids: list[int]
+    others: list[News]
+
+
 class Ready(NamedTuple):
     num_blocks: int
     runner_times: RunnerTimes
@@ -106,7 +119,7 @@ class DataParallelEngine:
         self._next_key = 0
         self._keys: dict[Request, int] = {}
         self._placed: dict[int, _Placed] = {}  # unfinished sequences, by key
-        self._news: deque[list[News]] = deque()  # that came while something else was waited for
+        self._news: deque[StepNews] = deque()  # that came while something else was waited for
         self._number = 0
         self._replicas: list[_Replica] = []
         ready: list[Ready] = self._call("start", setups, is_limited=False)
@@ -163,9 +176,14 @@ class DataParallelEngine:
             self._take_in()
         changed: dict[Request, None] = {}
         while self._news:
-            for news in self._news[0]:
-                if news.key in self._placed:
-                    changed[self._apply(news)] = None
+            news = self._news[0]
+            for key, start, token_id in zip(news.keys, news.starts, news.token_ids, strict=True):
+                if (placed := self._placed.get(key)) is not None:
+                    placed.request.token_ids[start:] = (token_id,)
+                    changed[placed.request] = None
+            for other in news.others:
+                if other.key in self._placed:
+                    changed[self._apply(other)] = None
             self._news.popleft()
         return list(changed)
 
@@ -269,7 +287,7 @@ class DataParallelEngine:
             for replica in self._replicas:
                 if any(child is replica.child for child, _ in messages):
                     replica.waited_for_since = now
-            self._news.extend([News._make(one) for one in value] for _, (number, value) in messages if number == 0)
+            self._news.extend(_read_news(value) for _, (number, value) in messages if number == 0)
         return [(number, value) for _, (number, value) in messages if number != 0]
 
     def _apply(self, news: News) -> Request:
@@ -285,3 +303,8 @@ class DataParallelEngine:
     def _forget(self, request: Request) -> None:
         placed = self._placed.pop(self._keys.pop(request))
         placed.replica.num_tokens_left -= placed.num_tokens
+
+
+def _read_news(message: Any) -> StepNews:
+    keys, starts, token_ids, others = message
+    return StepNews(keys, starts, token_ids, [News._make(one) for one in others])
