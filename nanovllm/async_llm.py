@@ -8,7 +8,7 @@ calls an event loop at most once a step; who is slow finds several steps' tokens
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from functools import partial
@@ -42,7 +42,7 @@ class AsyncLLM:
         self.llm = LLM(model, **options)
         self._session = self.llm._session
         self._inbox = Inbox(self.llm._output_processor.mark)
-        self._streams: dict[Handle, _Stream] = {}
+        self._streams: dict[Handle, Stream] = {}
         self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING_THREADS, "nanovllm tokenizing")
         # Nothing that the thread holds leads back here: an engine that is forgotten ends, also at the interpreter's.
         self._finalize = weakref.finalize(self, self._session.close)
@@ -80,24 +80,46 @@ class AsyncLLM:
 
     async def outputs(self, handle: Handle) -> AsyncGenerator[RequestOutput, None]:
         """The second half of `generate`. Raises ValueError only for an id that is in use."""
-        stream = self._streams[handle] = _Stream(asyncio.get_running_loop())
-        is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
-        seen: Marks = ()
-        is_finished = False
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] | None = None  # no `asyncio.Event`, which costs as much again for each token
+
+        def call() -> None:
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+        stream = self.follow(handle, call)
         try:
-            self._session.submit(handle)
-            while not is_finished:
-                marks = await stream.next()
-                output = self.llm._make_output(handle.requests, marks, seen if is_delta else None)
-                seen, is_finished = marks, output.finished
+            while not stream.is_finished:
+                if not stream.has_news:
+                    waiter = loop.create_future()
+                    await waiter
+                output = stream.read()
                 if output.outputs:
                     yield output
             for request in handle.requests:
                 if request.end is not None and request.end.error is not None:
                     raise RequestError(request.end.error)
         finally:
-            del self._streams[handle]
-            self._session.cancel([handle])
+            self.leave(stream)
+
+    def follow(self, handle: Handle, called: Callable[[], None]) -> "Stream":
+        """`outputs` for who has thousands a second to pass on: called(), in this event loop, when there is news.
+
+        A call a step at most, and none of them has to be answered: what was not read is in what is read next. `leave`
+        the stream in the end. Raises ValueError for an id that is in use, RuntimeError if the engine has closed.
+        """
+        stream = self._streams[handle] = Stream(self.llm, handle, called)
+        try:
+            self._session.submit(handle)
+        except BaseException:
+            self.leave(stream)
+            raise
+        return stream
+
+    def leave(self, stream: "Stream") -> None:
+        """Stop its request, if it has not ended."""
+        self._streams.pop(stream.handle, None)
+        self._session.cancel([stream.handle])
 
     @property
     def is_alive(self) -> bool:
@@ -136,37 +158,37 @@ def _is_quick(prompt: Prompt, params: SamplingParams) -> bool:
     return all(len(one) <= _QUICK_SIZE for one in sizes if isinstance(one, (str, list)))
 
 
-class _Stream:
-    """Where one iterator waits, in its event loop, for the newest marks or the error that ended the engine.
+class Stream:
+    """News of one request on their way to an event loop: the newest marks, or the error that ended the engine."""
 
-    A bare future and no `asyncio.Event`, which costs as much again for each token.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, llm: LLM, handle: Handle, called: Callable[[], None]) -> None:
+        self.handle = handle
+        self.loop = asyncio.get_running_loop()
         self.newest: Marks | RuntimeError | None = None
         self.is_called = False  # the loop has been asked to wake it, and has not come to it yet
-        self._has_news = False
-        self._waiter: asyncio.Future[None] | None = None
+        self.has_news = self.is_finished = False
+        self._llm, self._called = llm, called
+        self._is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
+        self._seen: Marks = ()
 
     def wake(self) -> None:
         self.is_called = False
-        self._has_news = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.has_news = True
+        self._called()
 
-    async def next(self) -> Marks:
-        if not self._has_news:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        self._has_news = False
-        assert self.newest is not None
-        if isinstance(self.newest, RuntimeError):
-            raise self.newest
-        return self.newest
+    def read(self) -> RequestOutput:
+        """The output of all news. Raises RuntimeError if the engine has closed."""
+        self.has_news = False
+        newest = self.newest
+        assert newest is not None
+        if isinstance(newest, RuntimeError):
+            raise newest
+        output = self._llm._make_output(self.handle.requests, newest, self._seen if self._is_delta else None)
+        self._seen, self.is_finished = newest, output.finished
+        return output
 
 
-def _step_for_all(session: Session, inbox: Inbox[Marks], streams: dict[Handle, _Stream]) -> None:
+def _step_for_all(session: Session, inbox: Inbox[Marks], streams: dict[Handle, Stream]) -> None:
     """The thread's work: step the engine while there is something to do, and tell the streams."""
     try:
         while True:
@@ -187,9 +209,9 @@ def _step_for_all(session: Session, inbox: Inbox[Marks], streams: dict[Handle, _
         _call(list(streams.values()))
 
 
-def _call(streams: list[_Stream]) -> None:
+def _call(streams: list[Stream]) -> None:
     """Have these woken, by one call to each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
     for stream in streams:
         if not stream.is_called:
             stream.is_called = True
@@ -199,6 +221,6 @@ def _call(streams: list[_Stream]) -> None:
             loop.call_soon_threadsafe(_wake_all, called)
 
 
-def _wake_all(streams: list[_Stream]) -> None:
+def _wake_all(streams: list[Stream]) -> None:
     for stream in streams:
         stream.wake()

@@ -6,7 +6,6 @@ in order, and a closing one with its reason; usage, if asked for, is a chunk of 
 
 import json
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -15,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
-from nanovllm.server.events import stream_events, unless_gone
+from nanovllm.server.events import Asked, EventStream, unless_gone
 from nanovllm.server.reply import Call, Piece, Reader, Reply, read_whole
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
@@ -42,7 +41,8 @@ async def chat_completions(request: Request) -> Response:
     prepared = await conversation.prepare(served, params)
     answer = _Answer(name, request.state.request_id, num_top or 0, prepared)
     if is_stream:
-        return await stream_events(answer.stream(served, wants_usage))
+        asked = Asked(prepared.prompt, prepared.params, answer.id)
+        return EventStream(served, [asked], _Chunks(answer, prepared, wants_usage))
     with served.admitted(params.n):
         output = await unless_gone(request, served.final(prepared.prompt, prepared.params, answer.id))
     return Response(status_code=499) if output is None else JSONResponse(answer.whole(output))
@@ -113,12 +113,12 @@ def _reason(completion: CompletionOutput, has_calls: bool) -> str | None:
 
 
 class _Answer:
-    """The answer to one conversation, whole or in chunks."""
+    """The answer to one conversation."""
 
     def __init__(self, model: str, request_id: str, num_top: int, prepared: Prepared) -> None:
         self.id = f"chatcmpl-{request_id}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
-        self._num_top, self._prepared = num_top, prepared
+        self.head = {"id": self.id, "created": int(time.time()), "model": model}
+        self.num_top, self._prepared = num_top, prepared
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         choices = []
@@ -128,37 +128,40 @@ class _Answer:
                 {
                     "index": completion.index,
                     "message": _message(reply),
-                    "logprobs": chat_logprobs(completion, self._num_top),
+                    "logprobs": chat_logprobs(completion, self.num_top),
                     "finish_reason": _reason(completion, bool(reply.calls)),
                     **({"error": completion.error} if completion.error is not None else {}),
                 }
             )
         usage = usage_of([output], num_generated(output))
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    async def stream(self, served: Served, wants_usage: bool) -> AsyncIterator[str]:
-        head = json.dumps({**self._head, "object": "chat.completion.chunk"})[:-1]
 
-        def chunk(choice: str) -> str:
-            return f'data: {head}, "choices": [{choice}]}}\n\n'
+class _Chunks:
+    """The answer as a stream."""
 
-        n = self._prepared.params.n
-        with served.admitted(n):
-            total, last, is_open = 0, None, False
-            readers = [_ChoiceReader(i, self._prepared.new_reader(True), self._num_top) for i in range(n)]
-            async for output in served.run(self._prepared.prompt, self._prepared.params, self.id):
-                choices = []
-                if not is_open:
-                    is_open = True
-                    choices += [_choice(i, _OPENING) for i in range(n)]
-                for completion in output.outputs:
-                    choices += readers[completion.index].read(completion)
-                total, last = total + num_generated(output), output
-                if choices:
-                    yield "".join(map(chunk, choices))
-            if wants_usage and last is not None:
-                yield f'data: {head}, "choices": [], "usage": {json.dumps(usage_of([last], total))}}}\n\n'
-            yield DONE
+    def __init__(self, answer: _Answer, prepared: Prepared, wants_usage: bool) -> None:
+        self._head = json.dumps({**answer.head, "object": "chat.completion.chunk"})[:-1]
+        self._wants_usage = wants_usage
+        self._readers = [_ChoiceReader(i, prepared.new_reader(True), answer.num_top) for i in range(prepared.params.n)]
+        self._last: RequestOutput | None = None
+        self._total = 0
+
+    def feed(self, number: int, output: RequestOutput) -> str:
+        choices = []
+        if self._last is None:
+            choices += [_choice(i, _OPENING) for i in range(len(self._readers))]
+        for completion in output.outputs:
+            choices += self._readers[completion.index].read(completion)
+            self._total += len(completion.token_ids)
+        self._last = output
+        return "".join([f'data: {self._head}, "choices": [{choice}]}}\n\n' for choice in choices])
+
+    async def end(self) -> str:
+        if not self._wants_usage or self._last is None:
+            return DONE
+        usage = json.dumps(usage_of([self._last], self._total))
+        return f'data: {self._head}, "choices": [], "usage": {usage}}}\n\n{DONE}'
 
 
 class _ChoiceReader:

@@ -6,17 +6,15 @@ Owns the route's fields and the shape of its answers. Invariant: choice i * n + 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
-from nanovllm.server.events import stream_events, unless_gone
+from nanovllm.server.events import Asked, EventStream, unless_gone
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import completion_logprobs, num_generated, usage_of
@@ -47,10 +45,11 @@ async def completions(request: Request) -> Response:
     body.ignore("user")
     body.finish()
     answer = _Answer(name, request.state.request_id, num_top, params.n)
+    asked = [Asked(prompt, params, answer.id_of(i, len(prompts))) for i, prompt in enumerate(prompts)]
     if is_stream:
-        return await stream_events(answer.stream(served, prompts, params, wants_usage))
+        return EventStream(served, asked, _Chunks(answer, wants_usage))
     with served.admitted(len(prompts) * params.n):
-        outputs = await unless_gone(request, answer.all_of(served, prompts, params))
+        outputs = await unless_gone(request, _all_of(served, asked))
     if outputs is None:
         return Response(status_code=499)
     texts = await served.in_thread(_echoes, served, outputs) if echo else [""] * len(outputs)
@@ -79,20 +78,15 @@ def _echoes(served: Served, outputs: list[RequestOutput]) -> list[str]:
 
 
 class _Answer:
-    """The answer to one body, whole or in chunks."""
+    """The answer to one body."""
 
     def __init__(self, model: str, request_id: str, num_top: int | None, n: int) -> None:
         self.id = f"cmpl-{request_id}"
-        self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
-        self._num_top, self._n = num_top, n
+        self.head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self.num_top, self.n = num_top, n
 
-    async def all_of(self, served: Served, prompts: list[Any], params: SamplingParams) -> list[RequestOutput]:
-        """The final output of each prompt. If one is bad the others are cancelled."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(served.final(prompt, params, f"{self.id}-{i}")) for i, prompt in enumerate(prompts)
-            ]
-        return [task.result() for task in tasks]
+    def id_of(self, number: int, num_prompts: int) -> str:
+        return self.id if num_prompts == 1 else f"{self.id}-{number}"
 
     def whole(self, outputs: list[RequestOutput], texts: list[str], echo: bool, only_echo: bool) -> dict[str, Any]:
         choices = []
@@ -101,7 +95,7 @@ class _Answer:
                 logprobs = self._logprobs(output if echo else None, None if only_echo else completion)
                 choices.append(
                     {
-                        "index": i * self._n + completion.index,
+                        "index": i * self.n + completion.index,
                         "text": text + ("" if only_echo else completion.text),
                         "logprobs": logprobs,
                         "finish_reason": "length" if only_echo else completion.finish_reason,
@@ -109,10 +103,10 @@ class _Answer:
                     }
                 )
         count = 0 if only_echo else sum(map(num_generated, outputs))
-        return {**self._head, "choices": choices, "usage": usage_of(outputs, count)}
+        return {**self.head, "choices": choices, "usage": usage_of(outputs, count)}
 
     def _logprobs(self, prompt: RequestOutput | None, completion: CompletionOutput | None) -> dict[str, Any] | None:
-        if self._num_top is None:
+        if self.num_top is None:
             return None
         token_ids: list[int] = []
         entries: list[Any] = []
@@ -122,36 +116,38 @@ class _Answer:
         if completion is not None:
             token_ids += completion.token_ids
             entries += completion.logprobs or []
-        return completion_logprobs(token_ids, entries, self._num_top)
+        return completion_logprobs(token_ids, entries, self.num_top)
 
-    async def stream(
-        self, served: Served, prompts: list[Any], params: SamplingParams, wants_usage: bool
-    ) -> AsyncIterator[str]:
-        head = json.dumps(self._head)[:-1]
-        places = {f"{self.id}-{i}": i for i in range(len(prompts))} if len(prompts) > 1 else {self.id: 0}
-        last: dict[int, RequestOutput] = {}
-        offsets: dict[int, int] = {}
-        total = 0
-        with served.admitted(len(prompts) * params.n):
-            async for output in _outputs(served, prompts, params, self.id):
-                i = places[output.request_id]
-                lines = []
-                for completion in output.outputs:
-                    index = i * self._n + completion.index
-                    logprobs = None
-                    if self._num_top is not None:
-                        logprobs = completion_logprobs(
-                            completion.token_ids, completion.logprobs or [], self._num_top, offsets.get(index, 0)
-                        )
-                        offsets[index] = offsets.get(index, 0) + len(completion.text)
-                    lines.append(f'data: {head}, "choices": [{_choice(index, completion, logprobs)}]}}\n\n')
-                total, last[i] = total + num_generated(output), output
-                if lines:
-                    yield "".join(lines)
-            if wants_usage:
-                usage = usage_of([last[i] for i in sorted(last)], total)
-                yield f'data: {head}, "choices": [], "usage": {json.dumps(usage)}}}\n\n'
-            yield DONE
+
+class _Chunks:
+    """The answer as a stream."""
+
+    def __init__(self, answer: _Answer, wants_usage: bool) -> None:
+        self._answer, self._wants_usage = answer, wants_usage
+        self._head = json.dumps(answer.head)[:-1]
+        self._last: dict[int, RequestOutput] = {}
+        self._offsets: dict[int, int] = {}
+        self._total = 0
+
+    def feed(self, number: int, output: RequestOutput) -> str:
+        lines, num_top = [], self._answer.num_top
+        for completion in output.outputs:
+            index = number * self._answer.n + completion.index
+            logprobs = None
+            if num_top is not None:
+                offset = self._offsets.get(index, 0)
+                logprobs = completion_logprobs(completion.token_ids, completion.logprobs or [], num_top, offset)
+                self._offsets[index] = offset + len(completion.text)
+            self._total += len(completion.token_ids)
+            lines.append(f'data: {self._head}, "choices": [{_choice(index, completion, logprobs)}]}}\n\n')
+        self._last[number] = output
+        return "".join(lines)
+
+    async def end(self) -> str:
+        if not self._wants_usage:
+            return DONE
+        usage = usage_of([self._last[number] for number in sorted(self._last)], self._total)
+        return f'data: {self._head}, "choices": [], "usage": {json.dumps(usage)}}}\n\n{DONE}'
 
 
 def _choice(index: int, completion: CompletionOutput, logprobs: dict[str, Any] | None) -> str:
@@ -163,40 +159,8 @@ def _choice(index: int, completion: CompletionOutput, logprobs: dict[str, Any] |
     return f'{{"index": {index}, "text": {text}, "logprobs": {entries}, "finish_reason": {ending}}}'
 
 
-def _outputs(
-    served: Served, prompts: list[Any], params: SamplingParams, request_id: str
-) -> AsyncIterator[RequestOutput]:
-    if len(prompts) == 1:
-        return served.run(prompts[0], params, request_id)
-    return _merged(served, prompts, params, request_id)
-
-
-async def _merged(
-    served: Served, prompts: list[Any], params: SamplingParams, request_id: str
-) -> AsyncIterator[RequestOutput]:
-    """Outputs of several prompts as they come."""
-    queue: asyncio.Queue[RequestOutput | BaseException | None] = asyncio.Queue(len(prompts))
-
-    async def pump(i: int, prompt: Any) -> None:
-        try:
-            async for output in served.run(prompt, params, f"{request_id}-{i}"):
-                await queue.put(output)
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(pump(i, prompt)) for i, prompt in enumerate(prompts)]
-    try:
-        num_left = len(tasks)
-        while num_left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+async def _all_of(served: Served, asked: list[Asked]) -> list[RequestOutput]:
+    """The final output of each prompt. If one is bad the others are cancelled."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(served.final(*one)) for one in asked]
+    return [task.result() for task in tasks]

@@ -5,17 +5,16 @@ tools, a form beside a forced call) is known before the engine gets it.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nanovllm.chat_template import OWN_OPTIONS
 from nanovllm.engine.prompt_text import PromptText
-from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, checking
 from nanovllm.server.growing_calls import GrowingCalls
-from nanovllm.server.reply import Piece, PlainReader, Reader, TemplateReader
+from nanovllm.server.reply import PlainReader, Reader, TemplateReader
 from nanovllm.server.response_templates import find_response_template
 from nanovllm.server.served import Served
 from nanovllm.server.tools import Tools
@@ -95,16 +94,3 @@ def take_template_variables(body: Body) -> dict[str, Any]:
         if name in variables:
             raise BadRequest(f"chat_template_kwargs.{name} is no variable of a chat template", "chat_template_kwargs")
     return variables
-
-
-async def stream_pieces(
-    served: Served, prepared: Prepared, request_id: str
-) -> AsyncIterator[tuple[list[Piece], RequestOutput]]:
-    """A single answer as it comes: what each output adds to it."""
-    reader = prepared.new_reader(True)
-    async for output in served.run(prepared.prompt, prepared.params, request_id):
-        (completion,) = output.outputs
-        pieces = reader.feed(completion.text)
-        if completion.finish_reason is not None:
-            pieces += reader.finish()
-        yield pieces, output

@@ -1,21 +1,27 @@
-"""Server-sent events, written straight to the ASGI server, and the end of a request whose client has gone away.
+"""Server-sent events: from what a client asked for to the last of them, and the end of a request whose client has gone.
 
-Owns both. Events go to the server's own `send`, past the layers around a route: these look at heads only, and each of
-them costs a microsecond a token. A stream that cannot go on ends with an error event. Invariant: when the client goes,
-the iterator that makes the answer is left at once, wherever it waits; that is what frees the request's rows and blocks
-(`AsyncLLM.generate`).
+Owns when events are written. Each step of the engine calls for every stream that it has news of; where the socket has
+room they are written there and then, past tasks, generators and ASGI's `send`, which cost more than the rest of an
+event. Where it has none, or the head is not sent, what comes is one event later. Invariant: when the client goes, its
+requests are left at once, whatever they wait for, and so their rows and blocks are free within a step.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nanovllm.server.errors import error_event, fault_of
+from nanovllm.engine.input_processor import Prompt
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.errors import error_event, error_response, fault_of
+from nanovllm.server.http import BoundedHttp
+from nanovllm.server.served import Followed, Served
 
 Result = TypeVar("Result")
 
@@ -26,33 +32,101 @@ _HEADERS = [
 ]
 
 
-class EventStream(Response):
-    """events: texts of whole events. The status is sent with the first, so that an error before it has its own."""
+class Asked(NamedTuple):
+    """One prompt of a request."""
 
-    def __init__(self, events: AsyncIterator[str], first: str) -> None:
-        self._events, self._first = events, first
+    prompt: Prompt
+    params: SamplingParams
+    request_id: str
+
+
+class Writer(Protocol):
+    """Makes the events of a dialect; "" is none."""
+
+    def feed(self, number: int, output: RequestOutput) -> str:
+        """Of what is new of prompt `number`."""
+        ...
+
+    async def end(self) -> str:
+        """Behind all outputs."""
+        ...
+
+
+class EventStream(Response):
+    """The status is sent with the first event, so that an error before it has its own."""
+
+    def __init__(self, served: Served, asked: Sequence[Asked], writer: Writer) -> None:
         self.background = None
+        self._served, self._asked, self._writer = served, asked, writer
+        self._followed: list[Followed] = []
+        self._num_open = len(asked)  # of the prompts, those that have not ended
+        self._fresh: dict[int, None] = {}  # of which there is news that nobody has read
+        self._waiter: asyncio.Future[None] | None = None  # for these
+        self._connection: BoundedHttp | None = None  # once parts of the answer may be written to it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [*_HEADERS, *scope.get("state", {}).get("headers", [])]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _until_gone(receive, self._write(scope.get("state", {}).get("server_send", send), Request(scope)))
+        await _until_gone(receive, self._answer(scope, receive, send))
 
-    async def _write(self, send: Send, request: Request) -> None:
-        await send({"type": "http.response.body", "body": self._first.encode(), "more_body": True})
-        end = b""
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state, has_begun = scope["state"], False
         try:
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+            with self._served.admitted(sum(one.params.n for one in self._asked)):
+                for number, one in enumerate(self._asked):
+                    self._followed.append(await self._served.follow(*one, partial(self._call, number)))
+                first = await self._news()
+                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                has_begun, send = True, state["server_send"]
+                await send({"type": "http.response.body", "body": first.encode(), "more_body": True})
+                self._connection = state.get("connection")
+                while self._num_open:
+                    if events := await self._news():
+                        await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                last = await self._writer.end()
         except Exception as error:
-            fault = fault_of(error, request.app.state.served, request.state.request_id)
-            end = error_event(request.url.path, fault).encode()
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+            fault = fault_of(error, self._served, state["request_id"])
+            if not has_begun:
+                await error_response(scope["path"], fault)(scope, receive, send)
+                return
+            last = error_event(scope["path"], fault)
+        finally:
+            for followed in self._followed:
+                followed.leave()
+        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
 
+    async def _news(self) -> str:
+        """The events of all that nobody has read, once there is anything, or all prompts have ended."""
+        events = ""
+        while self._num_open and not events:
+            if not self._fresh:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
+            fresh, self._fresh = self._fresh, {}
+            events = "".join(map(self._read, fresh))
+        return events
 
-async def stream_events(events: AsyncIterator[str]) -> EventStream:
-    """The response that sends these. Raises what the first raises."""
-    return EventStream(events, await anext(events))
+    def _read(self, number: int) -> str:
+        output = self._followed[number].read()
+        self._num_open -= output.finished
+        return self._writer.feed(number, output) if output.outputs else ""
+
+    def _call(self, number: int) -> None:
+        """There is news of a prompt."""
+        waiter = self._waiter
+        is_idle = waiter is not None and not waiter.done()  # else older events are on their way
+        if waiter is None or not is_idle or self._connection is None or not self._connection.can_write:
+            self._fresh[number] = None
+            if waiter is not None and is_idle:
+                waiter.set_result(None)
+            return
+        try:
+            events = self._read(number)
+        except Exception as error:
+            waiter.set_exception(error)
+            return
+        if events:
+            self._connection.write_part(events.encode())
+        if not self._num_open:
+            waiter.set_result(None)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:

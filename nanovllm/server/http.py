@@ -1,7 +1,7 @@
 """HTTP/1.1 on a connection, by uvicorn and httptools, with bounds on the head of a request, which they have none for.
 
-Owns those bounds. Invariant: whoever connects holds a descriptor for `HEAD_SECONDS` and `MAX_HEAD_BYTES` of memory at
-most, until a whole head has come, of which the key may be a part.
+Owns those bounds, and the short way for parts of an answer. Invariant: whoever connects holds a descriptor for
+`HEAD_SECONDS` and `MAX_HEAD_BYTES` of memory at most, until a whole head has come, of which the key may be a part.
 """
 
 import asyncio
@@ -43,7 +43,17 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_head = False
         self._stop_clock()
+        self.scope["state"]["connection"] = self
         super().on_headers_complete()
+
+    @property
+    def can_write(self) -> bool:
+        """Whether there is room for a part of an answer, and somebody who may read it."""
+        return not (self.flow.write_paused or self.transport.is_closing())
+
+    def write_part(self, data: bytes) -> None:
+        """Of an answer of unknown length, whose head was sent; as ASGI's `send` does, in a tenth of its time."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _stop_clock(self) -> None:
         if self._deadline is not None:

@@ -5,7 +5,6 @@ tool_use) in the order in which the model wrote them, in a stream as in a whole.
 """
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -14,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, read_body
-from nanovllm.server.conversation import Conversation, Prepared, stream_pieces, take_template_variables
+from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
 from nanovllm.server.errors import Fault, error_response
-from nanovllm.server.events import stream_events, unless_gone
+from nanovllm.server.events import Asked, EventStream, unless_gone
 from nanovllm.server.reply import Piece, merged, read_pieces
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
@@ -40,7 +39,7 @@ async def messages(request: Request) -> Response:
     prepared = await conversation.prepare(served, params)
     answer = _Answer(name, request.state.request_id, prepared)
     if is_stream:
-        return await stream_events(answer.stream(served))
+        return EventStream(served, [Asked(prepared.prompt, prepared.params, answer.id)], _Events(answer, prepared))
     with served.admitted(1):
         output = await unless_gone(request, served.final(prepared.prompt, prepared.params, answer.id))
     if output is None:
@@ -198,7 +197,7 @@ def _block(piece: Piece) -> dict[str, Any]:
 
 
 class _Answer:
-    """The answer to one conversation, whole or as events."""
+    """The answer to one conversation."""
 
     def __init__(self, model: str, request_id: str, prepared: Prepared) -> None:
         self.id = f"msg_{request_id}"
@@ -207,13 +206,13 @@ class _Answer:
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         pieces = merged(read_pieces(self._prepared.new_reader(False), output.outputs[0].text))
         has_calls = any(piece.call is not None for piece in pieces)
-        usage = self._usage(output, num_generated(output))
-        return {**self._head(), "content": list(map(_block, pieces)), **self._end(output, has_calls), "usage": usage}
+        usage = self.usage(output, num_generated(output))
+        return {**self.head(), "content": list(map(_block, pieces)), **self.end(output, has_calls), "usage": usage}
 
-    def _head(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self._model}
 
-    def _usage(self, output: RequestOutput, num_generated: int) -> dict[str, int]:
+    def usage(self, output: RequestOutput, num_generated: int) -> dict[str, int]:
         return {
             "input_tokens": len(output.prompt_token_ids) - output.num_cached_tokens,
             "cache_read_input_tokens": output.num_cached_tokens,
@@ -221,7 +220,7 @@ class _Answer:
             "output_tokens": num_generated,
         }
 
-    def _end(self, output: RequestOutput, has_calls: bool) -> dict[str, Any]:
+    def end(self, output: RequestOutput, has_calls: bool) -> dict[str, Any]:
         completion = output.outputs[0]
         if completion.finish_reason == "length":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
@@ -229,28 +228,38 @@ class _Answer:
             return {"stop_reason": "stop_sequence", "stop_sequence": completion.stop_reason}
         return {"stop_reason": "tool_use" if has_calls else "end_turn", "stop_sequence": None}
 
-    async def stream(self, served: Served) -> AsyncIterator[str]:
-        blocks, total, is_open = _OpenBlocks(), 0, False
-        with served.admitted(1):
-            async for pieces, output in stream_pieces(served, self._prepared, self.id):
-                events = []
-                if not is_open:
-                    is_open = True
-                    start = {**self._head(), "content": [], "stop_reason": None, "stop_sequence": None}
-                    events.append(_event("message_start", message={**start, "usage": self._usage(output, 0)}))
-                for piece in pieces:
-                    events += blocks.add(piece)
-                total += num_generated(output)
-                completion = output.outputs[0]
-                if completion.error is not None:
-                    events.append(_event("error", error={"type": "api_error", "message": completion.error}))
-                elif completion.finish_reason is not None:
-                    events += blocks.close()
-                    end = self._end(output, blocks.has_calls)
-                    events.append(_event("message_delta", delta=end, usage=self._usage(output, total)))
-                    events.append(_event("message_stop"))
-                if events:
-                    yield "".join(events)
+
+class _Events:
+    """The answer as a stream."""
+
+    def __init__(self, answer: _Answer, prepared: Prepared) -> None:
+        self._answer, self._reader = answer, prepared.new_reader(True)
+        self._blocks = _OpenBlocks()
+        self._is_open = False
+        self._total = 0
+
+    def feed(self, number: int, output: RequestOutput) -> str:
+        (completion,) = output.outputs
+        answer, blocks, events = self._answer, self._blocks, []
+        is_finished = completion.finish_reason is not None
+        if not self._is_open:
+            self._is_open = True
+            start = {**answer.head(), "content": [], "stop_reason": None, "stop_sequence": None}
+            events.append(_event("message_start", message={**start, "usage": answer.usage(output, 0)}))
+        for piece in [*self._reader.feed(completion.text), *(self._reader.finish() if is_finished else [])]:
+            events += blocks.add(piece)
+        self._total += num_generated(output)
+        if completion.error is not None:
+            events.append(_event("error", error={"type": "api_error", "message": completion.error}))
+        elif is_finished:
+            events += blocks.close()
+            end = answer.end(output, blocks.has_calls)
+            events.append(_event("message_delta", delta=end, usage=answer.usage(output, self._total)))
+            events.append(_event("message_stop"))
+        return "".join(events)
+
+    async def end(self) -> str:
+        return ""
 
 
 class _OpenBlocks:

@@ -7,7 +7,7 @@ stream make, for they come about in the same way.
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 
 from nanovllm.outputs import RequestOutput
 from nanovllm.server.body import Body, read_body
-from nanovllm.server.conversation import Conversation, Prepared, stream_pieces, take_template_variables
-from nanovllm.server.events import stream_events, unless_gone
+from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
+from nanovllm.server.events import Asked, EventStream, unless_gone
 from nanovllm.server.reply import Piece, read_pieces
 from nanovllm.server.response_items import ItemStream, take_function_tools, take_input
 from nanovllm.server.sampling import take_sampling_params
@@ -54,7 +54,7 @@ async def responses(request: Request) -> Response:
     prepared = await conversation.prepare(served, params)
     answer = _Answer(served, name, request.state.request_id, prepared, echoed)
     if is_stream:
-        return await stream_events(answer.stream())
+        return EventStream(served, [Asked(prepared.prompt, prepared.params, answer.id)], _Events(answer, prepared))
     with served.admitted(1):
         output = await unless_gone(request, served.final(prepared.prompt, prepared.params, answer.id))
     return Response(status_code=499) if output is None else JSONResponse(await answer.whole(output))
@@ -107,7 +107,7 @@ def _refuse_others(body: Body, is_stream: bool) -> None:
 
 
 class _Answer:
-    """The answer to one conversation, whole or as events."""
+    """The answer to one conversation."""
 
     def __init__(self, served: Served, model: str, request_id: str, prepared: Prepared, echoed: dict[str, Any]) -> None:
         self.id = f"resp_{request_id}"
@@ -127,7 +127,7 @@ class _Answer:
             "truncation": "disabled",
         }
 
-    def _begun(self) -> dict[str, Any]:
+    def begun(self) -> dict[str, Any]:
         none = {"error": None, "incomplete_details": None, "usage": None}
         return {**self._head, "status": "in_progress", "output": [], **none}
 
@@ -137,9 +137,9 @@ class _Answer:
         for piece in pieces:
             items.add(piece)
         items.close(_status(output))
-        return await self._ended(items, pieces, output, num_generated(output))
+        return await self.ended(items, pieces, output, num_generated(output))
 
-    async def _ended(
+    async def ended(
         self, items: ItemStream, pieces: Sequence[Piece], output: RequestOutput, num_generated: int
     ) -> dict[str, Any]:
         status, error = _status(output), output.outputs[0].error
@@ -163,36 +163,49 @@ class _Answer:
             "usage": usage,
         }
 
-    async def stream(self) -> AsyncIterator[str]:
-        items, all_pieces, total, sequence = ItemStream(self.id), [], 0, 0
 
-        def written(events: list[dict[str, Any]]) -> str:
-            nonlocal sequence
-            lines = []
-            for event in events:
-                lines.append(f"event: {event['type']}\ndata: {json.dumps({**event, 'sequence_number': sequence})}\n\n")
-                sequence += 1
-            return "".join(lines)
+class _Events:
+    """The answer as a stream."""
 
-        with self._served.admitted(1):
-            async for pieces, output in stream_pieces(self._served, self._prepared, self.id):
-                events: list[dict[str, Any]] = []
-                if sequence == 0:
-                    kinds = ("response.created", "response.in_progress")
-                    events += [{"type": kind, "response": self._begun()} for kind in kinds]
-                for piece in pieces:
-                    events += items.add(piece)
-                all_pieces += pieces
-                total += num_generated(output)
-                if output.outputs[0].finish_reason is not None:
-                    events += items.close(_status(output))
-                    response = await self._ended(items, all_pieces, output, total)
-                    # A cut answer is "completed" too, with the status "incomplete" inside: the client's helper has no
-                    # final response after an event of another name.
-                    kind = "response.failed" if response["status"] == "failed" else "response.completed"
-                    events.append({"type": kind, "response": response})
-                if events:
-                    yield written(events)
+    def __init__(self, answer: _Answer, prepared: Prepared) -> None:
+        self._answer, self._reader = answer, prepared.new_reader(True)
+        self._items = ItemStream(answer.id)
+        self._pieces: list[Piece] = []
+        self._last: RequestOutput | None = None
+        self._total = self._sequence = 0
+
+    def feed(self, number: int, output: RequestOutput) -> str:
+        (completion,) = output.outputs
+        is_finished = completion.finish_reason is not None
+        events: list[dict[str, Any]] = []
+        if self._last is None:
+            kinds = ("response.created", "response.in_progress")
+            events += [{"type": kind, "response": self._answer.begun()} for kind in kinds]
+        pieces = [*self._reader.feed(completion.text), *(self._reader.finish() if is_finished else [])]
+        for piece in pieces:
+            events += self._items.add(piece)
+        if is_finished:
+            events += self._items.close(_status(output))
+        self._pieces += pieces
+        self._total += num_generated(output)
+        self._last = output
+        return self._written(events)
+
+    async def end(self) -> str:
+        assert self._last is not None
+        response = await self._answer.ended(self._items, self._pieces, self._last, self._total)
+        # A cut answer is "completed" too, with the status "incomplete" inside: the client's helper has no final
+        # response after an event of another name.
+        kind = "response.failed" if response["status"] == "failed" else "response.completed"
+        return self._written([{"type": kind, "response": response}])
+
+    def _written(self, events: list[dict[str, Any]]) -> str:
+        lines = []
+        for event in events:
+            data = json.dumps({**event, "sequence_number": self._sequence})
+            lines.append(f"event: {event['type']}\ndata: {data}\n\n")
+            self._sequence += 1
+        return "".join(lines)
 
 
 def _status(output: RequestOutput) -> str:

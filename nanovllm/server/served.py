@@ -6,17 +6,18 @@ Invariant: every request that was admitted is counted out again, however it ends
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from nanovllm.async_llm import AsyncLLM
+from nanovllm.async_llm import AsyncLLM, Stream
 from nanovllm.engine.input_processor import Prompt
+from nanovllm.engine.session import Handle
 from nanovllm.errors import RequestError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, checking
-from nanovllm.server.metrics import Metrics
+from nanovllm.server.metrics import Metrics, RequestTiming
 
 RETRY_AFTER_SECONDS = 1
 
@@ -84,28 +85,53 @@ class Served:
         finally:
             self.num_unfinished -= num_requests
 
-    async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
-        """`AsyncLLM.generate`, counted. A sequence that failed has its reason in its output, and raises nothing."""
+    async def final(self, prompt: Prompt, params: SamplingParams, request_id: str) -> RequestOutput:
+        """The one output of a request that wants it at its end. If it failed, its output says why."""
+        handle = await self._check(prompt, params, request_id)
+        timing = self.metrics.begin(params)
+        outputs = []
+        try:
+            async for output in self.engine.outputs(handle):
+                timing.count(output)
+                outputs.append(output)
+        except RequestError:
+            pass  # the output that came before says so
+        finally:
+            timing.end()
+        return outputs[-1]
+
+    async def follow(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, called: Callable[[], None]
+    ) -> "Followed":
+        """`AsyncLLM.follow`, counted."""
+        handle = await self._check(prompt, params, request_id)
+        return Followed(self.engine, self.engine.follow(handle, called), self.metrics.begin(params))
+
+    async def _check(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Handle:
         engine = self.engine
         with checking():
             handle = await engine.check(prompt, params, request_id)
             if engine.llm._session.find(request_id) is not None:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
-        timing = self.metrics.begin(params)
-        try:
-            async for output in engine.outputs(handle):
-                timing.count(output)
-                yield output
-        except RequestError:
-            pass  # the output that came before says so
-        finally:
-            timing.end()
-
-    async def final(self, prompt: Prompt, params: SamplingParams, request_id: str) -> RequestOutput:
-        """The one output of a request that wants it at its end."""
-        outputs = [output async for output in self.run(prompt, params, request_id)]
-        return outputs[-1]
+        return handle
 
     async def in_thread(self, function: Any, *arguments: Any) -> Any:
         """What takes milliseconds of Python or more: templates, texts to token ids."""
         return await asyncio.to_thread(function, *arguments)
+
+
+class Followed:
+    """A request whose outputs are read one by one, and counted."""
+
+    def __init__(self, engine: AsyncLLM, stream: Stream, timing: RequestTiming) -> None:
+        self._engine, self._stream, self._timing = engine, stream, timing
+
+    def read(self) -> RequestOutput:
+        output = self._stream.read()
+        if output.outputs:
+            self._timing.count(output)
+        return output
+
+    def leave(self) -> None:
+        self._engine.leave(self._stream)
+        self._timing.end()

@@ -4,7 +4,7 @@ Owns the route. Invariant: no text is made or read on the way, except where stri
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
-from nanovllm.server.events import stream_events, unless_gone
+from nanovllm.server.events import Asked, EventStream, unless_gone
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import LOWEST, num_generated, usage_of
@@ -36,7 +36,7 @@ async def generate(request: Request) -> Response:
     body.refuse("priority", (0,), "requests are served in the order in which they came")
     body.finish()
     if is_stream:
-        return await stream_events(_stream(served, prompt, params, name, wants_usage))
+        return EventStream(served, [Asked(prompt, params, name)], _Chunks(params, name, wants_usage))
     with served.admitted(params.n):
         output = await unless_gone(request, served.final(prompt, params, name))
     if output is None:
@@ -60,22 +60,28 @@ def _take_params(body: Body, is_stream: bool) -> SamplingParams:
     return params
 
 
-async def _stream(
-    served: Served, prompt: Any, params: SamplingParams, name: str, wants_usage: bool
-) -> AsyncIterator[str]:
-    head = json.dumps({"request_id": name})[:-1]
-    total, last = 0, None
-    with served.admitted(params.n):
-        async for output in served.run(prompt, params, name):
-            of_prompt = ""
-            if last is None and params.prompt_logprobs is not None:
-                of_prompt = f', "prompt_logprobs": {json.dumps(_of_prompt(output))}'
-            total, last = total + num_generated(output), output
-            choices = [_choice(completion, params.logprobs) for completion in output.outputs]
-            yield f'data: {head}, "choices": {json.dumps(choices)}{of_prompt}}}\n\n'
-        if wants_usage and last is not None:
-            yield f'data: {head}, "choices": [], "usage": {json.dumps(usage_of([last], total))}}}\n\n'
-        yield DONE
+class _Chunks:
+    """The answer as a stream."""
+
+    def __init__(self, params: SamplingParams, name: str, wants_usage: bool) -> None:
+        self._params, self._wants_usage = params, wants_usage
+        self._head = json.dumps({"request_id": name})[:-1]
+        self._last: RequestOutput | None = None
+        self._total = 0
+
+    def feed(self, number: int, output: RequestOutput) -> str:
+        of_prompt = ""
+        if self._last is None and self._params.prompt_logprobs is not None:
+            of_prompt = f', "prompt_logprobs": {json.dumps(_of_prompt(output))}'
+        self._total, self._last = self._total + num_generated(output), output
+        choices = [_choice(completion, self._params.logprobs) for completion in output.outputs]
+        return f'data: {self._head}, "choices": {json.dumps(choices)}{of_prompt}}}\n\n'
+
+    async def end(self) -> str:
+        if not self._wants_usage or self._last is None:
+            return DONE
+        usage = json.dumps(usage_of([self._last], self._total))
+        return f'data: {self._head}, "choices": [], "usage": {usage}}}\n\n{DONE}'
 
 
 def _choice(completion: CompletionOutput, num_top: int | None) -> dict[str, Any]:
