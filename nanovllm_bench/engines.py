@@ -18,17 +18,12 @@ import torch
 import transformers
 
 from nanovllm import __version__
-from nanovllm.config import EngineConfig, ModelConfig
-from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.executor.worker import with_quantization
-from nanovllm.layers.experts import Experts
-from nanovllm.layers.linear import LinearBase
-from nanovllm.layers.ops import PLAIN
+from nanovllm.config import EngineConfig
 from nanovllm.llm import LLM
-from nanovllm.models.registry import model_class
+from nanovllm.roofline.model_size import model_size
+from nanovllm.roofline.roofline import ModelSize
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.weights.checkpoint import open_checkpoint
-from nanovllm_bench.roofline import ModelSize
 from nanovllm_bench.workload import Workload
 
 
@@ -239,32 +234,6 @@ class OriginalNanoVLLM:
             if line.startswith("{"):  # whatever else the engine prints is not for us
                 return dict(json.loads(line))
         raise RuntimeError(f"nano-vllm ended with status {self._process.wait()}; its own message is above")
-
-
-def model_size(config: ModelConfig, quantization: str | None = None) -> ModelSize:
-    """What a roofline has to know of a model, from its layers on no device."""
-    with torch.device("meta"):
-        ops = with_quantization(PLAIN, config, quantization)
-        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), ops)
-        dict(model.weights())  # makes the weights
-    num_weights, num_bytes = 0, 0.0
-    for layer in model.modules():
-        if isinstance(layer, LinearBase) and layer not in (model.embed_tokens, model.lm_head):
-            num_weights += layer.spec.num_outputs * layer.spec.in_features
-            num_bytes += sum(p.nbytes for p in layer.method.parameters())
-        elif isinstance(layer, Experts):
-            num_weights += sum(p.numel() for p in layer.method.parameters()) * layer.routing.top_k // layer.num_experts
-            num_bytes += sum(p.nbytes for p in layer.method.parameters()) * layer.routing.top_k / layer.num_experts
-    head = model.lm_head
-    return ModelSize(
-        num_weights=num_weights,
-        num_head_weights=head.spec.num_outputs * head.spec.in_features,
-        weight_bytes=round(num_bytes) + sum(p.nbytes for p in head.method.parameters()),
-        kv_bytes_per_token=config.kv_bytes_per_token,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-    )
 
 
 def load_hugging_face(config: EngineConfig, dtype: str) -> Any:

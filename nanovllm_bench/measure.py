@@ -14,11 +14,11 @@ from statistics import median
 from typing import Any
 
 from nanovllm.cli.options import engine_options
-from nanovllm_bench.ceilings import measure_ceilings
+from nanovllm.roofline.ceilings import measure_ceilings
+from nanovllm.roofline.roofline import Ceilings, Work, report
 from nanovllm_bench.engines import VLLM, BenchEngine, HuggingFace, NanoVLLM, OriginalNanoVLLM, check_installed
 from nanovllm_bench.mixed import run_mixed
 from nanovllm_bench.report import print_record, print_table
-from nanovllm_bench.roofline import Ceilings, Work, report
 from nanovllm_bench.workload import Workload, named, shared_prefix, uniform
 
 _Row = dict[str, Any]

@@ -22,12 +22,12 @@ from nanovllm.cli.options import engine_options
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.executor.children import Children, start_child
 from nanovllm.executor.ring import RingWriter
-from nanovllm_bench.ceilings import measure_ceilings
+from nanovllm.roofline.ceilings import measure_ceilings
+from nanovllm.roofline.roofline import Ceilings, Work, report
 from nanovllm_bench.collectives import time_collectives
 from nanovllm_bench.engines import NanoVLLM
 from nanovllm_bench.measure import measure_latency, measure_throughput
 from nanovllm_bench.report import print_record, print_table
-from nanovllm_bench.roofline import Ceilings, Work, report
 from nanovllm_bench.workload import Workload, named, uniform
 
 _WORKLOADS = ("offline", "prefill", "decode_1", "decode_64")

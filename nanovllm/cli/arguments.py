@@ -144,7 +144,7 @@ def _add_batch(commands: Commands) -> None:
         """\
 IN is .jsonl, .csv or .parquet; OUT has its rows with the answers, in order, as the same or .jsonl. A line of
 IN may also be a request of OpenAI's batch API. The same command again goes on with a job that was
-interrupted; what is done is in OUT.journal until then.
+interrupted; what is done is in OUT.journal until then. OUT.html reports on the job.
 
 examples:
   nanovllm batch questions.jsonl answers.jsonl --model Qwen/Qwen3-0.6B --temperature 0

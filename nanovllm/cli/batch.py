@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
@@ -23,10 +22,15 @@ from nanovllm.batch.columns import NEW_COLUMNS, Columns, ColumnsJob, find_column
 from nanovllm.batch.identity import identify
 from nanovllm.batch.job import Job, Write, input_digest, run_rows, write_out
 from nanovllm.batch.journal import Journal
-from nanovllm.batch.tables import Table, check_output, is_json_lines, open_table, write_json_lines
+from nanovllm.batch.report import Outcome, Rows, Speed, make_page
+from nanovllm.batch.tables import Row, Table, check_output, is_json_lines, open_table, write_json_lines
 from nanovllm.cli.options import engine_options, sampling_options
 from nanovllm.cli.streaming import make_sampling_params
 from nanovllm.model_files.locate import locate_model
+from nanovllm.roofline import roofline
+from nanovllm.roofline.ceilings import measure_ceilings
+from nanovllm.roofline.model_size import model_size
+from nanovllm.roofline.roofline import Ceilings, Work
 
 _MAX_TOKENS = 256
 _WINDOW = 2  # rows in flight for each that the engine runs at once: those that wait are tokenized by the time they run
@@ -125,20 +129,68 @@ def _run(args: Namespace, paths: _Paths, columns: Columns | None, journal: Journ
         total=num_rows, initial=num_before, unit=" rows", disable=args.quiet, dynamic_ncols=True,
         mininterval=seconds, maxinterval=max(seconds, 10),
     ) as bar:  # fmt: skip
-        counts = _Counts(bar)
+        speed = Speed()
 
-        async def work() -> None:
+        def tell(result: Mapping[str, Any]) -> None:
+            speed.add(Outcome.of(result))
+            bar.set_postfix_str(f"{speed.tokens_per_second:,.0f} output tokens/s", refresh=False)
+            bar.update()
+
+        async def work() -> Mapping[str, float]:
             async with engine:
-                await run_rows(paths.table, job, journal, window, counts.add)
+                await run_rows(paths.table, job, journal, window, tell)
+                return await asyncio.to_thread(engine.llm.get_metrics)
 
         try:
-            asyncio.run(work())
+            metrics = asyncio.run(work())
         except KeyboardInterrupt:
             print(f"\n[{journal.num_rows:,} rows are done; the same command goes on]", file=sys.stderr)
             raise
-    write_out(paths.out, paths.table, job, journal, paths.write, about)
+        run_seconds = speed.seconds
+    rows = Rows()
+    write_out(paths.out, paths.table, _Seen(job, rows), journal, paths.write, about)
+    page = paths.out.with_name(paths.out.name + ".html")
     if not args.quiet:
-        print(f"[{counts.summary(journal.num_rows, num_before)}: {paths.out}]", file=sys.stderr)
+        print(f"[{_summary(speed, run_seconds, journal.num_rows, num_before)}: {paths.out}; {page}]", file=sys.stderr)
+    roofline = _roofline(engine, metrics, run_seconds) if speed.num_rows else None
+    title = f"{paths.table.path.name} → {paths.out.name}, {args.model}"
+    page.write_text(make_page(title, rows, speed, run_seconds, roofline), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A job whose results the report sees on their way into OUT."""
+
+    job: Job
+    rows: Rows
+
+    async def answer(self, row: Row) -> dict[str, Any]:
+        return await self.job.answer(row)
+
+    def merge(self, row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
+        self.rows.add(row.number, Outcome.of(result))
+        return self.job.merge(row, result)
+
+
+def _roofline(engine: AsyncLLM, metrics: Mapping[str, float], seconds: float) -> Mapping[str, Any]:
+    """Of the engine's whole work, on a device that is free again."""
+    config, model_config = engine.llm.config, engine.llm.model_config
+    one = measure_ceilings(config.device, config.dtype)
+    num_devices = config.data_parallel_size * config.tensor_parallel_size if config.device.startswith("cuda") else 1
+    ceilings = Ceilings(
+        bytes_per_second=num_devices * one.bytes_per_second, flops_per_second=num_devices * one.flops_per_second
+    )
+    work = Work(**{name: int(metrics[name]) for name in Work.__dataclass_fields__})
+    return roofline.report(work, model_size(model_config, config.quantization), ceilings, seconds)
+
+
+def _summary(speed: Speed, seconds: float, num_all: int, num_before: int) -> str:
+    before = f", {num_before:,} of them before" if num_before else ""
+    return (
+        f"{num_all:,} rows{before}; {speed.num_errors:,} of {speed.num_rows:,} with an error; "
+        f"{speed.num_prompt_tokens:,} prompt and {speed.num_output_tokens:,} output tokens in {seconds:.1f} s "
+        f"({speed.num_output_tokens / seconds:,.0f} output tokens/s)"
+    )
 
 
 def _make_job(engine: AsyncLLM, args: Namespace, columns: Columns | None) -> Job:
@@ -151,42 +203,3 @@ def _make_job(engine: AsyncLLM, args: Namespace, columns: Columns | None) -> Job
             f"OpenAI's batch lines need the extra `serve`: pip install 'nanovllm[serve]' ({error})"
         ) from error
     return OpenAILinesJob(engine, args.served_model_name or [args.model])
-
-
-class _Counts:
-    """Rows and tokens of this run, on a bar and in the report."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._start = perf_counter()
-        self._num_rows = self._num_errors = self._num_prompt_tokens = self._num_output_tokens = 0
-
-    def add(self, result: Mapping[str, Any]) -> None:
-        num_prompt, num_output, is_error = _read(result)
-        self._num_rows += 1
-        self._num_errors += is_error
-        self._num_prompt_tokens += num_prompt
-        self._num_output_tokens += num_output
-        self._bar.set_postfix_str(f"{self._num_output_tokens / self._seconds():,.0f} output tokens/s", refresh=False)
-        self._bar.update()
-
-    def summary(self, num_all: int, num_before: int) -> str:
-        seconds = self._seconds()
-        before = f", {num_before:,} of them before" if num_before else ""
-        return (
-            f"{num_all:,} rows{before}; {self._num_errors:,} of {self._num_rows:,} with an error; "
-            f"{self._num_prompt_tokens:,} prompt and {self._num_output_tokens:,} output tokens in {seconds:.1f} s "
-            f"({self._num_output_tokens / seconds:,.0f} output tokens/s)"
-        )
-
-    def _seconds(self) -> float:
-        return max(perf_counter() - self._start, 1e-9)
-
-
-def _read(result: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """Prompt tokens, output tokens, and whether something went wrong."""
-    if "response" not in result:
-        return result["num_prompt_tokens"] or 0, result["num_generated_tokens"] or 0, result["error"] is not None
-    response = result["response"] or {}
-    usage = (response.get("body") or {}).get("usage", {})
-    return usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), response.get("status_code") != 200

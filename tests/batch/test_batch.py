@@ -89,6 +89,8 @@ def test_errors_stay_with_their_row(model: str, tmp_path: Path) -> None:
         assert words is None or words in answer["error"]
         assert (answer["generated_text"] is None) == (words is not None)
     assert answers[8]["generated_text"] == "aa"
+    page = (tmp_path / "out.jsonl.html").read_text()
+    assert "<th>failed<td>7" in page and "<td>1<td><code>line 2 is no JSON" in page and "share of the floor" in page
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -143,6 +145,8 @@ def test_openai_lines(model: str, tmp_path: Path) -> None:
     assert "temperature" in bad["response"]["body"]["error"]["message"]
     assert "/v1/embeddings" in unknown["error"]["message"]
     assert "no JSON" in broken["error"]["message"]
+    page = (tmp_path / "out.jsonl.html").read_text()
+    assert "<th>failed<td>3" in page and "length 22" in page
 
 
 def test_an_engine_that_ends_is_no_answer(model: str) -> None:
@@ -202,7 +206,9 @@ def test_whenever_it_ends_early_it_goes_on(
     assert ("3 of them before; 0 of 4" if computed else "7 of them before; 0 of 0") in report
     assert out.read_bytes() == expected.read_bytes()
     left = {path.name for path in questions.parent.iterdir() if path.name.startswith("out")}
-    assert left == {"out.jsonl", "out.jsonl.journal"}
+    assert left == {"out.jsonl", "out.jsonl.journal", "out.jsonl.html"}
+    page = out.with_name("out.jsonl.html").read_text()
+    assert f"<td>7, {4 if computed else 0} of them in this run" in page, "the report is of all rows"
 
 
 def test_done_is_done(model: str, questions: Path, capsys: Any) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm_bench.ceilings import measure_ceilings
-from nanovllm_bench.engines import model_size
-from nanovllm_bench.roofline import Ceilings, ModelSize, Work, count_bytes, count_flops, report
+from nanovllm.roofline.ceilings import measure_ceilings
+from nanovllm.roofline.model_size import model_size
+from nanovllm.roofline.roofline import Ceilings, ModelSize, Work, count_bytes, count_flops, report
 from tests.tiny_models import save_random
 
 SIZE = ModelSize(

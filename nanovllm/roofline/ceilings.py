@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from nanovllm_bench.roofline import Ceilings
+from nanovllm.roofline.roofline import Ceilings
 
 _NUM_TRIES = 5
 
