@@ -138,7 +138,7 @@ class DataParallelEngine:
         if request.index:
             return
         group = request.siblings or [request]
-        hashes = self._hashes(request)
+        hashes = self._hashes(request) if len(self._replicas) > 1 else []  # else there is no choice
         replica = min(self._replicas, key=lambda one: self._cost(one, hashes))
         num_cached = min(replica.num_cached_blocks(hashes) * self._block_size, request.num_prompt_tokens - 1)
         key = self._next_key

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
-from nanovllm.server.events import Asked, EventStream, unless_gone
+from nanovllm.server.events import Asked, EventStream, quoted, unless_gone
 from nanovllm.server.reply import Call, Piece, Reader, Reply, read_whole
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
@@ -190,7 +190,7 @@ class _ChoiceReader:
 
     def _delta(self, piece: Piece) -> str:
         if piece.kind == "content":
-            return f'{{"content": {json.dumps(piece.text)}}}'
+            return f'{{"content": {quoted(piece.text)}}}'
         if piece.kind == "reasoning":
             return json.dumps(_reasoning(piece.text))
         if piece.call is None:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
-from nanovllm.server.events import Asked, EventStream, unless_gone
+from nanovllm.server.events import Asked, EventStream, quoted, unless_gone
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import completion_logprobs, num_generated, usage_of
@@ -59,7 +59,7 @@ async def completions(request: Request) -> Response:
 def take_prompts(body: Body, name: str) -> list[Any]:
     """One or several prompts, texts or lists of token ids, out of the field `name`."""
     prompt = body.require(name, (str, list))
-    if isinstance(prompt, str) or (prompt and all(isinstance(item, int) for item in prompt)):
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [_as_prompt(prompt)]
     if not prompt or len(prompt) > _MAX_PROMPTS:
         raise BadRequest(f"{name} holds {len(prompt)} prompts; give 1 to {_MAX_PROMPTS}", param=name)
@@ -155,7 +155,7 @@ def _choice(index: int, completion: CompletionOutput, logprobs: dict[str, Any] |
     ending = "null" if completion.finish_reason is None else json.dumps(completion.finish_reason)
     if completion.error is not None:
         ending += f', "error": {json.dumps(completion.error)}'
-    text, entries = json.dumps(completion.text), "null" if logprobs is None else json.dumps(logprobs)
+    text, entries = quoted(completion.text), "null" if logprobs is None else json.dumps(logprobs)
     return f'{{"index": {index}, "text": {text}, "logprobs": {entries}, "finish_reason": {ending}}}'
 
 

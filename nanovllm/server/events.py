@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from json.encoder import encode_basestring_ascii as quoted  # what json.dumps makes of a text, in a quarter of its time
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -22,6 +23,8 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.errors import error_event, error_response, fault_of
 from nanovllm.server.http import BoundedHttp
 from nanovllm.server.served import Followed, Served
+
+__all__ = ["Asked", "EventStream", "Writer", "quoted", "unless_gone"]
 
 Result = TypeVar("Result")
 
