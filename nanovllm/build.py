@@ -92,6 +92,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     is_remote = config.has_replicas or config.distributed_executor_backend == "mp"
     if is_remote:
         check_importable(config.logits_processors, "logits_processors")
+    if config.has_replicas and config.speculative_config is not None:  # else this process plans
+        check_importable([config.speculative_config.proposer], "speculative_config.proposer")
     engine, num_blocks, runner_times = _start_engine(config, model_config, checkpoint, device, tokenizer)
     groups = group_layers(model_config.windows, config.max_model_len)
     sizes = config.block_size, config.max_model_len, config.max_num_batched_tokens
@@ -143,8 +145,8 @@ def _start_engine(
         setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)
         replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
         return replicas, replicas.num_blocks, replicas.runner_times
-    make_scheduler, make_engine = _planner_and_loop(config, device)
-    executor, times = _start_executor(config, model_config, checkpoint, device)
+    make_scheduler, make_engine = _planner_and_loop(config, model_config, device)
+    executor, times = _start_executor(replace(config, speculative_config=None), model_config, checkpoint, device)
     scheduler = make_scheduler(
         _cache_manager(config, model_config, executor.num_blocks),
         max_num_seqs=config.max_num_seqs,
@@ -157,16 +159,30 @@ def _start_engine(
 
 
 def _planner_and_loop(
-    config: ResolvedConfig, device: torch.device
+    config: ResolvedConfig, model_config: ModelConfig, device: torch.device
 ) -> tuple[Callable[..., Scheduler], Callable[..., Engine]]:
-    """The classes, or those that write a trace of what they do."""
-    if config.trace is None:
-        return Scheduler, Engine
-    from nanovllm.tracing.device_clock import choose_clock  # a room
-    from nanovllm.tracing.traced_engine import TracedEngine, TracedScheduler, open_recorder
+    """The classes, or those that draft tokens, or write a trace of what they do; both are rooms.
 
-    clock = choose_clock(device.type, config.distributed_executor_backend)
-    return partial(TracedScheduler, recorder=open_recorder(config)), partial(TracedEngine, clock=clock)
+    Raises ValueError or TypeError for a proposer that cannot be made.
+    """
+    planner: type[Scheduler] = Scheduler
+    options: dict[str, Any] = {}
+    if config.speculative_config is not None:
+        from nanovllm.engine.speculation.build import speculative_planner
+
+        is_one_of_many = config.distributed_executor_backend == "external_launcher"  # who must plan the same steps
+        clock = None if is_one_of_many else perf_counter
+        planner, options = speculative_planner(config.speculative_config, model_config.vocab_size, clock)
+    if config.trace is None:
+        return partial(planner, **options), Engine
+    from nanovllm.tracing.device_clock import choose_clock
+    from nanovllm.tracing.traced_engine import TracedEngine, open_recorder, traced
+
+    device_clock = choose_clock(device.type, config.distributed_executor_backend)
+    return (
+        partial(traced(planner), recorder=open_recorder(config), **options),
+        partial(TracedEngine, clock=device_clock),
+    )
 
 
 def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanovllm.options import check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
+from nanovllm.speculative_config import SpeculativeConfig, read_speculative_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
@@ -93,6 +94,8 @@ class EngineConfig:
     skip_tokenizer_init: work on token ids only.
     trace: a file that tells of every step, ending in .json or .json.gz, for ui.perfetto.dev, `nanovllm trace` and
         `LLM.explain`; several engines put a number before the ending. See docs/tracing.md.
+    speculative_config: guess tokens ahead and verify several in one step, with the same tokens as result: a dict with
+        vLLM's keys, "method" and "num_speculative_tokens" first. See docs/speculation.md.
     deterministic: make tokens and log-probabilities of a seeded (or greedy) request equal to the bit whatever else
         runs: alone or in any batch, in chunks, after a preemption, on a prefix-cache hit. Slower; see
         docs/determinism.md.
@@ -132,6 +135,7 @@ class EngineConfig:
     quantization: str | None = option(None, choices=(None, *QUANTIZATIONS))
     skip_tokenizer_init: bool = False
     trace: str | None = option(None, read=_read_path)
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | None = option(None, read=read_speculative_config)
     deterministic: bool = False
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = option((), has_flag=False)
 
@@ -235,6 +239,7 @@ class ResolvedConfig(EngineConfig):
     gpu_memory_utilization: float = field()
     block_size: int = field()
     overlap_depth: int = field()
+    speculative_config: SpeculativeConfig | None = field(default=None)
     distributed_executor_backend: str = field()
 
 

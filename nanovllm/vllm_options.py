@@ -22,7 +22,6 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
             ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "fully_sharded_loras"), (_ANY, "")
         ),
         "default_mm_loras": ((None, {}), "LoRA is not supported"),
-        "speculative_config": ((None, {}), "speculative decoding is not supported"),
         "enable_sleep_mode": (_OFF, "sleeping is not supported; close() frees the device"),
         "pipeline_parallel_size": ((None, 1), "pipeline parallelism is not supported; use tensor_parallel_size"),
         "enable_expert_parallel": (_OFF, "experts are split by tensor_parallel_size only"),
@@ -98,6 +97,16 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "repetition_detection": ((None,), "use repetition_penalty"),
         "extra_args": ((None, {}), "there is nothing they could reach"),
         "skip_clone": (_ANY, ""),
+    },
+    "SpeculativeConfig": {
+        "suffix_decoding_max_cached_requests": ((None, 0), "places are looked up in the request's own tokens"),
+        "rejection_sample_method": ((None, "standard", "strict"), "what is drawn decides, so tokens never change"),
+        "disable_padded_drafter_batch": (_ANY, ""),
+        "enforce_eager": (_ANY, ""),
+        "parallel_drafting": (_OFF, "drafts of n-grams and suffixes are made at once"),
+        "draft_tensor_parallel_size": ((None,), "the methods here have no weights to split"),
+        "quantization": ((None,), "the methods here have no weights"),
+        "revision": ((None,), "the methods here have no weights"),
     },
     "StructuredOutputsParams": {
         "structural_tag": ((None,), "forms that begin at a tag in the text are not supported; use grammar"),

@@ -37,6 +37,7 @@ WAYS: list[dict[str, Any]] = [
     {"overlap_depth": 2, "max_num_batched_tokens": 11},
     {"overlap_depth": 2, "num_gpu_blocks_override": 9},
     {"enable_prefix_caching": False, "max_num_seqs": 3},
+    {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "adaptive": False}},
 ]
 
 

@@ -66,6 +66,10 @@ class TokenConstraint(Protocol):
         """Begin anew, with these output tokens taken."""
         ...
 
+    def retract(self, num_tokens: int) -> bool:
+        """Give back the last tokens taken; whether it could. If not, it is to be restarted."""
+        ...
+
     def bitmasks(self, constraints: Sequence[Any]) -> np.ndarray:
         """Which tokens may come next in each of these (itself among them), [n, words] as `grammar_bitmask` has them.
 

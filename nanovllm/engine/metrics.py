@@ -21,6 +21,9 @@ class SchedulerStats:
     num_context_tokens_read: int = 0  # each request's context, its new tokens included, once a step
     num_query_key_pairs: int = 0  # each new token with its whole context
 
+    def counters(self) -> dict[str, float]:
+        return asdict(self)
+
 
 @dataclass
 class EngineTimes:
@@ -33,7 +36,7 @@ class EngineTimes:
 def engine_metrics(scheduler: "Scheduler", times: EngineTimes) -> dict[str, float]:
     """See `LLM.get_metrics`."""
     return {
-        **asdict(scheduler.stats),
+        **scheduler.stats.counters(),
         "num_running": len(scheduler.running),
         "num_waiting": len(scheduler.waiting),
         "num_free_blocks": scheduler.cache.pool.num_free_blocks,

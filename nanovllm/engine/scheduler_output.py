@@ -47,14 +47,16 @@ class SharedPrefix(NamedTuple):
 class SchedulerOutput:
     """One step. The lists rows .. num_samples run in parallel, requests with a single token first.
 
-    num_samples: how many tokens to sample for each request: none in mid-prompt, one behind its last token.
+    num_samples: how many tokens to sample for each request: none in mid-prompt, one behind its last token; 1 + k where
+    the last k of its tokens are a draft, num_draft_tokens of all requests together. These tokens count as the request's
+    as far as they are what is sampled before them.
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
     block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
     grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
-    vocab_size bits, token i being bit i % 32 of word i // 32. capture_layers: for each row that captures hidden states,
-    behind which layers. shared_prefixes: what decodes share, where reading it once is worth the while; those of one
-    request follow each other from token 0 on, in order.
+    vocab_size bits, token i being bit i % 32 of word i // 32; [1 + k, words] for a row with a draft. capture_layers:
+    for each row that captures hidden states, behind which layers. shared_prefixes: what decodes share, where reading it
+    once is worth the while; those of one request follow each other from token 0 on, in order.
     """
 
     new_rows: list[NewRow]
@@ -69,6 +71,7 @@ class SchedulerOutput:
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
     capture_layers: dict[int, tuple[int | str, ...]] = field(default_factory=dict)
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
+    num_draft_tokens: int = 0
 
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":
         """The part of the step that concerns these of the rows, in their order here."""
@@ -103,10 +106,11 @@ class SchedulerOutput:
 class ModelRunnerOutput:
     """The sampled tokens, a list for each of the plan's requests whose `num_samples` is not 0, in its order.
 
-    logprobs: for each of these requests the entry of its token, or None where it did not ask; empty if nobody did.
+    Of a request with a draft, those up to the first that differs from it, and so one at least. logprobs: for each of
+    these tokens, one after the other, its entry, or None where the request did not ask; empty if nobody did.
     prompt_logprobs: for each item of the plan's, an entry for each token scored. hidden_states: for each of the plan's
     requests that captures, layer -> its tokens' [num_tokens, hidden_size]. failures: index into token_ids -> why
-    nothing could be sampled there; that request ends, and the tokens that stand there mean nothing.
+    nothing could be sampled there; that request ends, and the last of the tokens that stand there means nothing.
     """
 
     token_ids: list[list[int]]

@@ -45,10 +45,15 @@ class PendingExtras:
         """Once the device has come so far."""
         output.hidden_states, output.failures = list(self.hidden_states), self.failures
         if self.logprobs:
-            output.logprobs = [None] * len(output.token_ids)
+            output.logprobs = [None] * sum(map(len, output.token_ids))
         for members, top in self.logprobs:
             for member, entry in zip(members.tolist(), _entries(top), strict=True):
-                output.logprobs[member] = None if member in self.failures else entry
+                output.logprobs[member] = entry
+        last = -1
+        for index, token_ids in enumerate(output.token_ids if self.failures and self.logprobs else ()):
+            last += len(token_ids)
+            if index in self.failures:  # the last of its tokens means nothing
+                output.logprobs[last] = None
         for parts in self.prompt_logprobs:
             output.prompt_logprobs.append([entry for top in parts for entry in _entries(top)])
 
@@ -62,7 +67,7 @@ def _entries(top: Tensor) -> list[TokenLogprobs]:
 
 
 def run_with_hidden_states(runner: "ModelRunner", plan: SchedulerOutput) -> "PendingTokens":
-    """As `ModelRunner.run`, for a plan that scores prompts or captures layers."""
+    """As `ModelRunner.run`, for a plan that scores prompts, captures layers or verifies drafts."""
     batch = runner.stage(plan)
     captures = nullcontext[Sequence[dict[int | str, Tensor]]](())
     if plan.capture_layers:
@@ -73,4 +78,8 @@ def run_with_hidden_states(runner: "ModelRunner", plan: SchedulerOutput) -> "Pen
         hidden, seq_lens = runner.forward(plan, batch)
     scores = score_prompts(plan, hidden, runner.model, runner.sampler, runner.to_host)
     extras = PendingExtras(prompt_logprobs=scores, hidden_states=captured)
+    if plan.num_draft_tokens:
+        from nanovllm.runner.verify import verify  # a room: only engines that speculate have drafts
+
+        return verify(runner, plan, batch, hidden, seq_lens, extras)
     return runner.sample(plan, batch, hidden, seq_lens, extras)

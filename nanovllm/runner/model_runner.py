@@ -111,7 +111,7 @@ class ModelRunner:
 
     def run(self, plan: SchedulerOutput) -> PendingTokens:
         """The device's part of a plan that has entered, or of a part of one."""
-        if plan.prompt_logprobs or plan.capture_layers:
+        if plan.prompt_logprobs or plan.capture_layers or plan.num_draft_tokens:
             return run_with_hidden_states(self, plan)
         batch = self.stage(plan)
         hidden, seq_lens = self.forward(plan, batch)

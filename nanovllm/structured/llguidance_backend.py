@@ -143,6 +143,10 @@ class GrammarConstraint:
         self._matcher.reset()
         self._matcher.consume_tokens(list(token_ids))
 
+    def retract(self, num_tokens: int) -> bool:
+        """Give back the last tokens taken; whether that could be done."""
+        return bool(self._matcher.rollback(num_tokens))
+
     def bitmasks(self, constraints: Sequence["GrammarConstraint"]) -> np.ndarray:
         """Which tokens may come next in each of these, int32 [n, words] as `sampling/stages/grammar.py` wants them."""
         words = np.zeros((len(constraints), self._num_words), dtype=np.int32)

@@ -83,6 +83,11 @@ class TracedScheduler(Scheduler):
         super()._preempt(request)
 
 
+def traced(planner: type[Scheduler]) -> type[TracedScheduler]:
+    """The traced form of this kind of Scheduler."""
+    return TracedScheduler if planner is Scheduler else type("TracedScheduler", (TracedScheduler, planner), {})
+
+
 class TracedEngine(Engine):
     scheduler: TracedScheduler
 

@@ -8,7 +8,9 @@ the whole history that it sums up, and changes the token likewise.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any
 
 from nanovllm.cache_specs import PagedKV
@@ -21,8 +23,11 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.engine.shared_prefixes import SharedPrefixes
+from nanovllm.engine.speculation.build import speculative_planner
+from nanovllm.engine.speculation.proposer import Proposer
 from nanovllm.engine.state_cache import StateCache
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.speculative_config import SpeculativeConfig
 
 VOCAB_SIZE = 97
 
@@ -124,19 +129,15 @@ class FakeDevice:
         self._write(plan)
         shared = self._shared_blocks(plan)
         sampled = []
-        for row, count, num_samples in zip(plan.rows, plan.num_scheduled_tokens, plan.num_samples, strict=True):
+        ends = list(accumulate(plan.num_scheduled_tokens))
+        for row, count, num_samples, end in zip(
+            plan.rows, plan.num_scheduled_tokens, plan.num_samples, ends, strict=True
+        ):
             self.num_computed[row] += count
             if num_samples:
                 table = {**self.tables[row], **shared.get(row, {})}
-                context = [
-                    self.slots[self._slot(table, position, group)]
-                    for group, spec in enumerate(self.specs)
-                    for position in seen(spec, self.num_computed[row])
-                ]
-                if self.has_states:
-                    context.append(self.states[row])
-                self.last_token[row] = next_token(context)
-                sampled.append([self.last_token[row]])
+                draft = plan.token_ids[end - num_samples + 1 : end]
+                sampled.append(self._sample(row, table, draft))
         self.num_tokens_per_step.append(len(plan.token_ids))
         return Done(
             sampled,
@@ -152,6 +153,22 @@ class FakeDevice:
                 if row in plan.capture_layers
             ],
         )
+
+    def _sample(self, row: int, table: dict[int, int], draft: list[int]) -> list[int]:
+        """The row's next tokens, as far as each was right about the next; what is computed is cut to these."""
+        computed = self.num_computed[row] - len(draft)
+        sampled: list[int] = []
+        while len(sampled) <= len(draft) and sampled == draft[: len(sampled)]:
+            context = [
+                self.slots[self._slot(table, position, group)]
+                for group, spec in enumerate(self.specs)
+                for position in seen(spec, computed + len(sampled))
+            ]
+            if self.has_states:
+                context.append(self.states[row])
+            sampled.append(next_token(context))
+        self.last_token[row], self.num_computed[row] = sampled[-1], computed + len(sampled) - 1
+        return sampled
 
     def _shared_blocks(self, plan: SchedulerOutput) -> dict[int, dict[int, int]]:
         """What rows read through the block table of the first that shares it, as the cascade's kernel does."""
@@ -224,6 +241,9 @@ def make_engine(
     num_snapshots: int | None = None,
     stride: int = 4,
     worth_a_step: int = 8,
+    proposer: Proposer | None = None,
+    num_speculative_tokens: int = 4,
+    clock: Callable[[], float] | None = None,
 ) -> tuple[Engine, FakeDevice]:
     """num_snapshots: of a model some of whose layers keep a state; None: there are no such layers."""
     is_grouped, has_states = list(specs) != [PagedKV()], num_snapshots is not None
@@ -236,7 +256,13 @@ def make_engine(
         options |= {"stride": stride, "worth_a_step": worth_a_step}
         cache = StateCache(num_blocks, block_size, enable_prefix_caching, slots=slots, **options)
     shared_prefixes = SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1)
-    scheduler = Scheduler(
+    make_scheduler: Callable[..., Scheduler] = Scheduler
+    if proposer is not None:
+        fields = {"method": "custom_class", "proposer": proposer, "adaptive": clock is not None}
+        config = SpeculativeConfig(num_speculative_tokens=num_speculative_tokens, **fields)
+        planner, parts = speculative_planner(config, VOCAB_SIZE, clock)
+        make_scheduler = partial(planner, **parts)
+    scheduler = make_scheduler(
         cache,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

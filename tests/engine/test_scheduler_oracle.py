@@ -13,7 +13,14 @@ import pytest
 
 from nanovllm.cache_specs import CacheGroups, PagedKV
 from nanovllm.engine.request import Request
-from tests.engine.fake_device import VOCAB_SIZE, check_nothing_leaked, check_output, make_engine, make_request
+from tests.engine.fake_device import (
+    VOCAB_SIZE,
+    check_nothing_leaked,
+    check_output,
+    expected_output,
+    make_engine,
+    make_request,
+)
 
 
 class Witness:
@@ -32,16 +39,40 @@ class Witness:
     def restart(self, token_ids: Sequence[int]) -> None:
         raise AssertionError("nothing was interrupted")
 
+    def retract(self, num_tokens: int) -> bool:
+        del self.token_ids[-num_tokens:]
+        return True
+
     def bitmasks(self, constraints: Sequence["Witness"]) -> np.ndarray:
-        assert all(witness.token_ids == witness.request.output_token_ids for witness in constraints)
+        """It sees drafts one token at a time, alone, behind what the request has."""
+        for witness in constraints:
+            output = witness.request.output_token_ids
+            assert witness.token_ids[: len(output)] == output
+            assert len(witness.token_ids) == len(output) or len(constraints) == 1
         return np.full((len(constraints), 4), -1, dtype=np.int32)
 
 
+class Guesser:
+    """Drafts of any length, right as far as a coin says: the oracle's own continuation, and then something else."""
+
+    def __init__(self, seed: int, specs: Sequence[PagedKV]) -> None:
+        self._rng = random.Random(seed)
+        self._specs = specs
+
+    def propose(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+        rng = self._rng
+        draft = expected_output(token_ids, len(token_ids) + rng.randint(0, num_tokens), frozenset(), self._specs)
+        if draft and rng.random() < 0.7:
+            wrong = rng.randrange(len(draft))
+            draft[wrong:] = [rng.randrange(VOCAB_SIZE) for _ in draft[wrong:]]
+        return draft
+
+
 def run_random_workload(
-    seed: int, specs: Sequence[PagedKV] = (PagedKV(),), has_states: bool = False
-) -> tuple[int, int]:
-    """Returns how often it preempted, and how many tokens of prompts the cache held. specs: of the groups of layers;
-    has_states: and other layers keep a state.
+    seed: int, specs: Sequence[PagedKV] = (PagedKV(),), has_states: bool = False, drafts: bool = False
+) -> tuple[int, int, dict[str, float]]:
+    """Returns how often it preempted, how many tokens of prompts the cache held, and all counters. specs: of the groups
+    of layers; has_states: and other layers keep a state. drafts: requests guess tokens ahead, rightly or wrongly.
     """
     rng, how = random.Random(seed), random.Random(seed)
     block_size = rng.choice([2, 4, 8])
@@ -58,6 +89,8 @@ def run_random_workload(
         num_snapshots=how.choice([0, 1, 2, 4, 8, 30]) if has_states else None,
         stride=how.choice([1, 4, 16]),
         worth_a_step=how.choice([1, 8, 1000]),
+        proposer=Guesser(seed, specs) if drafts else None,
+        num_speculative_tokens=how.randint(1, 6),
     )
     groups = CacheGroups(tuple(specs), ((0,),) * len(specs))
     capacity = groups.longest_request(num_blocks, block_size, 320, engine.scheduler.max_num_batched_tokens)
@@ -88,7 +121,7 @@ def run_random_workload(
                 engine.abort(victim)
                 aborted.add(victim)
         engine.step()
-        assert all(r.num_pending_tokens <= 1 for r in requests if r.needs_host_tokens)
+        assert drafts or all(r.num_pending_tokens <= 1 for r in requests if r.needs_host_tokens)
         device.poison(engine.scheduler.cache.pool)
         if has_states:
             device.poison_snapshots(engine.scheduler.cache)
@@ -100,7 +133,8 @@ def run_random_workload(
         assert all(r.num_uncomputed_tokens <= 1 for r in engine.scheduler.running[:-1]), "only the newest is cut"
         for request in holders:
             for spec, table in zip(specs, request.block_ids, strict=True):
-                most = spec.num_blocks(request.num_tokens, engine.scheduler.max_num_batched_tokens, block_size)
+                num_tokens = request.num_tokens + 6 * drafts  # which may have been rejected
+                most = spec.num_blocks(num_tokens, engine.scheduler.max_num_batched_tokens, block_size)
                 assert sum(block_id >= 0 for block_id in table) <= most
     assert not engine.has_work(), "the engine does not come to an end"
     for request in requests:
@@ -111,7 +145,8 @@ def run_random_workload(
                 ends = request.output_token_ids[-1] in request.stop_token_ids
                 assert request.constraint.token_ids == request.output_token_ids[: -1 if ends else None]
     check_nothing_leaked(engine)
-    return engine.scheduler.stats.num_preemptions, engine.scheduler.stats.num_prompt_tokens_cached
+    stats = engine.scheduler.stats
+    return stats.num_preemptions, stats.num_prompt_tokens_cached, stats.counters()
 
 
 @pytest.mark.parametrize("windows", [(None, 6), (3,), (None, 2, 2), (5, 17), (None, 9, 9, 9)], ids=str)
@@ -120,20 +155,32 @@ def test_random_workloads_with_windows_equal_the_oracle(windows: tuple[int | Non
     specs = [PagedKV(window) for window in windows]
     results = [run_random_workload(seed, specs) for seed in range(200)]
     if None in windows:  # else everybody fits
-        assert sum(preemptions for preemptions, _ in results) > 20, "the workloads must preempt"
-    assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"
+        assert sum(preemptions for preemptions, _, _ in results) > 20, "the workloads must preempt"
+    assert sum(cached for _, cached, _ in results) > 100, "the workloads must hit the prefix cache"
 
 
 @pytest.mark.parametrize("start", range(0, 3000, 300))
 def test_random_workloads_equal_the_oracle(start: int) -> None:
     results = [run_random_workload(seed) for seed in range(start, start + 300)]
-    assert sum(preemptions for preemptions, _ in results) > 100, "the workloads must preempt"
-    assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"
+    assert sum(preemptions for preemptions, _, _ in results) > 100, "the workloads must preempt"
+    assert sum(cached for _, cached, _ in results) > 100, "the workloads must hit the prefix cache"
 
 
 @pytest.mark.parametrize("start", range(0, 300, 150))
 def test_random_workloads_with_states_equal_the_oracle(start: int) -> None:
     """Every state that is begun from or read sums up the whole history of its tokens, and nothing else."""
     results = [run_random_workload(seed, has_states=True) for seed in range(start, start + 150)]
-    assert sum(preemptions for preemptions, _ in results) > 50, "the workloads must preempt"
-    assert sum(cached for _, cached in results) > 100, "the workloads must hit the prefix cache"
+    assert sum(preemptions for preemptions, _, _ in results) > 50, "the workloads must preempt"
+    assert sum(cached for _, cached, _ in results) > 100, "the workloads must hit the prefix cache"
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 6)], ids=str)
+def test_random_workloads_with_drafts_equal_the_oracle(windows: tuple[int | None, ...]) -> None:
+    """A rejected draft leaves wrong keys behind: where they could be found, or read, they would show."""
+    results = [run_random_workload(seed, [PagedKV(window) for window in windows], drafts=True) for seed in range(80)]
+    assert sum(preemptions for preemptions, _, _ in results) > 20, "the workloads must preempt"
+    assert sum(cached for _, cached, _ in results) > 100, "the workloads must hit the prefix cache"
+    drafted, accepted = (
+        sum(counters[f"spec_decode_num_{name}_tokens"] for _, _, counters in results) for name in ("draft", "accepted")
+    )
+    assert 0.2 * drafted < accepted < 0.8 * drafted, "the workloads must accept, and reject"

@@ -6,6 +6,7 @@ for reaches it in the order of its tokens, also when its steps overlap.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from nanovllm.engine.features.capture import Capture
 from nanovllm.engine.features.scoring import Scoring
@@ -35,6 +36,8 @@ class Extras:
         for (request, capture, start), states in zip(self.captured, output.hidden_states, strict=True):
             if not request.is_finished:
                 capture.take(start, states)
-        for request, entry in zip(sampled, output.logprobs, strict=bool(output.logprobs)):  # none if nobody asked
-            if entry is not None and not request.is_finished:
-                request.logprobs.append(entry)
+        logprobs = iter(output.logprobs)  # none if nobody asked
+        for request, token_ids in zip(sampled, output.token_ids, strict=True) if output.logprobs else ():
+            for entry in islice(logprobs, len(token_ids)):
+                if entry is not None and not request.is_finished:
+                    request.logprobs.append(entry)

@@ -14,7 +14,7 @@ from nanovllm.engine.scheduler_output import SchedulerOutput
 def take_back(sampled: Sequence[Request], plan: SchedulerOutput, block_size: int) -> None:
     """Undo what an interrupted update did to the requests for which this plan, the oldest in flight, samples."""
     counts = zip(plan.num_computed_tokens, plan.num_scheduled_tokens, plan.num_samples, strict=True)
-    known = [start + count for start, count, num_samples in counts if num_samples]
+    known = [start + count + 1 - num_samples for start, count, num_samples in counts if num_samples]  # without drafts
     for request, num_tokens in zip(sampled, known, strict=True):
         del request.logprobs[max(0, num_tokens - request.num_prompt_tokens) :]
         if len(request.token_ids) <= num_tokens:

@@ -20,12 +20,19 @@ class Grammar(Stage):
     def __init__(self, max_num_seqs: int) -> None:
         super().__init__(max_num_seqs)
         self._masks: Mapping[int, np.ndarray] = {}  # of this step, by row
+        self._of_drafts: Mapping[int, np.ndarray] = {}
 
     def read(self, new: NewRow) -> bool:
         return new.params.structured_outputs is not None
 
     def begin(self, plan: SchedulerOutput) -> None:
         self._masks = plan.grammar_bitmask
+
+    def at_draft(self, index: int) -> None:
+        """Of rows with drafts, take the masks behind so many tokens of theirs; to be called from 0 on."""
+        if index == 0:
+            self._of_drafts = {row: masks for row, masks in self._masks.items() if masks.ndim == 2}
+        self._masks = {**self._masks, **{row: m[index] for row, m in self._of_drafts.items() if index < len(m)}}
 
     def asks(self, rows: SampledRows) -> np.ndarray:
         return np.isin(rows.rows_host, list(self._masks)) if self._masks else np.zeros(len(rows), dtype=bool)

@@ -1,6 +1,7 @@
 """Histories: all tokens of the rows that entered with theirs, on the host, as far as the host knows them.
 
-Owns these lists. Invariant: a row's list ends at the last token of its request that a plan has named.
+Owns these lists. Invariant: a row's list ends at the last token of its request that a plan has named; behind a draft,
+at the last one that was drawn.
 """
 
 from nanovllm.engine.scheduler_output import SchedulerOutput
@@ -14,6 +15,11 @@ class Histories:
         """Token ids of prompt and output; empty for a row without any."""
         return self._tokens.get(row, [])
 
+    def add(self, row: int, token_id: int) -> None:
+        """The row's next token, which no plan has named yet."""
+        if row in self._tokens:
+            self._tokens[row].append(token_id)
+
     def begin(self, plan: SchedulerOutput) -> None:
         """Take in new rows and the step's tokens."""
         for new in plan.new_rows:
@@ -23,8 +29,10 @@ class Histories:
         if not self._tokens:
             return
         first = 0
-        for row, start, length in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
+        columns = plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.num_samples
+        for row, start, length, num_samples in zip(*columns, strict=True):
             history = self._tokens.get(row)
-            if history is not None:
-                history.extend(plan.token_ids[first + len(history) - start : first + length])
+            if history is not None:  # which drafts do not belong to until they are accepted
+                known = first + length - max(0, num_samples - 1)
+                history.extend(plan.token_ids[first + len(history) - start : known])
             first += length

@@ -89,6 +89,10 @@ class Pipeline:
         """Do these rows ask for no more than to be drawn from their logits as they are?"""
         return not self._asking or self._asking.isdisjoint(rows)
 
+    def at_draft(self, index: int) -> None:
+        """What follows is sampled behind so many tokens of the rows' drafts; to be called from 0 on."""
+        self._grammar.at_draft(index)
+
     def asks(self, rows: SampledRows) -> np.ndarray:
         """Which of these rows ask for any of the stages 1 to 7 now, bool [n]."""
         return np.logical_or.reduce([stage.asks(rows) for stage in self.stages])

@@ -1,0 +1,113 @@
+"""SpeculativeConfig: how an engine guesses tokens ahead, checked when it is made (`LLM(speculative_config={...})`).
+
+Owns vLLM's names for it, and which belong to which method; `engine/speculation/` makes drafts of it. Invariant: an
+instance that exists names a method that is here, and all that the method needs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import brief
+from nanovllm.options import check_fields, option, takes_options
+
+METHODS = ("ngram", "suffix", "custom_class")
+MAX_DRAFT_TOKENS = 63
+_OF_METHOD = {
+    "prompt_lookup_max": ("ngram",),
+    "prompt_lookup_min": ("ngram",),
+    "suffix_decoding_max_tree_depth": ("suffix",),
+    "suffix_decoding_max_spec_factor": ("suffix",),
+    "suffix_decoding_min_token_prob": ("suffix",),
+    "proposer": ("custom_class",),
+    "model": ("custom_class",),
+}
+
+
+def _read_method(method: Any) -> Any:
+    if method == "[ngram]":  # vLLM's old name, which stood where the model's does
+        return "ngram"
+    if isinstance(method, str) and (method == "mtp" or method.endswith("_mtp")):
+        raise NotImplementedError(
+            f"speculative_config.method={method!r}: the prediction heads of such models are not loaded; use 'ngram' or "
+            "'suffix'"
+        )
+    return method
+
+
+@takes_options
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Raises TypeError, ValueError or NotImplementedError that names the field.
+
+    method: "ngram" (what followed the last tokens where they stood before), "suffix" (the same from all places, as far
+        as they agree) or "custom_class" (a proposer of your own).
+    num_speculative_tokens: most tokens that are guessed at once for one request.
+    prompt_lookup_max: most tokens that are looked up; 5 if not given.
+    prompt_lookup_min: fewest tokens that are looked up; 2 if not given.
+    suffix_decoding_max_tree_depth: most tokens of context that are compared to tell places apart.
+    suffix_decoding_max_spec_factor: most guessed tokens for each token of context that agrees.
+    suffix_decoding_min_token_prob: a guess ends where its token is less likely than this, by what followed before.
+    model: of "custom_class" the proposer's class, as "package.module.Class".
+    proposer: of "custom_class" the proposer itself, in the place of `model`.
+    disable_by_batch_size: with more running requests than this nothing is guessed.
+    adaptive: guess only as much as pays, by measured step times and what was accepted so far; off,
+        num_speculative_tokens in every step.
+    """
+
+    method: str = option(read=_read_method, choices=METHODS)
+    num_speculative_tokens: int = option(low=1, high=MAX_DRAFT_TOKENS)
+    prompt_lookup_max: int | None = option(None, low=1)
+    prompt_lookup_min: int | None = option(None, low=1)
+    suffix_decoding_max_tree_depth: int = option(24, low=2)
+    suffix_decoding_max_spec_factor: float = option(1.0, above=0)
+    suffix_decoding_min_token_prob: float = option(0.1, low=0, high=1)
+    model: str | None = None
+    proposer: Any = option(None, read=lambda proposer: proposer)
+    disable_by_batch_size: int = option(64, low=1)
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "speculative_config.")
+        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
+        for name, methods in _OF_METHOD.items():
+            if getattr(self, name) is not defaults[name] and self.method not in methods:
+                raise ValueError(
+                    f"speculative_config.{name} is for method {' or '.join(map(repr, methods))}, and {self.method!r} "
+                    "is given; leave it out"
+                )
+        shortest, longest = self.lookup_range
+        if shortest > longest:
+            raise ValueError(
+                f"speculative_config.prompt_lookup_min ({shortest}) must be at most prompt_lookup_max ({longest})"
+            )
+        if self.method == "custom_class" and (self.model is None) == (self.proposer is None):
+            raise ValueError(
+                "speculative_config: method 'custom_class' needs either proposer=<an object with a method propose> or "
+                "model='package.module.Class'"
+            )
+        if self.proposer is not None and not callable(getattr(self.proposer, "propose", None)):
+            raise TypeError(f"speculative_config.proposer must have a method propose, got {brief(self.proposer)}")
+
+    @property
+    def lookup_range(self) -> tuple[int, int]:
+        """Fewest and most tokens that n-grams look up. As in vLLM, one that is given alone is both."""
+        longest = self.prompt_lookup_max or self.prompt_lookup_min or 5
+        return self.prompt_lookup_min or self.prompt_lookup_max or 2, longest
+
+
+def read_speculative_config(value: Any) -> SpeculativeConfig | None:
+    """None for what asks for nothing."""
+    if value is None or isinstance(value, SpeculativeConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"speculative_config must be a dict, got {brief(value)}")
+    if not value:
+        return None
+    given = dict(value)
+    if given.get("model") in ("ngram", "[ngram]") and "method" not in given:
+        given["method"] = given.pop("model")
+    for name in ("method", "num_speculative_tokens"):
+        if given.get(name) is None:
+            raise ValueError(f"speculative_config needs {name!r}, got {brief(value)}")
+    return SpeculativeConfig(**given)
