@@ -61,6 +61,7 @@ class News(NamedTuple):
     grown: tuple[list[Any], ...]
     end: End | None
     num_cached_tokens: int | None
+    begun_at: float | None
 
 
 class StepNews(NamedTuple):
@@ -294,7 +295,7 @@ class DataParallelEngine:
         request = self._placed[news.key].request
         for grown, start, items in zip(growing(request), news.starts, news.grown, strict=True):
             grown[start:] = items
-        request.num_cached_tokens = news.num_cached_tokens
+        request.num_cached_tokens, request.begun_at = news.num_cached_tokens, news.begun_at
         if news.end is not None:
             request.end = news.end
             self._forget(request)

@@ -143,7 +143,7 @@ class Replica:
         told.has_begun = True
         if request.is_finished:
             self._forget(request)
-        return News(told.key, starts, grown, request.end, request.num_cached_tokens)
+        return News(told.key, starts, grown, request.end, request.num_cached_tokens, request.begun_at)
 
 
 def main(arguments: list[str]) -> None:

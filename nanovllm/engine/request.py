@@ -60,6 +60,7 @@ class Request:
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None  # set once, when the request is first admitted
+    begun_at: float | None = None  # by `time.monotonic`, when that was
     row: int = -1  # its place in the device state while it runs; else it waits, or has ended
     block_ids: list[list[int]] = field(default_factory=list)  # a table for each group of layers; empty while it waits
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once

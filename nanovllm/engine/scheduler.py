@@ -12,6 +12,7 @@ host has read every token of it.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from time import monotonic
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
@@ -193,6 +194,7 @@ class Scheduler:
             self.cache.enter(request, prefix)
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
+                request.begun_at = monotonic()
                 self.stats.num_prompt_tokens_cached += request.num_computed_tokens
             request.row = self._free_rows.pop()
             self.running.append(request)

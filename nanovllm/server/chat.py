@@ -16,7 +16,7 @@ from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
 from nanovllm.server.events import Asked, EventStream, quoted, unless_gone
 from nanovllm.server.reply import Call, Piece, Reader, Reply, read_whole
-from nanovllm.server.sampling import take_sampling_params
+from nanovllm.server.sampling import IN_ORDER, take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.tools import take_tools
 from nanovllm.server.usage import chat_logprobs, num_generated, usage_of
@@ -36,6 +36,7 @@ async def chat_completions(request: Request) -> Response:
     max_tokens = body.take("max_completion_tokens", int) or body.take("max_tokens", int)
     params = take_sampling_params(body, served.defaults, max_tokens, is_stream, logprobs=num_top)
     conversation = _take_conversation(body)
+    body.refuse("priority", (0,), IN_ORDER)
     body.ignore(*_OF_NO_EFFECT)
     body.finish()
     prepared = await conversation.prepare(served, params)

@@ -15,7 +15,7 @@ from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
 from nanovllm.server.events import Asked, EventStream, quoted, unless_gone
-from nanovllm.server.sampling import take_sampling_params
+from nanovllm.server.sampling import IN_ORDER, take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import completion_logprobs, num_generated, usage_of
 
@@ -42,6 +42,7 @@ async def completions(request: Request) -> Response:
     )  # fmt: skip
     body.refuse("suffix", ("",), "text can only be continued")
     body.refuse("best_of", (1, params.n), "all choices are returned")
+    body.refuse("priority", (0,), IN_ORDER)
     body.ignore("user")
     body.finish()
     answer = _Answer(name, request.state.request_id, num_top, params.n)

@@ -4,17 +4,18 @@ Owns the counters of requests, and reads the engine's own when it is asked. Inva
 some additions of plain numbers, in the thread of the event loop; Prometheus's own objects are made when it asks.
 """
 
-import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from time import monotonic
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind
 
 # vLLM's buckets begin at 1 ms and 10 ms; steps here are shorter.
 _GAPS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
@@ -27,9 +28,13 @@ _HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "inter_token_latency_seconds": ("Between two outputs of a request", _GAPS),
     "request_time_per_output_token_seconds": ("Mean time of a request's tokens behind the first", _GAPS),
     "e2e_request_latency_seconds": ("From a request to its end", _WHOLE),
+    "request_queue_time_seconds": ("From a request to the step that began it", _FIRST),
+    "request_prefill_time_seconds": ("From there to its first token", _FIRST),
     "request_decode_time_seconds": ("From a request's first token to its end", _WHOLE),
+    "request_inference_time_seconds": ("From the step that began a request to its end", _WHOLE),
     "request_prompt_tokens": ("Prompt tokens of a request", _TOKENS),
     "request_generation_tokens": ("Output tokens of a request", _TOKENS),
+    "request_max_num_generation_tokens": ("Output tokens of a request's longest sequence", _TOKENS),
     "request_params_n": ("Sequences that a request asked for", _FEW),
     "request_params_max_tokens": ("Most output tokens that a request allowed, where it said so", _TOKENS),
 }
@@ -69,20 +74,23 @@ class Histogram:
 class Metrics:
     """A collector, as prometheus_client has it."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, cache_config: Mapping[str, str]) -> None:
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
         self.counters: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self._labels = {"model_name": model_name, "engine": "0"}
+        self._cache_config = cache_config
         self._engine: Mapping[str, float] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-    def begin(self, params: SamplingParams) -> "RequestTiming":
+    def begin(self, sequences: Sequence[Request]) -> "RequestTiming":
+        """sequences: of one prompt."""
+        params = sequences[0].params
         self.histograms["request_params_n"].observe(params.n)
         if params.max_tokens is not None:
             self.histograms["request_params_max_tokens"].observe(params.max_tokens)
-        return RequestTiming(self, params.output_kind is not RequestOutputKind.FINAL_ONLY)
+        return RequestTiming(self, sequences)
 
     def render(self, engine: Mapping[str, float]) -> bytes:
         """The text of /metrics. engine: `LLM.get_metrics()`."""
@@ -119,21 +127,29 @@ class Metrics:
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=names)
             gauge.add_metric(labels, level)
             yield gauge
+        config = {**self._labels, **self._cache_config, "num_gpu_blocks": str(int(engine["num_blocks"]))}
+        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache, in its labels", labels=list(config))
+        info.add_metric(list(config.values()), 1)
+        yield info
 
 
 class RequestTiming:
-    """Of one request, from its outputs. is_stream: they come as tokens do; else the first is the last."""
+    """Of one request, from its outputs. In a stream they come as tokens do; else the first is the last.
 
-    def __init__(self, metrics: Metrics, is_stream: bool) -> None:
-        self._metrics, self._is_stream = metrics, is_stream
+    Times are by `time.monotonic`, whose zero an engine in another process shares.
+    """
+
+    def __init__(self, metrics: Metrics, sequences: Sequence[Request]) -> None:
+        self._metrics, self._sequences = metrics, sequences
+        self._is_stream = sequences[0].params.output_kind is not RequestOutputKind.FINAL_ONLY
         self._gaps = metrics.histograms["inter_token_latency_seconds"]
-        self._start = time.perf_counter()
+        self._start = monotonic()
         self._first = self._last = 0.0
         self._num_tokens = 0
         self._reasons: list[str] = []
 
     def count(self, output: RequestOutput) -> None:
-        now = time.perf_counter()
+        now = monotonic()
         if self._last:
             self._gaps.observe(now - self._last)
         else:
@@ -161,8 +177,16 @@ class RequestTiming:
         histograms = self._metrics.histograms
         for reason in self._reasons or ["abort"]:
             self._metrics.ends[reason] += 1
-        histograms["e2e_request_latency_seconds"].observe(time.perf_counter() - self._start)
+        histograms["e2e_request_latency_seconds"].observe(monotonic() - self._start)
         histograms["request_generation_tokens"].observe(self._num_tokens)
+        longest = max(len(one.token_ids) - one.num_prompt_tokens for one in self._sequences)
+        histograms["request_max_num_generation_tokens"].observe(longest)
+        begun_at = self._sequences[0].begun_at
+        if begun_at is not None and self._last:
+            histograms["request_queue_time_seconds"].observe(max(0.0, begun_at - self._start))
+            histograms["request_inference_time_seconds"].observe(self._last - begun_at)
+            if self._is_stream:
+                histograms["request_prefill_time_seconds"].observe(self._first - begun_at)
         if self._is_stream and self._num_tokens > 1:
             histograms["request_decode_time_seconds"].observe(self._last - self._first)
             mean = (self._last - self._first) / (self._num_tokens - 1)

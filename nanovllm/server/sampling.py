@@ -14,6 +14,7 @@ NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penal
 INTEGERS = ("n", "top_k", "seed", "min_tokens")
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
 LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
+IN_ORDER = "requests are begun in the order in which they came"
 
 
 def take_sampling_params(

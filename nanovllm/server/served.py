@@ -43,7 +43,7 @@ class Served:
         self.start_time = int(time.time())
         self.is_draining = False
         self.is_restarting = False  # the engine has died, and a new one is on its way (`restart.py`)
-        self.metrics = Metrics(names[0])
+        self.metrics = Metrics(names[0], _cache_config(engine))
         self.defaults = engine.llm.get_default_sampling_params()
 
     @property
@@ -88,7 +88,7 @@ class Served:
     async def final(self, prompt: Prompt, params: SamplingParams, request_id: str) -> RequestOutput:
         """The one output of a request that wants it at its end. If it failed, its output says why."""
         handle = await self._check(prompt, params, request_id)
-        timing = self.metrics.begin(params)
+        timing = self.metrics.begin(handle.requests)
         outputs = []
         try:
             async for output in self.engine.outputs(handle):
@@ -105,7 +105,7 @@ class Served:
     ) -> "Followed":
         """`AsyncLLM.follow`, counted."""
         handle = await self._check(prompt, params, request_id)
-        return Followed(self.engine, self.engine.follow(handle, called), self.metrics.begin(params))
+        return Followed(self.engine, self.engine.follow(handle, called), self.metrics.begin(handle.requests))
 
     async def _check(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Handle:
         engine = self.engine
@@ -118,6 +118,18 @@ class Served:
     async def in_thread(self, function: Any, *arguments: Any) -> Any:
         """What takes milliseconds of Python or more: templates, texts to token ids."""
         return await asyncio.to_thread(function, *arguments)
+
+
+def _cache_config(engine: AsyncLLM) -> dict[str, str]:
+    """What vLLM's metric of this name says of it, as far as it is known here."""
+    config = engine.llm.config
+    return {
+        "block_size": str(config.block_size),
+        "enable_prefix_caching": str(config.enable_prefix_caching),
+        "gpu_memory_utilization": str(config.gpu_memory_utilization),
+        "max_model_len": str(config.max_model_len),
+        "max_num_seqs": str(config.max_num_seqs),
+    }
 
 
 class Followed:

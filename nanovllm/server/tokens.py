@@ -16,7 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
 from nanovllm.server.events import Asked, EventStream, unless_gone
-from nanovllm.server.sampling import take_sampling_params
+from nanovllm.server.sampling import IN_ORDER, take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import LOWEST, num_generated, usage_of
 
@@ -33,7 +33,7 @@ async def generate(request: Request) -> Response:
     body.refuse("features", (), "this engine reads tokens alone")
     body.refuse("kv_transfer_params", ({},), "KV caches are not moved between engines")
     body.refuse("cache_salt", ("",), "the prefix cache is shared by all")
-    body.refuse("priority", (0,), "requests are served in the order in which they came")
+    body.refuse("priority", (0,), IN_ORDER)
     body.finish()
     if is_stream:
         return EventStream(served, [Asked(prompt, params, name)], _Chunks(params, name, wants_usage))

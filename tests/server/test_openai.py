@@ -131,6 +131,7 @@ def test_models_tokenize_and_back(client: Any, server: Running) -> None:
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ("completions", {"prompt": [1, 99_999]}, None, "99999"),
         ("completions", {"prompt": "a", "best_of": 4}, "best_of", "not supported"),
+        ("chat/completions", {"messages": HI, "priority": 3}, "priority", "order in which they came"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -161,6 +162,7 @@ def test_other_models_and_paths(client: Any, server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here"):
         client.chat.completions.create(model="gpt-9", messages=HI)
     assert patient.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert "no /rerank here" in patient.post(f"{server.url}/rerank", json={}).json()["error"]["message"]
     assert patient.get(f"{server.url}/v1/completions").status_code == 405
 
 
@@ -208,6 +210,9 @@ def test_metrics_under_vllms_names(client: Any, server: Running) -> None:
     # Of an answer that comes whole nobody sees the first token.
     assert grown["vllm:time_to_first_token_seconds_count"] == grown["vllm:request_decode_time_seconds_count"] == 1
     assert 1 <= grown["vllm:inter_token_latency_seconds_count"] <= 5
+    assert grown["vllm:request_queue_time_seconds_count"] == grown["vllm:request_inference_time_seconds_count"] == 2
+    assert grown["vllm:request_prefill_time_seconds_count"] == 1
+    assert grown["vllm:request_max_num_generation_tokens_sum"] == 11 and after["vllm:cache_config_info"] == 1
     assert after["vllm:num_requests_running"] == 0 and after["vllm:kv_cache_usage_perc"] == 0
 
 
