@@ -48,7 +48,8 @@ def growing(request: Request) -> list[list[Any]]:
     """What a replica appends to."""
     scoring, capture = request.scoring, request.capture
     prompt_logprobs: list[Any] = [] if scoring is None else scoring.logprobs
-    return [request.token_ids, request.logprobs, prompt_logprobs, [] if capture is None else capture.states]
+    states = [] if capture is None else capture.states
+    return [request.token_ids, request.logprobs, prompt_logprobs, states, request.weights_versions]
 
 
 class News(NamedTuple):
@@ -108,6 +109,9 @@ class _Placed(NamedTuple):
 
 
 class DataParallelEngine:
+    planner = None
+    is_paused = False  # the replicas plan no steps then, so nothing is waited for
+
     def __init__(self, config: ResolvedConfig, setups: list[ReplicaSetup], output_processor: OutputProcessor) -> None:
         """config: of the whole, resolved. Raises what the replicas raise while they start."""
         self.output_processor = output_processor
@@ -165,11 +169,11 @@ class DataParallelEngine:
             self._forget(request)
 
     def has_work(self) -> bool:
-        return bool(self._placed or self._news)
+        return bool(self._news or (self._placed and not self.is_paused))
 
     def step(self) -> list[Request]:
         """Wait for news from any replica; returns the requests that got tokens or ended."""
-        if not self._news and self._placed:
+        if not self._news and self._placed and not self.is_paused:
             busy = [replica for replica in self._replicas if replica.num_tokens_left]
             slowest = min(busy, key=lambda replica: replica.waited_for_since)
             if not self._children.wait(slowest.waited_for_since + self._timeout):
@@ -202,13 +206,19 @@ class DataParallelEngine:
                 self.add_request(request)
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
-        """What function(model) returns, for each rank of each replica; as `MultiprocessExecutor.apply_model`."""
-        results: list[Any] = []
-        for number, answer in enumerate(self._call("apply_model", [pickle_function(function)] * len(self._replicas))):
+        """What function(model) returns, for each rank of each replica; as `MultiprocessExecutor.apply`."""
+        return self._ask("apply_model", function)
+
+    def do(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(session) returns, for each replica's, called there between two steps."""
+        return self._ask("do", function)
+
+    def _ask(self, name: str, function: Callable[[Any], Any]) -> list[Any]:
+        answers = self._call(name, [pickle_function(function)] * len(self._replicas))
+        for number, answer in enumerate(answers):
             if isinstance(answer, CallFailed):
                 raise answer.as_error(f"data-parallel replica {number}")
-            results += answer
-        return results
+        return [result for answer in answers for result in answer]
 
     def get_metrics(self) -> dict[str, float]:
         """The replicas' metrics, each added up."""
@@ -217,6 +227,10 @@ class DataParallelEngine:
 
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache", [None] * len(self._replicas))
+        self.forget_cached()
+
+    def forget_cached(self) -> None:
+        """What is in the replicas' prefix caches is of no use any more."""
         for replica in self._replicas:
             replica.cached.clear()
 

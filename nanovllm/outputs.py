@@ -35,6 +35,8 @@ class CompletionOutput:
     error: why the sequence could not go on, where finish_reason is "error"; what it had until then is here.
     cumulative_logprob: sum of the log-probabilities of token_ids; logprobs: for each of token_ids, token id to Logprob
         of that token and of the most likely ones. Both are None unless SamplingParams.logprobs asks for them.
+    weights_changes: (index into token_ids, version) where weights of another version than 0 begin; see
+        `weights_versions`.
     hidden_states: for each layer that SamplingParams.capture names, a float32 tensor [tokens of prompt and output but
         the last, hidden_size] on the CPU, once the request has ended; else None.
     """
@@ -48,9 +50,17 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    weights_changes: list[tuple[int, int]] = field(default_factory=list)
 
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def weights_versions(self) -> list[int]:
+        """With which version of the weights each of token_ids was computed; 0 are those that the engine began with."""
+        changes = [(0, 0), *self.weights_changes]
+        ends = [index for index, _ in self.weights_changes] + [len(self.token_ids)]
+        return [version for (start, version), end in zip(changes, ends, strict=True) for _ in range(start, end)]
 
 
 @dataclass(kw_only=True)

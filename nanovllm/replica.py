@@ -1,7 +1,7 @@
 """A data-parallel replica: a process with a session of its own. Started by `data_parallel.py`.
 
-    in     (name, number, value): start, add, abort, apply_model, get_metrics, reset_prefix_cache, close
-    out    (number, answer) to start, apply_model, get_metrics and reset_prefix_cache; (0, StepNews) after a step
+    in     (name, number, value): start, add, abort, apply_model, do, get_metrics, reset_prefix_cache, close
+    out    (number, answer) to start, apply_model, do, get_metrics and reset_prefix_cache; (0, StepNews) after a step
 
 Owns the translation between keys and the session's requests. One thread reads messages and obeys them in their order,
 the main one steps, and sends what each step has brought as it ends. Invariant: neither side waits for the other to read
@@ -22,6 +22,7 @@ import torch
 
 from nanovllm.build import EngineParts, build_engine
 from nanovllm.data_parallel import Admission, News, Ready, ReplicaSetup, StepNews, growing
+from nanovllm.engine.engine import Engine
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
@@ -46,6 +47,7 @@ class _ReportingEngine:
 
     def __init__(self, engine: Any, report: Callable[[list[Request]], None]) -> None:
         self._engine, self._report = engine, report
+        self.planner: Engine = engine
         self.output_processor: OutputProcessor = engine.output_processor
         self.add_request, self.abort, self.has_work = engine.add_request, engine.abort, engine.has_work
         self.restart, self.close = engine.restart, engine.close
@@ -81,6 +83,8 @@ class Replica:
                     self._forget(request)
         elif name == "apply_model":
             return call_function(value, lambda f: self.session.exclusively(partial(self._engine.apply_model, f)))
+        elif name == "do":
+            return call_function(value, lambda f: [self.session.exclusively(partial(f, self.session))])
         elif name == "get_metrics":
             return self.session.exclusively(self._engine.get_metrics)
         else:
@@ -127,7 +131,8 @@ class Replica:
             if told is None:
                 continue
             start, count = told.counts[0], len(request.token_ids)
-            if told.has_begun and told.is_plain and count == start + 1 and request.end is None:
+            is_next = told.has_begun and count == start + 1 and told.counts[-1] == len(request.weights_versions)
+            if is_next and told.is_plain and request.end is None:
                 news.keys.append(told.key)
                 news.starts.append(start)
                 news.token_ids.append(request.token_ids[start])

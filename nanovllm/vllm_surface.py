@@ -23,6 +23,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.prompt_text import PromptText
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.live.surface import LiveWeights
 from nanovllm.outputs import BeamSearchOutput, RequestOutput, raise_error_of
 from nanovllm.prompts import TokensPrompt, list_prompts
 from nanovllm.sampling_params import SamplingParams
@@ -50,7 +51,7 @@ def _refused(name: str, reason: str) -> Callable[..., Any]:
     return refuse
 
 
-class VLLMSurface:
+class VLLMSurface(LiveWeights):
     # What `LLM` has.
     config: ResolvedConfig
     model_config: ModelConfig

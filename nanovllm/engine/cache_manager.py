@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from nanovllm.engine.block_pool import BlockPool, hash_block
 from nanovllm.engine.features.siblings import longest_held, prompt_hashes
-from nanovllm.engine.features.weights_version import WeightsVersion
+from nanovllm.engine.features.weights_version import WeightsVersion, begin_with
 from nanovllm.engine.request import Request
 
 BlockTables = list[list[int]]  # of one request, for each group of layers
@@ -42,7 +42,7 @@ class CacheManager:
         token is still to be computed. Without a prefix cache these are blocks of its prompt that a sibling holds.
         """
         if request.hash_root != (root := self.weights.root + request.cache_salt):
-            request.hash_root, request.block_hashes = root, []
+            begin_with(request, root, self.weights)
         nothing: BlockTables = [[] for _ in range(self.num_groups)]
         if request.capture is not None:
             return nothing  # the cache holds keys and values, no hidden states

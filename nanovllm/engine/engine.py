@@ -8,14 +8,13 @@ Owns the order of things and nothing else. Invariant: results are taken in the o
 """
 
 from collections import deque
-from collections.abc import Iterable
 from time import perf_counter
 
 from nanovllm.engine.features.between_steps import BetweenSteps
 from nanovllm.engine.interfaces import Executor, PendingStep
 from nanovllm.engine.metrics import EngineTimes
 from nanovllm.engine.output_processor import OutputProcessor
-from nanovllm.engine.request import End, Request
+from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_output import SchedulerOutput
 
@@ -32,11 +31,8 @@ class Engine(BetweenSteps):
     def add_request(self, request: Request) -> None:
         self.scheduler.add_request(request)
 
-    def abort(self, request: Request) -> None:
-        self.scheduler.finish(request, End("abort"))
-
     def has_work(self) -> bool:
-        return self.scheduler.has_unfinished_requests() or bool(self._in_flight)
+        return bool(self._in_flight) or (self.scheduler.has_unfinished_requests() and not self.is_paused)
 
     def step(self) -> list[Request]:
         """Advance by at most one step; returns the requests that got a token or ended."""
@@ -44,7 +40,7 @@ class Engine(BetweenSteps):
         times = self.times
         elsewhere = times.execute_seconds + times.wait_seconds
         changed: list[Request] = []
-        plan = self.scheduler.schedule()
+        plan = None if self.is_paused else self.scheduler.schedule()
         if plan is not None:
             self._execute(plan)
         if self._in_flight and (len(self._in_flight) >= self.overlap_depth or plan is None):
@@ -63,11 +59,6 @@ class Engine(BetweenSteps):
         output = self._in_flight.popleft().result()
         self.times.wait_seconds += perf_counter() - start
         return self.scheduler.update(output, self.output_processor.find_stop_string)
-
-    def restart(self, requests: Iterable[Request]) -> None:
-        """After an interrupted step: drop what is in flight and let `requests`, the unfinished ones, begin again."""
-        self._in_flight.clear()
-        self.scheduler.restart(requests)
 
     def close(self) -> None:
         self._in_flight.clear()

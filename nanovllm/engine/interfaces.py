@@ -8,6 +8,7 @@ import numpy as np
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 
 if TYPE_CHECKING:
+    from nanovllm.engine.engine import Engine
     from nanovllm.engine.output_processor import OutputProcessor
     from nanovllm.engine.request import Request
 
@@ -27,15 +28,20 @@ class Executor(Protocol):
 
     def execute(self, plan: SchedulerOutput) -> PendingStep: ...
 
-    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]: ...
+    def apply(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(runner) returns, for each worker."""
+        ...
 
     def close(self) -> None: ...
 
 
 class SteppedEngine(Protocol):
-    """`Engine`, or `DataParallelEngine`."""
+    """`Engine`, or `DataParallelEngine`. planner: the engine that plans, if it is in this process."""
 
     output_processor: "OutputProcessor"
+
+    @property
+    def planner(self) -> "Engine | None": ...
 
     def add_request(self, request: "Request") -> None: ...
 

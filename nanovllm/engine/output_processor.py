@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nanovllm.detokenizer import DetokenizerStream
+from nanovllm.engine.features.weights_version import changes_between
 from nanovllm.engine.logprobs import LogprobsOfRequest
 from nanovllm.engine.output_text import OutputText
 from nanovllm.engine.request import Request
@@ -123,6 +124,8 @@ def _completion(request: Request, start: Mark, end: Mark) -> CompletionOutput:
         text="" if text is None else text.between(start.num_characters, end.num_characters),
         token_ids=request.token_ids[num_before + start.num_tokens : num_before + end.num_tokens],
     )
+    if request.weights_versions:
+        output.weights_changes = changes_between(request.weights_versions, start.num_tokens, end.num_tokens)
     if logprobs is not None:
         output.logprobs = logprobs.between(start.num_tokens, end.num_tokens)
         output.cumulative_logprob = logprobs.cumulative(end.num_tokens)

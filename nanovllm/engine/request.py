@@ -66,6 +66,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, computed once
     num_published_blocks: int = 0  # of each table, how many are full, computed or in flight, and so fit to be shared
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens
+    weights_versions: list[tuple[int, int]] = field(default_factory=list)  # see `features/weights_version.py`
     end: End | None = None
     prompt_token_ids: list[int] | None = None  # one list for all outputs, made with the first
 

@@ -79,6 +79,8 @@ class Session(Lifetime):
     @contextmanager
     def numbers(self, size: int) -> Iterator[list[int]]:
         """Numbers for new requests; as ids, none of them is in use. A block that raises uses none of them up."""
+        if self.refusal is not None:
+            raise RuntimeError(self.refusal)
         with self._numbering:
             first = self._next_number
             numbers = list(islice((number for number in count(first) if str(number) not in self._handles), size))
@@ -243,14 +245,6 @@ class Session(Lifetime):
             for request in handle.requests:
                 self.engine.add_request(request)
             handle.queued_in = self._num_restarts
-
-    def _drop(self, handle: Handle) -> None:
-        self._remove(handle)
-        if handle.queued_in == self._num_restarts:  # else it was left out when the engine restarted
-            for request in handle.requests:
-                self.engine.abort(request)
-        self._forget(handle)
-        handle.inbox.news.pop(handle, None)
 
     def _remove(self, handle: Handle) -> None:
         if self._handles.get(handle.request_id) is handle:

@@ -25,10 +25,10 @@ class InlineExecutor:
         assert self._runner is not None, "the executor is closed"
         return self._runner.execute(plan)
 
-    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
-        """What function(model) returns, for each worker."""
+    def apply(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(runner) returns, for each worker."""
         assert self._runner is not None, "the executor is closed"
-        return [function(self._runner.model)]
+        return [function(self._runner)]
 
     def close(self) -> None:
         """Free weights and KV cache. May be called twice."""

@@ -77,13 +77,13 @@ class MultiprocessExecutor:
                     return output
         raise self._children.fail(self._silence("a step"))
 
-    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
-        """What function(model) returns, for each rank.
+    def apply(self, function: Callable[[Any], Any]) -> list[Any]:
+        """What function(runner) returns, for each rank.
 
         The function travels by its name, so it must be one that can be imported, or TypeError is raised; its result is
         copied.
         """
-        results = self._call("apply_model", pickle_function(function), time.monotonic() + self._timeout)
+        results = self._call("apply", pickle_function(function), time.monotonic() + self._timeout)
         for rank, result in enumerate(results):
             if isinstance(result, CallFailed):
                 raise result.as_error(f"tensor-parallel rank {rank}")

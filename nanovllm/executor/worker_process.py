@@ -1,8 +1,8 @@
 """A tensor-parallel worker: a process that runs one rank's part of each plan. Started by `executor/mp.py`.
 
     argv   what `children.start_child` passes, then: rank, number of ranks, the ring's two descriptors
-    in     (name, number, value) through the ring: start, execute, apply_model, close; every rank gets each
-    out    (number, value) through the connection: start and apply_model from every rank, execute from rank 0 alone
+    in     (name, number, value) through the ring: start, execute, apply, close; every rank gets each
+    out    (number, value) through the connection: start and apply from every rank, execute from rank 0 alone
 
 Owns the rank's place in the process group. Invariant: messages are carried out in the order they came, so every rank
 calls the same collectives in the same order.
@@ -42,10 +42,9 @@ class Worker:
         elif name == "start":
             self._send((number, self._start(value)))
         else:
-            assert name == "apply_model"
-            assert self._runner is not None
-            model = self._runner.model
-            self._send((number, call_function(value, lambda function: function(model))))
+            assert name == "apply"
+            runner = self._runner
+            self._send((number, call_function(value, lambda function: function(runner))))
 
     def _start(self, setup: WorkerSetup) -> Ready:
         if setup.device_type == "cuda":

@@ -71,6 +71,7 @@ class ReorderedOutputs(LinearMethod):
     def __init__(self, method: LinearMethod, order: Tensor) -> None:
         super().__init__(method.spec)
         self.method = method
+        self.frozen = method.frozen
         queries, keys, values = map(len, method.spec.parts)
         by_head = torch.arange(queries + keys, device="cpu").view(-1, order.shape[0])[:, order]
         rest = torch.arange(queries + keys, queries + keys + values, device="cpu")

@@ -54,7 +54,7 @@ class LinearBase(nn.Module):
         return WeightSpec((self.spec.sizes[part],), lambda tensor: target.copy_(tensor[held.start : held.stop]))
 
     def finish(self) -> None:
-        """Called once when the weights are in place."""
+        """Called when the weights are in place."""
         self.method.finish()
 
 

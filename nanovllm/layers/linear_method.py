@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.kernels.gather_rows import gather_rows
+from nanovllm.layers.renewal import Renewal
 from nanovllm.layers.weight_specs import WeightSpec
 
 
@@ -60,7 +61,7 @@ class Norm(Protocol):
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
 
-class LinearMethod(nn.Module):
+class LinearMethod(Renewal, nn.Module):
     """Made for one layer; its parameters are that layer's weights, on the device that is current when it is made."""
 
     def __init__(self, spec: LinearSpec) -> None:
@@ -72,7 +73,7 @@ class LinearMethod(nn.Module):
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Called once when the weights are in place, and before the first product."""
+        """Called when the weights are in place, and before the first product; again after each `reopen`."""
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [num_rows, inputs] -> [num_rows, outputs]."""

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.layers.linear_method import DenseLinear, LinearSpec
+from nanovllm.layers.renewal import PackedRenewal
 
 # oneDNN lays a weight out for an expected number of rows. The layout for 64 is as good for one row as one made for it,
 # and no worse for thousands.
 EXPECTED_ROWS = 64
 
 
-class PackedLinear(DenseLinear):
+class PackedLinear(PackedRenewal, DenseLinear):
     """Dense until `finish`; then in oneDNN's layout alone, if it has a fast kernel for the dtype on this CPU."""
 
     def __init__(self, spec: LinearSpec) -> None:

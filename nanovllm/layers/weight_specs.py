@@ -35,7 +35,7 @@ WeightSpecs = Iterator[tuple[str, WeightSpec]]  # (name in the checkpoint, spec)
 
 def parameter_spec(name: str, parameter: Tensor) -> tuple[str, WeightSpec]:
     """The spec of a parameter that every rank holds whole."""
-    return name, WeightSpec(tuple(parameter.shape), parameter.copy_)
+    return name, WeightSpec(tuple(parameter.shape), parameter.copy_, place=parameter.detach())
 
 
 def with_joined(name: str, parts: Sequence[tuple[str, WeightSpec]]) -> WeightSpecs:

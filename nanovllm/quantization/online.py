@@ -46,6 +46,15 @@ class Online:
 
 
 class OnlineLinear(QuantizedLinear):
+    """New weights are rounded as the first ones were, into the same tensors."""
+
+    frozen = None
+
+    def finish(self) -> None:
+        zero, semaphores = self.zero, self.semaphores
+        super().finish()
+        self.zero, self.semaphores = zero, semaphores if semaphores is not None else self.semaphores
+
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         shape = (self.spec.sizes[part], self.spec.in_features)
         yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, outputs=0)

@@ -19,6 +19,7 @@ class PartsLinear(LinearMethod):
         self._methods = [
             method(spec._replace(sizes=(size,), parts=(part,), names=(name,))) for size, part, name, method in whole
         ]
+        self.frozen = next((method.frozen for method in self._methods if method.frozen), None)
         self.parts = nn.ModuleList(self._methods)  # so that the weights are found
 
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:

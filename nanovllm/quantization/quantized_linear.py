@@ -44,6 +44,8 @@ class QuantizedLinear(LinearMethod):
     (`fill_low`), in scale_dtype.
     """
 
+    frozen: str | None = "they are kept as the checkpoint has quantized them"
+
     def __init__(
         self,
         spec: LinearSpec,

@@ -220,7 +220,7 @@ class FakeDevice:
         for slot in cache.snapshots._free:
             self.states.pop(slot, None)
 
-    def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
+    def apply(self, function: Callable[[Any], Any]) -> list[Any]:
         return []
 
     def close(self) -> None:

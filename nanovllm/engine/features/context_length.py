@@ -16,11 +16,13 @@ LONG_SALT = b"long"  # cache_salt of contexts that are long for a model whose ke
 class Context:
     """rope_len: the length that the prompt's positions count as part of.
 
-    recompute_from: with more tokens than this, the KV of all of them is computed anew; None if that never comes.
+    recompute_from: with more tokens than this, the KV of all of them is computed anew; None if that never comes, or has
+    come: outgrown_at is then what it was.
     """
 
     rope_len: int
     recompute_from: int | None = None
+    outgrown_at: int | None = None
 
     def is_outgrown_by(self, num_tokens: int) -> bool:
         return self.recompute_from is not None and num_tokens > self.recompute_from
@@ -45,13 +47,13 @@ class ContextRule(NamedTuple):
 
 def become_long(request: Request, context: Context) -> None:
     """All of its tokens, which hold no blocks now, are to be computed as part of a long context."""
-    context.rope_len = len(request.token_ids)
+    context.rope_len, context.outgrown_at = len(request.token_ids), context.recompute_from
     request.cache_salt, request.block_hashes = LONG_SALT, []
     context.recompute_from = None  # last: an interruption before finds the rest to be done
 
 
 def become_short(request: Request, context: Context, num_tokens: int) -> None:
-    """Undo `become_long`, if it came with a token behind these, which is taken back."""
+    """Undo `become_long`, if it came with a token behind these, which are taken back."""
     if context.rope_len > num_tokens:
-        context.rope_len, context.recompute_from = request.num_prompt_tokens, num_tokens
+        context.rope_len, context.recompute_from = request.num_prompt_tokens, context.outgrown_at
         request.cache_salt, request.block_hashes = b"", []

@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 class Lifetime:
     """A part of `Session`."""
 
+    refusal: str | None = None  # why nothing new can be asked for now, if so
+
     engine: SteppedEngine
     _handles: "dict[str, Handle]"
     _commands: "deque[Any]"
@@ -43,6 +45,7 @@ class Lifetime:
     _pass_on: Callable[[], None]
     _tell: "Callable[[Handle], None]"
     _forget: "Callable[[Handle], None]"
+    _remove: "Callable[[Handle], None]"
     check_open: Callable[[], None]
 
     @property
@@ -113,6 +116,15 @@ class Lifetime:
                 raise
 
     # -- inside the turn --
+
+    def _drop(self, handle: "Handle") -> None:
+        """Forget a request that was cancelled."""
+        self._remove(handle)
+        if handle.queued_in == self._num_restarts:  # else it was left out when the engine restarted
+            for request in handle.requests:
+                self.engine.abort(request)
+        self._forget(handle)
+        handle.inbox.news.pop(handle, None)
 
     def _end(self, handle: "Handle") -> None:
         if self._handles.get(handle.request_id) is handle:

@@ -5,10 +5,14 @@ keeps the tokens of steps that were wholly taken in, with what belongs to each, 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.features.context_length import become_short
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler_output import SchedulerOutput
+
+if TYPE_CHECKING:
+    from nanovllm.engine.scheduler import Scheduler
 
 
 def take_back(sampled: Sequence[Request], plan: SchedulerOutput, block_size: int) -> None:
@@ -23,6 +27,28 @@ def take_back(sampled: Sequence[Request], plan: SchedulerOutput, block_size: int
         request.end = None
         if request.context is not None:
             become_short(request, request.context, num_tokens)
+
+
+def rewind(request: Request) -> None:
+    """Back behind its prompt: of a request that holds nothing any more, as if it had never been queued."""
+    del request.token_ids[request.num_prompt_tokens :]
+    request.logprobs.clear()
+    request.weights_versions.clear()
+    request.end, request.num_cached_tokens, request.block_hashes = None, None, []
+    if request.context is not None:
+        become_short(request, request.context, request.num_prompt_tokens)
+    if request.scoring is not None:
+        request.scoring.logprobs.clear()
+    if request.capture is not None:
+        request.capture.states.clear()
+    list(begin_anew([request]))
+
+
+def preempt_all(scheduler: "Scheduler") -> None:
+    """Between two steps: who runs waits again, in order, and computes all its KV anew. What they leave can be found."""
+    scheduler._steady = None
+    for request in reversed(list(scheduler.running)):
+        scheduler._preempt(request)
 
 
 def begin_anew(requests: Iterable[Request]) -> Iterator[Request]:

@@ -1,0 +1,43 @@
+"""Renewal: what a layer does so that its weights can be filled a second time, under an engine that runs.
+
+Owns the way back from the form that a method multiplies by to the tensors that a checkpoint fills: `reopen`, then
+`weights` as when the model was loaded, then `finish`. Invariant: where `moves` is False the tensors stay where they
+are, and with them whatever remembers their addresses, such as a captured graph.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nanovllm.layers.linear import LinearBase
+
+
+class Renewal:
+    """A part of `LinearMethod`. frozen: why its weights cannot be filled again, if so."""
+
+    moves = False
+    frozen: str | None = None
+
+    def reopen(self) -> None:
+        """Make the tensors that `weights` fills, with what they held; `finish` follows."""
+
+
+class PackedRenewal(Renewal):
+    """A part of `PackedLinear`."""
+
+    moves = True
+    weight: nn.Parameter
+    _packed: Tensor | None
+
+    def reopen(self) -> None:
+        if self._packed is not None:
+            self.weight = nn.Parameter(self._packed.to_dense(), requires_grad=False)
+            self._packed = None
+
+
+def reopen(layer: "LinearBase", tied_to: "LinearBase | None") -> None:
+    """tied_to: the table whose matrix the layer, a head, multiplies by."""
+    if tied_to is not None and layer.method.moves:
+        layer.method = tied_to.method.tied()  # it has packed a copy of its own
+    layer.method.reopen()

@@ -1,0 +1,147 @@
+"""ModelWeights: the tensors of a model that runs, by the names that a checkpoint gives them, to be filled again.
+
+Owns what a worker does for an update: it says which tensors the model has (`table`), keeps what is sent to it (`held`)
+and writes it (`write`). Invariant: parameters are written where they are, unless a layer says that its tensors move;
+so whatever remembers addresses, as captured graphs do, goes on.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.layers.embedding import LMHead
+from nanovllm.layers.linear import LinearBase
+from nanovllm.layers.renewal import reopen
+from nanovllm.layers.weight_specs import WeightSpec
+
+Named = tuple[str, Tensor]
+
+
+class Slot(NamedTuple):
+    """What a tensor must be. instead_of, dtypes: as in WeightSpec. frozen: why it cannot be written again, if so."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    instead_of: tuple[str, ...] = ()
+    frozen: str | None = None
+
+
+class Table(NamedTuple):
+    """slots: by name. is_tied: the head is the embedding, under another name."""
+
+    slots: dict[str, Slot]
+    is_tied: bool
+
+
+class ModelWeights:
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.held: list[Named] = []
+        linears = [module for module in model.modules() if isinstance(module, LinearBase)]
+        self._linear_of = {name: linear for linear in linears for name in linear.spec.names}
+        self._head = model.lm_head
+        self._moves = any(linear.method.moves for linear in linears)
+        self._specs: dict[str, WeightSpec] | None = None  # kept where nothing moves: to list them takes milliseconds
+
+    @property
+    def is_tied(self) -> bool:
+        return isinstance(self._head, LMHead) and self._head.is_tied
+
+    def specs(self) -> dict[str, WeightSpec]:
+        if self._specs is not None:
+            return self._specs
+        specs = dict(self._model.weights())
+        if not self._moves:
+            self._specs = specs
+        return specs
+
+    def table(self) -> Table:
+        slots = {
+            name: Slot(spec.shape, spec.dtypes, spec.instead_of, self._frozen(spec.instead_of or (name,)))
+            for name, spec in self.specs().items()
+        }
+        return Table(slots, self.is_tied)
+
+    def _frozen(self, names: Iterable[str]) -> str | None:
+        linears = (self._linear_of.get(name.rpartition(".")[0]) for name in names)
+        return next((linear.method.frozen for linear in linears if linear is not None and linear.method.frozen), None)
+
+    @torch.no_grad()
+    def write(self, tensors: Sequence[Named]) -> None:
+        """Fill the model with these, which have been checked. Returns when the device has done it."""
+        opened = self._open(tensors) if self._moves else []
+        specs = self.specs()
+        sources: list[Tensor] = []
+        places: list[Tensor] = []
+        for name, tensor in tensors:
+            spec, tensor = specs[name], tensor.detach()
+            if spec.place is not None and tensor.device == spec.place.device and tensor.dtype == spec.place.dtype:
+                sources.append(tensor)
+                places.append(spec.place)
+            else:
+                spec.fill(tensor)
+        if places:
+            torch._foreach_copy_(places, sources)  # in few launches
+        for linear in opened:
+            linear.finish()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # whoever lent the tensors may write to them again
+
+    def _open(self, tensors: Sequence[Named]) -> list[LinearBase]:
+        """Make the layers that these are for ready to be filled."""
+        specs = self._model.weights()
+        parts = {name: spec.instead_of for name, spec in specs if spec.instead_of}
+        names = {part.rpartition(".")[0] for name, _ in tensors for part in parts.get(name, (name,))}
+        opened = dict.fromkeys(self._linear_of[name] for name in names if name in self._linear_of)
+        if self.is_tied and self._model.embed_tokens in opened:
+            opened[self._head] = None
+        for linear in opened:
+            reopen(linear, self._model.embed_tokens if self.is_tied and linear is self._head else None)
+        return list(opened)
+
+
+def weights_of(runner: Any) -> ModelWeights:
+    """Those of a worker's model; the same object for as long as the model lives."""
+    kept = vars(runner.model)
+    if "live_weights" not in kept:
+        kept["live_weights"] = ModelWeights(runner.model)
+    weights: ModelWeights = kept["live_weights"]
+    return weights
+
+
+# -- what is sent to a worker, to be called with its runner --
+
+
+def describe(runner: Any) -> Table:
+    return weights_of(runner).table()
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Keep these until they are written or dropped."""
+
+    tensors: Sequence[Named]
+
+    def __call__(self, runner: Any) -> None:
+        weights_of(runner).held.extend(self.tensors)
+
+
+@dataclass(frozen=True)
+class Write:
+    """Fill the model with these, or with what it was sent before."""
+
+    tensors: Sequence[Named] | None = None
+
+    def __call__(self, runner: Any) -> None:
+        weights = weights_of(runner)
+        try:
+            weights.write(weights.held if self.tensors is None else self.tensors)
+        finally:
+            weights.held = []
+
+
+def drop(runner: Any) -> None:
+    weights_of(runner).held = []
