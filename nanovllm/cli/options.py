@@ -6,8 +6,9 @@ line is not passed on, so the dataclass decides. Imports no torch: help must app
 
 import argparse
 import inspect
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -86,7 +87,20 @@ def _parsing(field: "Field[Any]") -> dict[str, Any]:
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
         return {"action": "append", "type": kind, "metavar": _METAVARS[kind]}
+    if is_dataclass(kind):
+        return {"type": _read_object, "metavar": "JSON"}
     return {"type": kind, "metavar": _METAVARS[kind]}
+
+
+def _read_object(text: str) -> dict[str, Any]:
+    """Of options that are several in one, as vLLM's flags take them."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def _show(default: Any) -> str:

@@ -96,6 +96,11 @@ def test_flags_become_fields() -> None:
     assert sampling_options(args) == {"temperature": 0.0, "stop": ["a", "b"], "stop_token_ids": [5], "ignore_eos": True}
     EngineConfig(model="x", **engine_options(args))
     SamplingParams(**sampling_options(args))
+    guesses = ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}']
+    given = engine_options(build_parser().parse_args(["complete", *guesses]))
+    assert given == {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["complete", "--speculative-config", "ngram"])
     args = build_parser().parse_args(["complete"])
     assert engine_options(args) == sampling_options(args) == {}
 
