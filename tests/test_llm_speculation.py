@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import chi2
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from tests.runner.fake_graphs import fake_graphs
 from tests.test_llm_outputs import check_nothing_is_left
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
@@ -103,6 +104,20 @@ def test_64_prompts_give_the_same_tokens_greedy_and_seeded(folder: Path, plain: 
         assert accepted == 0 < drafted
     elif way == "random":
         assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize("way", ["always right", "random"])
+def test_captured_steps_give_the_same_tokens(
+    folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Each token of a step is a decode of its own then, and the device counts what was accepted."""
+    expected = plain.generate(PROMPTS[:20], SEEDED[:20], use_tqdm=False)
+    fake = fake_graphs(monkeypatch)
+    options = {"max_num_seqs": 24, "overlap_depth": 2}
+    with make_llm(folder, **drafting(Adversary(way, expected)), **options) as llm:
+        assert results(llm.generate(PROMPTS[:20], SEEDED[:20], use_tqdm=False)) == results(expected)
+        assert llm.get_metrics()["spec_decode_num_accepted_tokens"] > 20
+    assert fake.num_decodes > 2 and fake.num_uncaptured == 0
 
 
 @pytest.mark.parametrize(("method", "options"), [("ngram", {"prompt_lookup_min": 1}), ("suffix", {})])

@@ -69,6 +69,7 @@ class AttentionMetadata:
     query_start_loc [n + 1]: where each request's queries begin. seq_lens [n]: context including this step's tokens; 0
     for a row of padding. block_table [n, max_blocks]: block ids in context order. slot_mapping [T]: where each token's
     key and value go, -1 for padding. cascade: prefixes that some of the decodes share; a backend may ignore it.
+    reads_step: some of the decodes read keys that others of them store.
 
     Requests with exactly one query token come first, so a backend may treat the first `num_decodes` rows alike. Host
     numbers are upper bounds of the device's, and exact on the CPU.
@@ -85,3 +86,4 @@ class AttentionMetadata:
     query_lens_host: Sequence[int]
     seq_lens_host: Sequence[int]
     cascade: CascadeInputs | None = None
+    reads_step: bool = False

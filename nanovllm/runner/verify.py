@@ -10,6 +10,7 @@ decoded these tokens one by one.
     one position at a time     where edits depend on the tokens before: penalties, bad words, forms, functions
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -103,11 +104,7 @@ def draw(runner: ModelRunner, draws: Draws, logits: Tensor, extras: PendingExtra
     device = logits.device
     on_device = upload(np.stack((draws.rows, draws.positions, draws.drafts)).astype(np.int32), device)
     rows = SampledRows(draws.rows, on_device[0], draws.positions, on_device[1])
-    pipeline = runner.sampler.pipeline
-    is_plain = pipeline is None or (
-        pipeline.is_plain(draws.rows.tolist()) and not any(map(pipeline.histories.of, set(draws.rows.tolist())))
-    )
-    if is_plain:
+    if asks_nothing(runner, draws.rows[draws.firsts].tolist()):
         tokens = runner.sampler.draw(logits, rows)
         accepted = _num_accepted(draws, tokens, on_device[2])
     else:
@@ -119,6 +116,12 @@ def draw(runner: ModelRunner, draws: Draws, logits: Tensor, extras: PendingExtra
     words = torch.cat((tokens, accepted.int()))
     pending = runner.read_back(words)
     return PendingDraws(pending.tokens, pending.event, extras, draws)
+
+
+def asks_nothing(runner: ModelRunner, rows: Sequence[int]) -> bool:
+    """Are these rows drawn from their logits as they are, with nobody who has to see the tokens one by one?"""
+    pipeline = runner.sampler.pipeline
+    return pipeline is None or (pipeline.is_plain(rows) and not any(map(pipeline.histories.of, rows)))
 
 
 def _num_accepted(draws: Draws, tokens: Tensor, drafts: Tensor) -> Tensor:

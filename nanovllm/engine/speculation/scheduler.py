@@ -66,7 +66,8 @@ class SpeculativeScheduler(Scheduler):
         """None also while the host has to see more before drafts can be made."""
         if self._in_flight:
             return None
-        if 0 < len(self.running) <= self._most_requests and self._pace.decide(len(self.running)):
+        num_running = len(self.running)
+        if 0 < num_running <= self._most_requests and self._pace.decide(num_running) and not self._has_prompts():
             if self._planned:
                 return None
             self._drafts = self._make_drafts()
@@ -75,6 +76,15 @@ class SpeculativeScheduler(Scheduler):
         plan = super().schedule()
         self._drafts = {}
         return plan
+
+    def _has_prompts(self) -> bool:
+        """Will the next step compute prompts? Beside these drafts gain little, and the mixture is not captured."""
+        if not self._pace.is_adaptive:
+            return False
+        if self.running[-1].num_uncomputed_tokens > 1:
+            return True
+        room = self.cache.pool.num_free_blocks * self.cache.block_size
+        return bool(self.waiting and self._free_rows and self.waiting[0].num_tokens <= room)
 
     def _make_drafts(self) -> dict[Request, list[int]]:
         """Of running requests that decode, as long as is worth the while."""

@@ -18,6 +18,7 @@ from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_cap
 from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
 from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
+from nanovllm.runner.graphs.verify_steps import VerifyLayout, VerifySteps
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens, seq_lens_of
 from nanovllm.sampling.edited_rows import redraw_edited
 from nanovllm.sampling.rows import SampledRows, upload
@@ -45,6 +46,8 @@ class GraphRunner:
         if runner.cascade_items is not None:
             cascades = CascadeLayout(self._decodes, runner.cascade_items)
             self._cascade_graphs = StepGraphs(steps.decode_cascade, cascades, config.max_num_seqs, *how)
+        self._verifies, self._verify = VerifyLayout(), VerifySteps(runner)
+        self._verify_graphs = StepGraphs(self._verify.step, self._verifies, self._verifies.sizes[-1], *how)
         with dependent_launch(self._dependent_launch):
             self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
         if runner.device.type == "cuda":
@@ -71,6 +74,8 @@ class GraphRunner:
         such long ones. There, reading the weights twice takes less time than launching every kernel, if they are few.
         """
         num_prompt_tokens = len(plan.token_ids) - plan.num_decodes
+        if plan.num_draft_tokens:
+            return None
         if plan.capture_layers:
             parts = split(plan, [row not in plan.capture_layers for row in plan.rows])
         elif (
@@ -92,6 +97,10 @@ class GraphRunner:
         if plan.prompt_logprobs or plan.capture_layers:  # these need hidden states, and a graph leaves none
             return self._runner.run(plan)
         self._runner.sampler.columns.upload()
+        if plan.num_draft_tokens:
+            if (num_places := self._verifies.size(plan)) is not None:
+                return self._verify.run(self._verify_graphs, num_places, plan)
+            return self._runner.run(plan)
         if (size := self._decodes.size(plan)) is not None:
             if self._runner.layer_groups is not None and plan.new_blocks:  # a graph takes those of one table
                 self._runner.stage(plan)

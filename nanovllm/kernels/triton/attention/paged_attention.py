@@ -80,7 +80,8 @@ def _decode_plan(
 
 def takes_qkv(meta: AttentionMetadata, window: int | None) -> bool:
     """May `decode_qkv_triton` be called for this step? It is for a few decodes that share nothing, and nothing else."""
-    return meta.cascade is None and meta.num_decodes == meta.num_reqs <= FEW_REQUESTS and window != 1
+    shares = meta.cascade is not None or meta.reads_step
+    return not shares and meta.num_decodes == meta.num_reqs <= FEW_REQUESTS and window != 1
 
 
 def decode_qkv_triton(

@@ -1,0 +1,152 @@
+"""Verification of drafts as a captured step: every token of a step's rows is a decode of its own.
+
+Owns the layout of such a step, how it runs on the device, and what a replay brings. A row with a draft of k tokens has
+1 + k places in the step, one behind the other, with the same block table and lengths that grow by one; each layer
+stores all their keys before any is read. So the kernels are those of decodes, and a token read from the weights is
+shared by all places. Invariant: as `runner/verify.py`'s: a row remembers what it would remember had it decoded the
+accepted tokens one by one.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.kernels.attention_types import AttentionMetadata
+from nanovllm.kernels.prepare_inputs import StepInputs
+from nanovllm.runner.extras import NO_EXTRAS
+from nanovllm.runner.graphs.cuda_graphs import StepGraphs
+from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+from nanovllm.runner.verify import asks_nothing, draw, find_draws
+from nanovllm.sampling.rows import upload
+
+
+class VerifyInputs(NamedTuple):
+    """Each [size] int32: a place for every token of the step."""
+
+    rows: Tensor  # -1: padding
+    offsets: Tensor  # how many tokens of the row's stand before this one in the step
+    token_ids: Tensor
+    drafts: Tensor  # what must be drawn behind this token for the next place to count; -1: there is none
+
+
+class VerifyLayout:
+    """size: a number of places."""
+
+    sizes = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+    def size(self, plan: SchedulerOutput) -> int | None:
+        """The size for a plan of drafts and decodes of rows that run already; None for any other."""
+        num_tokens = len(plan.token_ids)
+        if plan.new_rows or num_tokens > self.sizes[-1] or num_tokens != sum(plan.num_samples) or -1 in plan.token_ids:
+            return None
+        return self.sizes[bisect_left(self.sizes, num_tokens)]
+
+    def words(self, size: int) -> int:
+        return len(VerifyInputs._fields) * size
+
+    def inputs(self, static: Tensor, size: int) -> VerifyInputs:
+        return VerifyInputs(*static.view(-1, size))
+
+    def fill(self, words: np.ndarray, size: int, plan: SchedulerOutput | None) -> None:
+        fields = words.reshape(-1, size)
+        fields[0], fields[1:] = -1, 0
+        if plan is None:
+            return
+        n, counts = len(plan.token_ids), np.array(plan.num_scheduled_tokens)
+        ends = np.cumsum(counts)
+        fields[0, :n] = np.array(plan.rows).repeat(counts)
+        fields[1, :n] = np.arange(n) - (ends - counts).repeat(counts)
+        fields[2, :n] = plan.token_ids
+        fields[3, : n - 1] = plan.token_ids[1:]
+        fields[3, ends - 1] = -1
+
+
+@dataclass(frozen=True)
+class PendingReplay(PendingTokens):
+    """tokens [2, size]: those drawn, and at which places a row's accepted ones end."""
+
+    counts: list[int]  # places of each row
+
+    def result(self) -> ModelRunnerOutput:
+        if self.event is not None:
+            self.event.synchronize()
+        drawn, ends = self.tokens.tolist()
+        token_ids, first = [], 0
+        for count in self.counts:
+            token_ids.append(drawn[first : ends.index(1, first) + 1])
+            first += count
+        return ModelRunnerOutput(token_ids=token_ids)
+
+
+class VerifySteps:
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._layout = VerifyLayout()
+        self._places = torch.arange(self._layout.sizes[-1] + 1, dtype=torch.int32, device=runner.device)
+
+    def step(self, inputs: VerifyInputs) -> tuple[Tensor, Tensor]:
+        """What is captured: `PendingReplay.tokens` and logits."""
+        runner, size = self._runner, inputs.rows.shape[0]
+        starts = self._places[: size + 1]
+        state, max_blocks, block_size = runner.state, runner.state.max_blocks, runner.block_size
+        is_real, rows = inputs.rows >= 0, inputs.rows.clamp(min=0)
+        positions = torch.where(is_real, state.num_computed[rows] + inputs.offsets, 0)
+        tables = state.block_tables[:, :max_blocks].index_select(0, rows)
+        blocks = tables.gather(1, (positions // block_size).long().unsqueeze(1)).squeeze(1).long()
+        seq_lens = torch.where(is_real, positions + 1, 0)
+        prepared = StepInputs(
+            input_ids=inputs.token_ids,
+            positions=positions,
+            slot_mapping=torch.where(is_real, blocks * block_size + positions % block_size, -1),
+            seq_lens=seq_lens,
+            block_table=tables,
+        )
+        meta = AttentionMetadata(
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            block_table=tables,
+            slot_mapping=prepared.slot_mapping,
+            num_decodes=size,
+            num_reqs=size,
+            max_query_len=1,
+            max_seq_len=max_blocks * block_size,
+            query_lens_host=[1] * size,
+            seq_lens_host=[max_blocks * block_size] * size,
+            reads_step=True,
+        )
+        hidden = runner.run_model(inputs.rows, prepared, meta)
+        logits = runner.model.compute_logits(hidden)
+        tokens = runner.sampler.sample_captured(logits, inputs.rows, seq_lens)
+        return torch.stack((tokens, self._accept(inputs, rows, tokens))), logits
+
+    def _accept(self, inputs: VerifyInputs, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Let each row go on behind its last accepted token; 1 at the places of these, int32 [size]."""
+        differs = (tokens != inputs.drafts).int()
+        before = differs.cumsum(0) - differs
+        first = (self._places[: len(tokens)] - inputs.offsets).long()
+        is_end = (differs * (before == before[first]) * (inputs.rows >= 0)).int()
+        last_token, num_computed = self._runner.sampler.columns.last_token, self._runner.state.num_computed
+        num_computed.index_add_(0, rows, is_end * (inputs.offsets + 1))
+        last_token.index_add_(0, rows, is_end * (tokens - last_token[rows]))  # whichever draw it holds now
+        return is_end
+
+    def run(self, graphs: StepGraphs[int, VerifyInputs], size: int, plan: SchedulerOutput) -> PendingTokens:
+        """Queue one step; graphs: of `step`."""
+        runner = self._runner
+        if plan.new_blocks:
+            runner.stage(plan)
+        words, logits = graphs.run(size, plan)
+        if asks_nothing(runner, plan.rows):
+            pending = runner.read_back(words)
+            return PendingReplay(pending.tokens, pending.event, NO_EXTRAS, plan.num_scheduled_tokens)
+        draws = find_draws(plan)
+        _, firsts = np.unique(draws.requests, return_index=True)
+        ends = np.add(plan.num_computed_tokens, plan.num_scheduled_tokens)
+        rows, ends = upload(np.stack((draws.rows[firsts], ends)), runner.device)
+        runner.state.num_computed[rows] = ends.int()  # as `draw` expects it
+        return draw(runner, draws, logits[: len(draws.rows)], NO_EXTRAS)
