@@ -24,6 +24,7 @@ from nanovllm.engine.interfaces import Executor, TokenConstraint
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.shared_prefixes import SharedPrefixes
+from nanovllm.engine.state_cache import StateCache
 from nanovllm.executor.external import join_launched_ranks
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
@@ -147,13 +148,16 @@ def _start_engine(
         return replicas, replicas.num_blocks, replicas.runner_times
     make_scheduler, make_engine = _planner_and_loop(config, model_config, device)
     executor, times = _start_executor(replace(config, speculative_config=None), model_config, checkpoint, device)
+    cache = _cache_manager(config, model_config, executor.num_blocks)
     scheduler = make_scheduler(
-        _cache_manager(config, model_config, executor.num_blocks),
+        cache,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
         shared_prefixes=_shared_prefixes(config, model_config, device),
     )
+    if isinstance(cache, StateCache):
+        cache.waiting = lambda: scheduler.waiting
     engine = make_engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
     return engine, executor.num_blocks, times
 
@@ -187,11 +191,14 @@ def _planner_and_loop(
 
 def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:
     groups = group_layers(model_config.windows, config.max_model_len)
+    limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
+    if (memory := model_config.state_memory(config.block_size)) is not None:
+        slots = memory.slots(config.max_num_seqs, num_blocks)
+        return StateCache(num_blocks, config.block_size, config.enable_prefix_caching, slots=slots, **limits)
     if groups.keep_everything:
         return CacheManager(num_blocks, config.block_size, config.enable_prefix_caching)
     from nanovllm.engine.grouped_cache import GroupedCache  # a leaf: most models have no window
 
-    limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
     return GroupedCache(num_blocks, config.block_size, config.enable_prefix_caching, groups.specs, **limits)
 
 

@@ -8,12 +8,18 @@ serves all.
                                    groups 1..6  4 of the 22 layers with a window each, the last one with 2 places unused
 
 A long context then holds blocks for all its tokens in the first group, and for the last `window` of them in the others.
+
+A layer may keep a state instead, one for a request however long it is. Such layers belong to no group; a window of 0
+stands for them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_GROUPS = 8  # each has tables of its own to extend and to upload
+SNAPSHOT_SHARE = 3  # bytes of blocks for each byte of snapshots
+MIN_SNAPSHOTS = 8
 
 
 @dataclass(frozen=True)
@@ -34,17 +40,69 @@ class PagedKV:
         return min(num_blocks, -(-(self.window + num_step_tokens - 1) // block_size) + 1)
 
 
+class StateShape(NamedTuple):
+    """What a layer with a state keeps of a request, in float32: the last inputs of a causal convolution, and matrices.
+
+    conv_width: how many inputs make one output, so one more than are kept. num_heads: of matrices key_dim x value_dim.
+    """
+
+    conv_channels: int
+    conv_width: int
+    num_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+    @property
+    def num_floats(self) -> int:
+        return self.conv_channels * (self.conv_width - 1) + self.num_heads * self.key_dim * self.value_dim
+
+    def part(self, num_ranks: int) -> "StateShape":
+        """Of one of so many ranks."""
+        return self._replace(conv_channels=self.conv_channels // num_ranks, num_heads=self.num_heads // num_ranks)
+
+
+class StateMemory(NamedTuple):
+    """Bytes of the whole model, on all ranks together: of a request's states, and of a block of keys and values.
+
+    Snapshots get a part of the memory that is there for the cache, so that whoever knows the number of blocks knows
+    theirs.
+    """
+
+    bytes_per_state: int
+    bytes_per_block: int
+
+    def num_snapshots(self, num_blocks: int) -> int:
+        share = num_blocks * self.bytes_per_block // (SNAPSHOT_SHARE * self.bytes_per_state)
+        return max(MIN_SNAPSHOTS, min(share, num_blocks))
+
+    def slots(self, num_rows: int, num_blocks: int) -> range:
+        """Of snapshots; those before them are the rows' own."""
+        return range(num_rows, num_rows + self.num_snapshots(num_blocks))
+
+
 @dataclass(frozen=True)
 class CacheGroups:
-    """specs: what the layers of each group keep; layers: which layers these are, by their index."""
+    """specs: what the layers of each group keep; layers: which layers these are, by their index; state_layers: those
+    that keep a state.
+    """
 
     specs: tuple[PagedKV, ...]
     layers: tuple[tuple[int, ...], ...]
+    state_layers: tuple[int, ...] = ()
 
     @property
     def keep_everything(self) -> bool:
-        """All layers keep all tokens, in one group."""
+        """All layers that keep keys and values keep those of all tokens, in one group."""
         return self.specs == (PagedKV(),)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(map(len, self.layers)) + len(self.state_layers)
+
+    @property
+    def num_tables(self) -> int:
+        """Tables of a row: the last one says where states are to be kept, if there are any."""
+        return len(self.specs) + bool(self.state_layers)
 
     @property
     def num_places(self) -> int:
@@ -74,9 +132,13 @@ class CacheGroups:
 
 
 def group_layers(windows: Sequence[int | None], max_model_len: int) -> CacheGroups:
-    """Groups for layers with these windows (None: sees everything); a window that nothing can leave is none."""
+    """Groups for layers with these windows (None: sees everything); a window that nothing can leave is none, and one of
+    0 is that of a layer with a state.
+    """
     kinds: dict[PagedKV, list[int]] = {}
     for layer, window in enumerate(windows):
+        if window == 0:
+            continue
         kinds.setdefault(PagedKV(None if window is None or window >= max_model_len else window), []).append(layer)
     ordered = sorted(kinds.items(), key=lambda kind: kind[0].window is not None)  # stable
 
@@ -89,4 +151,5 @@ def group_layers(windows: Sequence[int | None], max_model_len: int) -> CacheGrou
     few = [size for size in sizes if sum(-(-len(layers) // size) for _, layers in ordered) <= MAX_GROUPS]
     size = min(few or [sizes[-1]], key=cost)
     parts = [(spec, tuple(layers[i : i + size])) for spec, layers in ordered for i in range(0, len(layers), size)]
-    return CacheGroups(tuple(spec for spec, _ in parts), tuple(layers for _, layers in parts))
+    with_state = tuple(layer for layer, window in enumerate(windows) if window == 0)
+    return CacheGroups(tuple(spec for spec, _ in parts), tuple(layers for _, layers in parts), with_state)

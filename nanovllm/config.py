@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.cache_specs import StateMemory, StateShape
 from nanovllm.options import check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
 from nanovllm.speculative_config import SpeculativeConfig, read_speculative_config
 
 DTYPES = ("float32", "bfloat16", "float16")
+ROW_BYTES = 8 * 2**30  # of states, by default
 GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
 QUANTIZATIONS = ("fp8", "int8", "int8_dynamic", "int4", "gguf")  # of weights, at load
 
@@ -217,7 +219,7 @@ class EngineConfig:
             "device": device_type if self.device == "auto" else self.device,
             "max_model_len": self.max_model_len or model_len,
             "max_num_batched_tokens": batched,
-            "max_num_seqs": self.max_num_seqs or min(batched, 512 if on_gpu else 64),
+            "max_num_seqs": self.max_num_seqs or min(batched, _most_rows(model_config.bytes_per_state, on_gpu)),
             "gpu_memory_utilization": self.gpu_memory_utilization
             or (GPU_MEMORY_UTILIZATION if on_gpu else HOST_MEMORY_UTILIZATION),
             "block_size": self.block_size or (64 if on_gpu else 16),
@@ -226,6 +228,12 @@ class EngineConfig:
             "overlap_depth": self.overlap_depth or (2 if on_gpu else 1),
         }
         return ResolvedConfig(**{**vars(self), **decided})
+
+
+def _most_rows(bytes_per_state: int, on_gpu: bool) -> int:
+    """Requests at once, where the user says nothing: a state of each is in memory all the time."""
+    most = 512 if on_gpu else 64
+    return min(most, max(16, ROW_BYTES // bytes_per_state)) if bytes_per_state else most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +278,8 @@ class ModelConfig:
 
     Made by `models/hf_config.py`. dtype: of the weights and the computation. max_model_len: positions that the model
     was made for, stretched as its rope says.
-    windows: per layer, how many last tokens attention sees, None for all. ropes: per layer, None for no rotation.
+    windows: per layer, how many last tokens attention sees, None for all, 0 for a layer that keeps a `state` instead.
+    ropes: per layer, None for no rotation.
     qk_norm: "head" norms each head of q and k, "projection" all heads of a token together.
     norms: where a layer's norms are: "before" attention and MLP, "after" them, "both", or "shared": one before the two,
     which run side by side. norm_names: what the checkpoint calls some of them, by their names in `models/llama.py`.
@@ -312,11 +321,28 @@ class ModelConfig:
     logits_scale: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
+    state: StateShape | None = None
+
+    @property
+    def num_attention_layers(self) -> int:
+        return sum(window != 0 for window in self.windows)
 
     @property
     def kv_bytes_per_token(self) -> int:
         element_size = 4 if self.dtype == "float32" else 2
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * element_size
+        return self.num_attention_layers * 2 * self.num_kv_heads * self.head_dim * element_size
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Of one request, in all layers that keep one."""
+        num_layers = self.num_layers - self.num_attention_layers
+        return 0 if self.state is None else 4 * num_layers * self.state.num_floats
+
+    def state_memory(self, block_size: int) -> StateMemory | None:
+        """None if no layer keeps a state."""
+        if not self.bytes_per_state:
+            return None
+        return StateMemory(self.bytes_per_state, self.kv_bytes_per_token * block_size)
 
     @property
     def long_from(self) -> int | None:

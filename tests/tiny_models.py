@@ -42,6 +42,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "Dots1ForCausalLM": {"first_k_dense_replace": 1},
     "GlmForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "Glm4ForCausalLM": {"head_dim": 16, "eos_token_id": 127},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "GraniteMoeHybridForCausalLM": {
         **{"num_local_experts": 0, "layer_types": ["attention"] * 2, "mamba_n_heads": 4},
         **{"position_embedding_type": "rope", "shared_intermediate_size": 48, "attention_multiplier": 0.3},

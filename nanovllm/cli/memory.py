@@ -83,7 +83,7 @@ def kv_bytes_of(config: ModelConfig, length: int) -> int:
     """What the engine keeps of a request of so many tokens: layers with a window give back what has left it."""
     groups = group_layers(config.windows, length)
     num_tokens = groups.num_blocks(length, num_step_tokens=1, block_size=1)  # in all groups together
-    return num_tokens * groups.num_places * config.kv_bytes_per_token // config.num_layers
+    return num_tokens * groups.num_places * config.kv_bytes_per_token // config.num_attention_layers
 
 
 def _windows_note(config: ModelConfig, length: int) -> str:

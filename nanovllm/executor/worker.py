@@ -75,6 +75,8 @@ def build_runner(
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         dtype=getattr(torch, model_config.dtype),
+        states=model_config.state_memory(config.block_size),
+        num_ranks=tp.size,
     )
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
@@ -184,7 +186,8 @@ def plan_num_blocks(
     if device.type == "cpu":
         # Pages of host memory are taken when they are first written, so only what requests can use is worth reserving.
         total = host_memory().total // tp.size  # the ranks share the memory
-        num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization))
+        rows = config.max_num_seqs * model_config.bytes_per_state // tp.size
+        num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization) - rows)
         is_set = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
         return num_blocks if is_set else min(num_blocks, useful_num_blocks(config, spec.groups))
     if config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear, one_row_at_a_time
+from nanovllm.kernels.causal_conv import conv_silu, short_conv
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
@@ -52,6 +53,8 @@ class Ops(NamedTuple):
     qkv_rope_store: Callable[[Tensor, HeadInputs, LayerCache, AttentionShape], Tensor]
     fused_experts: Callable[..., Tensor] = fused_experts
     linear_method: Callable[[LinearSpec], LinearMethod] = DenseLinear
+    short_conv: Callable[..., Tensor] = short_conv
+    conv_silu: Callable[..., Tensor] = conv_silu
     by_row: Callable[..., Tensor] = lambda function, *tensors: function(*tensors)
 
 
@@ -83,6 +86,8 @@ def _on_cpu() -> Ops:
         native.gelu_and_mul,
         native.qkv_rope_store,
         linear_method=PackedLinear,
+        short_conv=native.short_conv,
+        conv_silu=native.conv_silu,
     )
 
 

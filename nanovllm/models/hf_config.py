@@ -5,9 +5,10 @@ those before it; RoPE's are in `hf_rope.py`, types and bounds of single fields i
 is read, known to change nothing, or refused by name; none that could change the result is skipped.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from nanovllm.cache_specs import StateShape
 from nanovllm.config import ModelConfig
 from nanovllm.models.hf_fields import MAX_LAYERS, MAX_SIZE, flag, integer, items, number
 from nanovllm.models.hf_rope import LAYER_TYPES, read_ropes
@@ -82,12 +83,13 @@ def from_hf(
     fields: Mapping[str, Any],
     switches: Mapping[str, Any],
     rope: Callable[..., Mapping[str, Any] | None] | None = None,
+    states: Mapping[str, Callable[[Mapping[str, Any]], StateShape]] | None = None,
 ) -> ModelConfig:
     """Read a config.json dict. dtype is resolved already.
 
     fields: the fields that the architecture has beside those of all decoders, with the values they have when they are
     missing; it may also hold other defaults for common fields. switches: ModelConfig fields that the architecture sets.
-    rope: see `Architecture`.
+    rope, states: see `Architecture`.
     Raises ValueError for a missing field, and for one that changes the result in a way that is not implemented.
     """
     architecture = hf["architectures"][0]
@@ -106,7 +108,8 @@ def from_hf(
     has_length = hf.get("max_position_embeddings") is not None
     max_position_embeddings = integer(hf, "max_position_embeddings") if has_length else 2048
     integer(hf, "num_hidden_layers", high=MAX_LAYERS)
-    layer_types = _read_layer_types(hf)
+    states = states or {}
+    layer_types = _read_layer_types(hf, states)
     ropes = read_ropes(hf, layer_types, _read_has_rope(hf), max_position_embeddings, head_dim, rope)
     attention_bias = flag(hf, "attention_bias")
     read = {
@@ -125,7 +128,8 @@ def from_hf(
             default=max_position_embeddings,
         ),
         "tie_word_embeddings": flag(hf, "tie_word_embeddings"),
-        "windows": _read_windows(hf, layer_types),
+        "windows": _read_windows(hf, layer_types, states),
+        "state": next((states[layer_type](hf) for layer_type in layer_types if layer_type in states), None),
         "ropes": ropes,
         "attention_scale": _read_attention_scale(hf, head_dim),
         "qkv_bias": attention_bias,
@@ -196,14 +200,20 @@ def read_activation(hf: Mapping[str, Any], supported: Mapping[str, str] = _ACTIV
 # --- layers that differ ------------------------------------------------------------
 
 
-def _read_layer_types(hf: Mapping[str, Any]) -> Sequence[str]:
+def _read_layer_types(hf: Mapping[str, Any], states: Collection[str]) -> Sequence[str]:
     """`layer_types`, or what the older switches of an architecture make of them."""
     num_layers = hf["num_hidden_layers"]
     if hf.get("layer_types") is not None:
-        known = (*LAYER_TYPES, "attention")  # the last as hybrid models called full attention before transformers 5
+        known = (
+            *LAYER_TYPES,
+            *states,
+            "attention",
+        )  # the last as hybrid models called full attention before transformers 5
         given = items(hf, "layer_types", known.__contains__, f"supported layer types ({', '.join(known)})")
         if len(given) != num_layers:
             raise ValueError(f"config.json has {len(given)} layer_types for {num_layers} layers")
+        if all(layer_type in states for layer_type in given):
+            raise NotImplementedError("config.json: models without an attention layer are not supported yet")
         return ["full_attention" if layer_type == "attention" else layer_type for layer_type in given]
     is_full = [False] * num_layers
     if hf.get("sliding_window_pattern") is not None:  # Gemma: every so many layers, one sees all
@@ -218,10 +228,11 @@ def _read_layer_types(hf: Mapping[str, Any]) -> Sequence[str]:
     return ["full_attention" if full else "sliding_attention" for full in is_full]
 
 
-def _read_windows(hf: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int | None, ...]:
+def _read_windows(hf: Mapping[str, Any], layer_types: Sequence[str], states: Collection[str]) -> tuple[int | None, ...]:
     has_window = hf.get("sliding_window") is not None and hf.get("use_sliding_window") is not False
     window = integer(hf, "sliding_window") if has_window else None
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+    by_type = {"sliding_attention": window, **dict.fromkeys(states, 0)}
+    return tuple(map(by_type.get, layer_types))
 
 
 def _read_has_rope(hf: Mapping[str, Any]) -> Sequence[bool]:

@@ -61,6 +61,9 @@ def read_ropes(
             )
     ropes: dict[str, RopeConfig | None] = {}
     for layer_type in set(layer_types):
+        if layer_type not in by_type:  # it keeps a state
+            ropes[layer_type] = None
+            continue
         given = by_type[layer_type] if adapt is None else adapt(hf, layer_type, by_type[layer_type])
         rope = None if given is None else _read_rope(hf, given, max_position_embeddings, head_dim)
         ropes[layer_type] = rope

@@ -18,6 +18,7 @@ from nanovllm.layers.experts import ExpertNames, Experts, StackedNames
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.shared_expert import SharedExpert, SharedExpertNames
 from nanovllm.models.hf_fields import MAX_EXPERTS, MAX_SIZE, flag, integer, items, number
+from nanovllm.models.lfm2 import Lfm2MLP
 from nanovllm.models.llama import MLP
 
 _SHARED = SharedExpertNames("mlp.shared_experts")
@@ -37,6 +38,18 @@ _ERNIE_NAMES = ExpertNames(
     bias="moe_statics.e_score_correction_bias",
     bias_is_row=True,
     stacked=(StackedNames(bias="mlp.gate.moe_statics.e_score_correction_bias"),),
+)
+
+_LFM2_NAMES = ExpertNames(
+    "feed_forward",
+    *("w1", "w3", "w2"),
+    bias="expert_bias",
+    stacked=(
+        StackedNames(
+            *("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+            *("feed_forward.gate.weight", "feed_forward.expert_bias"),
+        ),
+    ),
 )
 
 
@@ -139,6 +152,23 @@ def hunyuan_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Ten
     names = SharedExpertNames("mlp.shared_mlp")
     shared = SharedExpert(config.hidden_size, size, config.mlp_bias, names, dtype, tp, ops)
     return _experts(config, size, "num_experts", routing, _HUNYUAN_NAMES, dtype, tp, ops, shared)
+
+
+def lfm2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    """Experts in all layers but the first ones."""
+    fields = config.extra
+    if layer_idx < integer(fields, "num_dense_layers", low=0):
+        return Lfm2MLP(config, layer_idx, dtype, tp, ops)
+    routing = Routing(
+        integer(fields, "num_experts_per_tok"),
+        flag(fields, "norm_topk_prob"),
+        scores="sigmoid",
+        has_bias=flag(fields, "use_expert_bias"),
+        scale=number(fields, "routed_scaling_factor"),
+        least_sum=1e-6,
+    )
+    size = integer(fields, "moe_intermediate_size")
+    return _experts(config, size, "num_experts", routing, _LFM2_NAMES, dtype, tp, ops)
 
 
 def _is_sparse_in_qwen(config: ModelConfig, layer_idx: int) -> bool:

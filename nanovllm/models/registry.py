@@ -17,6 +17,7 @@ from nanovllm.models.dense_families import DENSE_FAMILIES, GRANITE_MULTIPLIERS
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
 from nanovllm.models.mixture_families import MIXTURE_FAMILIES
+from nanovllm.models.state_families import STATE_FAMILIES
 
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 _PROOF = "tests/models/test_hf_parity.py"
@@ -137,6 +138,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     **MIXTURE_FAMILIES,
     **DENSE_FAMILIES,
+    **STATE_FAMILIES,
 }
 
 # Multimodal checkpoints, of which the text model is run. Some leave out of its config what is transformers' default.
@@ -204,7 +206,9 @@ def read_model_config(hf: Mapping[str, Any], dtype: str) -> ModelConfig:
         raise ValueError(f"config.json: architectures must be a list of names, got {given!r}")
     name = _TEXT_MODELS.get(f"{given[0]}, {hf.get('model_type')}", given[0])
     row, hf = _architecture(name), {**hf, "architectures": [name]}
-    return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches, rope=row.rope)
+    if row.translate is not None:
+        hf = {**hf, **row.translate({**row.fields, **hf})}
+    return from_hf(hf, dtype=dtype, fields=row.fields, switches=row.switches, rope=row.rope, states=row.states)
 
 
 def model_class(architecture: str) -> Any:

@@ -11,40 +11,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.cache_specs import CacheGroups
+from nanovllm.cache_specs import CacheGroups, StateMemory
 from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """What one device's cache holds per layer, and how layers share blocks."""
+    """What one device's cache holds per layer, and how layers share blocks.
+
+    states: of the whole model, where some layers keep one; num_ranks: that share it.
+    """
 
     groups: CacheGroups
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    states: StateMemory | None = None
+    num_ranks: int = 1
 
     @property
     def bytes_per_block(self) -> int:
         return self.groups.num_places * 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
 
     def num_blocks_in(self, num_bytes: int) -> int:
-        return num_bytes // self.bytes_per_block
+        """Beside their snapshots, if layers keep states."""
+        num_blocks = num_bytes // self.bytes_per_block
+        while self.states is not None and num_blocks > 0 and self._num_bytes(num_blocks, self.states) > num_bytes:
+            num_blocks -= 1 + num_blocks // 256
+        return max(num_blocks, 0)
+
+    def _num_bytes(self, num_blocks: int, states: StateMemory) -> int:
+        snapshots = states.num_snapshots(num_blocks) * states.bytes_per_state // self.num_ranks
+        return num_blocks * self.bytes_per_block + snapshots
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[LayerCache]:
         """By layer, zeroed: kernels may read a whole block of which only a part was written.
 
-        A block is of one group at a time, so layers that have the same place in their groups have one tensor.
+        A block is of one group at a time, so layers that have the same place in their groups have one tensor. Layers
+        with a state read none of them; one stands there in their place.
         """
         shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        places = [LayerCache(_zeros(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
+        places = [LayerCache(zeros(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
         by_layer = {layer: places[i] for layers in self.groups.layers for i, layer in enumerate(layers)}
-        return [by_layer[layer] for layer in range(len(by_layer))]
+        return [by_layer.get(layer, places[0]) for layer in range(self.groups.num_layers)]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # NumPy leaves the zeroing to the operating system, page by page on first use; torch.zeros writes all of it at once,

@@ -25,6 +25,7 @@ from nanovllm.runner.extras import NO_EXTRAS, PendingExtras, run_with_hidden_sta
 from nanovllm.runner.input_batch import InputBatch, InputStager
 from nanovllm.runner.layer_groups import LayerGroups
 from nanovllm.runner.rope_lens import rope_lens
+from nanovllm.runner.stateful_rows import StatefulRows
 from nanovllm.sampling.rows import SampledRows
 from nanovllm.sampling.sampler import Sampler
 
@@ -75,10 +76,12 @@ class ModelRunner:
         self.block_size = config.block_size
         self.num_blocks = kv_caches[0].num_blocks
         max_blocks = -(-config.max_model_len // config.block_size)
-        num_groups = len(groups.specs) if groups is not None else 1
+        num_groups = groups.num_tables if groups is not None else 1
         self.state = BatchState(config.max_num_seqs, max_blocks, device, num_groups)
-        self.layer_groups = None
-        if groups is not None and num_groups > 1:
+        self.layer_groups: LayerGroups | StatefulRows | None = None
+        if groups is not None and groups.state_layers:
+            self.state = self.layer_groups = StatefulRows(config, model_config, groups, self.num_blocks, device)
+        elif groups is not None and num_groups > 1:
             self.layer_groups = LayerGroups(groups, self.state.block_tables, self.block_size)
         self._one_group = [0] * len(kv_caches)
         self._first_tables = self.state.block_tables[:, :max_blocks]  # of the first group

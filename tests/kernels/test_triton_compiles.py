@@ -27,6 +27,7 @@ from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import make_case
+from tests.kernels.state_cases import make_states_case
 from tests.kernels.test_moe import random_ids
 from tests.kernels.test_routing import RULES, rule_inputs
 from tests.kernels.twins import INTERPRETED
@@ -257,6 +258,12 @@ def add_up(size: int, num_rows: int, dtype: torch.dtype) -> None:
     )
 
 
+def convolve(lens: list[int], is_gated: bool, has_bias: bool) -> None:
+    case = make_states_case(lens, [3] * len(lens))
+    x, weight, bias = bf16(case.num_tokens, 3 * 256), bf16(3, 256), bf16(256) if has_bias else None
+    MODULES["causal_conv"].causal_conv_triton(x, weight, bias, case.states(2, 256), case.step, is_gated=is_gated)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "all_reduce by words": lambda: add_up(2, 1, torch.bfloat16),
     "all_reduce in bulk, 4 ranks": lambda: add_up(4, 100, torch.bfloat16),
@@ -329,6 +336,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe, blocks of 16": lambda: mix_experts(5, 8, 200),
     "moe, blocks of 64": lambda: mix_experts(80, 2, 256),
     "moe, blocks of 128": lambda: mix_experts(200, 2, 256),
+    "short_conv of decodes": lambda: convolve([1, 1, 1], is_gated=True, has_bias=False),
+    "short_conv": lambda: convolve([1, 40], is_gated=True, has_bias=True),
+    "conv_silu": lambda: convolve([1, 40], is_gated=False, has_bias=False),
     "sample": lambda: sample(is_deterministic=False),
     "sample, deterministic": lambda: sample(is_deterministic=True),
     "top_logprobs": lambda: MODULES["top_logprobs"].top_logprobs_triton(

@@ -71,6 +71,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.1,
         },
     ),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True},
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}  # heads of 64 where the family has no head_dim
 WAYS: dict[str, dict[str, Any]] = {

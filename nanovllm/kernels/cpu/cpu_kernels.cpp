@@ -17,20 +17,6 @@ constexpr int MAX_DIM = 256;   // of a head
 constexpr int MAX_GROUP = 16;  // query heads that share a KV head
 constexpr int TILE = 64;       // keys between two updates of the running softmax
 
-inline f32 exponential(f32 x) {  // 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2], relative error < 2e-7; x clamped
-  x = x < all(-87.0f) ? all(-87.0f) : x;
-  x = x > all(88.0f) ? all(88.0f) : x;
-  f32 scaled = x * 1.44269504f;
-  i32 k = __builtin_convertvector(scaled + (scaled < 0.0f ? all(-0.5f) : all(0.5f)), i32);
-  f32 n = __builtin_convertvector(k, f32), r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f32 y = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  return (y * r * r + r + 1.0f) * (f32)((k + 127) << 23);
-}
-
 // --- rows ---------------------------------------------------------------
 
 template <class T> inline void norm_row(const T* x, const T* weight, T* out, int64_t dim, float eps) {

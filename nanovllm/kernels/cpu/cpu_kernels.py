@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.cpu.state_kernels import StateKernels
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "quantized_linear.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "quantized_linear.cpp", "states.cpp"))
 _HEADER = Path(__file__).with_name("vectors.h")
 _COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math: infinities and NaN keep their meaning, and additions their order.
@@ -45,11 +46,12 @@ _SIGNATURES = {
     "gelu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
     "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6, _FLOAT),
     "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 5, *[_INT] * 8, _FLOAT),
+    "causal_conv": ctypes.CFUNCTYPE(None, *[_POINTER] * 9, *[_INT] * 6),
     "quantized_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6),
 }
 
 
-class CpuKernels:
+class CpuKernels(StateKernels):
     """The functions of one built library; tensors are on the CPU."""
 
     def __init__(self, library: Path) -> None:
@@ -65,6 +67,7 @@ class CpuKernels:
         self._gelu_and_mul = by_dtype("gelu_and_mul")
         self._qkv_rope_store = by_dtype("qkv_rope_store")
         self._decode_attention = by_dtype("decode_attention")
+        self._causal_conv = by_dtype("causal_conv")
         self._quantized_linear = by_dtype("quantized_linear")
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -73,4 +73,17 @@ inline f32 sums(f32* x) {  // of W vectors, the sum of vector i in lane i
     for (int i = 0; i < half; i++) x[i] = fold(x[i], x[i + half]);
   return x[0];
 }
+inline f32 exponential(f32 x) {  // 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2], relative error < 2e-7; x clamped
+  x = x < all(-87.0f) ? all(-87.0f) : x;
+  x = x > all(88.0f) ? all(88.0f) : x;
+  f32 scaled = x * 1.44269504f;
+  i32 k = __builtin_convertvector(scaled + (scaled < 0.0f ? all(-0.5f) : all(0.5f)), i32);
+  f32 n = __builtin_convertvector(k, f32), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  f32 y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  return (y * r * r + r + 1.0f) * (f32)((k + 127) << 23);
+}
 }  // namespace

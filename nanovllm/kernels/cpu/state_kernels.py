@@ -1,0 +1,67 @@
+"""CPU kernels in C++ of layers with a state: a part of `CpuKernels`.
+
+Owns the checks between their tensors and raw pointers. Invariant: as of `CpuKernels`, what the C++ does not take goes
+to the PyTorch operation of the same name.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.causal_conv import conv_silu, short_conv
+from nanovllm.kernels.state_types import StepStates
+
+_MAX_WIDTH = 64  # as in states.cpp
+
+
+class StateKernels:
+    _causal_conv: dict[torch.dtype, Callable[..., None]]
+
+    def short_conv(self, bcx: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates) -> Tensor:
+        """See `kernels.causal_conv.short_conv`."""
+        out = self._convolve(bcx, weight, bias, state, step, is_gated=True)
+        return short_conv(bcx, weight, bias, state, step) if out is None else out
+
+    def conv_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates) -> Tensor:
+        """See `kernels.causal_conv.conv_silu`."""
+        out = self._convolve(x, weight, bias, state, step, is_gated=False)
+        return conv_silu(x, weight, bias, state, step) if out is None else out
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates, *, is_gated: bool
+    ) -> Tensor | None:
+        (num_tokens, num_inputs), (width, channels) = x.shape, weight.shape
+        run = self._causal_conv.get(x.dtype)
+        if run is None or not (
+            x.stride(1) == 1
+            and num_inputs == channels * (3 if is_gated else 1)
+            and 2 <= width <= _MAX_WIDTH
+            and _is_dense(weight, (width, channels), x.dtype)
+            and (bias is None or _is_dense(bias, (channels,), x.dtype))
+            and is_state(state, (width - 1, channels))
+            and is_step(step, num_tokens)
+        ):
+            return None
+        out = x.new_empty(num_tokens, channels)
+        run(
+            x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), state.data_ptr(),
+            step.rows.data_ptr(), step.meta.query_start_loc.data_ptr(), step.meta.seq_lens.data_ptr(),
+            step.snapshots.data_ptr(), out.data_ptr(),
+            len(step.rows), channels, width, x.stride(0), state.stride(0), is_gated,
+        )  # fmt: skip
+        return out
+
+
+def is_state(state: Tensor, shape: tuple[int, ...]) -> bool:
+    return state.dtype == torch.float32 and tuple(state.shape[1:]) == shape and state[0].is_contiguous()
+
+
+def is_step(step: StepStates, num_tokens: int) -> bool:
+    n, meta = len(step.rows), step.meta
+    parts = (step.rows, n), (meta.query_start_loc, n + 1), (meta.seq_lens, n), (step.snapshots, num_tokens)
+    return all(_is_dense(part, (size,), torch.int32) for part, size in parts)
+
+
+def _is_dense(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return x.dtype == dtype and tuple(x.shape) == shape and x.is_contiguous()

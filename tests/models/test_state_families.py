@@ -1,0 +1,85 @@
+"""Families with states beside Hugging Face: logits and greedy tokens, in every way of running.
+
+Each case is one tiny random checkpoint in which the family's switches matter.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.llm_checks import check_nothing_is_left
+from tests.models.parity import ONE, check_greedy_outputs, make_llm
+from tests.runner.fake_graphs import fake_graphs
+from tests.tiny_models import hugging_face_logits, load_hugging_face, random_prompts, record_logits, save_random
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        {
+            **{"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+            **{"intermediate_size": 60, "block_multiple_of": 8, "norm_eps": 0.01},
+        },
+    ),
+    "lfm2-bias": (
+        "Lfm2ForCausalLM",
+        {
+            **{"full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False},
+            **{"num_hidden_layers": 3, "tie_word_embeddings": False},
+        },
+    ),
+    "lfm2-moe": (
+        "Lfm2MoeForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+            **{"routed_scaling_factor": 1.5},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:
+    """Logits of prompt and output; greedy tokens as a batch, from a warm prefix cache, in chunks, and preempted."""
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    hugging_face = load_hugging_face(folder)
+    prompts = random_prompts([70, 1, 17])
+    prompts.append(prompts[0][:48] + prompts[2])  # shares whole blocks with another one
+    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=128, block_size=16) as llm:
+        outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)]
+        check_greedy_outputs(hugging_face, prompts, outputs)
+        cached = llm.get_metrics()["num_prompt_tokens_cached"]
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
+        assert llm.get_metrics()["num_prompt_tokens_cached"] >= cached + 64 + 16 + 48
+        check_nothing_is_left(llm)
+    options = {"num_gpu_blocks_override": 12, "block_size": 8, "overlap_depth": 2, "enable_prefix_caching": False}
+    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=19, **options) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
+        assert llm.get_metrics()["num_preemptions"] > 0
+        logits = record_logits(llm)
+        llm.generate(prompts[:1], ONE, use_tqdm=False)
+    expected = hugging_face_logits(hugging_face, prompts[0] + outputs[0][:-1])
+    torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
+
+
+def test_captured_steps_keep_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding keeps none, and snapshots are written in them, too: the second time begins from those."""
+    architecture, config = CASES["lfm2"]
+    folder = save_random(tmp_path, architecture, **config)
+    prompts = random_prompts([70, 1, 17])
+    params = replace(ONE, max_tokens=80)
+    with make_llm(folder, max_num_seqs=5) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    second = [[*prompt, *output, 1, 2] for prompt, output in zip(prompts, expected, strict=True)]
+    with make_llm(folder, max_num_seqs=5, enable_prefix_caching=False) as llm:
+        answers = [output.outputs[0].token_ids for output in llm.generate(second, ONE, use_tqdm=False)]
+    fake = fake_graphs(monkeypatch)
+    with make_llm(folder, max_num_seqs=5, overlap_depth=2) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+        outputs = llm.generate(second, ONE, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == answers
+        assert [output.num_cached_tokens for output in outputs] == [128, 64, 64]
+    assert fake.num_decodes > 20 and fake.num_prompts > 0
