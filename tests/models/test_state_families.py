@@ -83,3 +83,9 @@ def test_captured_steps_keep_states(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert [output.outputs[0].token_ids for output in outputs] == answers
         assert [output.num_cached_tokens for output in outputs] == [128, 64, 64]
     assert fake.num_decodes > 20 and fake.num_prompts > 0
+
+
+def test_speculation_is_refused(tmp_path: Path) -> None:
+    folder = save_random(tmp_path, CASES["lfm2"][0], **CASES["lfm2"][1])
+    with pytest.raises(NotImplementedError, match="keep states"):
+        make_llm(folder, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
