@@ -20,6 +20,7 @@ from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.errors import RequestError
 from nanovllm.llm import LLM
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -52,7 +53,11 @@ class AsyncLLM:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Outputs of one prompt as they come, of the kind that `SamplingParams.output_kind` names, to the finished one.
 
@@ -60,21 +65,28 @@ class AsyncLLM:
         ValueError or TypeError for bad input; RequestError behind the output of a request that failed; RuntimeError if
         the engine has closed.
         """
-        async with aclosing(self.outputs(await self.check(prompt, sampling_params, request_id))) as outputs:
+        async with aclosing(
+            self.outputs(await self.check(prompt, sampling_params, request_id, lora_request))
+        ) as outputs:
             async for output in outputs:
                 yield output
 
     async def check(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> Handle:
         """The first half of `generate`, for who must know which errors are its caller's: ValueError and TypeError here.
 
         The request is tokenized and not queued.
         """
         params = sampling_params if sampling_params is not None else self.llm.get_default_sampling_params()
-        make_handle = partial(self.llm._make_handle, prompt, params, request_id, self._inbox)
+        make_handle = partial(self.llm._make_handle, prompt, params, request_id, self._inbox, lora_request)
         self._session.check_open()
-        if _is_quick(prompt, params):
+        is_read = lora_request is None or not self.llm._adapters.needs_reading(lora_request)
+        if is_read and _is_quick(prompt, params):
             return make_handle()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make_handle)
 
@@ -120,6 +132,19 @@ class AsyncLLM:
         """Stop its request, if it has not ended."""
         self._streams.pop(stream.handle, None)
         self._session.cancel([stream.handle])
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """As `LLM.add_lora`; the event loop goes on meanwhile."""
+        return await asyncio.to_thread(self.llm.add_lora, lora_request)
+
+    async def remove_lora(self, lora_id: int | str) -> bool:
+        return await asyncio.to_thread(self.llm.remove_lora, lora_id)
+
+    async def list_loras(self) -> set[int]:
+        return self.llm.list_loras()
+
+    async def pin_lora(self, lora_id: int | str) -> bool:
+        return self.llm.pin_lora(lora_id)
 
     @property
     def is_alive(self) -> bool:

@@ -18,6 +18,7 @@ from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.features.adapters import AdapterSlots
 from nanovllm.engine.features.remote_functions import check_importable
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interfaces import Executor, TokenConstraint
@@ -155,6 +156,7 @@ def _start_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_chunked_prefill=config.enable_chunked_prefill,
         shared_prefixes=_shared_prefixes(config, model_config, device),
+        **({"admits": AdapterSlots(config.max_loras).admits} if config.enable_lora else {}),
     )
     if isinstance(cache, StateCache):
         cache.waiting = lambda: scheduler.waiting

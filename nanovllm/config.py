@@ -93,6 +93,11 @@ class EngineConfig:
     quantization: what the weights of linear layers become while they are loaded: "fp8" or "int8_dynamic" (weights and
         inputs in 8 bits), "int8" or "int4" (weights alone); "gguf" keeps those of a GGUF file packed; None keeps them
         as the checkpoint has them, and makes those of a GGUF file dense. See docs/quantization.md.
+    enable_lora: let requests name a LoRA adapter (`lora_request`); see docs/adapters.md.
+    max_loras: most adapters in one batch; each has room of its own on the device.
+    max_lora_rank: most that an adapter's rank may be.
+    max_cpu_loras: most adapters that the engine keeps, those on the device among them; None is max_loras. One more
+        takes the place of the one that was not asked for the longest.
     skip_tokenizer_init: work on token ids only.
     trace: a file that tells of every step, ending in .json or .json.gz, for ui.perfetto.dev, `nanovllm trace` and
         `LLM.explain`; several engines put a number before the ending. See docs/tracing.md.
@@ -135,6 +140,10 @@ class EngineConfig:
     load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))
     use_tqdm_on_load: bool = option(True, has_flag=False)  # the commands' --quiet
     quantization: str | None = option(None, choices=(None, *QUANTIZATIONS))
+    enable_lora: bool = False
+    max_loras: int = option(1, low=1)
+    max_lora_rank: int = option(16, low=1, high=512)
+    max_cpu_loras: int | None = option(None, low=1)
     skip_tokenizer_init: bool = False
     trace: str | None = option(None, read=_read_path)
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None = option(None, read=read_speculative_config)
@@ -171,6 +180,11 @@ class EngineConfig:
             raise ValueError(
                 f"deterministic=True needs tensor_parallel_size=1, got {self.tensor_parallel_size}: the order in which "
                 "ranks are added depends on the batch"
+            )
+        if (self.max_cpu_loras or self.max_loras) < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras ({self.max_cpu_loras}) counts those on the device, so it must be at least max_loras "
+                f"({self.max_loras})"
             )
         if (self.max_num_batched_tokens or self.max_num_seqs or 0) < (self.max_num_seqs or 0):
             raise ValueError(
@@ -231,6 +245,7 @@ class EngineConfig:
             "distributed_executor_backend": self.distributed_executor_backend
             or ("uni" if self.tensor_parallel_size == 1 else "mp"),
             "overlap_depth": self.overlap_depth or (2 if on_gpu else 1),
+            "max_cpu_loras": self.max_cpu_loras or self.max_loras,
         }
         return ResolvedConfig(**{**vars(self), **decided})
 
@@ -253,6 +268,7 @@ class ResolvedConfig(EngineConfig):
     block_size: int = field()
     overlap_depth: int = field()
     speculative_config: SpeculativeConfig | None = field(default=None)
+    max_cpu_loras: int = field()
     distributed_executor_backend: str = field()
 
 

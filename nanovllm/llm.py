@@ -8,9 +8,11 @@ that is interrupted leaves nothing of its own behind.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nanovllm.adapters import Adapters
 from nanovllm.build import build_engine
 from nanovllm.config import EngineConfig
 from nanovllm.embedding import join_hidden_states
+from nanovllm.engine.features.prompt_forms import not_one_each
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.request import Request
@@ -57,21 +59,28 @@ class LLM(SteppedLLM, VLLMSurface):
     # -- whole batches --
 
     def generate(
-        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True, **absent: Any
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        lora_request: Adapters = None,
+        **absent: Any,
     ) -> list[RequestOutput]:
         """Complete each prompt; the results come in the order of the prompts.
 
         prompts: one or a list of strings, token-id lists, or {"prompt_token_ids": [...]}. sampling_params: one for all,
-        or one for each; None takes `get_default_sampling_params()`. absent: vLLM's arguments that are not here, which
-        may say that they are off. Raises ValueError or TypeError that names the item at fault before anything is
-        queued. A request that fails later, say in a Python logits processor, ends with finish_reason "error" and its
-        reason, and the others go on; where `prompts` is one prompt, that is RequestError.
+        or one for each; None takes `get_default_sampling_params()`. lora_request: the adapter that all are computed
+        with, or one or None for each. absent: vLLM's arguments that are not here, which may say that they are off.
+        Raises ValueError or TypeError that names the item at fault before anything is queued. A request that fails
+        later, say in a Python logits processor, ends with finish_reason "error" and its reason, and the others go on;
+        where `prompts` is one prompt, that is RequestError.
         """
         if absent:
             refuse_absent("LLM.generate", absent)
         listed, is_one = list_prompts(prompts)
         inbox = Inbox(self._make_output)
-        handles = [Handle(group, inbox, only_ends=True) for group in self._process(listed, sampling_params)]
+        groups = self._process(listed, sampling_params, lora_request)
+        handles = [Handle(group, inbox, only_ends=True) for group in groups]
         news = self._session.run(handles, inbox)
         outputs = dict(show_progress(news, len(handles)) if use_tqdm else news)
         results = [outputs[handle] for handle in handles]
@@ -79,7 +88,9 @@ class LLM(SteppedLLM, VLLMSurface):
             raise_error_of(results)
         return results
 
-    def stream(self, prompts: Prompts, sampling_params: Params = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompts: Prompts, sampling_params: Params = None, lora_request: Adapters = None
+    ) -> Iterator[RequestOutput]:
         """As `generate`, but yield what is new as it comes: a request's outputs are deltas that add up to the whole.
 
         Yields no order across prompts; `request_id` rises with the prompts' order, and an output holds those of its
@@ -89,7 +100,8 @@ class LLM(SteppedLLM, VLLMSurface):
         """
         listed, is_one = list_prompts(prompts)
         inbox = Inbox(self._output_processor.mark)
-        handles = [Handle(group, inbox, only_ends=False) for group in self._process(listed, sampling_params)]
+        groups = self._process(listed, sampling_params, lora_request)
+        handles = [Handle(group, inbox, only_ends=False) for group in groups]
         return self._stream(handles, inbox, is_one)
 
     def _stream(self, handles: list[Handle], inbox: Inbox[Marks], is_one: bool) -> Iterator[RequestOutput]:
@@ -102,24 +114,25 @@ class LLM(SteppedLLM, VLLMSurface):
             if is_one:
                 raise_error_of([new])
 
-    def _process(self, prompts: Sequence[Any], sampling_params: Params) -> list[list[Request]]:
+    def _process(
+        self, prompts: Sequence[Any], sampling_params: Params, lora_request: Adapters = None
+    ) -> list[list[Request]]:
         """The sequences of each prompt, checked and not queued."""
         self._session.check_open()
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, Sequence):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(
-                f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts; give one for all or one each"
-            )
+        if not isinstance(sampling_params, Sequence) or len(sampling_params) != len(prompts):
+            raise not_one_each(sampling_params, "sampling_params", "SamplingParams", len(prompts))
         with self._session.numbers(len(prompts)) as numbers:
-            return [
+            groups = [
                 self._input_processor.process(prompt, params, f"prompts[{i}]", number)
                 for i, (prompt, params, number) in enumerate(zip(prompts, sampling_params, numbers, strict=True))
             ]
+        if lora_request is not None:
+            self._give_adapters(groups, lora_request)
+        return groups
 
     def _make_output(
         self, group: Sequence[Request], marks: Marks | None = None, since: Marks | None = None
@@ -130,9 +143,3 @@ class LLM(SteppedLLM, VLLMSurface):
     def close(self) -> None:
         """Free the model and the KV cache. May be called twice; later calls to anything else raise RuntimeError."""
         self._session.close()
-
-    def __enter__(self) -> "LLM":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

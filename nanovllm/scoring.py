@@ -5,7 +5,7 @@ option but the first. Invariant: what an option scores does not depend on the ot
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nanovllm.engine.features.scoring import Scoring
 from nanovllm.engine.input_processor import InputProcessor, Prompt
@@ -21,29 +21,43 @@ SCORE_PARAMS = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, de
 
 
 def score(
-    session: Session, input_processor: InputProcessor, prefix: Prompt, options: Sequence[str | Sequence[int]]
-) -> list[float]:
-    """See `LLM.score`."""
+    session: Session,
+    input_processor: InputProcessor,
+    prefix: Prompt,
+    options: Sequence[str | Sequence[int]],
+    times: int = 1,
+    give: Callable[[Sequence[Sequence[Request]]], object] = lambda groups: None,
+) -> list[list[float]]:
+    """See `LLM.score`. times: how often, all in one batch. give: is shown the requests, in order, before they run."""
     session.check_open()
     check_options(options)
     prefix_ids = input_processor.read_prompt(prefix, "prefix")
-    if len(options) * len(prefix_ids) > MAX_TOKENS:
+    num_options = len(options)
+    if times * num_options * len(prefix_ids) > MAX_TOKENS:
         raise ValueError(
-            f"{len(options)} options after a prefix of {len(prefix_ids)} tokens are more than {MAX_TOKENS} tokens, as "
-            "each is a request: score fewer of them in a call"
+            f"{times * num_options} options after a prefix of {len(prefix_ids)} tokens are more than {MAX_TOKENS} "
+            "tokens, as each is a request: score fewer of them in a call"
         )
     inbox: Inbox[Sequence[Request]] = Inbox(lambda group: group)
-    handles = []
-    with session.numbers(len(options)) as numbers:
-        for index, (option, number) in enumerate(zip(options, numbers, strict=True)):
+    groups = []
+    with session.numbers(times * num_options) as numbers:
+        for number, (index, option) in zip(numbers, times * list(enumerate(options)), strict=True):
             name = f"options[{index}]"
-            token_ids = prefix_ids + input_processor.read_continuation(option, name)
-            group = input_processor.process(token_ids, SCORE_PARAMS, name, number)
-            scoring_of(group[0]).skip(len(prefix_ids) - 1)
-            handles.append(Handle(group, inbox, only_ends=True))
+            token_ids = prefix_ids + read_continuation(input_processor, option, name)
+            groups.append(input_processor.process(token_ids, SCORE_PARAMS, name, number))
+            scoring_of(groups[-1][0]).skip(len(prefix_ids) - 1)
+    give(groups)
+    handles = [Handle(group, inbox, only_ends=True) for group in groups]
     for _ in session.run(handles, inbox):
         pass
-    return [log_likelihood(handle.requests[0]) for handle in handles]
+    scores = [log_likelihood(handle.requests[0]) for handle in handles]
+    return [scores[i * num_options : (i + 1) * num_options] for i in range(times)]
+
+
+def read_continuation(input_processor: InputProcessor, text: str | Sequence[int], name: str) -> list[int]:
+    """Token ids of what follows a prompt: without the special tokens that stand at a beginning."""
+    token_ids = input_processor.text.read(text, name, add_special_tokens=False) if isinstance(text, str) else text
+    return input_processor.check_token_ids(token_ids, name)
 
 
 def scoring_of(request: Request) -> Scoring:

@@ -10,6 +10,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.output_processor import Marks
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -60,23 +61,35 @@ class SteppedLLM:
     _stepped: SteppedRequests
     _input_processor: InputProcessor
     get_default_sampling_params: Callable[[], SamplingParams]
+    _give_adapters: Callable[..., None]
 
     def add_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """Queue a prompt for `step`; returns its id. Raises ValueError for a bad prompt or an id that is in use."""
         self._session.check_open()
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        handle = self._make_handle(prompt, params, request_id, self._stepped.inbox)
+        handle = self._make_handle(prompt, params, request_id, self._stepped.inbox, lora_request)
         self._session.submit(handle)
         return handle.request_id
 
     def _make_handle(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, inbox: Inbox[Marks]
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        inbox: Inbox[Marks],
+        lora_request: LoRARequest | None = None,
     ) -> Handle:
         """One prompt, checked and not queued."""
         with self._session.numbers(1) as (number,):
             group = self._input_processor.process(prompt, params, "prompt", number, request_id)
+        if lora_request is not None:
+            self._give_adapters([group], lora_request)
         return Handle(group, inbox, only_ends=params.output_kind is RequestOutputKind.FINAL_ONLY)
 
     def step(self) -> list[RequestOutput]:

@@ -17,11 +17,9 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "code_revision": ((None,), "remote code is never run"),
         "kv_cache_dtype": ((None, "auto"), "the KV cache has the dtype of the model"),
         "calculate_kv_scales": (_OFF, "a quantized KV cache is not supported"),
-        "enable_lora": (_OFF, "LoRA is not supported; merge the adapter into the weights"),
-        **dict.fromkeys(
-            ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "fully_sharded_loras"), (_ANY, "")
-        ),
-        "default_mm_loras": ((None, {}), "LoRA is not supported"),
+        "lora_dtype": ((None, "auto"), "adapters have the dtype of the model"),
+        "fully_sharded_loras": (_OFF, "each matrix is split as its layer is, without further exchanges"),
+        "default_mm_loras": ((None, {}), "only text is supported"),
         "enable_sleep_mode": (_OFF, "sleeping is not supported; close() frees the device"),
         "pipeline_parallel_size": ((None, 1), "pipeline parallelism is not supported; use tensor_parallel_size"),
         "enable_expert_parallel": (_OFF, "experts are split by tensor_parallel_size only"),
@@ -117,13 +115,11 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "download_dir": ((None,), "downloads go where HF_HOME says"),
     },
     "LLM.generate": {
-        "lora_request": ((None,), "LoRA is not supported; merge the adapter into the weights"),
         "priority": ((None,), "requests run in the order of their arrival"),
         "tokenization_kwargs": ((None, {}), "tokenize the prompt yourself and pass its token ids"),
         "prompt_token_ids": ((None,), "give prompts as lists of token ids"),
     },
     "LLM.chat": {
-        "lora_request": ((None,), "LoRA is not supported; merge the adapter into the weights"),
         "chat_template_content_format": ((None, "auto"), "what a template reads is found out from the template"),
         "mm_processor_kwargs": ((None, {}), "only text is supported"),
         "tokenization_kwargs": ((None, {}), "use preprocess_chat and your own token ids"),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self, overload
 
 from tqdm import tqdm
 
+from nanovllm.adapters import AdaptedLLM, Adapters
 from nanovllm.beam_search import BeamSearchParams, search_prompts
 from nanovllm.build import StartTimes
 from nanovllm.config import ModelConfig, ResolvedConfig
@@ -24,6 +25,7 @@ from nanovllm.engine.prompt_text import PromptText
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.live.surface import LiveWeights
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import BeamSearchOutput, RequestOutput, raise_error_of
 from nanovllm.prompts import TokensPrompt, list_prompts
 from nanovllm.sampling_params import SamplingParams
@@ -51,12 +53,13 @@ def _refused(name: str, reason: str) -> Callable[..., Any]:
     return refuse
 
 
-class VLLMSurface(LiveWeights):
+class VLLMSurface(LiveWeights, AdaptedLLM):
     # What `LLM` has.
     config: ResolvedConfig
     model_config: ModelConfig
     num_kv_cache_tokens: int
     generate: Callable[..., list[RequestOutput]]
+    close: Callable[[], None]
     _hf_config: Mapping[str, Any]
     _generation_config: Mapping[str, Any]
     _start_times: StartTimes
@@ -72,11 +75,15 @@ class VLLMSurface(LiveWeights):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list. options: of `preprocess_chat`, which makes prompts of them."""
+        """Answer one conversation, or each of a list. lora_request: as in `generate`. options: of `preprocess_chat`,
+        which makes prompts of them.
+        """
         prompts = self.preprocess_chat(messages, **options)
-        return self.generate(prompts[0] if is_conversation(messages) else prompts, sampling_params, use_tqdm)
+        listed = prompts[0] if is_conversation(messages) else prompts
+        return self.generate(listed, sampling_params, use_tqdm, lora_request)
 
     def preprocess_chat(
         self,
@@ -120,26 +127,48 @@ class VLLMSurface(LiveWeights):
     # -- other questions than "what comes next" --
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        lora_request: LoRARequest | None = None,
     ) -> list[BeamSearchOutput]:
         """For each prompt the `beam_width` most likely continuations that a beam search finds, best first."""
         self._session.check_open()
 
         def generate(beams: list[list[int]], step: SamplingParams) -> list[RequestOutput]:
-            results = self.generate(beams, step, use_tqdm=False)
+            results = self.generate(beams, step, use_tqdm=False, lora_request=lora_request)
             raise_error_of(results)
             return results
 
         about = self._input_processor, self._tokenizer, self.config.max_model_len
         return search_prompts(generate, *about, list_prompts(prompts)[0], params, use_tqdm)
 
-    def score(self, prefix: Prompt, options: Sequence[str | Sequence[int]]) -> list[float]:
+    @overload
+    def score(
+        self, prefix: Prompt, options: Sequence[str | Sequence[int]], lora_request: LoRARequest | None = None
+    ) -> list[float]: ...
+    @overload
+    def score(
+        self, prefix: Prompt, options: Sequence[str | Sequence[int]], lora_request: Sequence[LoRARequest | None]
+    ) -> list[list[float]]: ...
+    def score(
+        self, prefix: Prompt, options: Sequence[str | Sequence[int]], lora_request: Adapters = None
+    ) -> list[float] | list[list[float]]:
         """Log-likelihood of each option given the prefix: the sum of its tokens' log-probabilities (natural log).
 
         An option is a string or token ids. Strings are tokenized by themselves, so begin them with the space that a
         prefix without one calls for. With prefix caching, which is on by default, the prefix is computed once.
+        lora_request: the adapter to score with; of a list, such as [policy, None], a list for each, from one batch.
         """
-        return score(self._session, self._input_processor, prefix, options)
+        is_one = lora_request is None or isinstance(lora_request, LoRARequest)
+        adapters: list[Any] = [lora_request] if is_one else list(lora_request)  # type: ignore[arg-type]
+
+        def give(groups: Sequence[Sequence[Request]]) -> None:
+            self._give_adapters(groups, [adapter for adapter in adapters for _ in options])
+
+        scores = score(self._session, self._input_processor, prefix, options, len(adapters), give)
+        return scores[0] if is_one else scores
 
     # -- queue now, run later --
 
@@ -148,12 +177,13 @@ class VLLMSurface(LiveWeights):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         **absent: Any,
     ) -> list[str]:
         """Queue prompts, to run beside whatever runs; returns their ids. `wait_for_completion` returns the outputs."""
         refuse_absent("LLM.generate", absent)
         queue = self._queue
-        groups = self._process(list_prompts(prompts)[0], sampling_params)
+        groups = self._process(list_prompts(prompts)[0], sampling_params, lora_request)
         handles = [Handle(group, queue.inbox, only_ends=True) for group in groups]
         try:
             for handle in handles:
@@ -190,6 +220,7 @@ class VLLMSurface(LiveWeights):
         pooling: str = "last",
         normalize: bool = True,
         dimensions: int | None = None,
+        lora_request: Adapters = None,
     ) -> list[EmbeddingRequestOutput]:
         """A vector for each prompt, of the hidden states behind the last norm; see `embedding.Pooling`.
 
@@ -197,9 +228,15 @@ class VLLMSurface(LiveWeights):
         """
         how = Pooling(kind=pooling, is_normalized=normalize, dimensions=dimensions)
         how.check(self.model_config.hidden_size)
-        return embed(self._session, self._process(list_prompts(prompts)[0], EMBED_PARAMS), how)
+        return embed(self._session, self._process(list_prompts(prompts)[0], EMBED_PARAMS, lora_request), how)
 
     # -- about the engine --
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         config = self.config

@@ -60,7 +60,7 @@ def test_a_misspelt_option_names_the_nearest_right_one(misspelt: str) -> None:
         EngineConfig(model="m", **{misspelt: 1})
 
 
-@pytest.mark.parametrize("name", ["reasoning_mode", "enable_flash", "response_format"])
+@pytest.mark.parametrize("name", ["reasoning_mode", "enable_thinking", "response_format"])
 def test_another_thing_gets_no_option_of_similar_letters(name: str) -> None:
     with pytest.raises(TypeError, match=f"no option {name!r}: options are: model, "):
         EngineConfig(model="m", **{name: 1})
@@ -68,7 +68,7 @@ def test_another_thing_gets_no_option_of_similar_letters(name: str) -> None:
 
 VLLM_OPTIONS: list[tuple[str, list[Any], Any, str]] = [  # (option, what asks for nothing, what asks, what is missing)
     ("trust_remote_code", [None, False], True, "remote code is never run"),
-    ("enable_lora", [None, False], True, "LoRA is not supported"),
+    ("fully_sharded_loras", [None, False], True, "each matrix is split as its layer is"),
     ("swap_space", [None, 0], 16, "nothing is swapped"),
     ("cpu_offload_gb", [None, 0, 0.0], 4, "weights are not offloaded"),
     ("tokenizer_mode", ["auto"], "mistral", "one kind of tokenizer"),
@@ -91,7 +91,7 @@ def test_an_option_of_vllm_that_is_not_here(name: str, nothing: list[Any], value
 
 
 def test_how_of_an_option_that_is_off_is_taken() -> None:
-    assert EngineConfig(model="m", enable_lora=False, max_lora_rank=16, max_loras=2) == EngineConfig(model="m")
+    assert EngineConfig(model="m", enable_lora=False, lora_dtype="auto", max_lora_rank=16) == EngineConfig(model="m")
 
 
 def test_every_option_of_vllm_that_is_not_here_is_really_not_here() -> None:
@@ -198,7 +198,7 @@ def test_resolve_decides_everything_and_keeps_what_was_given(device_type: str, g
     assert isinstance(resolved, ResolvedConfig)
     # None is an answer there
     absent = {"tokenizer", "revision", "quantization", "kv_cache_memory_bytes", "num_gpu_blocks_override"}
-    absent.add("speculative_config")
+    absent |= {"speculative_config", "trace"}
     for field in dataclasses.fields(resolved):
         assert field.name in absent or getattr(resolved, field.name) is not None
     with pytest.raises(TypeError, match="max_model_len"):

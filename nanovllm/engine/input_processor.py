@@ -17,7 +17,7 @@ import numpy as np
 from nanovllm.engine.features.capture import Capture, check_layers
 from nanovllm.engine.features.constraints import CompileConstraint, make_constraint
 from nanovllm.engine.features.context_length import ContextRule
-from nanovllm.engine.features.prompt_forms import check_dict, check_token_options, token_id_error
+from nanovllm.engine.features.prompt_forms import check_dict, check_token_options, no_room, token_id_error, too_long
 from nanovllm.engine.features.remote_functions import check_importable
 from nanovllm.engine.features.scoring import Scoring, check_num_logprobs
 from nanovllm.engine.interfaces import TokenConstraint
@@ -60,8 +60,8 @@ class InputProcessor:
     compile_constraint: CompileConstraint | None = None
 
     def __post_init__(self) -> None:
-        self._text = PromptText(self.encode, self.max_model_len)
-        self._strings = StringOptions(self._text, self.special_tokens, self.vocab_size)
+        self.text = PromptText(self.encode, self.max_model_len)
+        self._strings = StringOptions(self.text, self.special_tokens, self.vocab_size)
         self._contexts: ContextRule | None = None
         if self.length_dependent_from is not None or self.long_from is not None:
             self._contexts = ContextRule(self.length_dependent_from, self.long_from)
@@ -123,12 +123,6 @@ class InputProcessor:
         """Token ids of a prompt. Raises ValueError or TypeError that names it."""
         return self._read_prompt(prompt, name)[1]
 
-    def read_continuation(self, text: str | Sequence[int], name: str) -> list[int]:
-        """Token ids of what follows a prompt: without the special tokens that stand at a beginning."""
-        if not isinstance(text, str):
-            return self._check_token_ids(text, name)
-        return self._check_token_ids(self._text.read(text, name, add_special_tokens=False), name)
-
     def make_constraint(self, params: SamplingParams, name: str) -> TokenConstraint | None:
         """A new constraint for one sequence, if its parameters ask for one. ValueError for `name` if it cannot be."""
         if params.structured_outputs is None:
@@ -150,19 +144,19 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             check_dict(prompt, name)
             if "prompt_token_ids" in prompt:
-                token_ids = self._check_token_ids(prompt["prompt_token_ids"], f"{name}['prompt_token_ids']")
+                token_ids = self.check_token_ids(prompt["prompt_token_ids"], f"{name}['prompt_token_ids']")
                 return prompt.get("prompt"), token_ids
             prompt, name = prompt["prompt"], f"{name}['prompt']"
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"{name} is empty; give at least one character")
-            token_ids = self._text.read(prompt, name)
+            token_ids = self.text.read(prompt, name)
             if not token_ids:
                 raise ValueError(f"{name} {brief(prompt)} has no tokens; give at least one that the tokenizer knows")
-            return prompt, self._check_token_ids(token_ids, name)  # a tokenizer may know more tokens than the model
-        return None, self._check_token_ids(prompt, name)
+            return prompt, self.check_token_ids(token_ids, name)  # a tokenizer may know more tokens than the model
+        return None, self.check_token_ids(prompt, name)
 
-    def _check_token_ids(self, token_ids: Any, name: str) -> list[int]:
+    def check_token_ids(self, token_ids: Any, name: str) -> list[int]:
         is_raw = isinstance(token_ids, (str, bytes, bytearray, memoryview))
         if is_raw or not hasattr(token_ids, "__iter__"):
             raise TypeError(f"{name} must be a string or a list of token ids, got {type(token_ids).__name__}")
@@ -185,19 +179,13 @@ class InputProcessor:
         num_prompt = len(token_ids)
         self._check_length(num_prompt, name)
         if num_prompt >= self.num_cache_tokens:
-            raise ValueError(
-                f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {self.num_cache_tokens}. "
-                "Shorten the prompt, or raise kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
-            )
+            raise no_room(num_prompt, self.num_cache_tokens, name)
         limit = min(self.max_model_len, self.num_cache_tokens)
         return limit if params.max_tokens is None else min(limit, num_prompt + params.max_tokens)
 
     def _check_length(self, num_prompt: int, name: str) -> None:
         if num_prompt >= self.max_model_len:
-            raise ValueError(
-                f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len "
-                f"is {self.max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
-            )
+            raise too_long(num_prompt, self.max_model_len, name)
 
     def request_seed(self, number: int) -> int:
         """What the request of that number draws with, if its parameters have no seed."""

@@ -17,6 +17,7 @@ from nanovllm.engine.scheduler_output import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from nanovllm.engine.features.adapters import AdapterUse
     from nanovllm.engine.features.capture import Capture
     from nanovllm.engine.features.context_length import Context
     from nanovllm.engine.features.scoring import Scoring
@@ -56,6 +57,7 @@ class Request:
     context: "Context | None" = None
     scoring: "Scoring | None" = None
     capture: "Capture | None" = None
+    adapter: "AdapterUse | None" = None
 
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0

@@ -10,7 +10,7 @@ host has read every token of it.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -51,14 +51,18 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_chunked_prefill: bool = True,
         shared_prefixes: SharedPrefixes | None = None,
+        admits: Callable[[Request, Sequence[Request]], bool] = lambda request, running: True,
     ) -> None:
-        """shared_prefixes: where the device reads at once what decodes share."""
+        """shared_prefixes: where the device reads at once what decodes share. admits(request, running): may it enter,
+        as far as more than rows, tokens and blocks are concerned? If so, it does.
+        """
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
         self.stats = SchedulerStats()
         self._shared_prefixes = shared_prefixes
+        self._admits = admits
         self._clear()
 
     def _clear(self) -> None:
@@ -186,9 +190,8 @@ class Scheduler:
                 return  # preempted with a token on the way: it cannot be recomputed before it is read
             prefix = self.cache.find_prefix(request)
             num_uncomputed = request.num_tokens - self.cache.num_tokens(prefix)
-            if not self.cache.has_room(request, prefix) or (
-                not self.enable_chunked_prefill and num_uncomputed > budget
-            ):
+            fits = self.enable_chunked_prefill or num_uncomputed <= budget
+            if not (fits and self.cache.has_room(request, prefix) and self._admits(request, self.running)):
                 return
             self.waiting.popleft()
             self.cache.enter(request, prefix)
@@ -215,6 +218,7 @@ class Scheduler:
                     token_ids=list(request.token_ids) if request.needs_history else None,
                     bad_words=request.bad_words,
                     rope_len=0 if request.context is None else request.context.rope_len,
+                    adapter=None if request.adapter is None else request.adapter.place,
                 )
             )
             scheduled.append((request, num_new))

@@ -32,6 +32,7 @@ class NewRow:
     token_ids: list[int] | None = None  # all that the host knows, where the sampler needs them
     bad_words: tuple[tuple[int, ...], ...] = ()
     rope_len: int = 0  # as in Request
+    adapter: tuple[int, bytes] | None = None  # its slot on the device, and what must be there
 
 
 class SharedPrefix(NamedTuple):

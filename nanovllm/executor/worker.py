@@ -68,6 +68,11 @@ def build_runner(
     if device.type == "cuda" and config.distributed_executor_backend == "mp" and not config.disable_custom_all_reduce:
         tp = _with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
+    adapters = None
+    if config.enable_lora:
+        from nanovllm.runner.adapter_runner import Adapters  # a room: most engines have none
+
+        adapters = Adapters(config, model, device, tp)
     times.append(perf_counter())
     spec = KVCacheSpec(
         groups=group_layers(model_config.windows, config.max_model_len),
@@ -82,7 +87,8 @@ def build_runner(
 
     def make_runner(config: ResolvedConfig, num_blocks: int) -> ModelRunner:
         caches = spec.allocate(num_blocks, device)
-        return ModelRunner(config, model_config, model, caches, backend, device, tp, spec.groups)
+        given = config, model_config, model, caches, backend, device, tp, spec.groups
+        return ModelRunner(*given) if adapters is None else adapters.runner(*given)
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())
@@ -91,7 +97,7 @@ def build_runner(
     if can_capture(device) and not config.enforce_eager and model_config.length_dependent_from is None:
         from nanovllm.runner.graphs.graph_runner import GraphRunner
 
-        runner = GraphRunner(eager, config, model_config)
+        runner = (GraphRunner if adapters is None else adapters.graph_runner)(eager, config, model_config)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
 

@@ -108,7 +108,7 @@ class DenseLinear(LinearMethod):
 
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         spec, target = self.spec, self.weight.data[self.spec.rows(part)]
-        shape, fill = (spec.sizes[part], spec.in_features), _filler(target, spec.parts[part], spec.inputs)
+        shape, fill = (spec.sizes[part], spec.in_features), filler(target, spec.parts[part], spec.inputs)
         yield "weight", WeightSpec(shape, fill, place=target if tuple(target.shape) == shape else None)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,7 +118,7 @@ class DenseLinear(LinearMethod):
         return gather_rows(self.weight, ids)
 
 
-def _filler(target: Tensor, rows: range, columns: range) -> Callable[[Tensor], object]:
+def filler(target: Tensor, rows: range, columns: range) -> Callable[[Tensor], object]:
     def fill(tensor: Tensor) -> None:
         held = tensor[rows.start : rows.stop, columns.start : columns.stop]
         target[: len(held)].copy_(held)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from nanovllm.layers.linear import LinearBase
+    from nanovllm.layers.linear_method import LinearMethod
 
 
 class Renewal:
@@ -21,6 +22,10 @@ class Renewal:
 
     def reopen(self) -> None:
         """Make the tensors that `weights` fills, with what they held; `finish` follows."""
+
+    def tied_to(self, table: "LinearMethod") -> "LinearMethod":
+        """For a head: what takes this method's place, so that it has the table's tensors again."""
+        return table.tied()
 
 
 class PackedRenewal(Renewal):
@@ -39,5 +44,5 @@ class PackedRenewal(Renewal):
 def reopen(layer: "LinearBase", tied_to: "LinearBase | None") -> None:
     """tied_to: the table whose matrix the layer, a head, multiplies by."""
     if tied_to is not None and layer.method.moves:
-        layer.method = tied_to.method.tied()  # it has packed a copy of its own
+        layer.method = layer.method.tied_to(tied_to.method)  # it has packed a copy of its own
     layer.method.reopen()

@@ -76,7 +76,7 @@ def run_with_hidden_states(runner: "ModelRunner", plan: SchedulerOutput) -> "Pen
         )
     with captures as captured:
         hidden, seq_lens = runner.forward(plan, batch)
-    scores = score_prompts(plan, hidden, runner.model, runner.sampler, runner.to_host)
+    scores = score_prompts(plan, batch.rows, hidden, runner)
     extras = PendingExtras(prompt_logprobs=scores, hidden_states=captured)
     if plan.num_draft_tokens:
         from nanovllm.runner.verify import verify  # a room: only engines that speculate have drafts

@@ -153,13 +153,13 @@ class ModelRunner:
         """hidden, seq_lens: as `forward` returns them. extras: of the step, queued before."""
         if not len(batch.sampled_host):
             return self.read_back(batch.sampled, extras)
-        logits = self.model.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1])
         rows = SampledRows(
             batch.rows_host[batch.sampled_host],
             batch.rows[batch.sampled],
             seq_lens_of(plan)[batch.sampled_host],
             seq_lens[batch.sampled],
         )
+        logits = self.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1], rows.rows)
         tokens = self.sampler.sample(logits, rows)
         if self.sampler.pipeline is not None:
             extras = extras.of_sampled(self, logits, tokens, rows.rows_host)
@@ -190,6 +190,10 @@ class ModelRunner:
             rope_lens=rope_lens,
         )
         return self.model(inputs.input_ids, inputs.positions, ctx)
+
+    def compute_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """hidden [n, hidden_size], each of one of the rows [n] -> logits [n, vocab_size]."""
+        return self.model.compute_logits(hidden)  # type: ignore[no-any-return]
 
     def read_back(self, tokens: Tensor, extras: PendingExtras = NO_EXTRAS) -> PendingTokens:
         """tokens are on the device, the extras on their way to the host already."""

@@ -94,8 +94,8 @@ def verify(
 ) -> PendingDraws:
     """As `ModelRunner.sample`, for a plan with drafts."""
     draws = find_draws(plan)
-    sources = upload(draws.sources, hidden.device)
-    logits = runner.model.compute_logits(hidden[sources])
+    sources, rows = upload(np.stack((draws.sources, draws.rows)), hidden.device)
+    logits = runner.compute_logits(hidden[sources], rows)
     return draw(runner, draws, logits, extras)
 
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from nanovllm.engine.input_processor import Prompt
-from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, scoring_of
+from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, read_continuation, scoring_of
 from nanovllm.server.body import BadRequest, Body, checking, read_body
 from nanovllm.server.events import unless_gone
 from nanovllm.server.served import Served
@@ -89,4 +89,4 @@ async def _score_all(served: Served, pairs: list[tuple[str, str]], request_id: s
 def _token_ids(served: Served, before: str, behind: str) -> tuple[list[Any], list[Any]]:
     processor = served.engine.llm._input_processor
     with checking():
-        return processor.read_prompt(before, "text_1"), processor.read_continuation(behind, "text_2")
+        return processor.read_prompt(before, "text_1"), read_continuation(processor, behind, "text_2")

@@ -8,6 +8,7 @@ import pytest
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.string_options import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.scoring import read_continuation
 
 HALF = "good \ud83d"  # as json.loads makes it of text that was cut
 LIMIT = 64
@@ -54,7 +55,7 @@ def test_text_that_is_none_is_named(prompt: Any, options: dict[str, Any], words:
     with pytest.raises(ValueError, match=words):
         process(prompt, **options)
     with pytest.raises(ValueError, match=r"options\[2\] holds U\+D83D"):
-        make_processor(Encoder()).read_continuation(HALF, "options[2]")
+        read_continuation(make_processor(Encoder()), HALF, "options[2]")
 
 
 @pytest.mark.parametrize("prompt", [b"abc", bytearray(b"abc"), memoryview(b"abc"), 3, None, {"prompt": b"abc"}])

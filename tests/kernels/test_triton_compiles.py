@@ -23,6 +23,7 @@ from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels import triton as twins
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.cascade import cascade_inputs
+from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
@@ -222,6 +223,19 @@ def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
     twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids)
 
 
+def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, **options: Any) -> None:
+    dtype = options.pop("dtype", torch.bfloat16)
+    twin, rank, inputs = MODULES["lora"], options.pop("rank", 16), options.pop("inputs", 4096)
+    slots = torch.zeros(num_rows, dtype=torch.int32)
+    rows = AdapterRows(slots, 4, None, slots)
+    if num_rows > 8:
+        rows = rows._replace(rows=torch.zeros(num_rows, 16, dtype=torch.int32))
+    a = torch.zeros(4, len(sizes) * rank, inputs, dtype=dtype)
+    shrunk = twin.shrink_triton(torch.zeros(num_rows, inputs, dtype=dtype), a, rows)
+    b, bias = torch.zeros(4, sum(sizes), rank, dtype=dtype), torch.zeros(4, sum(sizes), dtype=dtype)
+    twin.expand_triton(torch.zeros(num_rows, sum(sizes), dtype=dtype), shrunk, b, bias, sizes, rows, activation)
+
+
 def route_tokens(name: str) -> None:
     logits, bias, routing = rule_inputs(name, 3)
     MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
@@ -332,6 +346,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "inputs in int8": lambda: round_inputs("int8", None, None),
     "inputs in int8, static": lambda: round_inputs("int8", None, torch.ones(1)),
     **{f"routing, {name}": (lambda name=name: route_tokens(name)) for name in RULES},
+    "adapters of a row": lambda: adapt(1, (4096, 1024, 1024)),
+    "adapters of a row, gated": lambda: adapt(1, (12288, 12288), "silu"),
+    "adapters of 40 rows": lambda: adapt(40, (200, 40, 40), inputs=80, rank=48),
+    "adapters of 600 rows, gated, float32": lambda: adapt(600, (96, 96), "gelu_tanh", rank=32, dtype=torch.float32),
     "moe, a token": lambda: mix_experts(1, 8, 256),
     "moe, blocks of 16": lambda: mix_experts(5, 8, 200),
     "moe, blocks of 64": lambda: mix_experts(80, 2, 256),

@@ -48,7 +48,7 @@ class ContextRule(NamedTuple):
 def become_long(request: Request, context: Context) -> None:
     """All of its tokens, which hold no blocks now, are to be computed as part of a long context."""
     context.rope_len, context.outgrown_at = len(request.token_ids), context.recompute_from
-    request.cache_salt, request.block_hashes = LONG_SALT, []
+    _change_salt(request, LONG_SALT)
     context.recompute_from = None  # last: an interruption before finds the rest to be done
 
 
@@ -56,4 +56,9 @@ def become_short(request: Request, context: Context, num_tokens: int) -> None:
     """Undo `become_long`, if it came with a token behind these, which are taken back."""
     if context.rope_len > num_tokens:
         context.rope_len, context.recompute_from = request.num_prompt_tokens, context.outgrown_at
-        request.cache_salt, request.block_hashes = b"", []
+        _change_salt(request, b"")
+
+
+def _change_salt(request: Request, salt: bytes) -> None:
+    request.cache_salt = salt if request.adapter is None else salt + request.adapter.key
+    request.block_hashes = []

@@ -4,7 +4,7 @@ Owns messages, and the early end of a text that cannot fit. Invariant: an error 
 fit is not tokenized as a whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanovllm.errors import brief
@@ -53,3 +53,24 @@ def check_length(text: str, encode: Callable[..., list[int]], max_tokens: int, n
                 f"{num_tokens:,} tokens, and max_model_len is {max_tokens}. Shorten the prompt, or raise "
                 "max_model_len if the model allows it"
             )
+
+
+def not_one_each(given: Any, name: str, kind: str, num_prompts: int) -> Exception:
+    """What is wrong with what is no list of as many as there are prompts."""
+    if not isinstance(given, Sequence):
+        return TypeError(f"{name} must be {kind} or a list of them, got {given!r}")
+    return ValueError(f"got {len(given)} {name} for {num_prompts} prompts; give one for all or one each")
+
+
+def no_room(num_prompt: int, num_cache_tokens: int, name: str) -> ValueError:
+    return ValueError(
+        f"{name} needs room for {num_prompt + 1} tokens and the whole KV cache has {num_cache_tokens}. "
+        "Shorten the prompt, or raise kv_cache_memory_bytes, gpu_memory_utilization or num_gpu_blocks_override"
+    )
+
+
+def too_long(num_prompt: int, max_model_len: int, name: str) -> ValueError:
+    return ValueError(
+        f"{name} has {num_prompt} tokens; with one output token it needs {num_prompt + 1}, and max_model_len "
+        f"is {max_model_len}. Shorten the prompt, or raise max_model_len if the model allows it"
+    )

@@ -77,7 +77,7 @@ class CapturedSteps:
         return self._runner.run_model(rows, inputs, meta)
 
     def _sample(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._runner.model.compute_logits(hidden)
+        logits = self._runner.compute_logits(hidden, rows)
         return self._runner.sampler.sample_captured(logits, rows, positions), logits
 
 

@@ -5,6 +5,7 @@ tokens are those of the ModelRunner alone, whose model, cache and rows the graph
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,19 +13,36 @@ from torch import Tensor
 
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.kernels.cascade import CascadeInputs
 from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture, warm_up_behind
 from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
-from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeLayout, PromptLayout
+from nanovllm.runner.graphs.layouts import (
+    CascadeLayout,
+    DecodeInputs,
+    DecodeLayout,
+    PromptInputs,
+    PromptLayout,
+    PromptSize,
+)
 from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
-from nanovllm.runner.graphs.verify_steps import VerifyLayout, VerifySteps
+from nanovllm.runner.graphs.verify_steps import VerifyInputs, VerifyLayout, VerifySteps
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens, seq_lens_of
 from nanovllm.sampling.edited_rows import redraw_edited
 from nanovllm.sampling.rows import SampledRows, upload
 
 # Of the layers' weights: an H200 reads as many in 2 ms, and a host takes 14 to launch 28 layers kernel by kernel.
 LIGHT_BYTES = 8 * 2**30
+
+
+class Graphs(NamedTuple):
+    """One for each kind of step in `layouts.py`; cascade: None where shared prefixes are never read at once."""
+
+    decode: StepGraphs[int, DecodeInputs]
+    prompts: StepGraphs[PromptSize, PromptInputs]
+    verify: StepGraphs[int, VerifyInputs]
+    cascade: StepGraphs[int, tuple[DecodeInputs, CascadeInputs]] | None
 
 
 class GraphRunner:
@@ -39,23 +57,32 @@ class GraphRunner:
         self._splits_prompts = self._captures_prompts and weight_bytes <= LIGHT_BYTES
         self._decodes = DecodeLayout(config.max_num_seqs)
         self._prompts = PromptLayout()
-        steps = CapturedSteps(runner, config.max_num_seqs)
-        how = config.overlap_depth + 1, runner.device, GraphPool(runner.device), runs_before_capture(config)
-        self._decode_graphs = StepGraphs(steps.decode, self._decodes, config.max_num_seqs, *how)
-        self._prompt_graphs = StepGraphs(steps.prompts, self._prompts, self._prompts.largest, *how)
-        if runner.cascade_items is not None:
-            cascades = CascadeLayout(self._decodes, runner.cascade_items)
-            self._cascade_graphs = StepGraphs(steps.decode_cascade, cascades, config.max_num_seqs, *how)
         self._verifies, self._verify = VerifyLayout(), VerifySteps(runner)
-        self._verify_graphs = StepGraphs(self._verify.step, self._verifies, self._verifies.sizes[-1], *how)
+        self._how = config.overlap_depth + 1, runner.device, GraphPool(runner.device), runs_before_capture(config)
+        self._max_num_seqs = config.max_num_seqs
+        self._graphs = self._make_graphs()
         with dependent_launch(self._dependent_launch):
-            self._decode_graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+            self._graphs.decode.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
         if runner.device.type == "cuda":
             from nanovllm.kernels.triton.common.warmup import log_late_kernels
 
             warm_up_behind(runner, config, self._captures_prompts)
             torch.cuda.empty_cache()  # what the dry run took
             log_late_kernels()
+
+    def _make_graphs(self) -> "Graphs":
+        """None of them captured."""
+        steps, most = CapturedSteps(self._runner, self._max_num_seqs), self._max_num_seqs
+        cascade = None
+        if self._runner.cascade_items is not None:
+            cascades = CascadeLayout(self._decodes, self._runner.cascade_items)
+            cascade = StepGraphs(steps.decode_cascade, cascades, most, *self._how)
+        return Graphs(
+            StepGraphs(steps.decode, self._decodes, most, *self._how),
+            StepGraphs(steps.prompts, self._prompts, self._prompts.largest, *self._how),
+            StepGraphs(self._verify.step, self._verifies, self._verifies.sizes[-1], *self._how),
+            cascade,
+        )
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:
@@ -99,17 +126,18 @@ class GraphRunner:
         self._runner.sampler.columns.upload()
         if plan.num_draft_tokens:
             if (num_places := self._verifies.size(plan)) is not None:
-                return self._verify.run(self._verify_graphs, num_places, plan)
+                return self._verify.run(self._graphs.verify, num_places, plan)
             return self._runner.run(plan)
         if (size := self._decodes.size(plan)) is not None:
             if self._runner.layer_groups is not None and plan.new_blocks:  # a graph takes those of one table
                 self._runner.stage(plan)
                 plan = replace(plan, new_blocks=[])
-            graphs = self._cascade_graphs if plan.shared_prefixes else self._decode_graphs
-            return self._finish(plan, *graphs.run(size, plan))
+            if plan.shared_prefixes and self._graphs.cascade is not None:
+                return self._finish(plan, *self._graphs.cascade.run(size, plan))
+            return self._finish(plan, *self._graphs.decode.run(size, plan))
         if self._captures_prompts and (prompt_size := self._prompts.size(plan)) is not None:
             self._runner.stage(plan)
-            return self._finish(plan, *self._prompt_graphs.run(prompt_size, plan))
+            return self._finish(plan, *self._graphs.prompts.run(prompt_size, plan))
         return self._runner.run(plan)
 
     def _finish(self, plan: SchedulerOutput, tokens: Tensor, logits: Tensor) -> PendingTokens:

@@ -120,7 +120,7 @@ class VerifySteps:
             reads_step=True,
         )
         hidden = runner.run_model(inputs.rows, prepared, meta)
-        logits = runner.model.compute_logits(hidden)
+        logits = runner.compute_logits(hidden, inputs.rows)
         tokens = runner.sampler.sample_captured(logits, inputs.rows, seq_lens)
         return torch.stack((tokens, self._accept(inputs, rows, tokens))), logits
 

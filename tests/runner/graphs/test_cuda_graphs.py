@@ -116,7 +116,7 @@ def test_memory_does_not_grow_with_the_number_of_sizes(tmp_path: Path) -> None:
         allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         with torch.inference_mode():
             for size in runner._decodes.sizes[:-1]:
-                runner._decode_graphs.capture(size)
+                runner._graphs.decode.capture(size)
         torch.cuda.empty_cache()
         logits = 4 * vocab_size * max_num_seqs
         assert torch.cuda.memory_allocated() - allocated < logits // 8
