@@ -84,10 +84,10 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
             yield "mean KL from plain, nats (less is better)", Bar(row["mean_kl"], None)
         yield "greedy token as plain's, share", Bar(row["agreement"], None)
     elif kind == "serve":
-        yield f"{workload}, output tok/s", Bar(row["output_tokens_per_second"], spread)
+        yield f"{workload}:\noutput tok/s", Bar(row["output_tokens_per_second"], spread)  # in lines that fit a panel
         for name, text in (("first_token", "first token"), ("gap", "gap")):
             for share in ("p50", "p99"):
-                yield f"{workload}, {text} {share}, ms (less is better)", Bar(row[f"{name}_{share}_ms"], None)
+                yield f"{workload}:\n{text} {share}, ms (less is better)", Bar(row[f"{name}_{share}_ms"], None)
     elif kind == "start":
         for name, caches in (("cold_seconds", "nothing cached"), ("warm_seconds", "caches warm")):
             if name in row:

@@ -204,6 +204,8 @@ def _flags(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, dict):
+        return [flag, json.dumps(value)]
     return [part for one in (value if isinstance(value, (list, tuple)) else [value]) for part in (flag, str(one))]
 
 
