@@ -67,6 +67,7 @@ class EngineConfig:
     enable_prefix_caching: let requests share the KV blocks of equal prompt beginnings.
     enable_chunked_prefill: compute a prompt in parts where the budget of a step cuts it; off, a prompt waits until it
         fits whole, and max_num_batched_tokens must be at least max_model_len.
+    enable_sleep_mode: on a GPU, keep weights and KV cache in memory that `LLM.sleep` can give back; a CPU always can.
     enforce_eager: run without CUDA graphs.
     compilation: how the layers between the matrix products run: "kernels" (this project's own: Triton on a GPU, C++ on
         a CPU), "inductor" (plain PyTorch, fused by torch.compile) or "none" (plain PyTorch).
@@ -124,6 +125,7 @@ class EngineConfig:
     block_size: int | None = option(None, choices=(None, 8, 16, 32, 64))
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
+    enable_sleep_mode: bool = False
     enforce_eager: bool = False
     compilation: str = option("kernels", choices=("kernels", "inductor", "none"))
     dependent_launch: bool = True

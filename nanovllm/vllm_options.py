@@ -20,7 +20,6 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "lora_dtype": ((None, "auto"), "adapters have the dtype of the model"),
         "fully_sharded_loras": (_OFF, "each matrix is split as its layer is, without further exchanges"),
         "default_mm_loras": ((None, {}), "only text is supported"),
-        "enable_sleep_mode": (_OFF, "sleeping is not supported; close() frees the device"),
         "pipeline_parallel_size": ((None, 1), "pipeline parallelism is not supported; use tensor_parallel_size"),
         "enable_expert_parallel": (_OFF, "experts are split by tensor_parallel_size only"),
         "cpu_offload_gb": ((None, 0), "weights are not offloaded; use tensor_parallel_size or a smaller model"),

@@ -24,6 +24,7 @@ from nanovllm.engine.input_processor import InputProcessor, Prompt
 from nanovllm.engine.prompt_text import PromptText
 from nanovllm.engine.request import Request
 from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.live.doors import executor_door
 from nanovllm.live.surface import LiveWeights
 from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import BeamSearchOutput, RequestOutput, raise_error_of
@@ -305,7 +306,7 @@ class VLLMSurface(LiveWeights, AdaptedLLM):
 
     @cached_property
     def llm_engine(self) -> SimpleNamespace:
-        """vLLM's engine object, as far as wrappers read it: `model_config` and `get_tokenizer()`."""
+        """vLLM's engine object, as far as wrappers use it: `model_config`, `get_tokenizer()`, a way to load weights."""
         from transformers import AutoConfig, PretrainedConfig
 
         stated = dict(self._hf_config)
@@ -324,7 +325,9 @@ class VLLMSurface(LiveWeights, AdaptedLLM):
             hf_text_config=hf_config.get_text_config(),
             get_vocab_size=lambda: self.model_config.vocab_size,
         )
-        return SimpleNamespace(model_config=model_config, get_tokenizer=self.get_tokenizer)
+        return SimpleNamespace(
+            model_config=model_config, get_tokenizer=self.get_tokenizer, model_executor=executor_door(self)
+        )
 
     # -- what is not here --
 
@@ -332,9 +335,6 @@ class VLLMSurface(LiveWeights, AdaptedLLM):
     encode = _refused("encode", _POOLING)
     classify = _refused("classify", _POOLING)
     reward = _refused("reward", _POOLING)
-    sleep = _refused("sleep", "close() frees the device")
-    wake_up = _refused("wake_up", "nothing sleeps")
-    collective_rpc = _refused("collective_rpc", "apply_model(function) reaches each worker's model")
     start_profile = _refused("start_profile", "use torch.profiler, or get_metrics()")
     stop_profile = _refused("stop_profile", "use torch.profiler, or get_metrics()")
 

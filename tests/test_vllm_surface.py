@@ -170,7 +170,7 @@ def test_parameters_can_be_copied_field_by_field() -> None:
     assert SamplingParams(**{name: getattr(params, name) for name in names}) == params
 
 
-@pytest.mark.parametrize("name", ["encode", "classify", "reward", "sleep", "wake_up", "collective_rpc"])
+@pytest.mark.parametrize("name", ["encode", "classify", "reward", "start_profile"])
 def test_what_is_not_here_is_refused_by_name(llm: LLM, name: str) -> None:
     with pytest.raises(NotImplementedError, match=rf"LLM\.{name} is not supported: "):
         getattr(llm, name)("Hi", level=2)

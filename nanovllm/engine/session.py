@@ -79,8 +79,8 @@ class Session(Lifetime):
     @contextmanager
     def numbers(self, size: int) -> Iterator[list[int]]:
         """Numbers for new requests; as ids, none of them is in use. A block that raises uses none of them up."""
-        if self.refusal is not None:
-            raise RuntimeError(self.refusal)
+        if self.get_ready is not None:
+            self.get_ready()
         with self._numbering:
             first = self._next_number
             numbers = list(islice((number for number in count(first) if str(number) not in self._handles), size))

@@ -27,6 +27,8 @@ def join_launched_ranks(
     """
     size = config.tensor_parallel_size
     missing = [name for name in _VARIABLES if name not in os.environ]
+    if len(missing) == len(_VARIABLES) and size == 1:
+        return TensorParallel(), device, lambda: None  # no launcher, and none is needed
     if missing:
         raise ValueError(
             f"distributed_executor_backend='external_launcher' needs the environment variable {missing[0]}: start the "

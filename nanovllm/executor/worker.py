@@ -30,8 +30,9 @@ from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import Ops, choose_ops
 from nanovllm.models.registry import model_class
 from nanovllm.runner.host_memory import host_memory
-from nanovllm.runner.kv_cache import KVCacheSpec, choose_num_blocks, useful_num_blocks
+from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros, choose_num_blocks, useful_num_blocks, zeros
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.sleeping import choose_sleeper
 from nanovllm.weights.checkpoint import Checkpoint
 from nanovllm.weights.loader import fill_random, load_weights, places
 
@@ -68,6 +69,9 @@ def build_runner(
     if device.type == "cuda" and config.distributed_executor_backend == "mp" and not config.disable_custom_all_reduce:
         tp = _with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
+    model.sleeper = sleeper = choose_sleeper(device, config.enable_sleep_mode)
+    if sleeper is not None:
+        sleeper.hold_weights(model)
     adapters = None
     if config.enable_lora:
         from nanovllm.runner.adapter_runner import Adapters  # a room: most engines have none
@@ -85,14 +89,14 @@ def build_runner(
     )
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
-    def make_runner(config: ResolvedConfig, num_blocks: int) -> ModelRunner:
-        caches = spec.allocate(num_blocks, device)
+    def make_runner(config: ResolvedConfig, num_blocks: int, make: MakeZeros = zeros) -> ModelRunner:
+        caches = spec.allocate(num_blocks, device, make)
         given = config, model_config, model, caches, backend, device, tp, spec.groups
         return ModelRunner(*given) if adapters is None else adapters.runner(*given)
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())
-    eager = make_runner(config, num_blocks)
+    eager = make_runner(config, num_blocks, zeros if sleeper is None else sleeper.zeros)
     runner: Runner = eager
     if can_capture(device) and not config.enforce_eager and model_config.length_dependent_from is None:
         from nanovllm.runner.graphs.graph_runner import GraphRunner

@@ -7,6 +7,7 @@ are, and with them whatever remembers their addresses, such as a captured graph.
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class Renewal:
         """For a head: what takes this method's place, so that it has the table's tensors again."""
         return table.tied()
 
+    def discard(self) -> None:
+        """Let go of what is held beside parameters; all of the weights are filled again before the next product."""
+
 
 class PackedRenewal(Renewal):
     """A part of `PackedLinear`."""
@@ -39,6 +43,11 @@ class PackedRenewal(Renewal):
         if self._packed is not None:
             self.weight = nn.Parameter(self._packed.to_dense(), requires_grad=False)
             self._packed = None
+
+    def discard(self) -> None:
+        if self._packed is not None:
+            plain = torch.empty(self._packed.shape, dtype=self._packed.dtype)  # takes no memory before it is filled
+            self.weight, self._packed = nn.Parameter(plain, requires_grad=False), None
 
 
 def reopen(layer: "LinearBase", tied_to: "LinearBase | None") -> None:

@@ -1,30 +1,39 @@
-"""LiveWeights: what `LLM` offers a training loop: new weights, a pause, and which version of the weights is at work.
+"""LiveWeights: what `LLM` offers a training loop: new weights, a pause, sleep, and which weights are at work.
 
 Owns the order of these calls, and why nothing can be generated where that is so. Invariant: nothing is generated with
 weights of which a part is missing.
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.features.weights_version import WeightsVersion
 from nanovllm.engine.session import Session
+from nanovllm.live.doors import OnWorker, call_method
 from nanovllm.live.in_flight import check_mode, is_paused, pause, resume
 from nanovllm.live.model_weights import Table
-from nanovllm.live.update import Update, table_of
+from nanovllm.live.sleep import FallAsleep, TakeBack, read_level, read_tags
+from nanovllm.live.update import Update, everywhere, on_workers, table_of
+from nanovllm.weights.checkpoint import open_checkpoint
 
 Weights = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
 
 @dataclass
 class LiveState:
-    """missing: tensors without a value. is_paused: by `pause`. open: the update that `start_weight_update` began."""
+    """missing: tensors without a value. asleep: tags of memory that is given back. is_paused: by `pause`. open: the
+    update that `start_weight_update` began.
+    """
 
     version: WeightsVersion = field(default_factory=WeightsVersion)
     missing: set[str] = field(default_factory=set)
+    asleep: set[str] = field(default_factory=set)
     is_paused: bool = False
     table: Table | None = None
     open: Update | None = None
@@ -33,6 +42,8 @@ class LiveState:
 
 class LiveWeights:
     # What `LLM` has.
+    config: ResolvedConfig
+    model_config: ModelConfig
     _session: Session
 
     @property
@@ -58,6 +69,7 @@ class LiveWeights:
         check_mode(mode)
         live = self._live
         with live.lock:
+            self._check_awake()
             if live.open is not None:
                 self._take(live.open, weights)
                 return live.version.number
@@ -91,9 +103,9 @@ class LiveWeights:
             update.drop()
             raise
 
-    def _commit(self, update: Update, mode: str) -> int:
+    def _commit(self, update: Update, mode: str, version: WeightsVersion | None = None) -> int:
         live, names = self._live, set(update.names)
-        version = live.version.next()
+        version = version or live.version.next()
         try:
             update.commit(version, mode)
             live.version = version
@@ -107,19 +119,41 @@ class LiveWeights:
     def _follow(self) -> None:
         """Hold the engine while something is missing, and let it go when nothing is any more."""
         live, session = self._live, self._session
-        session.refusal = self._refusal()
-        held = session.refusal is not None
-        if not session.is_closed and not held and not live.is_paused and is_paused(session):
+        is_held = bool(live.missing or live.asleep)
+        session.get_ready = self._get_ready if is_held else None
+        if not session.is_closed and not is_held and not live.is_paused and is_paused(session):
             session.exclusively(lambda: resume(session))
 
-    def _refusal(self) -> str | None:
-        missing = self._live.missing
-        if not missing:
-            return None
-        return (
-            f"{len(missing)} tensors of the model have no value, {min(missing)!r} among them: update_weights() with "
-            "them first"
-        )
+    def _get_ready(self) -> None:
+        """Before something is asked for: raise RuntimeError unless the weights are there; a KV cache is woken."""
+        live = self._live
+        with live.lock:
+            self._check_awake()
+            if live.missing and not live.version.number:
+                self._read_again()
+            if live.missing:
+                raise RuntimeError(
+                    f"{len(live.missing)} tensors of the model have no value, {min(live.missing)!r} among them: "
+                    "update_weights() with them first"
+                )
+            if live.asleep:
+                self.wake_up()
+
+    def _check_awake(self) -> None:
+        if "weights" in self._live.asleep:
+            raise RuntimeError("the engine sleeps, and its weights with it: wake_up() first")
+
+    def _read_again(self) -> None:
+        """From the checkpoint, where its weights were the last ones."""
+        config, dtype = self.config, getattr(torch, self.model_config.dtype)
+        if config.load_format == "dummy":
+            return
+        is_packed = config.quantization == "gguf"
+        options = {"load_format": config.load_format, "revision": config.revision, "is_packed": is_packed}
+        checkpoint = open_checkpoint(config.model, **options)  # type: ignore[arg-type]
+        update = Update(self._session, self._table())
+        self._take(update, checkpoint.tensors(dtype))
+        self._commit(update, "keep", self._live.version)
 
     def _table(self) -> Table:
         live = self._live
@@ -153,3 +187,78 @@ class LiveWeights:
     def is_paused(self) -> bool:
         """Whether `pause` holds generation."""
         return self._live.is_paused
+
+    # -- workers --
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """What method(worker, *args, **kwargs) returns for each worker: one that has `model_runner.model` and `device`.
+
+        A name stands for the method of `LLM` that does the same. timeout: as `distributed_timeout_seconds` says.
+        """
+        if isinstance(method, str):
+            return call_method(self, method, args, kwargs or {})
+        return on_workers(self._session, OnWorker(method, args, kwargs or {}))
+
+    def get_weight_version(self) -> int:
+        """`weights_version`, by vLLM's name."""
+        return self.weights_version
+
+    # -- sleep --
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give the memory of weights and KV cache back to the device, until `wake_up`.
+
+        level: 1 keeps what the weights are in the host's memory; 2 forgets it, and after `wake_up` all of them are to
+        be given by `update_weights`, or, if there has been no update, are read from the checkpoint again. Nothing can
+        be asked for meanwhile. mode: of requests in flight, as for `pause`; those that go on are computed anew.
+        """
+        check_mode(mode)
+        keeps_weights = read_level(level) == 1
+        if self.config.device != "cpu" and not self.config.enable_sleep_mode:
+            raise ValueError("an engine on a GPU sleeps only if it was built with enable_sleep_mode=True")
+        live, session = self._live, self._session
+        with live.lock:
+            if live.open is not None:
+                raise RuntimeError("an update has been started: finish_weight_update() before sleep()")
+            filled = set() if keeps_weights else self._names()
+            if "weights" in live.asleep:
+                if keeps_weights or live.missing >= filled:
+                    return
+                raise RuntimeError("the engine sleeps already, at level 1: wake_up() before sleep(level=2)")
+
+            def fall_asleep() -> None:
+                pause(session, mode)
+                everywhere(session, FallAsleep(keeps_weights))
+
+            live.asleep, live.missing = {"weights", "kv_cache"}, live.missing | filled
+            session.get_ready = self._get_ready
+            session.exclusively(fall_asleep)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Take memory back: for "weights", "kv_cache", or, by default, both.
+
+        Raises torch.OutOfMemoryError where the device has too little; it may be called again.
+        """
+        live, woken = self._live, read_tags(tags)
+        with live.lock:
+            on_workers(self._session, TakeBack(woken))
+            live.asleep -= set(woken)
+            self._follow()
+
+    def _names(self) -> set[str]:
+        """Of all tensors that make up the model. Raises NotImplementedError if one of them cannot be given again."""
+        slots = self._table().slots
+        for name, slot in slots.items():
+            if slot.frozen:
+                raise NotImplementedError(f"{name!r} could not be given again: {slot.frozen}; use sleep(level=1)")
+        return {name for name, slot in slots.items() if not slot.instead_of}
+
+    @property
+    def is_sleeping(self) -> bool:
+        return bool(self._live.asleep)

@@ -79,6 +79,9 @@ class AdapterLinear(LinearMethod):
     def reopen(self) -> None:
         self.base.reopen()
 
+    def discard(self) -> None:
+        self.base.discard()
+
     def tied_to(self, table: LinearMethod) -> LinearMethod:
         self.base = self.base.tied_to(table.base if isinstance(table, AdapterLinear) else table)
         return self

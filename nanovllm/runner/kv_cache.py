@@ -4,6 +4,7 @@ Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, bl
 contiguous: the tokens of a block lie side by side under each head, so that a head reads a block in one piece.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +15,16 @@ from torch import Tensor
 from nanovllm.cache_specs import CacheGroups, StateMemory
 from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import LayerCache
+
+MakeZeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy leaves the zeroing to the operating system, page by page on first use; torch.zeros writes all of it at once,
+    # which takes seconds and memory that most runs never need.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +57,16 @@ class KVCacheSpec:
         snapshots = states.num_snapshots(num_blocks) * states.bytes_per_state // self.num_ranks
         return num_blocks * self.bytes_per_block + snapshots
 
-    def allocate(self, num_blocks: int, device: torch.device) -> list[LayerCache]:
+    def allocate(self, num_blocks: int, device: torch.device, make: MakeZeros = zeros) -> list[LayerCache]:
         """By layer, zeroed: kernels may read a whole block of which only a part was written.
 
         A block is of one group at a time, so layers that have the same place in their groups have one tensor. Layers
-        with a state read none of them; one stands there in their place.
+        with a state read none of them; one stands there in their place. make: the tensors.
         """
         shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        places = [LayerCache(zeros(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
+        places = [LayerCache(make(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
         by_layer = {layer: places[i] for layers in self.groups.layers for i, layer in enumerate(layers)}
         return [by_layer.get(layer, places[0]) for layer in range(self.groups.num_layers)]
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # NumPy leaves the zeroing to the operating system, page by page on first use; torch.zeros writes all of it at once,
-    # which takes seconds and memory that most runs never need.
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def choose_num_blocks(config: ResolvedConfig, spec: KVCacheSpec, free_bytes: int) -> int:

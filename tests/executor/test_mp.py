@@ -251,7 +251,10 @@ def test_a_bad_checkpoint_raises_what_it_raises_in_one_process(tmp_path: Path, m
     ("options", "message"),
     [
         ({"tensor_parallel_size": 3}, r"num_attention_heads = 4.*3 tensor-parallel ranks"),
-        ({"distributed_executor_backend": "external_launcher"}, "torchrun --nproc-per-node 1"),
+        (
+            {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2},
+            "torchrun --nproc-per-node 2",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 class Lifetime:
     """A part of `Session`."""
 
-    refusal: str | None = None  # why nothing new can be asked for now, if so
+    get_ready: Callable[[], None] | None = None  # called before requests are made; raises where they could not run
 
     engine: SteppedEngine
     _handles: "dict[str, Handle]"
