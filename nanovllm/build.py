@@ -36,6 +36,7 @@ from nanovllm.layers.ops import PLAIN
 from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
+from nanovllm.speculative_config import MODEL_METHODS
 from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -148,7 +149,7 @@ def _start_engine(
         replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
         return replicas, replicas.num_blocks, replicas.runner_times
     make_scheduler, make_engine = _planner_and_loop(config, model_config, device)
-    executor, times = _start_executor(replace(config, speculative_config=None), model_config, checkpoint, device)
+    executor, times = _start_executor(_of_workers(config, model_config), model_config, checkpoint, device)
     cache = _cache_manager(config, model_config, executor.num_blocks)
     scheduler = make_scheduler(
         cache,
@@ -189,6 +190,16 @@ def _planner_and_loop(
         partial(traced(planner), recorder=open_recorder(config), **options),
         partial(TracedEngine, clock=device_clock),
     )
+
+
+def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedConfig:
+    """Workers are told of speculation if they have a part in it. Raises ValueError for a wrong draft model."""
+    if config.speculative_config is None or config.speculative_config.method not in MODEL_METHODS:
+        return replace(config, speculative_config=None)
+    from nanovllm.runner.drafting import open_draft
+
+    open_draft(config, model_config)
+    return config
 
 
 def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:

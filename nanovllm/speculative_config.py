@@ -11,7 +11,8 @@ from typing import Any
 from nanovllm.errors import brief
 from nanovllm.options import check_fields, option, takes_options
 
-METHODS = ("ngram", "suffix", "custom_class")
+MODEL_METHODS = ("draft_model",)  # which guess with a model of their own, on the device
+METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
 MAX_DRAFT_TOKENS = 63
 _OF_METHOD = {
     "prompt_lookup_max": ("ngram",),
@@ -20,7 +21,8 @@ _OF_METHOD = {
     "suffix_decoding_max_spec_factor": ("suffix",),
     "suffix_decoding_min_token_prob": ("suffix",),
     "proposer": ("custom_class",),
-    "model": ("custom_class",),
+    "model": ("custom_class", *MODEL_METHODS),
+    "revision": MODEL_METHODS,
 }
 
 
@@ -41,14 +43,15 @@ class SpeculativeConfig:
     """Raises TypeError, ValueError or NotImplementedError that names the field.
 
     method: "ngram" (what followed the last tokens where they stood before), "suffix" (the same from all places, as far
-        as they agree) or "custom_class" (a proposer of your own).
+        as they agree), "draft_model" (a smaller model with the same tokens) or "custom_class" (a proposer of your own).
     num_speculative_tokens: most tokens that are guessed at once for one request.
     prompt_lookup_max: most tokens that are looked up; 5 if not given.
     prompt_lookup_min: fewest tokens that are looked up; 2 if not given.
     suffix_decoding_max_tree_depth: most tokens of context that are compared to tell places apart.
     suffix_decoding_max_spec_factor: most guessed tokens for each token of context that agrees.
     suffix_decoding_min_token_prob: a guess ends where its token is less likely than this, by what followed before.
-    model: of "custom_class" the proposer's class, as "package.module.Class".
+    model: the draft model, as `LLM` takes one; of "custom_class" the proposer's class, as "package.module.Class".
+    revision: of the draft model, where that is a Hub name.
     proposer: of "custom_class" the proposer itself, in the place of `model`.
     disable_by_batch_size: with more running requests than this nothing is guessed.
     adaptive: guess only as much as pays, by measured step times and what was accepted so far; off,
@@ -63,6 +66,7 @@ class SpeculativeConfig:
     suffix_decoding_max_spec_factor: float = option(1.0, above=0)
     suffix_decoding_min_token_prob: float = option(0.1, low=0, high=1)
     model: str | None = None
+    revision: str | None = None
     proposer: Any = option(None, read=lambda proposer: proposer)
     disable_by_batch_size: int = option(64, low=1)
     adaptive: bool = True
@@ -86,6 +90,8 @@ class SpeculativeConfig:
                 "speculative_config: method 'custom_class' needs either proposer=<an object with a method propose> or "
                 "model='package.module.Class'"
             )
+        if self.method in MODEL_METHODS and self.model is None:
+            raise ValueError(f"speculative_config.model must name the model that drafts for method {self.method!r}")
         if self.proposer is not None and not callable(getattr(self.proposer, "propose", None)):
             raise TypeError(f"speculative_config.proposer must have a method propose, got {brief(self.proposer)}")
 

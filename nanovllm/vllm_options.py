@@ -101,9 +101,9 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "disable_padded_drafter_batch": (_ANY, ""),
         "enforce_eager": (_ANY, ""),
         "parallel_drafting": (_OFF, "drafts of n-grams and suffixes are made at once"),
-        "draft_tensor_parallel_size": ((None,), "the methods here have no weights to split"),
-        "quantization": ((None,), "the methods here have no weights"),
-        "revision": ((None,), "the methods here have no weights"),
+        "draft_tensor_parallel_size": ((None,), "the draft model is split as the model is"),
+        "quantization": ((None,), "the draft model is as its checkpoint has it"),
+        "max_model_len": (_ANY, ""),
     },
     "StructuredOutputsParams": {
         "structural_tag": ((None,), "forms that begin at a tag in the text are not supported; use grammar"),

@@ -50,7 +50,8 @@ class SchedulerOutput:
 
     num_samples: how many tokens to sample for each request: none in mid-prompt, one behind its last token; 1 + k where
     the last k of its tokens are a draft, num_draft_tokens of all requests together. These tokens count as the request's
-    as far as they are what is sampled before them.
+    as far as they are what is sampled before them. num_draft_steps: not 0 in a step of the draft model, which samples
+    so many tokens, one after the other, for each request that samples.
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
     block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
@@ -73,6 +74,7 @@ class SchedulerOutput:
     capture_layers: dict[int, tuple[int | str, ...]] = field(default_factory=dict)
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
     num_draft_tokens: int = 0
+    num_draft_steps: int = 0
 
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":
         """The part of the step that concerns these of the rows, in their order here."""

@@ -77,6 +77,14 @@ def build_runner(
         from nanovllm.runner.adapter_runner import Adapters  # a room: most engines have none
 
         adapters = Adapters(config, model, device, tp)
+    draft = None
+    if config.speculative_config is not None:  # of those that need a model
+        from nanovllm.runner.drafting import DraftModel  # a room, too
+
+        def load(model_config: ModelConfig, checkpoint: Checkpoint) -> Any:
+            return _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
+
+        draft = DraftModel(config, model_config, device, tp, load)
     times.append(perf_counter())
     spec = KVCacheSpec(
         groups=group_layers(model_config.windows, config.max_model_len),
@@ -86,6 +94,7 @@ def build_runner(
         dtype=getattr(torch, model_config.dtype),
         states=model_config.state_memory(config.block_size),
         num_ranks=tp.size,
+        bytes_beside=0 if draft is None else draft.bytes_per_block,
     )
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
@@ -102,6 +111,13 @@ def build_runner(
         from nanovllm.runner.graphs.graph_runner import GraphRunner
 
         runner = (GraphRunner if adapters is None else adapters.graph_runner)(eager, config, model_config)
+    if draft is not None:
+        from nanovllm.runner.drafting import DraftingRunner
+
+        drafter: Any = draft.runner(eager, backend)
+        if runner is not eager:
+            drafter = GraphRunner(drafter, draft.config, draft.model_config)
+        runner = DraftingRunner(runner, drafter)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
 

@@ -31,7 +31,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 class KVCacheSpec:
     """What one device's cache holds per layer, and how layers share blocks.
 
-    states: of the whole model, where some layers keep one; num_ranks: that share it.
+    states: of the whole model, where some layers keep one; num_ranks: that share it. bytes_beside: what another
+    model keeps for each block, in a cache of its own.
     """
 
     groups: CacheGroups
@@ -41,10 +42,12 @@ class KVCacheSpec:
     dtype: torch.dtype
     states: StateMemory | None = None
     num_ranks: int = 1
+    bytes_beside: int = 0
 
     @property
     def bytes_per_block(self) -> int:
-        return self.groups.num_places * 2 * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+        cell = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.groups.num_places * self.block_size * cell + self.bytes_beside
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Beside their snapshots, if layers keep states."""

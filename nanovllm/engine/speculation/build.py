@@ -6,18 +6,20 @@ Owns the choice of parts. Invariant: nothing is planned or measured here.
 from collections.abc import Callable
 from typing import Any
 
+from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
 from nanovllm.engine.speculation.pace import Pace
 from nanovllm.engine.speculation.proposer import make_proposals
 from nanovllm.engine.speculation.scheduler import SpeculativeScheduler
-from nanovllm.speculative_config import SpeculativeConfig
+from nanovllm.speculative_config import MODEL_METHODS, SpeculativeConfig
 
 
 def speculative_planner(
     config: SpeculativeConfig, vocab_size: int, clock: Callable[[], float] | None
 ) -> tuple[type[SpeculativeScheduler], dict[str, Any]]:
     """A Scheduler, and its arguments beside those of all schedulers. clock: as in `Pace`."""
-    return SpeculativeScheduler, {
-        "proposals": make_proposals(config, vocab_size),
-        "pace": Pace(config.num_speculative_tokens, clock, config.adaptive),
+    is_on_device = config.method in MODEL_METHODS
+    return DraftModelScheduler if is_on_device else SpeculativeScheduler, {
+        "proposals": None if is_on_device else make_proposals(config, vocab_size),
+        "pace": Pace(config.num_speculative_tokens, clock, config.adaptive, can_compare=not is_on_device),
         "most_requests": config.disable_by_batch_size,
     }

@@ -16,6 +16,7 @@ from nanovllm.engine.request import Request
 
 NUM_PLAIN = 3  # steps of each batch size that are measured before anything is drafted
 GAIN = 1.03  # what drafting must promise, or bring
+FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps
 GAP = 8  # tokens between two comparisons of a request while drafting is off
 WEIGHT = 0.1  # of the newest value in a running mean
 ASSUMED_SLOWDOWN = 1.1  # of a step with drafts, where nothing is measured
@@ -69,11 +70,17 @@ class Acceptance:
 
 class Pace:
     """most: tokens to draft for one request. clock: seconds; None measures nothing, and so plans alike on all ranks of
-    a launcher. is_adaptive: off drafts as much as it may.
+    a launcher. is_adaptive: off drafts as much as it may. can_compare: drafts cost next to nothing, so that they can be
+    made for nothing; else drafting is tried again after pauses, each twice as long as the one before.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] | None, is_adaptive: bool = True) -> None:
+    def __init__(
+        self, most: int, clock: Callable[[], float] | None, is_adaptive: bool = True, can_compare: bool = True
+    ) -> None:
         self.most = most
+        self._can_compare = can_compare
+        self._pause = FIRST_PAUSE
+        self._num_steps_off = 0
         self.clock = clock
         self.is_adaptive = is_adaptive
         self.is_on = not is_adaptive
@@ -102,6 +109,7 @@ class Pace:
                 return
             if not self.is_on:
                 self._plain.setdefault(num_reqs, Duration()).note(seconds)
+                self._num_steps_off += 1
                 return
             self._verify.setdefault(_bucket(num_tokens), Duration()).note(seconds)
             plain = self._plain.get(num_reqs)
@@ -114,6 +122,7 @@ class Pace:
         self._brought += WEIGHT * (num_emitted / num_reqs / slowdown - self._brought)
         if self._brought < GAIN - 0.02:
             self.is_on, self._promised = False, 0.0
+            self._pause, self._num_steps_off = min(2 * self._pause, LONGEST_PAUSE), 0
 
     def note_draft(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         self.acceptance(request).note(num_drafted, num_accepted)
@@ -152,8 +161,11 @@ class Pace:
         if not self.is_on and self.is_adaptive:
             plain = self._plain.get(num_reqs)
             is_measured = self.clock is None or (plain is not None and plain.num_samples >= NUM_PLAIN)
-            if is_measured and 1 + self._promised > GAIN * max(1.02, self._slowdown):
-                self.is_on, self._brought = True, 1 + self._promised
+            is_due = 1 + self._promised > GAIN * max(1.02, self._slowdown)
+            if not self._can_compare:
+                is_due = self._pause == FIRST_PAUSE or self._num_steps_off >= self._pause
+            if is_measured and is_due:
+                self.is_on, self._brought = True, 1 + self._promised if self._can_compare else 1.5
                 self._guesses.clear()
         return self.is_on
 
@@ -174,6 +186,10 @@ class Pace:
             if speed > best_speed * (1.0 if cap == 0 else 1.005):
                 best, best_speed = cap, speed
         return best
+
+    def length(self, requests: Sequence[Request], num_reqs: int) -> int:
+        """How many tokens to draft for each of these, before anything is drafted."""
+        return self.shorten(dict.fromkeys(requests, range(self.most)), num_reqs)
 
     def _seconds(self, num_tokens: int) -> float:
         """Of a step with drafts; by the nearest measured one with fewer tokens where it is not measured."""

@@ -10,6 +10,8 @@ Invariants: until the result is there the counters are upper bounds, and nothing
 find hold accepted tokens only; a request never gives up a block, or its place in a step, for somebody's draft.
 """
 
+from collections.abc import Mapping
+
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, no_stop_string
 from nanovllm.engine.features.constraints import draft_bitmasks
@@ -33,11 +35,11 @@ class SpeculativeScheduler(Scheduler):
         max_num_batched_tokens: int,
         enable_chunked_prefill: bool = True,
         shared_prefixes: SharedPrefixes | None = None,
-        proposals: Proposals,
+        proposals: Proposals | None,
         pace: Pace,
         most_requests: int,
     ) -> None:
-        """most_requests: with more than these running, nothing is drafted."""
+        """proposals: None where drafts come from elsewhere. most_requests: with more running, nothing is drafted."""
         self._proposals, self._pace, self._most_requests = proposals, pace, most_requests
         super().__init__(
             cache,
@@ -50,14 +52,16 @@ class SpeculativeScheduler(Scheduler):
 
     def _clear(self) -> None:
         super()._clear()
-        self._drafts: dict[Request, list[int]] = {}  # for the step that is being planned
+        self._drafts: Mapping[Request, list[int]] = {}  # for the step that is being planned
         self._in_flight: dict[Request, list[int]] = {}  # of the one step that verifies any
-        self._proposals.clear()
+        if self._proposals is not None:
+            self._proposals.clear()
         self._pace.clear()
 
     def finish(self, request: Request, end: End) -> None:
         super().finish(request, end)
-        self._proposals.forget(request)
+        if self._proposals is not None:
+            self._proposals.forget(request)
         self._pace.forget(request)
 
     # -- planning --
@@ -66,8 +70,7 @@ class SpeculativeScheduler(Scheduler):
         """None also while the host has to see more before drafts can be made."""
         if self._in_flight:
             return None
-        num_running = len(self.running)
-        if 0 < num_running <= self._most_requests and self._pace.decide(num_running) and not self._has_prompts():
+        if self._is_drafting():
             if self._planned:
                 return None
             self._drafts = self._make_drafts()
@@ -76,6 +79,10 @@ class SpeculativeScheduler(Scheduler):
         plan = super().schedule()
         self._drafts = {}
         return plan
+
+    def _is_drafting(self) -> bool:
+        num_running = len(self.running)
+        return 0 < num_running <= self._most_requests and self._pace.decide(num_running) and not self._has_prompts()
 
     def _has_prompts(self) -> bool:
         """Will the next step compute prompts? Beside these drafts gain little, and the mixture is not captured."""
@@ -86,12 +93,13 @@ class SpeculativeScheduler(Scheduler):
         room = self.cache.pool.num_free_blocks * self.cache.block_size
         return bool(self.waiting and self._free_rows and self.waiting[0].num_tokens <= room)
 
-    def _make_drafts(self) -> dict[Request, list[int]]:
+    def _make_drafts(self) -> Mapping[Request, list[int]]:
         """Of running requests that decode, as long as is worth the while."""
         drafts: dict[Request, list[int]] = {}
+        assert self._proposals is not None
         for request in self.running:
             most = min(self._pace.most, request.max_total_tokens - len(request.token_ids) - 1)
-            if request.num_uncomputed_tokens == 1 and _can_draft(request):
+            if request.num_uncomputed_tokens == 1 and can_draft(request):
                 draft = self._proposals.propose(request, most)
                 if draft:
                     drafts[request] = draft
@@ -160,9 +168,9 @@ class SpeculativeScheduler(Scheduler):
         if len(plan.rows) <= self._most_requests:
             num_emitted = sum(map(len, output.token_ids))
             self._pace.note_step(len(plan.rows), len(plan.token_ids), num_emitted, is_decode)
-            if not self._pace.is_on:
+            if not self._pace.is_on and self._proposals is not None:
                 for request in changed:
-                    if request.is_running and _can_draft(request):
+                    if request.is_running and can_draft(request):
                         self._pace.compare(request, self._proposals.propose)
         return changed
 
@@ -199,6 +207,6 @@ class SpeculativeScheduler(Scheduler):
         return [request] if request.is_finished and token_ids else []
 
 
-def _can_draft(request: Request) -> bool:
+def can_draft(request: Request) -> bool:
     """Not where keys depend on the context's length, nor where every token's hidden states are asked for."""
     return request.context is None and request.capture is None
