@@ -205,7 +205,7 @@ def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedCo
 def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:
     groups = group_layers(model_config.windows, config.max_model_len)
     limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
-    if (memory := model_config.state_memory(config.block_size)) is not None:
+    if (memory := model_config.state_memory(config)) is not None:
         slots = memory.slots(config.max_num_seqs, num_blocks)
         return StateCache(num_blocks, config.block_size, config.enable_prefix_caching, slots=slots, **limits)
     if groups.keep_everything:

@@ -19,6 +19,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 ROW_BYTES = 8 * 2**30  # of states, by default
 GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
 QUANTIZATIONS = ("fp8", "int8", "int8_dynamic", "int4", "gguf")  # of weights, at load
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
+# vLLM's names for what "fp8" and "int8" are here: a scale for each token and head.
+_KV_CACHE_DTYPES = {"fp8_e4m3": "fp8", "fp8_per_token_head": "fp8", "int8_per_token_head": "int8", None: "auto"}
 
 
 def _read_path(value: Any) -> Any:
@@ -40,6 +43,10 @@ def _read_torch_name(value: Any) -> Any:
 def _read_dtype(value: Any) -> Any:
     name = _read_torch_name(value)
     return {"half": "float16", "float": "float32"}.get(name, name) if isinstance(name, str) else name
+
+
+def _read_kv_cache_dtype(value: Any) -> Any:
+    return _KV_CACHE_DTYPES.get(value, value) if value is None or isinstance(value, str) else value
 
 
 def _read_max_model_len(value: Any) -> Any:
@@ -94,6 +101,8 @@ class EngineConfig:
     quantization: what the weights of linear layers become while they are loaded: "fp8" or "int8_dynamic" (weights and
         inputs in 8 bits), "int8" or "int4" (weights alone); "gguf" keeps those of a GGUF file packed; None keeps them
         as the checkpoint has them, and makes those of a GGUF file dense. See docs/quantization.md.
+    kv_cache_dtype: what keys and values are kept in: "auto" (the model's dtype), or 8 bits with a scale for each token
+        and head, "fp8" (e4m3, also "fp8_e4m3") or "int8". See docs/quantization.md.
     enable_lora: let requests name a LoRA adapter (`lora_request`); see docs/adapters.md.
     max_loras: most adapters in one batch; each has room of its own on the device.
     max_lora_rank: most that an adapter's rank may be.
@@ -142,6 +151,7 @@ class EngineConfig:
     load_format: str = option("auto", choices=("auto", "safetensors", "gguf", "dummy"))
     use_tqdm_on_load: bool = option(True, has_flag=False)  # the commands' --quiet
     quantization: str | None = option(None, choices=(None, *QUANTIZATIONS))
+    kv_cache_dtype: str = option("auto", choices=KV_CACHE_DTYPES, read=_read_kv_cache_dtype)
     enable_lora: bool = False
     max_loras: int = option(1, low=1)
     max_lora_rank: int = option(16, low=1, high=512)
@@ -350,10 +360,10 @@ class ModelConfig:
     def num_attention_layers(self) -> int:
         return sum(window != 0 for window in self.windows)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        element_size = 4 if self.dtype == "float32" else 2
-        return self.num_attention_layers * 2 * self.num_kv_heads * self.head_dim * element_size
+    def kv_bytes_per_token(self, kv_cache_dtype: str) -> int:
+        """kv_cache_dtype: as in `EngineConfig`; a scale of 8-bit codes takes 2 bytes."""
+        row = self.head_dim * (4 if self.dtype == "float32" else 2) if kv_cache_dtype == "auto" else self.head_dim + 2
+        return self.num_attention_layers * 2 * self.num_kv_heads * row
 
     @property
     def bytes_per_state(self) -> int:
@@ -361,11 +371,11 @@ class ModelConfig:
         num_layers = self.num_layers - self.num_attention_layers
         return 0 if self.state is None else 4 * num_layers * self.state.num_floats
 
-    def state_memory(self, block_size: int) -> StateMemory | None:
+    def state_memory(self, config: "ResolvedConfig") -> StateMemory | None:
         """None if no layer keeps a state."""
         if not self.bytes_per_state:
             return None
-        return StateMemory(self.bytes_per_state, self.kv_bytes_per_token * block_size)
+        return StateMemory(self.bytes_per_state, self.kv_bytes_per_token(config.kv_cache_dtype) * config.block_size)
 
     @property
     def long_from(self) -> int | None:

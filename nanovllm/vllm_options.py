@@ -15,8 +15,7 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
     "EngineConfig": {
         "trust_remote_code": (_OFF, "remote code is never run; leave it out"),
         "code_revision": ((None,), "remote code is never run"),
-        "kv_cache_dtype": ((None, "auto"), "the KV cache has the dtype of the model"),
-        "calculate_kv_scales": (_OFF, "a quantized KV cache is not supported"),
+        "calculate_kv_scales": (_OFF, "a KV cache in 8 bits takes a scale for each token and head when it stores them"),
         "lora_dtype": ((None, "auto"), "adapters have the dtype of the model"),
         "fully_sharded_loras": (_OFF, "each matrix is split as its layer is, without further exchanges"),
         "default_mm_loras": ((None, {}), "only text is supported"),

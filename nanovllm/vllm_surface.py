@@ -243,8 +243,8 @@ class VLLMSurface(LiveWeights, AdaptedLLM):
         config = self.config
         return (
             f"LLM({config.model!r}, device={config.device!r}, dtype={config.dtype!r}, "
-            f"quantization={config.quantization!r}, max_model_len={config.max_model_len}, "
-            f"num_kv_cache_tokens={self.num_kv_cache_tokens})"
+            f"quantization={config.quantization!r}, kv_cache_dtype={config.kv_cache_dtype!r}, "
+            f"max_model_len={config.max_model_len}, num_kv_cache_tokens={self.num_kv_cache_tokens})"
         )
 
     @property

@@ -8,7 +8,10 @@ import argparse
 
 from nanovllm.cli.options import add_engine_options
 from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command
-from nanovllm.config import QUANTIZATIONS
+from nanovllm.config import KV_CACHE_DTYPES, QUANTIZATIONS
+
+CACHE_FORMS = {f"kv_{kind}": kind for kind in KV_CACHE_DTYPES if kind != "auto"}  # of `bench quality`: the cache alone
+FORMS = (*QUANTIZATIONS, *CACHE_FORMS)
 
 
 def add_bench(commands: Commands) -> None:
@@ -43,7 +46,7 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     add_engine_options(serve, exclude=["skip_tokenizer_init", "tokenizer", "engine_process"])
     quality = _add_quality(kinds)
     _add_model_and_output(quality)
-    add_engine_options(quality, exclude=["skip_tokenizer_init", "quantization", "engine_process"])
+    add_engine_options(quality, exclude=["skip_tokenizer_init", "quantization", "kv_cache_dtype", "engine_process"])
     _add_chart(kinds)
 
 
@@ -278,15 +281,15 @@ Every form reads the same text, and is compared with the model as its checkpoint
 
 examples:
   nanovllm bench quality
-  nanovllm bench quality --model Qwen/Qwen3-0.6B --forms fp8 int4 --text book.txt
+  nanovllm bench quality --model Qwen/Qwen3-0.6B --forms fp8 kv_fp8 --text book.txt
 """,
     )
     quality.add_argument(
         "--forms",
         nargs="+",
-        choices=QUANTIZATIONS,
+        choices=FORMS,
         metavar="FORM",
-        help=f"of {', '.join(QUANTIZATIONS)} (default: all)",
+        help=f"of {', '.join(FORMS)} (default: all)",
     )
     quality.add_argument("--text", metavar="FILE", help="the text that is read (default: one that comes with this)")
     quality.add_argument(

@@ -108,7 +108,7 @@ class NanoVLLM:
         return dict(self._counters)
 
     def model_size(self) -> ModelSize:
-        return model_size(self._llm.model_config, self._llm.config.quantization)
+        return model_size(self._llm.model_config, self._llm.config.quantization, self._llm.config.kv_cache_dtype)
 
     def close(self) -> None:
         self._llm.close()

@@ -18,9 +18,9 @@ from torch import Tensor
 from nanovllm import __version__
 from nanovllm.cli.memory import count_parameters
 from nanovllm.cli.options import engine_options
-from nanovllm.config import QUANTIZATIONS
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm_bench.arguments import CACHE_FORMS, FORMS
 from nanovllm_bench.report import print_record, print_table
 
 TEXT = Path(__file__).with_name("quality.txt")
@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
     plain: list[Tensor] = []
     rows = []
     for form in (PLAIN, *forms):
-        with LLM(args.model, **options, quantization=None if form == PLAIN else form) as llm:
+        with LLM(args.model, **options, **_options(form)) as llm:
             windows = cut(llm.get_tokenizer().encode(text), args.window, args.windows)
             sums = [measure(llm, window, plain, number) for number, window in enumerate(windows)]
             _, weight_bytes = count_parameters(llm.model_config, llm.config.quantization)
@@ -70,7 +70,13 @@ def run(args: Namespace) -> int:
 
 def _forms(model: str) -> list[str]:
     is_gguf = model == "demo" or ".gguf" in model
-    return [form for form in QUANTIZATIONS if form != "gguf" or is_gguf]
+    return [form for form in FORMS if form != "gguf" or is_gguf]
+
+
+def _options(form: str) -> dict[str, Any]:
+    """Of the engine: what makes this form."""
+    quantization = None if form in (PLAIN, *CACHE_FORMS) else form
+    return {"quantization": quantization, "kv_cache_dtype": CACHE_FORMS.get(form, "auto")}
 
 
 def cut(token_ids: Sequence[int], window: int, most: int) -> list[list[int]]:
@@ -114,7 +120,7 @@ def _row(form: str, weight_bytes: int, sums: Sums) -> dict[str, Any]:
         "version": __version__,
         "layout": form,
         "form": form,
-        "quantization": None if form == PLAIN else form,
+        **_options(form),
         "weights_megabytes": weight_bytes / 1e6,
         "tokens": sums.tokens,
         "perplexity": math.exp(sums.surprise / sums.tokens),

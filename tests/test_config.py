@@ -321,8 +321,9 @@ def test_switches_of_the_architectures(architecture: str, changes: dict[str, Any
 
 
 def test_bytes_of_a_token_in_the_kv_cache() -> None:
-    assert model_config().kv_bytes_per_token == 3 * 2 * 2 * 8 * 4
-    assert dataclasses.replace(model_config(), dtype="bfloat16").kv_bytes_per_token == 3 * 2 * 2 * 8 * 2
+    assert model_config().kv_bytes_per_token("auto") == 3 * 2 * 2 * 8 * 4
+    assert dataclasses.replace(model_config(), dtype="bfloat16").kv_bytes_per_token("auto") == 3 * 2 * 2 * 8 * 2
+    assert model_config().kv_bytes_per_token("fp8") == 3 * 2 * 2 * (8 + 2)
 
 
 # -- without assertions --

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.cache_codes import cells
 
 MAX_UNUSED_SHARE = 1.25  # blocks in the stretch per block needed, up to which reading in place beats copying
 
@@ -39,9 +40,7 @@ class DecodePlan:
 
 def batched_decode(shape: AttentionShape, q: Tensor, cache: LayerCache, plan: DecodePlan) -> Tensor:
     (n, num_heads, head_dim), num_kv_heads, block_size = q.shape, shape.num_kv_heads, cache.block_size
-    blocks = plan.blocks
-    read = cache.data[:, blocks] if isinstance(blocks, slice) else cache.data.index_select(1, blocks)
-    keys, values = read.flatten(1, 2)  # each [P * num_kv_heads, block_size, head_dim]
+    keys, values = cells(cache, plan.blocks).to(q.dtype).flatten(1, 2)  # each [P * num_kv_heads, block_size, head_dim]
     q_pairs = (q.reshape(n, -1) * shape.scale).index_select(0, plan.owners)
     q_pairs = q_pairs.view(-1, num_heads // num_kv_heads, head_dim)  # [P * num_kv_heads, group, head_dim]
     scores = torch.bmm(q_pairs, keys.transpose(1, 2)).view(-1, block_size)  # [P * num_heads, block_size]
@@ -57,7 +56,7 @@ def batched_decode(shape: AttentionShape, q: Tensor, cache: LayerCache, plan: De
     return F.embedding_bag(plan.members, partial, plan.offsets, mode="sum").view(q.shape)
 
 
-def plan_decodes(meta: AttentionMetadata, shape: AttentionShape, cache: LayerCache) -> DecodePlan:
+def plan_decodes(meta: AttentionMetadata, shape: AttentionShape, cache: LayerCache, dtype: torch.dtype) -> DecodePlan:
     n, block_size, num_heads, window = meta.num_decodes, cache.block_size, shape.num_heads, shape.window
     seq_lens = np.array(meta.seq_lens_host[:n])
     starts = np.maximum(seq_lens - window, 0) if window is not None else np.zeros_like(seq_lens)  # first position seen
@@ -85,7 +84,7 @@ def plan_decodes(meta: AttentionMetadata, shape: AttentionShape, cache: LayerCac
         rows = grid[:, None] * num_heads + heads  # [requests, num_heads, width]
         positions = first[requests, None] * block_size + np.arange(width * block_size)
         hidden = (positions >= seq_lens[requests, None]) | (positions < starts[requests, None])
-        mask = torch.zeros(hidden.shape, dtype=cache.data.dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
         buckets.append(_Bucket(torch.from_numpy(rows.ravel()), mask.unsqueeze(1)))
         places = base + np.arange(rows.size).reshape(rows.shape).transpose(0, 2, 1)  # [requests, width, num_heads]
         unsort[grid[inside]] = places[inside]

@@ -19,6 +19,7 @@ from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.capped import capped_attention
 from nanovllm.attention.cpu_batched_decode import DecodePlan, batched_decode, plan_decodes
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.cache_codes import cells
 from nanovllm.kernels.cpu.cpu_kernels import CpuKernels
 
 MIN_BATCHED_DECODES = 4  # below this, a call per request costs less than the batched path's fixed price
@@ -56,7 +57,7 @@ class CpuPagedBackend(AttentionBackend):
         elif meta.num_decodes >= MIN_BATCHED_DECODES:
             start = meta.num_decodes
             if window not in prepared.decode_plans:
-                prepared.decode_plans[window] = plan_decodes(meta, shape, cache)
+                prepared.decode_plans[window] = plan_decodes(meta, shape, cache, q.dtype)
             outputs.append(batched_decode(shape, q[:start], cache, prepared.decode_plans[window]))
         lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
         for (query_len, seq_len), group in groupby(list(enumerate(lens))[start:], key=lambda item: item[1]):
@@ -94,9 +95,8 @@ def _attend(
     seq_len -= first * cache.block_size
     mask = None if mask is None else mask[:, first * cache.block_size :]
     blocks = table[:, first : first + -(-seq_len // cache.block_size)].flatten()
-    n, by_head = table.shape[0], cache.data.transpose(1, 2)  # [2, num_kv_heads, num_blocks, block_size, head_dim]
-    copied = by_head.index_select(2, blocks)
-    context = copied.view(*by_head.shape[:2], n, -1, by_head.shape[4])[:, :, :, :seq_len]
+    n, copied = table.shape[0], cells(cache, blocks, heads_first=True).to(q.dtype)
+    context = copied.view(*copied.shape[:2], n, -1, copied.shape[4])[:, :, :, :seq_len]
     keys, values = context.transpose(1, 2)  # each [n, num_kv_heads, seq_len, head_dim]
     attention = F.scaled_dot_product_attention
     if shape.softcap is not None:

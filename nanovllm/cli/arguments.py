@@ -11,7 +11,7 @@ from nanovllm import __version__
 from nanovllm.cli.bench import add_bench
 from nanovllm.cli.options import add_engine_options, add_sampling_options
 from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command, make_parser, refuse_unknown
-from nanovllm.config import DTYPES, QUANTIZATIONS
+from nanovllm.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS
 
 _EXAMPLES = """\
 examples:
@@ -312,6 +312,9 @@ examples:
     parser.add_argument("--max-num-seqs", type=int, default=1, metavar="N", help="requests at once (default: 1)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="(default: auto)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights, while they are loaded")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: the model's)"
+    )
     parser.add_argument(
         "--gpu-memory-utilization",
         type=float,

@@ -181,7 +181,9 @@ def _roofline(engine: AsyncLLM, metrics: Mapping[str, float], seconds: float) ->
         bytes_per_second=num_devices * one.bytes_per_second, flops_per_second=num_devices * one.flops_per_second
     )
     work = Work(**{name: int(metrics[name]) for name in Work.__dataclass_fields__})
-    return roofline.report(work, model_size(model_config, config.quantization), ceilings, seconds)
+    return roofline.report(
+        work, model_size(model_config, config.quantization, config.kv_cache_dtype), ceilings, seconds
+    )
 
 
 def _summary(speed: Speed, seconds: float, num_all: int, num_before: int) -> str:

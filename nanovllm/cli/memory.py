@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--max-model-len {length} is more than the model's {config.max_model_len} positions")
 
     num_parameters, weight_bytes = count_parameters(config, args.quantization)
-    bytes_per_request = kv_bytes_of(config, length)
+    bytes_per_request = kv_bytes_of(config, length, args.kv_cache_dtype)
     kv_bytes = bytes_per_request * args.max_num_seqs
     needed = weight_bytes + kv_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
@@ -79,11 +79,11 @@ def largest_tensor(config: ModelConfig) -> int:
         return dtype.itemsize * max(prod(spec.shape) for _, spec in model.weights() if not spec.instead_of)
 
 
-def kv_bytes_of(config: ModelConfig, length: int) -> int:
+def kv_bytes_of(config: ModelConfig, length: int, kv_cache_dtype: str = "auto") -> int:
     """What the engine keeps of a request of so many tokens: layers with a window give back what has left it."""
     groups = group_layers(config.windows, length)
     num_tokens = groups.num_blocks(length, num_step_tokens=1, block_size=1)  # in all groups together
-    return num_tokens * groups.num_places * config.kv_bytes_per_token // config.num_attention_layers
+    return num_tokens * groups.num_places * config.kv_bytes_per_token(kv_cache_dtype) // config.num_attention_layers
 
 
 def _windows_note(config: ModelConfig, length: int) -> str:

@@ -25,6 +25,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.all_reduce import OneShotAllReduce
+from nanovllm.kernels.cache_codes import cache_dtype
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import Ops, choose_ops
@@ -91,8 +92,8 @@ def build_runner(
         num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
         head_dim=model_config.head_dim,
         block_size=config.block_size,
-        dtype=getattr(torch, model_config.dtype),
-        states=model_config.state_memory(config.block_size),
+        dtype=cache_dtype(config.kv_cache_dtype, model_config.dtype),
+        states=model_config.state_memory(config),
         num_ranks=tp.size,
         bytes_beside=0 if draft is None else draft.bytes_per_block,
     )

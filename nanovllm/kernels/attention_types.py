@@ -31,13 +31,12 @@ class AttentionShape(NamedTuple):
 class LayerCache(NamedTuple):
     """Keys and values of one layer: data [2, num_blocks, num_kv_heads, block_size, head_dim], with any strides.
 
-    k_scale, v_scale [num_blocks, num_kv_heads, block_size]: what a cell's keys or values are multiplied by when they
-    are read; None where the cache holds them as they are.
+    scales [num_blocks, num_kv_heads, block_size, 2] bfloat16: what a token's codes of key and of value are multiplied
+    by when they are read (`cache_codes.py`); data is contiguous then, and so are they. None where data are numbers.
     """
 
     data: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
+    scales: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:

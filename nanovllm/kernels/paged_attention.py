@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.cache_codes import cells
 
 
 def paged_attention_reference(q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape) -> Tensor:
@@ -29,9 +30,8 @@ def paged_attention_reference(q: Tensor, cache: LayerCache, meta: AttentionMetad
             continue
         num_blocks = -(-seq_len // cache.block_size)
         blocks = meta.block_table[i, :num_blocks].long()
-        context = (
-            cache.data[:, blocks].transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
-        )  # [2, num_kv_heads, seq_len, head_dim]
+        context = cells(cache, blocks).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
+        # [2, num_kv_heads, seq_len, head_dim]
         keys, values = context.float().repeat_interleave(group, dim=1)
         positions = torch.arange(seq_len - query_len, seq_len, device=q.device)[:, None]
         distance = positions - torch.arange(seq_len, device=q.device)  # [query_len, seq_len]

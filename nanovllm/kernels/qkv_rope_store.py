@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.cache_codes import encode
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.rope import apply_rope_reference
@@ -40,10 +41,13 @@ def qkv_rope_store_reference(qkv: Tensor, heads: HeadInputs, cache: LayerCache, 
         qk = apply_rope_reference(qk, cos_sin)
     q, k = qk[:, :num_heads], qk[:, num_heads:]
     if slot_mapping.numel() and slot_mapping.min() < 0:
-        stored = slot_mapping >= 0
-        k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
+        kept = slot_mapping >= 0
+        k, v, slot_mapping = k[kept], v[kept], slot_mapping[kept]
     block_ids = slot_mapping.div(cache.block_size, rounding_mode="floor")
     offsets = slot_mapping % cache.block_size
-    by_token = cache.data.transpose(2, 3)  # [2, num_blocks, block_size, num_kv_heads, head_dim]
-    by_token[:, block_ids, offsets] = torch.stack((k, v))
+    stored, by_token = torch.stack((k, v)), cache.data.transpose(2, 3)
+    if cache.scales is not None:
+        stored, scales = encode(stored, cache.data.dtype)
+        cache.scales.transpose(1, 2)[block_ids, offsets] = scales.permute(1, 2, 0)
+    by_token[:, block_ids, offsets] = stored  # [2, num_blocks, block_size, num_kv_heads, head_dim]
     return q

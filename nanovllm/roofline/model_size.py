@@ -15,7 +15,7 @@ from nanovllm.models.registry import model_class
 from nanovllm.roofline.roofline import ModelSize
 
 
-def model_size(config: ModelConfig, quantization: str | None = None) -> ModelSize:
+def model_size(config: ModelConfig, quantization: str | None, kv_cache_dtype: str) -> ModelSize:
     with torch.device("meta"):
         ops = with_quantization(PLAIN, config, quantization)
         model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), ops)
@@ -33,7 +33,7 @@ def model_size(config: ModelConfig, quantization: str | None = None) -> ModelSiz
         num_weights=num_weights,
         num_head_weights=head.spec.num_outputs * head.spec.in_features,
         weight_bytes=round(num_bytes) + sum(p.nbytes for p in head.method.parameters()),
-        kv_bytes_per_token=config.kv_bytes_per_token,
+        kv_bytes_per_token=config.kv_bytes_per_token(kv_cache_dtype),
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         head_dim=config.head_dim,

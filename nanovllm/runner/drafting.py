@@ -18,6 +18,7 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.kernels.cache_codes import cache_dtype
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.kv_cache import KVCacheSpec
 from nanovllm.runner.model_runner import ModelRunner
@@ -44,7 +45,7 @@ def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint,
         raise NotImplementedError(f"{name}: layers with a sliding window cannot draft, nor be drafted for, yet")
     if any(kind.length_dependent_from is not None or kind.long_from is not None for kind in kinds):
         raise NotImplementedError(f"{name}: rotation that depends on the context's length cannot draft yet")
-    if draft.state_memory(config.block_size) is not None:
+    if draft.state_memory(config) is not None:
         raise NotImplementedError(f"{name}: a model whose layers keep a state cannot draft yet")
     return checkpoint, draft
 
@@ -83,7 +84,7 @@ class DraftModel:
             num_kv_heads=len(tp.kv_heads(self.model_config.num_kv_heads)),
             head_dim=self.model_config.head_dim,
             block_size=config.block_size,
-            dtype=getattr(torch, self.model_config.dtype),
+            dtype=cache_dtype(config.kv_cache_dtype, self.model_config.dtype),
         )
 
     @property

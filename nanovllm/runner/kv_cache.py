@@ -1,7 +1,8 @@
 """The KV cache's tensors: how many blocks fit into a budget of bytes, and their layout.
 
 Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values),
-contiguous: the tokens of a block lie side by side under each head, so that a head reads a block in one piece.
+contiguous: the tokens of a block lie side by side under each head, so that a head reads a block in one piece. A cache
+of codes has as many scales beside it.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 from nanovllm.cache_specs import CacheGroups, StateMemory
 from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import LayerCache
+from nanovllm.kernels.cache_codes import LARGEST, cell_bytes
 
 MakeZeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
@@ -46,8 +48,8 @@ class KVCacheSpec:
 
     @property
     def bytes_per_block(self) -> int:
-        cell = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return self.groups.num_places * self.block_size * cell + self.bytes_beside
+        num_cells = self.groups.num_places * self.num_kv_heads * self.block_size
+        return num_cells * cell_bytes(self.head_dim, self.dtype) + self.bytes_beside
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Beside their snapshots, if layers keep states."""
@@ -68,6 +70,9 @@ class KVCacheSpec:
         """
         shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         places = [LayerCache(make(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
+        if self.dtype in LARGEST:
+            pairs = (*shape[1:4], 2)
+            places = [LayerCache(place.data, make(pairs, torch.bfloat16, device)) for place in places]
         by_layer = {layer: places[i] for layers in self.groups.layers for i, layer in enumerate(layers)}
         return [by_layer.get(layer, places[0]) for layer in range(self.groups.num_layers)]
 

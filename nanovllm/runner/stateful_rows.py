@@ -31,7 +31,7 @@ class StatefulRows(BatchState):
         """num_blocks: of the KV cache, by which there are so many snapshots."""
         max_blocks = -(-config.max_model_len // config.block_size)
         super().__init__(config.max_num_seqs, max_blocks, device, groups.num_tables)
-        memory = model_config.state_memory(config.block_size)
+        memory = model_config.state_memory(config)
         assert memory is not None and model_config.state is not None and len(groups.specs) == 1
         shape = model_config.state.part(config.tensor_parallel_size)
         slots = memory.slots(config.max_num_seqs, num_blocks)

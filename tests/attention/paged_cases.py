@@ -1,10 +1,11 @@
 """Random ragged batches over a paged cache, beside the unpaged keys and values they hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.cache_codes import CODES, encode
 
 LAYOUTS = ("heads outside", "tokens outside", "k and v adjacent")
 
@@ -15,10 +16,18 @@ class PagedCase:
     kv_cache: torch.Tensor  # [2, num_blocks, num_kv_heads, block_size, head_dim]
     meta: AttentionMetadata
     contexts: list[torch.Tensor]  # per request [2, num_kv_heads, seq_len, head_dim]
+    scales: torch.Tensor | None = None
 
     @property
     def cache(self) -> LayerCache:
-        return LayerCache(self.kv_cache)
+        return LayerCache(self.kv_cache, self.scales)
+
+    def coded(self, kind: str | None) -> "PagedCase":
+        """The same with a cache in codes; unwritten cells as well. kind: a kv_cache_dtype; None changes nothing."""
+        if kind is None:
+            return self
+        codes, scales = encode(self.kv_cache, CODES[kind])
+        return replace(self, kv_cache=codes.contiguous(), scales=scales.permute(1, 2, 3, 0).contiguous())
 
     def shape(self, scale: float, window: int | None = None, softcap: float | None = None) -> AttentionShape:
         return AttentionShape(self.q.shape[1], self.kv_cache.shape[2], self.q.shape[2], scale, window, softcap)

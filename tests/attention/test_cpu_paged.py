@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nanovllm.attention import cpu_batched_decode
 from nanovllm.attention.cpu_paged import CpuPagedBackend
+from nanovllm.kernels.cache_codes import CODES
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_metadata
@@ -45,12 +46,19 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     softcap=st.sampled_from([None, 0.8]),
     layout=st.sampled_from(LAYOUTS),
     block_size=st.sampled_from([8, 16]),
+    kind=st.sampled_from([None, *CODES]),
     seed=st.integers(0, 9),
 )
 def test_ragged_batches(
-    lens: tuple[list[int], list[int]], window: int, softcap: float | None, layout: str, block_size: int, seed: int
+    lens: tuple[list[int], list[int]],
+    window: int,
+    softcap: float | None,
+    layout: str,
+    block_size: int,
+    kind: str | None,
+    seed: int,
 ) -> None:
-    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed), window, 1e-5, softcap)
+    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed).coded(kind), window, 1e-5, softcap)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

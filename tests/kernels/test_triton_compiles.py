@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels import triton as twins
-from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs
 from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
-from tests.attention.paged_cases import make_case
+from tests.attention.paged_cases import PagedCase, make_case
 from tests.kernels.state_cases import make_states_case
 from tests.kernels.test_moe import random_ids
 from tests.kernels.test_routing import RULES, rule_inputs
@@ -76,6 +77,12 @@ def new_semaphores() -> Tensor:
     return MODULES["linear.skinny_gemm"].new_semaphores(torch.device("cpu"))
 
 
+def coded(case: PagedCase, kind: str | None) -> PagedCase:
+    """With a cache in codes; "bytes": in e4m3, for a GPU that does not know it."""
+    case = case.coded("fp8" if kind == "bytes" else kind)
+    return replace(case, kv_cache=case.kv_cache.view(torch.uint8)) if kind == "bytes" else case
+
+
 def attend(
     window: int | None,
     softcap: float | None,
@@ -83,12 +90,14 @@ def attend(
     block_size: int,
     prompt_len: int = 40,
     dtype: torch.dtype = torch.bfloat16,
+    kind: str | None = None,
 ) -> None:
     """Decodes beside a prompt, in two layers, and tokens one by one."""
     case = make_case(
         [1, 1, prompt_len], [90, 7, prompt_len + 20], num_heads=8, head_dim=head_dim, block_size=block_size,
         dtype=dtype, layout="heads outside",
     )  # fmt: skip
+    case = coded(case, kind)
     shape, q, cache, meta = case.shape(0.1, window, softcap), case.q, case.cache, case.meta
     plans = ATTENTION.StepPlans()
     for _ in range(2):
@@ -106,18 +115,26 @@ def attend_on_hopper(num_heads: int, head_dim: int, block_size: int) -> None:
         ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.1))
 
 
-def decode_many(num_reqs: int) -> None:
+def decode_many(num_reqs: int, kind: str | None = None) -> None:
     case = make_case([1] * num_reqs, [90] * num_reqs, num_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16)
+    case = coded(case, kind)
     shape, plans = case.shape(0.1), ATTENTION.StepPlans()
     for _ in range(2):
         ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
 
 
-def decode_cascade(softcap: float | None, head_dim: int, block_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def decode_cascade(
+    softcap: float | None,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    kind: str | None = None,
+) -> None:
     """Decodes that share a prefix, in two layers."""
     case = make_case(
         [1] * 20, [90] * 20, num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype, layout="heads outside"
     )
+    case = coded(case, kind)
     words = torch.from_numpy(cut([SharedPrefix(0, 3, 0, 64)], 20, 2, 4, 8))
     meta, plans = replace(case.meta, cascade=cascade_inputs(words, 20)), ATTENTION.StepPlans()
     for _ in range(2):
@@ -131,9 +148,11 @@ def decode_from_qkv(
     block_size: int,
     has_more: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    kind: str | None = None,
 ) -> None:
     """Two layers. has_more: norms and rotation."""
     case = make_case([1, 1], [90, 7], num_heads=8, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    case = coded(case, kind)
     meta, shape = case.meta, case.shape(0.1, window, softcap)
     qkv = torch.randn(2, (shape.num_heads + 2 * shape.num_kv_heads) * head_dim).to(dtype)
     cos_sin = torch.randn(2, head_dim) if has_more else None
@@ -143,9 +162,13 @@ def decode_from_qkv(
         ATTENTION.decode_qkv_triton(qkv, heads, case.cache, meta, shape, plans)
 
 
-def rotate_and_store(has_norm: bool, has_rotation: bool) -> None:
+def rotate_and_store(has_norm: bool, has_rotation: bool, kind: str | None = None) -> None:
     norm, cos_sin = bf16(128) if has_norm else None, torch.randn(5, 128) if has_rotation else None
-    heads, cache = HeadInputs(cos_sin, torch.arange(5), norm, norm, 1e-6), LayerCache(bf16(2, 4, 2, 64, 128))
+    heads, case = (
+        HeadInputs(cos_sin, torch.arange(5), norm, norm, 1e-6),
+        make_case([1], [5], head_dim=128, block_size=64, dtype=torch.bfloat16),
+    )
+    cache = coded(case, kind).cache
     shape = AttentionShape(8, 2, 128, scale=0.1)
     MODULES["attention.qkv_rope_store"].qkv_rope_store_triton(bf16(5, 12 * 128), heads, cache, shape)
 
@@ -300,6 +323,23 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention from the QKV product, window, softcap, wide heads": lambda: decode_from_qkv(100, 50.0, 256, 64),
     "attention from the QKV product, odd sizes": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
     "attention from the QKV product, float32": lambda: decode_from_qkv(None, None, 128, 64, dtype=torch.float32),
+    **{
+        f"{name}, {kind}": partial(function, *arguments, kind=kind)
+        for kind in ("fp8", "bytes", "int8")
+        for name, function, arguments in [
+            ("attention", attend, (None, None, 128, 64, 1100 if kind == "fp8" else 40)),
+            ("attention of many decodes", decode_many, (20,)),
+            ("attention of shared prefixes", decode_cascade, (None, 128, 64)),
+            ("attention from the QKV product", decode_from_qkv, (None, None, 128, 64)),
+            ("qkv_rope_store", rotate_and_store, (True, True)),
+        ]
+    },
+    "attention, fp8, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 24, kind="fp8"),
+    "attention, fp8, float32": lambda: attend(None, None, 128, 64, dtype=torch.float32, kind="fp8"),
+    "attention of shared prefixes, fp8, float32": lambda: decode_cascade(None, 128, 64, torch.float32, "fp8"),
+    "attention from the QKV product, fp8, float32": lambda: decode_from_qkv(
+        None, None, 128, 64, dtype=torch.float32, kind="fp8"
+    ),
     "qkv_rope_store": lambda: rotate_and_store(has_norm=False, has_rotation=False),
     "qkv_rope_store, norm, rotation": lambda: rotate_and_store(has_norm=True, has_rotation=True),
     "rms_norm of heads": lambda: MODULES["rms_norm"].rms_norm_triton(bf16(5, 8, 128), bf16(128), 1e-6),

@@ -45,7 +45,7 @@ def test_the_floor_is_the_longer_of_reading_and_computing(bandwidth: float, peak
 def test_size_and_work_of_a_real_model(tmp_path: Path, tied: bool) -> None:
     folder = save_random(tmp_path, tie_word_embeddings=tied)
     with LLM(str(folder), device="cpu", skip_tokenizer_init=True, num_gpu_blocks_override=64) as llm:
-        size = model_size(llm.model_config)
+        size = model_size(llm.model_config, None, "auto")
         before = llm.get_metrics()
         params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
         llm.generate([[1, 2, 3, 4], [5]], params, use_tqdm=False)
@@ -75,7 +75,7 @@ def test_of_experts_those_of_one_token_count(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 5, "num_experts_per_tok": 2, "num_hidden_layers": 3}
     folder = save_random(tmp_path, "MixtralForCausalLM", **sizes)
     with LLM(str(folder), device="cpu", skip_tokenizer_init=True) as llm:
-        size = model_size(llm.model_config)
+        size = model_size(llm.model_config, None, "auto")
     attention, router, expert = 32 * (32 + 16 + 16 + 32), 5 * 32, 3 * 48 * 32
     assert size.num_weights == 3 * (attention + router + 2 * expert)
 

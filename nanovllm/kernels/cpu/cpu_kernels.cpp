@@ -87,11 +87,48 @@ inline void norm_and_rotate(const T* in, const T* weight, const float* cos_sin, 
   }
 }
 
-// cos_sin and both weights may be null. A token whose slot is negative is not stored.
-template <class T>
-void qkv_rope_store(const T* qkv, const float* cos_sin, T* cache, const int64_t* slots, const T* q_weight,
-                    const T* k_weight, T* q_out, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                    int64_t num_blocks, int64_t block_size, float eps) {
+// --- cells of the KV cache: numbers, or codes with a scale (cache_codes.py) ------------------
+
+constexpr uint32_t INFINITE = 0x7f800000, LEAST = 0x21800000;  // of a scale
+template <class C> struct Codes;                               // largest: code; kept: bits of a scale
+template <> struct Codes<int8_t> {
+  static constexpr float largest = 127;
+  static constexpr uint32_t kept = 0x7fff0000;
+  static int8_t encode(float x) { return (int8_t)std::nearbyint(x); }
+};
+template <> struct Codes<e4m3> {
+  static constexpr float largest = 448;
+  static constexpr uint32_t kept = 0x7f800000;
+  static e4m3 encode(float x) {  // to nearest, ties to even
+    const uint32_t bits = to_bits(x), size = bits & 0x7fffffff;
+    const uint32_t normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
+    const uint32_t denormal = to_bits(from_bits(size) + 0x1p14f) - to_bits(0x1p14f);  // of 2^-9
+    return {(uint8_t)((bits >> 24 & 0x80) | (size < to_bits(0x1p-6f) ? denormal : normal))};
+  }
+};
+
+template <class T> inline void store_cell(const T* row, T* cell, bf16*, int64_t, int64_t dim) {
+  std::memcpy(cell, row, dim * sizeof(T));
+}
+template <class T, class C>
+inline void store_cell(const T* row, C* cell, bf16* scales, int64_t nth, int64_t dim) {
+  constexpr float largest = Codes<C>::largest;
+  constexpr uint32_t kept = Codes<C>::kept;
+  uint32_t highest = 0;  // sizes order as their bits do, and NaN is beyond infinity
+  for (int64_t d = 0; d < dim; d++) highest = std::max(highest, to_bits(number(row[d])) & 0x7fffffff);
+  highest = std::min(to_bits(from_bits(highest) / largest), INFINITE);
+  highest = std::max((highest + (0x7fffffff - kept)) & kept, LEAST);
+  scales[nth].bits = highest >> 16;
+  const float unit = from_bits(highest);
+  for (int64_t d = 0; d < dim; d++)
+    cell[d] = Codes<C>::encode(std::max(-largest, std::min(largest, number(row[d]) / unit)));
+}
+
+// cos_sin, both weights and scales may be null. A token whose slot is negative is not stored.
+template <class T, class C>
+void qkv_rope_store(const T* qkv, const float* cos_sin, C* cache, bf16* scales, const int64_t* slots,
+                    const T* q_weight, const T* k_weight, T* q_out, int64_t tokens, int64_t heads, int64_t kv_heads,
+                    int64_t dim, int64_t num_blocks, int64_t block_size, float eps) {
   const int64_t width = (heads + 2 * kv_heads) * dim, values = num_blocks * kv_heads * block_size * dim;
 #pragma omp parallel for if (tokens * width > SMALL)
   for (int64_t token = 0; token < tokens; token++) {
@@ -102,9 +139,11 @@ void qkv_rope_store(const T* qkv, const float* cos_sin, T* cache, const int64_t*
     if (slots[token] < 0) continue;
     const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
     for (int64_t head = 0; head < kv_heads; head++, in += dim) {
-      T* key = cache + ((block * kv_heads + head) * block_size + offset) * dim;
+      const int64_t place = (block * kv_heads + head) * block_size + offset;
+      T key[MAX_DIM];
       norm_and_rotate(in, k_weight, angles, key, dim, eps);
-      std::memcpy(key + values, in + kv_heads * dim, dim * sizeof(T));
+      store_cell(key, cache + place * dim, scales, 2 * place, dim);
+      store_cell(in + kv_heads * dim, cache + place * dim + values, scales, 2 * place + 1, dim);
     }
   }
 }
@@ -116,6 +155,11 @@ struct Head {
   float q[MAX_DIM];    // times the scale
   float acc[MAX_DIM];  // sum of exp(score - top) * value
   float top, total;    // highest score so far, sum of exp(score - top)
+};
+
+// Of TILE cells that codes are in, in turn: what their keys and their values are multiplied by.
+struct Scales {
+  float key[TILE], value[TILE];
 };
 
 template <class T> inline void prefetch_row(const T* row, int64_t dim) {
@@ -140,8 +184,9 @@ inline void add_values(Head* heads, const float (*weights)[TILE], const T* const
 
 // Takes G heads past `count` keys, 1 to TILE; values: the distance from a key to its value. Of the 2 * TILE pointers
 // those from `count` on are readable too: some fill up a vector (their scores are dropped), the rest are fetched ahead.
+// scales: null where cells are numbers.
 template <class T, int G>
-void attend(Head* heads, const T* const* keys, int64_t values, int64_t count, int64_t dim) {
+void attend(Head* heads, const T* const* keys, const Scales* scales, int64_t values, int64_t count, int64_t dim) {
   float weights[G][TILE];
   i32 lane;
   for (int i = 0; i < W; i++) lane[i] = i;
@@ -157,8 +202,9 @@ void attend(Head* heads, const T* const* keys, int64_t values, int64_t count, in
       prefetch_row(keys[t + i] + values, dim);
       prefetch_row(keys[t + i + TILE], dim);
     }
+    const f32 scale = scales ? load(scales->key + t) : all(1);
     for (int g = 0; g < G; g++)
-      store(weights[g] + t, lane < (int32_t)(count - t) ? sums(products[g]) : all(-INFINITY));
+      store(weights[g] + t, lane < (int32_t)(count - t) ? sums(products[g]) * scale : all(-INFINITY));
   }
   for (int g = 0; g < G; g++) {
     f32 highest = all(heads[g].top), total = {};
@@ -171,7 +217,7 @@ void attend(Head* heads, const T* const* keys, int64_t values, int64_t count, in
     for (int64_t t = 0; t < count; t += W) {
       f32 weight = exponential(load(weights[g] + t) - top);
       total += weight;
-      store(weights[g] + t, weight);
+      store(weights[g] + t, scales ? weight * load(scales->value + t) : weight);
     }
     float shrink = std::exp(heads[g].top - top);
     heads[g].total = heads[g].total * shrink + sum(total);
@@ -184,10 +230,10 @@ void attend(Head* heads, const T* const* keys, int64_t values, int64_t count, in
 }
 
 // table [n, table_stride]; window 0: none. All heads that share a KV head go through it together, so it is read once.
-template <class T>
-void decode_attention(const T* q, const T* cache, const int32_t* table, const int32_t* seq_lens, T* out, int64_t n,
-                      int64_t num_heads, int64_t kv_heads, int64_t dim, int64_t num_blocks, int64_t block_size,
-                      int64_t table_stride, int64_t window, float scale) {
+template <class T, class C>
+void decode_attention(const T* q, const C* cache, const bf16* scales, const int32_t* table, const int32_t* seq_lens,
+                      T* out, int64_t n, int64_t num_heads, int64_t kv_heads, int64_t dim, int64_t num_blocks,
+                      int64_t block_size, int64_t table_stride, int64_t window, float scale) {
   const int64_t group = num_heads / kv_heads, head_stride = block_size * dim, block_stride = kv_heads * head_stride;
   const int64_t values = num_blocks * block_stride;  // from a key to its value
   int64_t work = 0;
@@ -205,13 +251,13 @@ void decode_attention(const T* q, const T* cache, const int32_t* table, const in
       }
     }
     // Where the next 2 * TILE keys lie; behind the last one, that one again.
-    const T* keys[2 * TILE];
+    const C* keys[2 * TILE];
     int64_t position = window > 0 ? std::max<int64_t>(0, len - window) : 0, ahead = position;
     const int32_t* block = table + request * table_stride + position / block_size;
-    const T* first = cache + kv_head * head_stride;
+    const C* first = cache + kv_head * head_stride;
     int64_t offset = position % block_size;
-    const T* key = len ? first + *block * block_stride + offset * dim : nullptr;
-    auto locate = [&](const T** rows) {
+    const C* key = len ? first + *block * block_stride + offset * dim : nullptr;
+    auto locate = [&](const C** rows) {
       for (int t = 0; t < TILE; t++) {
         rows[t] = key;
         if (++ahead >= len) continue;
@@ -223,11 +269,17 @@ void decode_attention(const T* q, const T* cache, const int32_t* table, const in
     for (; position < len; position += TILE) {
       locate(keys + TILE);
       const int64_t count = std::min<int64_t>(TILE, len - position);
+      Scales tile;
+      for (int t = 0; scales && t < TILE; t++) {
+        const bf16* pair = scales + (keys[t] - cache) / dim * 2;
+        tile.key[t] = number(pair[0]), tile.value[t] = number(pair[1]);
+      }
+      const Scales* units = scales ? &tile : nullptr;
       for (int64_t g = 0; g < group;) switch (std::min<int64_t>(group - g, 4)) {
-          case 4: attend<T, 4>(heads + g, keys, values, count, dim), g += 4; break;
-          case 3: attend<T, 3>(heads + g, keys, values, count, dim), g += 3; break;
-          case 2: attend<T, 2>(heads + g, keys, values, count, dim), g += 2; break;
-          default: attend<T, 1>(heads + g, keys, values, count, dim), g += 1;
+          case 4: attend<C, 4>(heads + g, keys, units, values, count, dim), g += 4; break;
+          case 3: attend<C, 3>(heads + g, keys, units, values, count, dim), g += 3; break;
+          case 2: attend<C, 2>(heads + g, keys, units, values, count, dim), g += 2; break;
+          default: attend<C, 1>(heads + g, keys, units, values, count, dim), g += 1;
         }
       std::copy(keys + TILE, keys + 2 * TILE, keys);
     }
@@ -247,5 +299,15 @@ void decode_attention(const T* q, const T* cache, const int32_t* table, const in
 EXPORT(add_rms_norm)
 EXPORT(silu_and_mul)
 EXPORT(gelu_and_mul)
-EXPORT(qkv_rope_store)
-EXPORT(decode_attention)
+// By the type of the inputs and that of the cache.
+#define EXPORT_CACHED(NAME)                                                 \
+  extern "C" {                                                              \
+  decltype(&NAME<float, float>) NAME##_float32 = NAME;                      \
+  decltype(&NAME<bf16, bf16>) NAME##_bfloat16 = NAME;                       \
+  decltype(&NAME<float, int8_t>) NAME##_float32_int8 = NAME;                \
+  decltype(&NAME<bf16, int8_t>) NAME##_bfloat16_int8 = NAME;                \
+  decltype(&NAME<float, e4m3>) NAME##_float32_float8_e4m3fn = NAME;         \
+  decltype(&NAME<bf16, e4m3>) NAME##_bfloat16_float8_e4m3fn = NAME;         \
+  }
+EXPORT_CACHED(qkv_rope_store)
+EXPORT_CACHED(decode_attention)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.cache_codes import LARGEST
 from nanovllm.kernels.cpu.state_kernels import StateKernels
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
@@ -44,8 +45,8 @@ _SIGNATURES = {
     "add_rms_norm": ctypes.CFUNCTYPE(None, *[_POINTER] * 5, *[_INT] * 2, _FLOAT),
     "silu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
     "gelu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
-    "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6, _FLOAT),
-    "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 5, *[_INT] * 8, _FLOAT),
+    "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 8, *[_INT] * 6, _FLOAT),
+    "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 6, *[_INT] * 8, _FLOAT),
     "causal_conv": ctypes.CFUNCTYPE(None, *[_POINTER] * 9, *[_INT] * 6),
     "quantized_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6),
 }
@@ -58,15 +59,23 @@ class CpuKernels(StateKernels):
         # PyTorch is imported by now, so the library finds PyTorch's OpenMP runtime loaded and shares its threads.
         loaded = ctypes.CDLL(str(library))
 
+        def function(name: str, *dtypes: torch.dtype) -> Callable[..., None]:
+            symbol = "_".join((name, *(str(dtype).removeprefix("torch.") for dtype in dtypes)))
+            return _SIGNATURES[name].in_dll(loaded, symbol)
+
         def by_dtype(name: str) -> dict[torch.dtype, Callable[..., None]]:
-            names = {dtype: f"{name}_{str(dtype).removeprefix('torch.')}" for dtype in _DTYPES}
-            return {dtype: _SIGNATURES[name].in_dll(loaded, symbol) for dtype, symbol in names.items()}
+            return {dtype: function(name, dtype) for dtype in _DTYPES}
+
+        def by_dtypes(name: str) -> dict[tuple[torch.dtype, torch.dtype], Callable[..., None]]:
+            """By the dtype of the inputs and that of the cache."""
+            coded = {(dtype, codes): function(name, dtype, codes) for dtype in _DTYPES for codes in LARGEST}
+            return {(dtype, dtype): function(name, dtype) for dtype in _DTYPES} | coded
 
         self._add_rms_norm = by_dtype("add_rms_norm")
         self._silu_and_mul = by_dtype("silu_and_mul")
         self._gelu_and_mul = by_dtype("gelu_and_mul")
-        self._qkv_rope_store = by_dtype("qkv_rope_store")
-        self._decode_attention = by_dtype("decode_attention")
+        self._qkv_rope_store = by_dtypes("qkv_rope_store")
+        self._decode_attention = by_dtypes("decode_attention")
         self._causal_conv = by_dtype("causal_conv")
         self._quantized_linear = by_dtype("quantized_linear")
 
@@ -123,12 +132,11 @@ class CpuKernels(StateKernels):
         num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         dtype, num_tokens = qkv.dtype, qkv.shape[0]
         _, num_blocks, cache_heads, block_size, cache_dim = cache.data.shape
-        run = self._qkv_rope_store.get(dtype)
+        run = self._qkv_rope_store.get((dtype, cache.data.dtype))
         if run is None or not (
             qkv.is_contiguous()
             and qkv.numel() == num_tokens * (num_heads + 2 * num_kv_heads) * head_dim
-            and cache.data.dtype == dtype
-            and cache.data.is_contiguous()
+            and _is_whole(cache)
             and cache_heads == num_kv_heads
             and cache_dim == head_dim <= _MAX_HEAD_DIM
             and head_dim % 2 == 0
@@ -144,6 +152,7 @@ class CpuKernels(StateKernels):
             qkv.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
             cache.data.data_ptr(),
+            None if cache.scales is None else cache.scales.data_ptr(),
             slot_mapping.data_ptr(),
             None if q_norm_weight is None else q_norm_weight.data_ptr(),
             None if k_norm_weight is None else k_norm_weight.data_ptr(),
@@ -163,11 +172,10 @@ class CpuKernels(StateKernels):
         """
         (n, num_heads, head_dim), dtype = q.shape, q.dtype
         _, num_blocks, num_kv_heads, block_size, cache_dim = cache.data.shape
-        run, max_blocks = self._decode_attention.get(dtype), block_table.shape[1]
+        run, max_blocks = self._decode_attention.get((dtype, cache.data.dtype)), block_table.shape[1]
         if run is None or not (
             shape.softcap is None
-            and cache.data.dtype == dtype
-            and cache.data.is_contiguous()
+            and _is_whole(cache)
             and cache_dim == head_dim <= _MAX_HEAD_DIM
             and head_dim % 16 == 0
             and num_heads % num_kv_heads == 0
@@ -179,7 +187,8 @@ class CpuKernels(StateKernels):
         q = q.contiguous()
         out = torch.empty_like(q)
         run(
-            q.data_ptr(), cache.data.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
+            q.data_ptr(), cache.data.data_ptr(), None if cache.scales is None else cache.scales.data_ptr(),
+            block_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
             n, num_heads, num_kv_heads, head_dim, num_blocks, block_size, max_blocks,
             shape.window or 0, shape.scale,
         )  # fmt: skip
@@ -219,6 +228,15 @@ class CpuKernels(StateKernels):
         pointers = [None if t is None else t.data_ptr() for t in (codes, scale, low, zero, x, bias, out)]
         run(*pointers, num_rows, num_outputs, num_inputs, num_groups, 4 if is_int4 else 8, scale.dtype == torch.float16)
         return out
+
+
+def _is_whole(cache: LayerCache) -> bool:
+    scales, data = cache.scales, cache.data
+    if data.dtype in LARGEST and (
+        scales is None or not _is_packed(scales, data[0].numel() // data.shape[4] * 2, torch.bfloat16)
+    ):
+        return False
+    return data.is_contiguous()
 
 
 def _is_packed(x: Tensor, numel: int, dtype: torch.dtype) -> bool:

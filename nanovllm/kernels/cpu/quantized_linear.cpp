@@ -8,9 +8,6 @@
 // Vectors   Float32 everywhere; bfloat16 inputs in pairs, where the CPU multiplies those (AVX-512 BF16).
 #include <algorithm>
 #include <memory>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #include "vectors.h"
 
@@ -24,41 +21,11 @@ struct fp16 {
   uint16_t bits;
 };
 
-inline float number(float x) { return x; }
-inline float number(bf16 x) {
-  uint32_t bits = (uint32_t)x.bits << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
 inline void put(float* to, float x) { *to = x; }
 inline void put(bf16* to, float x) {  // to nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-// W bytes as integers, without a sign or with one. Compilers take a vector of bytes apart, so they are told.
-inline i32 widen(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
-  return (i32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-#else
-  i32 result;
-  for (int i = 0; i < W; i++) result[i] = p[i];
-  return result;
-#endif
-}
-inline i32 widen(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
-  return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
-#else
-  i32 result;
-  for (int i = 0; i < W; i++) result[i] = p[i];
-  return result;
-#endif
 }
 inline void numbers(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
 inline void numbers(const fp16* from, float* to, int64_t n) {

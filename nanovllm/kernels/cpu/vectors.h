@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 #if defined(__AVX512F__)
@@ -26,9 +29,53 @@ struct bf16 {
   uint16_t bits;
 };
 
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float number(float x) { return x; }
+inline float number(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
+
 inline f32 all(float x) { return f32{} + x; }
 inline f32 load(const float* p) { return *(const f32_anywhere*)p; }
 inline f32 load(const bf16* p) { return (f32)(__builtin_convertvector((u16)*(const u16_anywhere*)p, u32) << 16); }
+// W bytes as integers, without a sign or with one. Compilers take a vector of bytes apart, so they are told.
+inline i32 widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (i32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  i32 result;
+  for (int i = 0; i < W; i++) result[i] = p[i];
+  return result;
+#endif
+}
+inline i32 widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  i32 result;
+  for (int i = 0; i < W; i++) result[i] = p[i];
+  return result;
+#endif
+}
+struct e4m3 {
+  uint8_t bits;
+};
+inline f32 load(const int8_t* p) { return __builtin_convertvector(widen(p), f32); }
+inline f32 load(const e4m3* p) {  // the exponent is multiplied into place, which also holds for denormals
+  const u32 bits = (u32)widen(&p->bits);
+  return (f32)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
+}
 inline u32 round_bits(f32 x) {  // the upper halves are bfloat16, to nearest, ties to even
   u32 bits = (u32)x;
   return bits + 0x7fff + ((bits >> 16) & 1);

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.cache_codes import CODES
 from nanovllm.kernels.cpu import cpu_kernels
 from nanovllm.kernels.cpu.cpu_kernels import CpuKernels, build, load_cpu_kernels
 from nanovllm.kernels.paged_attention import paged_attention_reference
@@ -129,6 +130,26 @@ def test_qkv_rope_store(
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_those_of_the_reference(kernels: CpuKernels, kind: str, dtype: torch.dtype) -> None:
+    """To the bit, where nothing before them rounds: sizes from 1e-30 to 1e30, zeros, the largest of a row anywhere."""
+    qkv = random(60, 10 * 48, dtype=dtype) * torch.logspace(-30, 30, 60)[:, None].to(dtype)
+    qkv[7] = 0
+    slots = torch.randperm(64)[:60]
+    slots[3] = -1
+    caches = [
+        LayerCache(torch.zeros(2, 8, 2, 8, 48).to(CODES[kind]), torch.zeros(8, 2, 8, 2, dtype=torch.bfloat16))
+        for _ in range(2)
+    ]
+    shape, heads = AttentionShape(6, 2, 48, scale=1.0), HeadInputs(None, slots)
+    kernels.qkv_rope_store(qkv, heads, caches[0], shape)
+    qkv_rope_store_reference(qkv, heads, caches[1], shape)
+    assert torch.equal(*(cache.scales for cache in caches))
+    assert torch.equal(*(cache.data.view(torch.int8) for cache in caches))
+
+
+@needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
     lens=st.lists(st.integers(1, 300), min_size=1, max_size=9),
@@ -138,6 +159,7 @@ def test_qkv_rope_store(
     block_size=st.sampled_from([5, 8, 16, 32, 64]),
     window=st.sampled_from([None, 1, 7, 64, 100]),
     dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from([None, *CODES]),
     seed=SEEDS,
 )
 def test_decode_attention(
@@ -149,10 +171,12 @@ def test_decode_attention(
     block_size: int,
     window: int | None,
     dtype: torch.dtype,
+    kind: str | None,
     seed: int,
 ) -> None:
     case = make_case([1] * len(lens), lens, num_heads=group * num_kv_heads, num_kv_heads=num_kv_heads, dtype=dtype,
                      head_dim=head_dim, block_size=block_size, layout="heads outside", seed=seed)  # fmt: skip
+    case = case.coded(kind)
     scale = head_dim**-0.5
     got = kernels.decode_attention(
         case.q, case.cache, case.meta.block_table, case.meta.seq_lens, case.shape(scale, window)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, LayerCache
 from nanovllm.kernels.cascade import ITEM_FIELDS, ROWS, TILE, CascadeInputs
+from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.tiles import (
     LOWEST,
     attend_tiles,
@@ -75,6 +76,7 @@ def room_for_results(inputs: CascadeInputs, num_heads: int, head_dim: int) -> Ca
 def _cascade_kernel(
     q_ptr,
     cache_ptr,
+    pairs_ptr,
     cache_desc,
     out_ptr,
     log_sum_ptr,
@@ -127,7 +129,7 @@ def _cascade_kernel(
         acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
         blocks = blocks_of_tile(row_table_ptr, begin, end, TILE, BLOCK_SIZE)
         top, norm, acc = attend_tiles(
-            top, norm, acc, q, cache_ptr, cache_desc, row_table_ptr, blocks, end,
+            top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, row_table_ptr, blocks, end,
             begin // TILE, end // TILE, 0, end // TILE, end, head,
             cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, 0, SOFTCAP, False, NUM_STAGES,
@@ -146,11 +148,11 @@ def cascade_attention(
     shape: AttentionShape,
 ) -> None:
     """Works off the items: queries q [.., num_heads, head_dim] of the n decodes over their shared prefixes."""
-    config, data = cascade_config(cache), cache.data
+    config, data = cascade_config(cache), data_of(cache)
     launch(
         _cascade_kernel, (num_programs(cache),), q.device,
-        q, data, tile_descriptor(data, TILE) if config.tile_loads else None, results.out, results.log_sum,
-        inputs.num_items, inputs.items, block_table, inputs.shared_lens.shape[0],
+        q, data, pairs_of(cache), tile_descriptor(data, TILE) if config.tile_loads else None, results.out,
+        results.log_sum, inputs.num_items, inputs.items, block_table, inputs.shared_lens.shape[0],
         block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
         **layer_arguments(shape, cache.block_size), TILE=TILE,
         ROWS=max(ROWS, next_power_of_2(shape.num_heads // shape.num_kv_heads)),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.cascade import cascade_attention, start_from_parts
+from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.decode_plan import (
     DecodePlan,
     block_at,
@@ -55,6 +56,7 @@ COMBINE_ELEMENTS = 2048  # floats of partial outputs in flight at a time
 def _decode_kernel(
     q_ptr,
     cache_ptr,
+    pairs_ptr,
     out_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -126,7 +128,7 @@ def _decode_kernel(
                     NUM_KV_HEADS, GROUP, BLOCK_GROUP, HEAD_DIM, BLOCK_DIM,
                 )  # fmt: skip
         top, norm, acc = attend_tiles(
-            top, norm, acc, q, cache_ptr, None, row_table_ptr, blocks, seq_len - 1,
+            top, norm, acc, q, cache_ptr, pairs_ptr, None, row_table_ptr, blocks, seq_len - 1,
             first_tile + tile, first_tile + stop, tl.cdiv(lowest, TILE), seq_len // TILE, seq_len, head,
             cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, NUM_STAGES,
@@ -245,14 +247,14 @@ def decode_attention(
     for the kernel ahead.
     """
     config = plan.config
-    data, block_table = cache.data, meta.block_table
+    data, block_table = data_of(cache), meta.block_table
     shared = None, None, None, None
     if plan.cascade is not None and plan.results is not None:
         cascade_attention(q, cache, block_table, plan.cascade, plan.results, shape)
         shared = plan.cascade.shared_lens, plan.cascade.num_parts, plan.results.out, plan.results.log_sum
     launch(
         _decode_kernel, (plan.starts.shape[0],), q.device,
-        q, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
+        q, data, pairs_of(cache), out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, *shared, plan.num_reqs,
         block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
         **decode_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0,

@@ -60,7 +60,7 @@ class DecodePlan:
     results: CascadeResults | None = None
 
 
-def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int) -> DecodeConfig:
+def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int, is_coded: bool = False) -> DecodeConfig:
     """Many requests: as many bytes on their way as can be. Few: no program should wait long for anything.
 
     Measured on an H200 and an H100 with contexts of 384 to 3,800 tokens. Wide heads and wide types take smaller tiles.
@@ -68,6 +68,8 @@ def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int) -> DecodeCon
     if dtype == torch.float32:
         return DecodeConfig(tile=32, num_stages=2, occupancy=1)
     tile = 32 if head_dim > 128 else 64
+    if is_coded:  # half the bytes a tile, and numbers to make of them: a tile more on its way, fewer programs
+        return DecodeConfig(tile, num_stages=3, occupancy=2)
     if num_reqs <= FEW_REQUESTS:
         return DecodeConfig(tile, num_warps=8, occupancy=2)
     return DecodeConfig(tile)
@@ -175,7 +177,7 @@ def plan_decode(
     """
     num_reqs, num_kv_heads = seq_lens.shape[0], cache.data.shape[2]
     group, head_dim = out.shape[1] // num_kv_heads, out.shape[2]
-    config = config or decode_config(head_dim, out.dtype, num_reqs)
+    config = config or decode_config(head_dim, out.dtype, num_reqs, cache.scales is not None)
     if cascade is not None and cache.block_size % config.tile:
         config = replace(config, occupancy=min(config.occupancy, 3))  # addresses of tokens take registers, too
     num_programs = config.occupancy * num_multiprocessors(out.device)

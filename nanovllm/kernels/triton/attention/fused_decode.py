@@ -14,6 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.triton.attention.cells import (
+    codes_of,
+    data_of,
+    load_pairs,
+    numbers_of,
+    pairs_of,
+    scale_bits,
+    size_bits,
+)
 from nanovllm.kernels.triton.attention.decode import decode_arguments, store_output_or_partial
 from nanovllm.kernels.triton.attention.decode_plan import DecodePlan, block_at, next_item, range_of_program, tiles_of
 from nanovllm.kernels.triton.attention.tiles import (
@@ -57,10 +66,21 @@ def _norm_and_rotate(
     return x
 
 
+@triton.jit
+def _encode(x, dtype: tl.constexpr):
+    """A row [1, BLOCK_DIM] for the cache: its codes, the bits of its scale [1], and what they stand for."""
+    x = x.to(tl.float32)
+    bits = scale_bits(tl.max(size_bits(x), axis=1), dtype)
+    scale = bits.to(tl.float32, bitcast=True)[:, None] + tl.zeros(x.shape, tl.float32)
+    codes = codes_of(x, scale, dtype)
+    return codes, bits, numbers_of(codes, x) * scale
+
+
 @triton.jit(do_not_specialize=["num_reqs", "table_stride"])
 def _fused_decode_kernel(
     qkv_ptr,
     cache_ptr,
+    pairs_ptr,
     out_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -141,6 +161,9 @@ def _fused_decode_kernel(
             cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, True,
         )  # fmt: skip
+        pairs = None
+        if pairs_ptr is not None:
+            pairs = load_pairs(pairs_ptr, blocks, t, known, head, NUM_KV_HEADS, BLOCK_SIZE, TILE, True)
         if PDL and EARLY:
             tl.extra.cuda.gdc_wait()  # after the first time, nothing is left to wait for
             tl.extra.cuda.gdc_launch_dependents()
@@ -154,12 +177,20 @@ def _fused_decode_kernel(
         new_v = tl.load(k_ptr + NUM_KV_HEADS * HEAD_DIM + dim, mask=new_mask, other=0.0)
         q = _norm_and_rotate(q, q_other, q_weight, q_other_weight, cos, sin, eps, HEAD_DIM, Q_NORM, ROPE)
         new_k = _norm_and_rotate(new_k, new_k_other, k_weight, k_other_weight, cos, sin, eps, HEAD_DIM, K_NORM, ROPE)
-        new_k, new_v = new_k.to(k.dtype), new_v.to(v.dtype)
+        stored_k, stored_v = new_k, new_v
+        if pairs_ptr is None:
+            stored_k, stored_v = new_k.to(k.dtype), new_v.to(v.dtype)
+            new_k, new_v = stored_k.to(tl.float32), stored_v.to(tl.float32)
+        else:
+            stored_k, k_bits, new_k = _encode(new_k, k.dtype)
+            stored_v, v_bits, new_v = _encode(new_v, v.dtype)
+            cell = ((slot // BLOCK_SIZE) * NUM_KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+            tl.store(pairs_ptr + cell + tl.arange(0, 1), (k_bits >> 16) | v_bits, mask=takes_new & (slot >= 0))
         cell_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + head * STRIDE_HEAD
         cell_ptr += (slot % BLOCK_SIZE) * STRIDE_TOKEN + dim
-        tl.store(cell_ptr, new_k, mask=new_mask & (slot >= 0))
-        tl.store(cell_ptr + cache_stride_kv, new_v, mask=new_mask & (slot >= 0))
-        score = apply_softcap(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1), scale, SOFTCAP)
+        tl.store(cell_ptr, stored_k, mask=new_mask & (slot >= 0))
+        tl.store(cell_ptr + cache_stride_kv, stored_v, mask=new_mask & (slot >= 0))
+        score = apply_softcap(tl.sum(q.to(tl.float32) * new_k, axis=1), scale, SOFTCAP)
         score = tl.where(takes_new, score * (1.0 if SOFTCAP > 0.0 else scale), LOWEST)
 
         top = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
@@ -167,13 +198,13 @@ def _fused_decode_kernel(
         acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
         whole_from, whole_to = tl.cdiv(lowest, TILE), known // TILE
         top, norm, acc = attend_tile(
-            top, norm, acc, q, k, v, t, known - 1, whole_from, whole_to, scale, TILE, KNOWN_WINDOW, SOFTCAP
+            top, norm, acc, q, k, v, pairs, t, known - 1, whole_from, whole_to, scale, TILE, KNOWN_WINDOW, SOFTCAP
         )
         if t + 1 < first_tile + stop:
             blocks = blocks_of_tile(row_table_ptr, (t + 1) * TILE, known, TILE, BLOCK_SIZE)
             top, norm, acc = attend_tiles(
-                top, norm, acc, q, cache_ptr, None, row_table_ptr, blocks, known - 1, t + 1, first_tile + stop,
-                whole_from, whole_to, known, head,
+                top, norm, acc, q, cache_ptr, pairs_ptr, None, row_table_ptr, blocks, known - 1,
+                t + 1, first_tile + stop, whole_from, whole_to, known, head,
                 cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
                 NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, KNOWN_WINDOW, SOFTCAP, True, NUM_STAGES,
             )  # fmt: skip
@@ -181,7 +212,7 @@ def _fused_decode_kernel(
         decay = tl.exp2(top - new_top)
         weight = tl.where(takes_new, tl.exp2(score - new_top), 0.0)
         norm = norm * decay + weight
-        acc = acc * decay[:, None] + weight[:, None] * new_v.to(tl.float32)
+        acc = acc * decay[:, None] + weight[:, None] * new_v
         store_output_or_partial(
             new_top, norm, acc, out_ptr, semaphores_ptr, partial_out_ptr, partial_stats_ptr,
             req, head, tile, stop, tiles, position, length,
@@ -216,11 +247,11 @@ def fused_decode(
     so that this one may read it, and the step's lengths and blocks, before it waits for the kernel ahead.
     """
     config = plan.config
-    data, block_table = cache.data, meta.block_table
+    data, block_table = data_of(cache), meta.block_table
     cos_sin, slots, q_weight, k_weight, eps = heads
     launch(
         _fused_decode_kernel, (plan.starts.shape[0],), qkv.device,
-        qkv, data, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
+        qkv, data, pairs_of(cache), out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, cos_sin, slots, q_weight, k_weight, plan.num_reqs,
         block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4],
         eps=eps, ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.tiles import (
     LOWEST,
     attend_tiles,
@@ -65,11 +66,11 @@ class PrefillPlan:
     config: PrefillConfig
 
 
-def prefill_config(kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
+def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
     """Measured on an H200 and an H100 with prompts of 2,048 tokens; steps with many short prompts took longer with
     tiles loaded whole. float32 is exact rather than fast.
     """
-    if kv_cache.dtype == torch.float32:
+    if q.dtype == torch.float32:
         return PrefillConfig(rows=32, tile=32, num_stages=1, occupancy=1, tile_loads=False)
     if kv_cache.shape[4] > 128:
         if has_large_shared_memory(kv_cache.device):
@@ -136,7 +137,7 @@ def plan_prefill(
     Of q and the cache only shapes, strides, dtype and device count.
     """
     num_reqs = seq_lens.shape[0]
-    config = config or prefill_config(cache.data, (q.shape[0] - first_req) // (num_reqs - first_req))
+    config = config or prefill_config(q, cache.data, (q.shape[0] - first_req) // (num_reqs - first_req))
     group = q.shape[1] // cache.data.shape[2]
     tokens = _rows_of_program(config, group) // group
     num_programs = (q.shape[0] - first_req) // tokens + num_reqs - first_req  # a tile less than full for each request
@@ -157,6 +158,7 @@ def _rows_of_program(config: PrefillConfig, group: int) -> int:
 def _prefill_kernel(
     q_ptr,
     cache_ptr,
+    pairs_ptr,
     cache_desc,
     out_ptr,
     query_start_ptr,
@@ -221,15 +223,15 @@ def _prefill_kernel(
     ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
     blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend_tiles(
-        top, norm, acc, q, cache_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
+        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
         whole_from, whole_to, seq_len, head,
         cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
     )  # fmt: skip
     blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend_tiles(
-        top, norm, acc, q, cache_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end, end, end,
-        seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end,
+        end, end, seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
     )  # fmt: skip
     result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
@@ -246,11 +248,12 @@ def prefill_attention(
     shape: AttentionShape,
 ) -> None:
     """Writes the rows of the requests planned in the contiguous `out`."""
-    config, data, block_table = plan.config, cache.data, meta.block_table
+    config, data, block_table = plan.config, data_of(cache), meta.block_table
     launch(
         _prefill_kernel, (plan.order.shape[0] * shape.num_kv_heads,), q.device,
-        q, data, tile_descriptor(data, config.tile) if config.tile_loads else None, out, meta.query_start_loc,
-        meta.seq_lens, block_table, plan.order, block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
+        q, data, pairs_of(cache), tile_descriptor(data, config.tile) if config.tile_loads else None, out,
+        meta.query_start_loc, meta.seq_lens, block_table, plan.order, block_table.stride(0),
+        q.stride(0), q.stride(1), *data.stride()[:4],
         **layer_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=shape.window or 0,
         ROWS=_rows_of_program(config, shape.num_heads // shape.num_kv_heads),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),

@@ -324,7 +324,7 @@ def is_for_hopper(cache: LayerCache, shape: AttentionShape, mean_query_len: int)
         and shape.head_dim in (64, 128)
         and shape.num_heads // shape.num_kv_heads <= 2 * ROWS.value
         and data.dtype in (torch.bfloat16, torch.float16)
-        and cache.k_scale is None
+        and cache.scales is None
         and TILE.value % cache.block_size == 0
         and data.is_contiguous()
         and data.numel() // shape.head_dim < 2**31

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.triton.attention.cells import codes_of, data_of, scale_bits, size_bits
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
@@ -26,6 +27,7 @@ def _qkv_rope_store_kernel(
     slot_ptr,
     q_out_ptr,
     cache_ptr,
+    scales_ptr,
     qkv_stride,
     cos_sin_stride,
     cache_stride_kv,
@@ -93,12 +95,24 @@ def _qkv_rope_store_kernel(
     tl.store(q_ptr + HALF, second, mask=is_q & col_mask)
     kv_head = head - NUM_HEADS  # keys 0 .. NUM_KV_HEADS, then values
     is_v = kv_head >= NUM_KV_HEADS
-    kv_ptr = cache_ptr + tl.where(is_v, cache_stride_kv, 0)
-    kv_ptr += tl.where(is_v, kv_head - NUM_KV_HEADS, kv_head) * STRIDE_HEAD
+    kv_head = tl.where(is_v, kv_head - NUM_KV_HEADS, kv_head)
+    kv_ptr = cache_ptr + tl.where(is_v, cache_stride_kv, 0) + kv_head * STRIDE_HEAD
     kv_ptr += (slot // BLOCK_SIZE) * STRIDE_BLOCK + (slot % BLOCK_SIZE) * STRIDE_TOKEN + col
     stored = mask & (head >= NUM_HEADS) & (slot >= 0)
-    tl.store(kv_ptr, first.to(cache_ptr.dtype.element_ty), mask=stored)
-    tl.store(kv_ptr + HALF, second.to(cache_ptr.dtype.element_ty), mask=stored)
+    cell_dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    if scales_ptr is None:
+        first, second = first.to(cell_dtype), second.to(cell_dtype)
+    else:
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        largest = tl.max(tl.maximum(size_bits(a), size_bits(b)), axis=1)[:, None]
+        bits = scale_bits(largest, cell_dtype)
+        scale = bits.to(tl.float32, bitcast=True) + tl.zeros([BLOCK_HEADS, BLOCK_HALF], tl.float32)
+        first, second = codes_of(a, scale, cell_dtype), codes_of(b, scale, cell_dtype)
+        cell = ((slot // BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+        is_cell = (head >= NUM_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (slot >= 0)
+        tl.store(scales_ptr + 2 * cell + is_v.to(tl.int32), (bits >> 16).to(tl.int16), mask=is_cell)
+    tl.store(kv_ptr, first, mask=stored)
+    tl.store(kv_ptr + HALF, second, mask=stored)
 
 
 def qkv_rope_store_triton(qkv: Tensor, heads: HeadInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
@@ -112,10 +126,11 @@ def qkv_rope_store_triton(qkv: Tensor, heads: HeadInputs, cache: LayerCache, sha
     all_heads = num_heads + 2 * num_kv_heads
     block_half = next_power_of_2(head_dim // 2)
     block_heads = min(max(ELEMENTS // block_half, 1), next_power_of_2(all_heads))
+    data, scales = data_of(cache), None if cache.scales is None else cache.scales.view(torch.int16)
     launch(
         _qkv_rope_store_kernel, (num_tokens, cdiv(all_heads, block_heads)), qkv.device,
-        qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, cache.data,
-        qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *cache.data.stride()[:4], eps,
+        qkv, cos_sin, q_norm_weight, k_norm_weight, slot_mapping, q, data, scales,
+        qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4], eps,
         ROPE=cos_sin is not None, Q_NORM=q_norm_weight is not None, K_NORM=k_norm_weight is not None,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, BLOCK_SIZE=cache.block_size,
         BLOCK_HEADS=block_heads, BLOCK_HALF=block_half, num_warps=4,

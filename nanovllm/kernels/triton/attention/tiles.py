@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.attention_types import AttentionShape
+from nanovllm.kernels.triton.attention.cells import load_pairs, numbers_of, scales_in
 from nanovllm.kernels.triton.common.device_limits import compute_capability
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
@@ -111,10 +112,13 @@ def fence_tile_loads():
 
 
 @triton.jit
-def scores_of_tile(q, k, scale, SOFTCAP: tl.constexpr):
-    """q k^T, which `update_softmax` multiplies by `scale`; with a soft-cap, exponents of 2 already. scale, SOFTCAP:
-    `layer_arguments`'."""
-    return apply_softcap(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
+def scores_of_tile(q, k, k_scale, scale, SOFTCAP: tl.constexpr):
+    """q k^T, which `update_softmax` multiplies by `scale`; with a soft-cap, exponents of 2 already. k_scale [TILE]: of
+    the keys, None if they have none. scale, SOFTCAP: `layer_arguments`'."""
+    scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
+    if k_scale is not None:
+        scores *= k_scale[None, :]
+    return apply_softcap(scores, scale, SOFTCAP)
 
 
 @triton.jit
@@ -125,15 +129,25 @@ def apply_softcap(scores, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def update_softmax(top, norm, acc, scores, v, scale, SOFTCAP: tl.constexpr):
-    """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output."""
+def update_softmax(top, norm, acc, scores, v, v_scale, scale, SOFTCAP: tl.constexpr):
+    """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output.
+
+    v_scale [TILE]: of the values, None if they have none. It goes into the exponents, and out of the sum again: so
+    weights stay below 1 with it, and float16, which has few exponents, takes those that count.
+    """
     if SOFTCAP > 0.0:
+        scale = 1.0
+    if v_scale is not None:
+        scores = scores * scale + tl.log2(v_scale)[None, :]
         scale = 1.0
     # The product with `scale` and the difference are one instruction for a score, as the maximum was taken before.
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     decay = tl.exp2(top - new_top)
     weights = tl.exp2(scores * scale - new_top[:, None])
-    norm = norm * decay + tl.sum(weights, axis=1)
+    if v_scale is None:
+        norm = norm * decay + tl.sum(weights, axis=1)
+    else:
+        norm = norm * decay + tl.sum(weights * (1.0 / v_scale)[None, :], axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_top, norm, acc
 
@@ -145,6 +159,7 @@ def attend_tiles(
     acc,
     q,
     cache_ptr,
+    pairs_ptr,
     cache_desc,
     table_ptr,
     blocks,
@@ -172,15 +187,17 @@ def attend_tiles(
 ):
     """The online softmax over tiles begin .. end of keys, of which every query sees whole_from .. whole_to whole.
 
-    blocks: `blocks_of_tile`'s for the first. cache_desc: None to load them through pointers. query_position: a number
-    or [ROWS, 1]. RAGGED: a tile may reach beyond the last token, and what lies there may be anything: it is left out,
-    or, of a tile loaded whole, its values are, and its keys by the position.
+    pairs_ptr: None if the cache holds numbers. blocks: `blocks_of_tile`'s for the first. cache_desc: None to load them
+    through pointers. query_position: a number or [ROWS, 1]. RAGGED: a tile may reach beyond the last token, and what
+    lies there may be anything: it is left out, or, of a tile loaded whole, its values are, and its keys by the
+    position.
     """
     for t in tl.range(begin, end, num_stages=NUM_STAGES):
         if cache_desc is not None:
             tile_row = row_of_tile(blocks, t * TILE, head, NUM_KV_HEADS, BLOCK_SIZE)
             k = cache_desc.load([tile_row, 0])
             v = cache_desc.load([tile_row + (cache_stride_kv // HEAD_DIM).to(tl.int32), 0])
+            k, v = numbers_of(k, q), numbers_of(v, q)
             if RAGGED:
                 v = tl.where((t * TILE + tl.arange(0, TILE) < seq_len)[:, None], v, 0.0)
         else:
@@ -189,28 +206,34 @@ def attend_tiles(
                 cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN,
                 HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, RAGGED,
             )  # fmt: skip
+        pairs = None
+        if pairs_ptr is not None:
+            pairs = load_pairs(pairs_ptr, blocks, t, seq_len, head, NUM_KV_HEADS, BLOCK_SIZE, TILE, RAGGED)
         # Read one tile ahead, so that the loads above never wait for it and can be pipelined.
         blocks = blocks_of_tile(table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
         top, norm, acc = attend_tile(
-            top, norm, acc, q, k, v, t, query_position, whole_from, whole_to, scale, TILE, WINDOW, SOFTCAP
+            top, norm, acc, q, k, v, pairs, t, query_position, whole_from, whole_to, scale, TILE, WINDOW, SOFTCAP
         )
     return top, norm, acc
 
 
 @triton.jit
 def attend_tile(
-    top, norm, acc, q, k, v, t, query_position, whole_from, whole_to, scale,
+    top, norm, acc, q, k, v, pairs, t, query_position, whole_from, whole_to, scale,
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`attend_tiles` for tile t, which is here already."""
-    scores = scores_of_tile(q, k, scale, SOFTCAP)
+    """`attend_tiles` for tile t, which is here already. pairs: `load_pairs`', None if the cache holds numbers."""
+    k_scale, v_scale = None, None
+    if pairs is not None:
+        k_scale, v_scale = scales_in(pairs)
+    scores = scores_of_tile(q, numbers_of(k, q), k_scale, scale, SOFTCAP)
     if (t < whole_from) | (t >= whole_to):
         token, last = tl.arange(0, TILE)[None, :], query_position - t * TILE
         visible = token <= last
         if WINDOW:
             visible = visible & (token > last - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    return update_softmax(top, norm, acc, scores, v, scale, SOFTCAP)
+    return update_softmax(top, norm, acc, scores, numbers_of(v, q), v_scale, scale, SOFTCAP)
 
 
 # --- launches -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def batch_invariant_attention_triton(
     """See `paged_attention.paged_attention_reference`. plans: as of `paged_attention_triton`."""
     plans = plans or StepPlans()
     if False not in plans.prefill:
-        config = prefill_config(cache.data, LONG_PROMPT)  # by the model alone
+        config = prefill_config(q, cache.data, LONG_PROMPT)  # by the model alone
         plans.prefill[False] = plan_prefill(meta.query_start_loc, meta.seq_lens, 0, q, cache, config)
     covered = sum(meta.query_lens_host)
     out = (torch.empty if covered == q.shape[0] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)

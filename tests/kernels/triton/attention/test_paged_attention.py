@@ -27,7 +27,8 @@ LENGTHS = 1 if INTERPRETED else 10  # the interpreter takes a hundred times long
 def on_device(case: PagedCase) -> PagedCase:
     tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
     meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
-    return PagedCase(case.q.to(DEVICE), case.kv_cache.to(DEVICE), meta, [])
+    scales = None if case.scales is None else case.scales.to(DEVICE)
+    return PagedCase(case.q.to(DEVICE), case.kv_cache.to(DEVICE), meta, [], scales)
 
 
 def poison_unused(case: PagedCase) -> None:
@@ -37,7 +38,11 @@ def poison_unused(case: PagedCase) -> None:
     for table, seq_len in zip(case.meta.block_table, case.meta.seq_lens.tolist(), strict=True):
         token = torch.arange(seq_len, device=DEVICE)
         used[table.long()[token // block_size], token % block_size] = True
-    case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
+    if case.scales is None:
+        case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
+    else:
+        case.kv_cache.view(torch.int8).masked_fill_(~used[None, :, None, :, None], 127)  # e4m3's NaN
+        case.scales.masked_fill_(~used[:, None, :, None], float("nan"))
 
 
 def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) -> Any:
@@ -69,7 +74,8 @@ def check(
     shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
     plans = planned(case, window, *configs) if configs else None
     got = twin.paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
-    want = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
+    cache = LayerCache(case.kv_cache.float()) if case.scales is None else case.cache
+    want = paged_attention_reference(case.q.float(), cache, case.meta, shape)
     assert got.shape == case.q.shape and got.dtype == dtype
     assert relative_error(got, want) < TOLERANCE[dtype]
 

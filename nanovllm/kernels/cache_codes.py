@@ -1,0 +1,61 @@
+"""A KV cache in 8 bits: codes in e4m3 or int8, and a scale for each token and head.
+
+Owns how a head's key or value becomes codes and a scale, and how cells become numbers again, in plain PyTorch; every
+form of attention equals it. Invariant: a cell depends on its own row of numbers alone, so it holds the same bits
+whether its token came in a prompt, in a chunk or by itself.
+
+    scale    bfloat16, rounded up, so that nothing is larger than the largest code: of int8, from largest / 127; of
+             e4m3, from largest / 448 to a power of 2, as its codes have an exponent and a finer scale would gain
+             nothing, so that dividing is exact and the cast alone rounds
+    code     row / scale, rounded to the nearest, ties to even
+
+A row with an infinity or NaN is read as infinities and NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.attention_types import LayerCache
+
+CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # by kv_cache_dtype
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# Of a scale, as bits of a float32: those that are kept, and the least one, 2^-60, which a row of zeros has. No bfloat16
+# scale is as small otherwise unless the model's numbers underflow themselves, and its logarithm is finite.
+KEPT_BITS = {torch.float8_e4m3fn: 0x7F800000, torch.int8: 0x7FFF0000}
+LEAST_BITS, INFINITY_BITS = 0x21800000, 0x7F800000
+
+
+def cache_dtype(kv_cache_dtype: str, dtype: str) -> torch.dtype:
+    """Of a cache's data, by the option's word; dtype: the model's."""
+    return CODES.get(kv_cache_dtype, getattr(torch, dtype))
+
+
+def cell_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """That the key and the value of one token and head take in a cache of this dtype."""
+    return 2 * (head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype in LARGEST else 0))
+
+
+def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rows [..., head_dim] -> codes of the same shape, scales [...] bfloat16."""
+    rows, largest, kept = rows.float(), LARGEST[dtype], KEPT_BITS[dtype]
+    bits = (rows.abs().amax(-1) / largest).view(torch.int32).clamp(max=INFINITY_BITS)  # NaN is beyond infinity
+    scales = ((bits + (0x7FFFFFFF - kept)) & kept).clamp(min=LEAST_BITS).view(torch.float32)
+    codes = (rows / scales.unsqueeze(-1)).clamp(-largest, largest)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales.bfloat16()
+
+
+def cells(cache: LayerCache, blocks: slice | Tensor, heads_first: bool = False) -> Tensor:
+    """Keys and values of these blocks as numbers: [2, blocks, num_kv_heads, block_size, head_dim]; codes as float32.
+
+    heads_first: [2, num_kv_heads, blocks, block_size, head_dim]. A slice of a cache without codes is a view.
+    """
+
+    def pick(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2) if heads_first else x
+        dim = 2 if heads_first else 1
+        return x[(slice(None),) * dim + (blocks,)] if isinstance(blocks, slice) else x.index_select(dim, blocks)
+
+    if cache.scales is None:
+        return pick(cache.data)
+    codes = pick(cache.data.view(torch.int8)).view(cache.data.dtype)  # e4m3 cannot be picked from everywhere
+    return codes.float() * pick(cache.scales.permute(3, 0, 1, 2)).float().unsqueeze(-1)

@@ -1,0 +1,106 @@
+"""Cells of the paged KV cache in Triton: rows of numbers, or codes of 8 bits with scales beside them.
+
+Owns how codes are made, loaded and taken for numbers; `kernels/cache_codes.py` says what they mean. Invariant: codes
+and scales are the reference's to the bit, on any GPU: they are made by arithmetic on bits.
+
+Codes become 16-bit numbers without their scale, exactly, and the tensor cores multiply those. The scale of a key is
+multiplied into its score, that of a value into its weight in the softmax. float16 takes e4m3 in one instruction for two
+codes, where bfloat16 takes a chain of them. GPUs that do not know e4m3 get it as bytes, whose bits are moved in place.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.attention_types import LayerCache
+from nanovllm.kernels.cache_codes import INFINITY_BITS, KEPT_BITS, LARGEST, LEAST_BITS
+from nanovllm.kernels.triton.common.device_limits import has_fp8
+
+_E4M3, _INT8 = torch.float8_e4m3fn, torch.int8
+LARGEST_E4M3, LARGEST_INT8 = tl.constexpr(LARGEST[_E4M3]), tl.constexpr(LARGEST[_INT8])
+KEPT_E4M3, KEPT_INT8 = tl.constexpr(KEPT_BITS[_E4M3]), tl.constexpr(KEPT_BITS[_INT8])
+LEAST, INFINITE = tl.constexpr(LEAST_BITS), tl.constexpr(INFINITY_BITS)
+NO_PAIR = tl.constexpr(0x3F803F80)  # scales of 1
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it becomes whole
+
+
+def data_of(cache: LayerCache) -> Tensor:
+    """The cache's data as kernels take them: e4m3 as bytes where Triton does not know it."""
+    return cache.data.view(torch.uint8) if cache.data.dtype == _E4M3 and not has_fp8(cache.data.device) else cache.data
+
+
+def pairs_of(cache: LayerCache) -> Tensor | None:
+    """The scales of each cell's key and value [num_blocks, num_kv_heads, block_size], in the halves of an int32."""
+    return None if cache.scales is None else cache.scales.view(torch.int32).squeeze(3)
+
+
+@triton.jit
+def load_pairs(
+    pairs_ptr, blocks, t, seq_len, head,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Of tile t: the scales of its cells [TILE]. blocks: `blocks_of_tile`'s."""
+    in_tile = tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:
+        cell = (blocks * NUM_KV_HEADS + head) * BLOCK_SIZE + t * TILE % BLOCK_SIZE + in_tile
+    else:
+        cell = (blocks * NUM_KV_HEADS + head) * BLOCK_SIZE + (t * TILE + in_tile) % BLOCK_SIZE
+    if RAGGED:
+        return tl.load(pairs_ptr + cell, mask=in_tile < seq_len - t * TILE, other=NO_PAIR)
+    else:
+        return tl.load(pairs_ptr + cell)
+
+
+@triton.jit
+def scales_in(pairs):
+    """Of keys, and of values, float32; never 0, as those of cells are that hold nothing yet."""
+    least = tl.full(pairs.shape, LEAST, tl.int32)
+    return (pairs << 16).to(tl.float32, bitcast=True), tl.maximum(pairs & -65536, least).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def numbers_of(codes, q):
+    """Codes, without their scales, as what queries q are multiplied with; what are numbers stay as they are."""
+    IS_FP8: tl.constexpr = codes.dtype == tl.float8e4nv
+    dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+    if IS_FP8:
+        codes = codes.to(tl.float16).to(dtype)
+    elif codes.dtype == tl.uint8:
+        bits = codes.to(tl.uint16)
+        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True)
+        codes = (half * 256.0).to(dtype)
+    elif codes.dtype == tl.int8:
+        codes = codes.to(dtype)
+    return codes
+
+
+@triton.jit
+def size_bits(x):
+    """|x| of float32 as integers, which are in the same order, with NaN beyond infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_bits(largest, dtype: tl.constexpr):
+    """Bits of the float32 scale of rows whose largest number has these `size_bits`; a bfloat16 is their upper half."""
+    LARGEST: tl.constexpr = LARGEST_INT8 if dtype == tl.int8 else LARGEST_E4M3
+    KEPT: tl.constexpr = KEPT_INT8 if dtype == tl.int8 else KEPT_E4M3
+    bits = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, LARGEST, tl.float32))
+    bits = tl.minimum(bits.to(tl.int32, bitcast=True), tl.full(largest.shape, INFINITE, tl.int32))
+    return tl.maximum((bits + (0x7FFFFFFF - KEPT)) & KEPT, tl.full(largest.shape, LEAST, tl.int32))
+
+
+@triton.jit
+def codes_of(x, scale, dtype: tl.constexpr):
+    """float32 rows as codes in the cache's dtype. scale: float32, of x's shape."""
+    LARGEST: tl.constexpr = LARGEST_INT8 if dtype == tl.int8 else LARGEST_E4M3
+    x = tl.maximum(tl.minimum(tl.div_rn(x, scale), LARGEST), -LARGEST)
+    if dtype == tl.int8:
+        return ((x + ROUNDING) - ROUNDING).to(tl.int8)
+    else:
+        bits, size = x.to(tl.int32, bitcast=True), size_bits(x)
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+        small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # 2^14 + n 2^-9 has the integer n below
+        code = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 128)  # 2^-6 is the least normal number
+        return code.to(tl.uint8).to(dtype, bitcast=True)
