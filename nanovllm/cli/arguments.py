@@ -204,6 +204,10 @@ examples:
         "--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (default: MODEL)"
     )
     group.add_argument(
+        "--lora-modules", nargs="+", default=(), metavar="NAME=PATH",
+        help="adapters, by the names that clients ask for them with as their model; turns --enable-lora on",
+    )  # fmt: skip
+    group.add_argument(
         "--max-unfinished", type=int, default=4096, metavar="N",
         help="requests beyond so many unfinished ones get status 429 (default: %(default)s)",
     )  # fmt: skip

@@ -27,6 +27,7 @@ def run(args: Namespace) -> int:
         import uvicorn
         import uvloop
 
+        from nanovllm.server.adapters import ALLOW, read_modules
         from nanovllm.server.app import make_app
         from nanovllm.server.http import BoundedHttp
         from nanovllm.server.served import Served
@@ -38,13 +39,23 @@ def run(args: Namespace) -> int:
     key = _read_key(args.api_key)
     template = Path(args.chat_template).read_text() if args.chat_template is not None else None
     listener = _listen(args.host, args.port)
-    make_engine = partial(_make_engine, args.model, {"engine_process": True, **engine_options(args)}, template)
+    adapters, options = read_modules(args.lora_modules), {"engine_process": True, **engine_options(args)}
+    if adapters:
+        most = max(len(adapters), options.get("max_loras", 1))
+        options = {"enable_lora": True, "max_cpu_loras": most, **options}
+    make_engine = partial(_make_engine, args.model, options, template)
     served = Served(
-        make_engine(), args.served_model_name or [args.model], args.max_unfinished, args.trust_request_chat_template
+        make_engine(),
+        args.served_model_name or [args.model],
+        args.max_unfinished,
+        args.trust_request_chat_template,
+        adapters,
     )
+    for adapter in adapters.values():
+        served.engine.llm.add_lora(adapter)
     share_interpreter()
     config = uvicorn.Config(
-        make_app(served, key, args.allowed_origins, make_engine if args.restart else None),
+        make_app(served, key, args.allowed_origins, make_engine if args.restart else None, _is_on(ALLOW)),
         http=BoundedHttp,
         ws="none",
         log_config=None,
@@ -81,6 +92,10 @@ def _make_engine(model: str, options: dict[str, Any], chat_template: str | None)
     if chat_template is not None:
         engine.llm.get_tokenizer().chat_template = chat_template
     return engine
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "0").lower() not in ("", "0", "false")
 
 
 def _read_key(given: str | None) -> str | None:

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanovllm import __version__
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.errors import cut
+from nanovllm.server.adapters import load_lora_adapter, unload_lora_adapter
 from nanovllm.server.body import BadRequest, checking, read_body
 from nanovllm.server.chat import chat_completions
 from nanovllm.server.completions import completions
@@ -51,13 +52,16 @@ def make_app(
     api_key: str | None = None,
     allowed_origins: Sequence[str] = (),
     make_engine: Callable[[], AsyncLLM] | None = None,
+    updates_adapters: bool = False,
 ) -> ASGIApp:
     """api_key: what clients must send as a bearer token; None asks for none.
 
     allowed_origins: of the pages on other sites whose scripts may use the server in a browser. make_engine: for a new
-    engine where one has died; None leaves it at that.
+    engine where one has died; None leaves it at that. updates_adapters: clients may load adapters from this machine's
+    folders, and unload them.
     """
-    routes = [Route(path, _answering(endpoint), methods=methods) for path, (endpoint, *methods) in _ROUTES.items()]
+    table = _ROUTES | _UPDATES if updates_adapters else _ROUTES
+    routes = [Route(path, _answering(endpoint), methods=methods) for path, (endpoint, *methods) in table.items()]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -142,25 +146,27 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 
 def _card(served: Served, name: str) -> dict[str, Any]:
+    adapter = served.adapters.get(name)
     return {
         "id": name,
         "object": "model",
         "created": served.start_time,
         "owned_by": "nanovllm",
-        "root": served.engine.llm.config.model,
+        "root": served.engine.llm.config.model if adapter is None else adapter.lora_path,
+        "parent": None if adapter is None else served.names[0],
         "max_model_len": served.max_model_len,
     }
 
 
 async def _models(request: Request) -> Response:
     served: Served = request.app.state.served
-    return JSONResponse({"object": "list", "data": [_card(served, name) for name in served.names]})
+    return JSONResponse({"object": "list", "data": [_card(served, name) for name in served.all_names]})
 
 
 async def _model(request: Request) -> Response:
     served: Served = request.app.state.served
     name = request.path_params["name"]
-    if name not in served.names:
+    if name not in served.all_names:
         fault = Fault(f"the model {name!r} is not served here", 404, "model_not_found", "model")
         return error_response(request.url.path, fault)
     return JSONResponse(_card(served, name))
@@ -226,6 +232,11 @@ async def _metrics(request: Request) -> Response:
     engine = await asyncio.to_thread(served.engine.llm.get_metrics)
     return Response(served.metrics.render(engine), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+
+_UPDATES: dict[str, tuple[Any, ...]] = {
+    "/v1/load_lora_adapter": (load_lora_adapter, "POST"),
+    "/v1/unload_lora_adapter": (unload_lora_adapter, "POST"),
+}
 
 _ROUTES: dict[str, tuple[Any, ...]] = {  # path: endpoint, methods
     "/": (page, "GET"),

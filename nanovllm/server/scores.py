@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.scoring import SCORE_PARAMS, check_options, log_likelihood, read_continuation, scoring_of
+from nanovllm.server.adapters import asked_for
 from nanovllm.server.body import BadRequest, Body, checking, read_body
 from nanovllm.server.events import unless_gone
 from nanovllm.server.served import Served
@@ -74,7 +75,7 @@ async def _score_all(served: Served, pairs: list[tuple[str, str]], request_id: s
         prefix_ids, option_ids = await served.in_thread(_token_ids, served, before, behind)
         prompt: Prompt = prefix_ids + option_ids
         with checking():
-            handle = await served.engine.check(prompt, SCORE_PARAMS, f"{request_id}-{i}")
+            handle = await served.engine.check(prompt, SCORE_PARAMS, f"{request_id}-{i}", asked_for.get())
         (sequence,) = handle.requests
         scoring_of(sequence).skip(len(prefix_ids) - 1)
         async for _ in served.engine.outputs(handle):

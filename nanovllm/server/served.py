@@ -6,7 +6,7 @@ Invariant: every request that was admitted is counted out again, however it ends
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,10 @@ from nanovllm.async_llm import AsyncLLM, Stream
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.session import Handle
 from nanovllm.errors import RequestError
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.adapters import asked_for
 from nanovllm.server.body import BadRequest, Body, checking
 from nanovllm.server.metrics import Metrics, RequestTiming
 
@@ -29,14 +31,20 @@ class Overloaded(RuntimeError):
 class Served:
     """names: that requests may call the model by, the first of which answers carry.
 
-    trust_request_chat_template: run the chat templates that requests bring.
+    trust_request_chat_template: run the chat templates that requests bring. adapters: by the names that ask for them.
     """
 
     def __init__(
-        self, engine: AsyncLLM, names: Sequence[str], max_unfinished: int, trust_request_chat_template: bool = False
+        self,
+        engine: AsyncLLM,
+        names: Sequence[str],
+        max_unfinished: int,
+        trust_request_chat_template: bool = False,
+        adapters: Mapping[str, LoRARequest] | None = None,
     ) -> None:
         self.engine = engine
         self.names = list(names)
+        self.adapters = dict(adapters or {})
         self.max_unfinished = max_unfinished
         self.trust_request_chat_template = trust_request_chat_template
         self.num_unfinished = 0
@@ -45,6 +53,11 @@ class Served:
         self.is_restarting = False  # the engine has died, and a new one is on its way (`restart.py`)
         self.metrics = Metrics(names[0], _cache_config(engine))
         self.defaults = engine.llm.get_default_sampling_params()
+
+    @property
+    def all_names(self) -> list[str]:
+        """The model's, then its adapters'."""
+        return [*self.names, *self.adapters]
 
     @property
     def tokenizer(self) -> Any:
@@ -59,11 +72,14 @@ class Served:
         return self.engine.is_alive and not self.is_restarting
 
     def check_model(self, body: Body) -> str:
-        """The name that the client used. Raises BadRequest for a model that is not served here."""
+        """The name that the client used, which says the adapter of what follows. BadRequest for a model that is not
+        served here.
+        """
         name: str = body.take("model", str, self.names[0])
-        if name not in self.names:
+        asked_for.set(self.adapters.get(name))
+        if name not in self.all_names:
             raise BadRequest(
-                f"the model {name!r} is not served here; there is {', '.join(map(repr, self.names))}",
+                f"the model {name!r} is not served here; there is {', '.join(map(repr, self.all_names))}",
                 param="model", status=404, code="model_not_found",
             )  # fmt: skip
         return name
@@ -110,7 +126,7 @@ class Served:
     async def _check(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Handle:
         engine = self.engine
         with checking():
-            handle = await engine.check(prompt, params, request_id)
+            handle = await engine.check(prompt, params, request_id, asked_for.get())
             if engine.llm._session.find(request_id) is not None:
                 raise ValueError(f"request_id {request_id!r} is in use by an unfinished request; choose another")
         return handle
