@@ -18,6 +18,7 @@ from nanovllm.speculative_config import SpeculativeConfig, read_speculative_conf
 DTYPES = ("float32", "bfloat16", "float16")
 ROW_BYTES = 8 * 2**30  # of states, by default
 GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION = 0.9, 0.3  # what gpu_memory_utilization=None means
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 QUANTIZATIONS = ("fp8", "int8", "int8_dynamic", "int4", "gguf")  # of weights, at load
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 # vLLM's names for what "fp8" and "int8" are here: a scale for each token and head.
@@ -93,6 +94,9 @@ class EngineConfig:
         writes straight into the other devices' memory, where they reach each other's.
     disable_cascade_attn: let each request read the whole of its context by itself; else, on a GPU, what decodes share
         is read once for all of them where that saves enough.
+    logprobs_mode: what a token's log-probabilities are: "raw_logprobs", of the model's own logits;
+        "processed_logprobs", of those that the token was drawn from, with penalties, temperature and filters; or
+        "raw_logits" and "processed_logits", these numbers without the logarithm. Those of prompts are raw_logprobs.
     max_logprobs: most log-probabilities of one token that a request may ask for; -1 allows a whole vocabulary's.
     distributed_timeout_seconds: how long a step, or a message between devices, may take before the engine ends.
     seed: what requests without a seed of their own derive theirs from.
@@ -145,6 +149,7 @@ class EngineConfig:
     distributed_executor_backend: str | None = option(None, choices=(None, "uni", "mp", "external_launcher"))
     disable_custom_all_reduce: bool = False
     disable_cascade_attn: bool = False
+    logprobs_mode: str = option("raw_logprobs", choices=LOGPROBS_MODES)
     max_logprobs: int = option(-1, low=-1, words="-1 (no limit), 0 or more")
     distributed_timeout_seconds: float = option(300.0, above=0, words="more than 0 and finite")
     seed: int = option(0, read=lambda seed: 0 if seed is None else seed)

@@ -48,10 +48,6 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "mm_processor_kwargs": ((None, {}), "only text is supported"),
         "allowed_local_media_path": ((None, ""), "only text is supported"),
         "enable_prompt_embeds": (_OFF, "prompts are text or token ids"),
-        "logprobs_mode": (
-            (None, "raw_logprobs"),
-            "log-probabilities are raw: before all filters",
-        ),
         "compilation_config": ((None, {}), "use compilation and enforce_eager"),
         "optimization_level": ((None,), "use compilation and enforce_eager"),
         "cuda_graph_sizes": ((None, []), "use enforce_eager"),

@@ -69,7 +69,7 @@ def measure(batch_size: int, vocab_size: int, num_runs: int, device: torch.devic
         start = perf_counter()
         tokens = sampler.sample(logits, rows)
         if sampler.pipeline is not None:
-            sampler.pipeline.logprobs(logits, tokens, rows_host)
+            sampler.pipeline.logprobs(logits, tokens, rows)
         _wait(device)
         return perf_counter() - start
 

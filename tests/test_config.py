@@ -73,7 +73,6 @@ VLLM_OPTIONS: list[tuple[str, list[Any], Any, str]] = [  # (option, what asks fo
     ("cpu_offload_gb", [None, 0, 0.0], 4, "weights are not offloaded"),
     ("tokenizer_mode", ["auto"], "mistral", "one kind of tokenizer"),
     ("pipeline_parallel_size", [1], 2, "use tensor_parallel_size"),
-    ("logprobs_mode", ["raw_logprobs"], "processed_logprobs", "are raw"),
     ("limit_mm_per_prompt", [None, {}], {"image": 1}, "only text"),
     ("disable_log_stats", [True], False, r"get_metrics\(\)"),
 ]

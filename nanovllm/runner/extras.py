@@ -15,6 +15,7 @@ from torch import Tensor
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from nanovllm.runner.hidden_states import captured_layers
 from nanovllm.runner.prompt_logprobs import score_prompts
+from nanovllm.sampling.rows import SampledRows
 
 if TYPE_CHECKING:
     from nanovllm.runner.model_runner import ModelRunner, PendingTokens
@@ -31,15 +32,13 @@ class PendingExtras:
     hidden_states: Sequence[dict[int | str, Tensor]] = ()
     failures: dict[int, str] = field(default_factory=dict)
 
-    def of_sampled(
-        self, runner: "ModelRunner", logits: Tensor, tokens: Tensor, rows_host: np.ndarray
-    ) -> "PendingExtras":
+    def of_sampled(self, runner: "ModelRunner", logits: Tensor, tokens: Tensor, rows: SampledRows) -> "PendingExtras":
         """These, with what the rows [n] asked of what was just drawn."""
         pipeline = runner.sampler.pipeline
         if pipeline is None:
             return self
-        logprobs = [(members, runner.to_host(top)) for members, top in pipeline.logprobs(logits, tokens, rows_host)]
-        return replace(self, logprobs=logprobs, failures=pipeline.take_failures(rows_host))
+        logprobs = [(members, runner.to_host(top)) for members, top in pipeline.logprobs(logits, tokens, rows)]
+        return replace(self, logprobs=logprobs, failures=pipeline.take_failures(rows.rows_host))
 
     def add_to(self, output: ModelRunnerOutput) -> None:
         """Once the device has come so far."""

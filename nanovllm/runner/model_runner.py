@@ -85,10 +85,8 @@ class ModelRunner:
             self.layer_groups = LayerGroups(groups, self.state.block_tables, self.block_size)
         self._one_group = [0] * len(kv_caches)
         self._first_tables = self.state.block_tables[:, :max_blocks]  # of the first group
-        processors = config.logits_processors
-        self.sampler = Sampler(
-            config.max_num_seqs, model_config.vocab_size, device, processors, config.deterministic, tp
-        )
+        how = config.logits_processors, config.deterministic, tp, config.logprobs_mode
+        self.sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, *how)
         # A step of several groups may be staged twice, in two parts.
         num_buffers = (config.overlap_depth + 1) * min(num_groups, 2)
         self._stager = InputStager(max_blocks * num_groups, num_buffers, device)
@@ -162,7 +160,7 @@ class ModelRunner:
         logits = self.compute_logits(hidden[batch.query_start_loc[1:][batch.sampled] - 1], rows.rows)
         tokens = self.sampler.sample(logits, rows)
         if self.sampler.pipeline is not None:
-            extras = extras.of_sampled(self, logits, tokens, rows.rows_host)
+            extras = extras.of_sampled(self, logits, tokens, rows)
         return self.read_back(tokens, extras)
 
     def prepare(

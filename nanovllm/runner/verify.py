@@ -163,7 +163,7 @@ def _draw_in_turn(
     logprobs: list[tuple[np.ndarray, Tensor]] = []
     index = upload(kept, logits.device)
     if (pipeline.num_logprobs[draws.rows] >= 0).any():
-        for members, top in pipeline.logprobs(logits[index], tokens[index], draws.rows[kept]):
+        for members, top in pipeline.logprobs(logits[index], tokens[index], rows.select(kept)):
             logprobs.append((members, runner.to_host(top)))
     extras = replace(extras, logprobs=logprobs, failures=failures)
     return tokens, upload(accepted, logits.device), extras

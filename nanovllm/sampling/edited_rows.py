@@ -50,7 +50,10 @@ def _redraw(sampler: "Sampler", logits: Tensor, tokens: Tensor, edited: np.ndarr
     for start in range(0, len(edited), size):
         part = edited[start : start + size]
         index, members = upload(part, logits.device), rows.select(part)
-        tokens[index] = sampler.draw(pipeline.edited(logits, part, members), members)
+        edited_logits = pipeline.edited(logits, part, members)
+        tokens[index] = sampler.draw(edited_logits, members)
+        if pipeline.mode is not None:
+            pipeline.mode.keep(edited_logits, tokens[index], members, pipeline.num_logprobs[members.rows_host])
     pipeline.drawn(rows, tokens)
 
 

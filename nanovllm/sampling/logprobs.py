@@ -29,11 +29,11 @@ def rows_at_once(device: torch.device, vocab_size: int, k: int) -> int:
     return rows_of_chunk(device, vocab_size + 8 * k)
 
 
-def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> TopLogprobs:
-    """logits [n, V] of any float dtype, token_ids [n] in [0, V), 0 <= k <= V."""
+def top_logprobs(logits: Tensor, token_ids: Tensor, k: int, as_logits: bool = False) -> TopLogprobs:
+    """logits [n, V] of any float dtype, token_ids [n] in [0, V), 0 <= k <= V. as_logits: no log-softmax."""
     size = rows_at_once(logits.device, logits.shape[1], k)
     parts = [
-        _of_chunk(logits[i : i + size].float(), token_ids[i : i + size, None].long(), k)
+        _of_chunk(logits[i : i + size].float(), token_ids[i : i + size, None].long(), k, as_logits)
         for i in range(0, len(logits), size)
     ]
     return parts[0] if len(parts) == 1 else TopLogprobs(*map(torch.cat, zip(*parts, strict=True)))
@@ -54,7 +54,7 @@ def packed(top: TopLogprobs) -> Tensor:
     return torch.stack((top.token_ids.int(), top.logprobs.view(torch.int32), top.ranks.int()), dim=-1)
 
 
-def _of_chunk(logits: Tensor, own_ids: Tensor, k: int) -> TopLogprobs:
+def _of_chunk(logits: Tensor, own_ids: Tensor, k: int, as_logits: bool) -> TopLogprobs:
     own_ranks = 1 + (logits > logits.gather(1, own_ids)).sum(-1, keepdim=True)
     ids = _highest(logits, k)
     falling = -logits.gather(1, ids)  # rising, as searchsorted wants it; the first of equals says how many come before
@@ -62,7 +62,7 @@ def _of_chunk(logits: Tensor, own_ids: Tensor, k: int) -> TopLogprobs:
         torch.cat((own_ids, ids), dim=1),
         torch.cat((own_ranks, 1 + torch.searchsorted(falling, falling)), dim=1),
     )
-    return TopLogprobs(ids, logits.log_softmax(-1).gather(1, ids), ranks)
+    return TopLogprobs(ids, (logits if as_logits else logits.log_softmax(-1)).gather(1, ids), ranks)
 
 
 def _highest(logits: Tensor, k: int) -> Tensor:

@@ -57,12 +57,13 @@ class Sampler:
         processors: Sequence[LogitsProcessor] = (),
         is_deterministic: bool = False,
         tp: TensorParallel | None = None,
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         """processors: Python functions that run for every row. tp: the ranks that sample the same logits."""
         self.columns = DrawColumns(max_num_seqs, vocab_size, device)
         self.pipeline: Pipeline | None = None
         self._processors = tuple(processors)
-        self._is_deterministic = is_deterministic
+        self._is_deterministic, self._logprobs_mode = is_deterministic, logprobs_mode
         self._tp = tp or TensorParallel()
 
     def enter(self, plan: SchedulerOutput) -> None:
@@ -70,7 +71,7 @@ class Sampler:
         for new in plan.new_rows:
             self.columns.set_row(new.row, new.params, new.seed)
         if self.pipeline is None and self._needs_pipeline(plan):
-            self.pipeline = Pipeline(self.columns, self._processors, self._tp)
+            self.pipeline = Pipeline(self.columns, self._processors, self._tp, self._logprobs_mode)
         if self.pipeline is not None:
             self.pipeline.enter(plan)
 

@@ -155,7 +155,7 @@ class GraphRunner:
         uploaded = upload(np.stack((rows_host, positions_host)).astype(np.int32), runner.device)
         rows = SampledRows(rows_host, uploaded[0], positions_host, uploaded[1])
         redraw_edited(runner.sampler, logits, tokens, rows)
-        return runner.read_back(tokens, NO_EXTRAS.of_sampled(runner, logits, tokens, rows_host))
+        return runner.read_back(tokens, NO_EXTRAS.of_sampled(runner, logits, tokens, rows))
 
 
 def can_capture_prompts(model_config: ModelConfig) -> bool:

@@ -2,7 +2,7 @@
 
 Owns the order of the stages, as in vLLM but for the grammar, which has the last word here:
 
-     0. logprobs            of the raw logits: log-softmax, top k and ranks
+     0. logprobs            of the raw logits: log-softmax, top k and ranks; other numbers by `logprobs_modes.py`
      1. allowed_token_ids   all other tokens are ruled out
      2. bad_words           the token that would complete one is ruled out
      3. min_tokens          stop ids are ruled out while the output is too short
@@ -27,6 +27,7 @@ from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.sampling.draw_columns import DrawColumns
 from nanovllm.sampling.logprobs import packed_logprobs
+from nanovllm.sampling.logprobs_modes import LogprobsMode
 from nanovllm.sampling.rows import SampledRows, upload
 from nanovllm.sampling.stages.allowed_tokens import AllowedTokens
 from nanovllm.sampling.stages.bad_words import BadWords
@@ -44,8 +45,11 @@ class Pipeline:
     """num_logprobs, num_prompt_logprobs [max_num_seqs]: how many log-probabilities a row wants beside the token's own;
     -1: none at all."""
 
-    def __init__(self, columns: DrawColumns, processors: Sequence[LogitsProcessor], tp: TensorParallel) -> None:
-        """processors: the engine's. tp: the ranks that sample the same logits."""
+    def __init__(
+        self, columns: DrawColumns, processors: Sequence[LogitsProcessor], tp: TensorParallel, logprobs_mode: str
+    ) -> None:
+        """processors: the engine's. tp: the ranks that sample the same logits. logprobs_mode: see EngineConfig."""
+        self.mode = None if logprobs_mode == "raw_logprobs" else LogprobsMode(logprobs_mode, columns)
         self._vocab_size = columns.vocab_size
         max_num_seqs = len(columns.host)
         self.histories = Histories()
@@ -117,12 +121,14 @@ class Pipeline:
         for stage in self.stages:
             stage.drawn(rows, tokens)
 
-    def logprobs(self, logits: Tensor, tokens: Tensor, rows_host: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
+    def logprobs(self, logits: Tensor, tokens: Tensor, rows: SampledRows) -> list[tuple[np.ndarray, Tensor]]:
         """Stage 0, for the tokens [n] that were drawn: (members, what they asked for), one of each size asked for.
 
         members: which of the n rows; with theirs as `logprobs.packed` has it.
         """
-        asked = self.num_logprobs[rows_host]
+        asked = self.num_logprobs[rows.rows_host]
+        if self.mode is not None:
+            return self.mode.logprobs(logits, tokens, rows, asked)
         results = []
         for k in np.unique(asked[asked >= 0]):
             members = np.flatnonzero(asked == k)
