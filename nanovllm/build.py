@@ -29,7 +29,7 @@ from nanovllm.engine.state_cache import StateCache
 from nanovllm.executor.external import join_launched_ranks
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
-from nanovllm.executor.worker import RunnerTimes, build_runner, with_quantization
+from nanovllm.executor.worker import RunnerTimes, build_runner, num_host_slots, with_quantization
 from nanovllm.kernels.cascade import TILE
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.ops import PLAIN
@@ -143,6 +143,12 @@ def _start_engine(
             f"tensor_parallel_size {config.tensor_parallel_size} times data_parallel_size {config.data_parallel_size}, "
             f"from {device} on, needs more than the {torch.cuda.device_count()} CUDA devices that are visible"
         )
+    keeps_all = group_layers(model_config.windows, config.max_model_len).keep_everything
+    if config.has_tiers and not (keeps_all and model_config.state_memory(config) is None):
+        raise NotImplementedError(
+            "kv_offload_gb and prefix_store cover layers that keep the keys and values of all tokens, and not windows "
+            f"or states, as {model_config.architecture} has them; leave both out"
+        )
     _rehearse_loading(config, model_config, checkpoint)
     if config.has_replicas:
         setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)
@@ -151,6 +157,8 @@ def _start_engine(
     make_scheduler, make_engine = _planner_and_loop(config, model_config, device)
     executor, times = _start_executor(_of_workers(config, model_config), model_config, checkpoint, device)
     cache = _cache_manager(config, model_config, executor.num_blocks)
+    if config.has_tiers:
+        executor, cache = _with_tiers(config, model_config, executor)
     scheduler = make_scheduler(
         cache,
         max_num_seqs=config.max_num_seqs,
@@ -213,6 +221,17 @@ def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks
     from nanovllm.engine.grouped_cache import GroupedCache  # a leaf: most models have no window
 
     return GroupedCache(num_blocks, config.block_size, config.enable_prefix_caching, groups.specs, **limits)
+
+
+def _with_tiers(config: ResolvedConfig, model_config: ModelConfig, executor: Executor) -> tuple[Executor, CacheManager]:
+    from nanovllm.tiers.host_slots import HostSlots  # a room
+    from nanovllm.tiers.store import PrefixStore, open_folders
+    from nanovllm.tiers.tiered_cache import TieredCache, TieredExecutor
+
+    host = HostSlots(num_host_slots(config, model_config)) if config.kv_offload_gb else None
+    store = None if config.prefix_store is None else PrefixStore(open_folders(config))
+    cache = TieredCache(executor.num_blocks, config.block_size, host, store)
+    return TieredExecutor(executor, cache), cache
 
 
 def _shared_prefixes(config: ResolvedConfig, model_config: ModelConfig, device: torch.device) -> SharedPrefixes | None:

@@ -73,6 +73,10 @@ class EngineConfig:
     num_gpu_blocks_override: number of KV blocks, on any device, instead of what the memory would hold.
     block_size: tokens in one KV block: 8, 16, 32 or 64; None chooses by device.
     enable_prefix_caching: let requests share the KV blocks of equal prompt beginnings.
+    kv_offload_gb: GiB of host memory (pinned, on a GPU), for each engine, that keep evicted blocks of the prefix cache;
+        one that is asked for again is copied back instead of computed. See docs/prefix-caching.md.
+    prefix_store: a folder that keeps blocks of prefixes that were used again, for later processes with the same model.
+    prefix_store_gb: GiB that the folder may have for each rank; what was used longest ago goes first.
     enable_chunked_prefill: compute a prompt in parts where the budget of a step cuts it; off, a prompt waits until it
         fits whole, and max_num_batched_tokens must be at least max_model_len.
     enable_sleep_mode: on a GPU, keep weights and KV cache in memory that `LLM.sleep` can give back; a CPU always can.
@@ -137,6 +141,9 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = option(None, low=1)
     block_size: int | None = option(None, choices=(None, 8, 16, 32, 64))
     enable_prefix_caching: bool = True
+    kv_offload_gb: float = option(0.0, low=0)
+    prefix_store: str | None = option(None, read=_read_path)
+    prefix_store_gb: float = option(16.0, above=0)
     enable_chunked_prefill: bool = True
     enable_sleep_mode: bool = False
     enforce_eager: bool = False
@@ -172,12 +179,22 @@ class EngineConfig:
         """Whether engines run in processes of their own, also if it is a single one."""
         return self.data_parallel_size > 1 or self.engine_process
 
+    @property
+    def has_tiers(self) -> bool:
+        """Whether blocks that the KV cache evicts, or shares, are kept elsewhere as well."""
+        return self.kv_offload_gb > 0 or self.prefix_store is not None
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.has_replicas and self.distributed_executor_backend == "external_launcher":
             raise ValueError(
                 f"distributed_executor_backend='external_launcher' runs one engine in this process, but "
                 f"engine_process is {self.engine_process} and data_parallel_size {self.data_parallel_size}; use 'mp'"
+            )
+        if (self.kv_offload_gb or self.prefix_store) and not self.enable_prefix_caching:
+            raise ValueError(
+                "kv_offload_gb and prefix_store keep blocks of the prefix cache, and enable_prefix_caching is False; "
+                "leave it on"
             )
         if self.trace is not None and not self.trace.endswith((".json", ".json.gz")):
             raise ValueError(f"trace must be a file that ends in .json or .json.gz, got {self.trace!r}")

@@ -116,6 +116,12 @@ FEATURES = {
     "preemption": Feature(engine={"num_gpu_blocks_override": 9, "max_model_len": 72}, counts="num_preemptions"),
     "chunked prefill": Feature(engine={"max_num_batched_tokens": 5, "max_num_seqs": 5}),  # prompts have 37 tokens
     "overlap depth 2": Feature(engine={"overlap_depth": 2}),
+    # Room for one request and a half, so that what comes next evicts, and finds what was evicted.
+    "kv_offload_gb": Feature(
+        engine={"kv_offload_gb": 0.01, "num_gpu_blocks_override": 13, "enable_prefix_caching": True},
+        counts="num_blocks_saved",
+    ),
+    "prefix_store": Feature(engine={"prefix_store": "store", "enable_prefix_caching": True}),
     "trace": Feature(engine={"trace": "run.json.gz"}),  # in a folder of the tests, a file for each engine
     "speculation": Feature(
         engine={
@@ -149,8 +155,9 @@ class Engines:
         if key not in self._engines:
             defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 12, "overlap_depth": 1}
             defaults["enable_prefix_caching"] = False
-            if "trace" in options:
-                options["trace"] = self._folder / f"{len(self._engines)}.{options['trace']}"
+            for name in ("trace", "prefix_store"):
+                if name in options:
+                    options[name] = self._folder / f"{len(self._engines)}.{options[name]}"
             self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
         return self._engines[key]
 

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from nanovllm import __version__
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.batch.columns import NEW_COLUMNS, Columns, ColumnsJob, find_columns
-from nanovllm.batch.identity import identify
 from nanovllm.batch.job import Job, Write, input_digest, run_rows, write_out
 from nanovllm.batch.journal import Journal
 from nanovllm.batch.report import Outcome, Rows, Speed, make_page
 from nanovllm.batch.tables import Row, Table, check_output, is_json_lines, open_table, write_json_lines
 from nanovllm.cli.options import engine_options, sampling_options
 from nanovllm.cli.streaming import make_sampling_params
+from nanovllm.model_files.identity import identify
 from nanovllm.model_files.locate import locate_model
 from nanovllm.roofline import roofline
 from nanovllm.roofline.ceilings import measure_ceilings
@@ -38,8 +38,8 @@ _LOG_SECONDS = 60.0  # how often a log, where there is no terminal, hears of the
 # Options that decide how much runs at once, and not what comes out: they may differ when a job goes on.
 _HOW_MUCH = (
     "data_parallel_size", "distributed_executor_backend", "distributed_timeout_seconds", "engine_process",
-    "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs",
-    "num_gpu_blocks_override", "overlap_depth", "trace",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "kv_offload_gb", "max_num_batched_tokens", "max_num_seqs",
+    "num_gpu_blocks_override", "overlap_depth", "prefix_store", "prefix_store_gb", "trace",
 )  # fmt: skip
 
 

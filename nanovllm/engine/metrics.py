@@ -41,5 +41,6 @@ def engine_metrics(scheduler: "Scheduler", times: EngineTimes) -> dict[str, floa
         "num_waiting": len(scheduler.waiting),
         "num_free_blocks": scheduler.cache.pool.num_free_blocks,
         "num_blocks": scheduler.cache.pool.num_blocks,
+        **getattr(scheduler.cache, "counts", {}),  # of the tiers below it, where there are any
         **asdict(times),
     }

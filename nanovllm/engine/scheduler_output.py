@@ -44,6 +44,20 @@ class SharedPrefix(NamedTuple):
     end: int
 
 
+@dataclass(slots=True)
+class BlockMoves:
+    """What moves between the KV cache and the tiers below it before a step, in this order.
+
+    keeps: (block, hash) to be written into the prefix store. saves: (block, slot of host memory). loads: the same, the
+    other way. fetches: (block, hash) to be read from the store.
+    """
+
+    keeps: list[tuple[int, bytes]] = field(default_factory=list)
+    saves: list[tuple[int, int]] = field(default_factory=list)
+    loads: list[tuple[int, int]] = field(default_factory=list)
+    fetches: list[tuple[int, bytes]] = field(default_factory=list)
+
+
 @dataclass(slots=True, kw_only=True)
 class SchedulerOutput:
     """One step. The lists rows .. num_samples run in parallel, requests with a single token first.
@@ -58,7 +72,8 @@ class SchedulerOutput:
     grammar_bitmask: for each row that samples under a constraint, what it may sample: int32 words of at least
     vocab_size bits, token i being bit i % 32 of word i // 32; [1 + k, words] for a row with a draft. capture_layers:
     for each row that captures hidden states, behind which layers. shared_prefixes: what decodes share, where reading it
-    once is worth the while; those of one request follow each other from token 0 on, in order.
+    once is worth the while; those of one request follow each other from token 0 on, in order. moves: None where nothing
+    moves between the cache and a tier below it.
     """
 
     new_rows: list[NewRow]
@@ -75,6 +90,7 @@ class SchedulerOutput:
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
     num_draft_tokens: int = 0
     num_draft_steps: int = 0
+    moves: BlockMoves | None = None
 
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":
         """The part of the step that concerns these of the rows, in their order here."""

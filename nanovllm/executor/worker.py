@@ -87,16 +87,7 @@ def build_runner(
 
         draft = DraftModel(config, model_config, device, tp, load)
     times.append(perf_counter())
-    spec = KVCacheSpec(
-        groups=group_layers(model_config.windows, config.max_model_len),
-        num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
-        head_dim=model_config.head_dim,
-        block_size=config.block_size,
-        dtype=cache_dtype(config.kv_cache_dtype, model_config.dtype),
-        states=model_config.state_memory(config),
-        num_ranks=tp.size,
-        bytes_beside=0 if draft is None else draft.bytes_per_block,
-    )
+    spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
     def make_runner(config: ResolvedConfig, num_blocks: int, make: MakeZeros = zeros) -> ModelRunner:
@@ -119,8 +110,35 @@ def build_runner(
         if runner is not eager:
             drafter = GraphRunner(drafter, draft.config, draft.model_config)
         runner = DraftingRunner(runner, drafter)
+    if config.has_tiers:
+        from nanovllm.tiers.mover import with_tiers  # a room
+
+        runner = with_tiers(runner, eager.kv_caches, config, num_host_slots(config, model_config), tp.rank)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
+
+
+def cache_spec(
+    config: ResolvedConfig, model_config: ModelConfig, tp: TensorParallel, bytes_beside: int = 0
+) -> KVCacheSpec:
+    """bytes_beside: that another model keeps for each block."""
+    return KVCacheSpec(
+        groups=group_layers(model_config.windows, config.max_model_len),
+        num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=cache_dtype(config.kv_cache_dtype, model_config.dtype),
+        states=model_config.state_memory(config),
+        num_ranks=tp.size,
+        bytes_beside=bytes_beside,
+    )
+
+
+def num_host_slots(config: ResolvedConfig, model_config: ModelConfig) -> int:
+    """Blocks that `kv_offload_gb` has room for, all ranks' parts of them; the same number for planner and workers."""
+    size = config.tensor_parallel_size
+    num_bytes = cache_spec(config, model_config, TensorParallel(0, size)).bytes_per_block * size
+    return int(config.kv_offload_gb * 2**30) // num_bytes
 
 
 def can_capture(device: torch.device) -> bool:

@@ -78,6 +78,10 @@ class Worker:
         else:
             self._pending.put((number, pending))
 
+    def close(self) -> None:
+        """Let go of the runner, which finishes what it writes."""
+        self._runner = None
+
     def _send_results(self) -> None:
         """On a GPU, in a thread of its own: the main one queues the next step meanwhile."""
         assert self._pending is not None
@@ -96,6 +100,7 @@ def main(arguments: list[str]) -> None:
         while True:
             name, number, value = pickle.loads(ring.read())
             if name == "close":
+                worker.close()
                 leave_group()
                 return
             worker.handle(name, number, value)

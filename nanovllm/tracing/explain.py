@@ -60,6 +60,8 @@ def _line(event: Mapping[str, Any]) -> str | None:
         again = " once more, after it had lost its place" if name == "recompute" else ""
         tokens = f"{args['tokens']} tokens from number {args['from']} on"
         return f"{at}{tokens} were computed{again} in step {args['step']}{lasting}"
+    if name == "verify":
+        return f"{at}{args['tokens'] - 1} drafted tokens were verified in step {args['step']}{lasting}"
     if name == "decode":
         return f"{at}got a token in each of steps {args['first']} to {args['last']}: {args['tokens']}{lasting}"
     if name == "preempted":

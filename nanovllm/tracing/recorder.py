@@ -161,7 +161,10 @@ class Recorder:
         starts, counts = plan.num_computed_tokens, plan.num_scheduled_tokens
         for row, start, count in zip(plan.rows, starts, counts, strict=True):
             life = self._of_row[row]
-            if start >= life.num_known:
+            if start >= life.num_known and count > 1:
+                arguments = f'"request":{life.name},"tokens":{count},"from":{start},"step":{step.number}'
+                step.slices.append(RowSlice(row, step, "verify", arguments))
+            elif start >= life.num_known:
                 step.decodes[life] = None
                 if life.decode_since is None:
                     life.decode_since = step

@@ -1,0 +1,96 @@
+"""PrefixStore: blocks of prefixes that were used again, in a folder that outlives the process.
+
+Owns what the folder is called and what is in it, as the planner sees it; blocks are written and read by the workers
+(`mover.py`). Invariant: a block that it names has been read once and found to be good, in this process.
+
+A folder is of one model (the hash of its files), form of its weights and KV, and rank; a file's name is the hash of its
+block and all before it. Only prefixes of the weights that the model came with are kept, of requests without a salt:
+other roots of hashes mean nothing in another process.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from hashlib import blake2b
+from pathlib import Path
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.model_files.identity import identify
+from nanovllm.tiers.block_file import is_good
+
+_FORMAT = 1  # of what stands in a block: whoever changes how keys and values are computed or laid out raises it
+_NUM_THREADS = 16  # that check files: reading and adding up leave the interpreter to others
+_PATIENCE_SECONDS = 0.002  # that a plan waits for them
+
+
+def open_folders(config: ResolvedConfig) -> list[Path]:
+    """The folder of each rank's blocks, made if it is not there. config.model: a path. Raises OSError."""
+    about = {
+        "format": _FORMAT,
+        "model": identify(Path(config.model)),
+        "quantization": config.quantization,
+        "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "block_size": config.block_size,
+        "ranks": config.tensor_parallel_size,
+    }
+    text = json.dumps(about)
+    folder = Path(config.prefix_store or "") / blake2b(text.encode(), digest_size=16).hexdigest()
+    folders = [folder / f"rank{rank}" for rank in range(config.tensor_parallel_size)]
+    for one in folders:
+        one.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").write_text(text)
+    return folders
+
+
+def path_of(folder: Path, block_hash: bytes) -> Path:
+    return folder / f"{block_hash.hex()}.kv"
+
+
+class PrefixStore:
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """folders: of each rank."""
+        self._folders = folders
+        self._good: set[bytes] = set()
+        self._checks: dict[bytes, Future[bool]] = {}
+        self._threads = ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1), "nanovllm store")
+        self._kept: set[bytes] = set()  # that this process has written, or found
+
+    def find(self, block_hash: bytes) -> bool:
+        return block_hash in self._good and path_of(self._folders[0], block_hash).exists()
+
+    def look(self, hashes: Iterable[bytes]) -> bool:
+        """Check the files of these blocks, which follow each other, up to the first that has none.
+
+        Returns whether that needs more time than a plan may wait. Ask again then.
+        """
+        for block_hash in hashes:
+            if block_hash not in self._good and block_hash not in self._checks:
+                if not path_of(self._folders[0], block_hash).exists():
+                    break
+                self._checks[block_hash] = self._threads.submit(self._check, block_hash)
+        if not self._checks:
+            return False
+        done, pending = wait(self._checks.values(), _PATIENCE_SECONDS)
+        for block_hash, check in list(self._checks.items()):
+            if check in done:
+                del self._checks[block_hash]
+                if check.result():
+                    self._good.add(block_hash)
+                    self._kept.add(block_hash)
+        return bool(pending)
+
+    def _check(self, block_hash: bytes) -> bool:
+        about = {"block": block_hash.hex()}
+        return all(is_good(path_of(folder, block_hash), about) for folder in self._folders)
+
+    def wants(self, block_hash: bytes) -> bool:
+        """Should a block be written that was found again? Asked once for each."""
+        if block_hash in self._kept:
+            return False
+        self._kept.add(block_hash)
+        return not path_of(self._folders[0], block_hash).exists()
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)

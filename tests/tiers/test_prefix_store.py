@@ -1,0 +1,238 @@
+"""The folder of blocks: files that are harmed, other versions, several writers, and engines that come later."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler_output import BlockMoves
+from nanovllm.kernels.attention_types import LayerCache
+from nanovllm.tiers import block_files, mover
+from nanovllm.tiers.block_file import is_good, read_block, write_block
+from nanovllm.tiers.block_files import BlockFiles
+from nanovllm.tiers.mover import TierMover
+from nanovllm.tiers.store import PrefixStore, path_of
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
+
+ABOUT = {"block": "00"}
+SYSTEM = "You are a careful assistant who answers in one short sentence. "
+NUM_BLOCKS = 8  # of 8 tokens, which it fills with the one that begins every text
+PARAMS = SamplingParams(max_tokens=8, temperature=0.9, seed=3, ignore_eos=True)
+
+
+def random_bytes(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+# -- a file --
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 150_000), st.data())
+def test_any_harm_is_seen_and_the_file_is_taken_away(tmp_path_factory: Any, size: int, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "block.kv"
+    block = random_bytes(size)
+    write_block(path, block, ABOUT)
+    assert is_good(path, ABOUT)
+    read = np.zeros_like(block)
+    read_block(path, read)
+    assert (read == block).all()
+    content = bytearray(path.read_bytes())
+    harm = data.draw(st.sampled_from(["a bit", "two words", "cut", "longer", "nothing"]))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if harm == "a bit":
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif harm == "two words" and size > 600:
+        block_at = 512 + 8 * ((size - 32) // 16)
+        first, second = content[512:520], content[block_at : block_at + 8]
+        content[512:520], content[block_at : block_at + 8] = bytes(reversed(second)), bytes(reversed(first))
+    elif harm == "cut":
+        del content[at:]
+    elif harm == "longer":
+        content.append(0)
+    is_harmed = bytes(content) != path.read_bytes()
+    path.write_bytes(content)
+    assert is_good(path, ABOUT) is not is_harmed
+    assert path.exists() is not is_harmed
+
+
+def test_a_file_of_another_block_or_none_is_not_good(tmp_path: Path) -> None:
+    path = tmp_path / "block.kv"
+    assert not is_good(path, ABOUT)
+    write_block(path, random_bytes(100), {"block": "01"})
+    assert not is_good(path, ABOUT) and not path.exists()
+
+
+def test_two_writers_and_one_that_is_killed_leave_whole_files(tmp_path: Path) -> None:
+    script = (
+        "import sys, numpy as np; from pathlib import Path; from nanovllm.tiers.block_file import write_block\n"
+        "data = np.random.default_rng(0).integers(0, 256, 2_000_000, dtype=np.uint8)\n"
+        "print('ready', flush=True)\n"
+        "for number in range(10**9): write_block(Path(sys.argv[1]), data, {'block': '00'})"
+    )
+    path = tmp_path / "block.kv"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline
+        for _ in range(20):
+            assert is_good(path, ABOUT)
+    finally:
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            writer.communicate()
+    assert is_good(path, ABOUT), "also after the end in the middle of one"
+
+
+# -- the folder --
+
+
+def test_the_folder_keeps_its_size_and_loses_what_was_used_longest_ago(tmp_path: Path) -> None:
+    now = time.time()
+    for number in range(6):
+        write_block(path_of(tmp_path, bytes([number])), random_bytes(1000), ABOUT)
+        os.utime(path_of(tmp_path, bytes([number])), (now - 1000 + number,) * 2)
+    half_written = tmp_path / "left.kv.1.new"
+    half_written.write_bytes(b"x")
+    os.utime(half_written, (now - 5000,) * 2)
+    files = BlockFiles(tmp_path, max_bytes=5000)
+    files.write([b"new"], torch.zeros(1, 1000, dtype=torch.uint8), None)
+    files.close()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path_of(tmp_path, name).name for name in (b"new", b"\x05", b"\x04")}
+
+
+def test_a_full_disk_ends_the_writing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(block_files, "write_block", fail)
+    files = BlockFiles(tmp_path, 10**9)
+    with pytest.warns(RuntimeWarning, match="nothing more is written into prefix_store: .*No space left"):
+        files.write([b"a", b"b"], torch.zeros(2, 10, dtype=torch.uint8), None)
+        files.close()
+
+
+def test_a_harmed_file_is_not_found(tmp_path: Path) -> None:
+    for name in (b"good", b"bad"):
+        write_block(path_of(tmp_path, name), random_bytes(1000), {"block": name.hex()})
+    bad = path_of(tmp_path, b"bad")
+    bad.write_bytes(bad.read_bytes()[:-1] + b"?")
+    store = PrefixStore([tmp_path])
+    assert not store.find(b"good"), "it is looked at first"
+    while store.look([b"good", b"bad", b"none"]):
+        pass
+    assert store.find(b"good") and not store.find(b"bad") and not bad.exists()
+    assert not store.wants(b"good") and store.wants(b"bad") and not store.wants(b"bad")
+    store.close()
+
+
+# -- the worker's part --
+
+
+def test_blocks_travel_whole_between_the_cache_the_host_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a buffer holds two blocks, and a layer has scales beside its codes."""
+    cpu = torch.device("cpu")
+    caches = []
+    for _ in range(3):
+        codes = torch.randint(0, 120, (2, 8, 2, 4, 8), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        caches.append(LayerCache(codes, torch.randn(8, 2, 4, 2, dtype=torch.bfloat16)))
+    before = [[tensor.clone().float() for tensor in cache] for cache in caches]
+    num_bytes = 3 * (2 * 2 * 4 * 8 + 2 * 4 * 2 * 2)
+    monkeypatch.setattr(mover, "_BUFFER_BYTES", 2 * num_bytes)
+    moving = TierMover(caches, 5, tmp_path, 10**9, cpu)
+    moving.move(BlockMoves(saves=[(block, 4 - block) for block in range(5)], keeps=[(6, b"six"), (7, b"seven")]))
+    moving.close()
+    for cache in caches:
+        for tensor in cache:
+            tensor.zero_()
+    moving = TierMover(caches, 5, tmp_path, 10**9, cpu)
+    moving._slots = moving._slots.zero_()
+    moving.move(BlockMoves(fetches=[(0, b"seven"), (3, b"six")]))
+    for (data, scales), (old_data, old_scales) in zip(caches, before, strict=True):
+        data = data.float()
+        assert (data[:, 0] == old_data[:, 7]).all() and (data[:, 3] == old_data[:, 6]).all()
+        assert (scales[0] == old_scales[7]).all() and (scales[3] == old_scales[6]).all()
+        assert not data[:, [1, 2, 4, 5, 6, 7]].any()
+    moving.move(BlockMoves(saves=[(0, 0), (3, 1)]))
+    moving.move(BlockMoves(loads=[(4, 1), (5, 0), (6, 1)]))
+    for (data, scales), (old_data, old_scales) in zip(caches, before, strict=True):
+        assert (data.float()[:, 4] == old_data[:, 6]).all() and (data.float()[:, 5] == old_data[:, 7]).all()
+        assert (scales[6] == old_scales[6]).all()
+    moving.close()
+
+
+# -- engines --
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_random(tmp_path_factory.mktemp("model"), vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS)
+    save_tokenizer(folder)
+    return folder
+
+
+def answers(model: Path, prompts: list[str], **options: Any) -> tuple[list[list[int]], dict[str, float]]:
+    """One prompt after the other, with blocks for little more than one of them."""
+    defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "num_gpu_blocks_override": 16}
+    with LLM(str(model), **{**defaults, **options}) as llm:
+        tokens = [llm.generate(prompt, PARAMS, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+        return tokens, llm.get_metrics()
+
+
+PROMPTS = [SYSTEM + "one", "x" * 90, SYSTEM + "two", "y" * 90, SYSTEM + "three"]
+
+
+def test_host_memory_brings_back_what_was_evicted(model: Path) -> None:
+    plain, without = answers(model, PROMPTS, deterministic=True)
+    with_host, metrics = answers(model, PROMPTS, deterministic=True, kv_offload_gb=0.01)
+    assert with_host == plain
+    assert metrics["num_blocks_from_host"] > 0
+    assert metrics["num_prompt_tokens_cached"] == 2 * 8 * NUM_BLOCKS > without["num_prompt_tokens_cached"]
+
+
+def test_a_later_process_finds_the_prefix_and_another_model_does_not(model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shared = [SYSTEM + word for word in ("one", "two", "three")]
+    plain, _ = answers(model, shared, deterministic=True)
+    first, metrics = answers(model, shared, deterministic=True, prefix_store=store)
+    files = sorted(store.rglob("*.kv"))
+    assert len(files) == NUM_BLOCKS and not metrics["num_blocks_from_store"]
+    harmed = max(files, key=lambda path: path.stat().st_mtime_ns)  # the last block of the prefix
+    harmed.write_bytes(harmed.read_bytes()[:-3] + b"???")
+    later, metrics = answers(model, shared[:1], deterministic=True, prefix_store=store)
+    assert first == plain and later == plain[:1]
+    assert metrics["num_blocks_from_store"] == len(files) - 1 and not harmed.exists()
+    other = save_random(tmp_path / "other", vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, seed=1)
+    save_tokenizer(other)
+    _, metrics = answers(other, shared[:1], prefix_store=store)
+    assert not metrics["num_blocks_from_store"] and metrics["num_prompt_tokens_cached"] == 0
+    assert len({json.loads(path.read_text())["model"] for path in store.glob("*/about.json")}) == 2
+
+
+def test_what_cannot_have_a_tier_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="enable_prefix_caching is False"):
+        LLM(str(model), device="cpu", enable_prefix_caching=False, kv_offload_gb=1)
+    windows = save_random(
+        tmp_path / "windows", "MistralForCausalLM", vocab_size=VOCAB_WITH_TOKENIZER, sliding_window=8, eos_token_id=EOS
+    )
+    with pytest.raises(NotImplementedError, match="not windows or states"):
+        LLM(str(windows), device="cpu", skip_tokenizer_init=True, kv_offload_gb=1)
