@@ -24,6 +24,7 @@ from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels import triton as twins
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs
 from nanovllm.kernels.cascade import cascade_inputs
+from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.runner.cascade_items import cut
@@ -281,6 +282,13 @@ def edit_logits(dtype: torch.dtype) -> None:
     MODULES["edit_logits"].edit_logits_triton(bf16(3, 151_936).to(dtype), members, rows, columns, counts, words, rows)
 
 
+def draft_places() -> None:
+    """Both kernels of a step that verifies drafts."""
+    places, rows = Places(*torch.arange(12, dtype=torch.int32).view(4, 3)), torch.arange(3, dtype=torch.int32)
+    MODULES["draft_places"].prepare_places_triton(places, rows, torch.zeros(9, 8, dtype=torch.int32), 64, 8)
+    MODULES["draft_places"].accept_drafts_triton(places, rows, rows, rows)
+
+
 def prepare_inputs(new_blocks: Tensor | None) -> None:
     rows, starts = torch.arange(3, dtype=torch.int32), torch.tensor([0, 1, 2, 9], dtype=torch.int32)
     token_ids, tables = torch.zeros(9, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32)
@@ -405,6 +413,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "edit_logits": lambda: edit_logits(torch.bfloat16),
     "edit_logits, float32": lambda: edit_logits(torch.float32),
     "gather_rows": lambda: MODULES["gather_rows"].gather_rows_triton(bf16(9, 1024), torch.arange(3, dtype=torch.int32)),
+    "draft_places": draft_places,
     "prepare_inputs": lambda: prepare_inputs(None),
     "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),
 }

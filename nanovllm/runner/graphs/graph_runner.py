@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.cascade import CascadeInputs
+from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture, warm_up_behind
@@ -27,7 +28,7 @@ from nanovllm.runner.graphs.layouts import (
     PromptSize,
 )
 from nanovllm.runner.graphs.step_parts import PendingParts, StepParts, split
-from nanovllm.runner.graphs.verify_steps import VerifyInputs, VerifyLayout, VerifySteps
+from nanovllm.runner.graphs.verify_steps import VerifyLayout, VerifySteps
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens, seq_lens_of
 from nanovllm.sampling.edited_rows import redraw_edited
 from nanovllm.sampling.rows import SampledRows, upload
@@ -41,7 +42,7 @@ class Graphs(NamedTuple):
 
     decode: StepGraphs[int, DecodeInputs]
     prompts: StepGraphs[PromptSize, PromptInputs]
-    verify: StepGraphs[int, VerifyInputs]
+    verify: StepGraphs[int, Places]
     cascade: StepGraphs[int, tuple[DecodeInputs, CascadeInputs]] | None
 
 

@@ -9,7 +9,6 @@ accepted tokens one by one.
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,21 +16,12 @@ from torch import Tensor
 
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.attention_types import AttentionMetadata
-from nanovllm.kernels.prepare_inputs import StepInputs
+from nanovllm.kernels.draft_places import Places, accept_drafts, prepare_places
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
 from nanovllm.runner.verify import asks_nothing, draw, find_draws
 from nanovllm.sampling.rows import upload
-
-
-class VerifyInputs(NamedTuple):
-    """Each [size] int32: a place for every token of the step."""
-
-    rows: Tensor  # -1: padding
-    offsets: Tensor  # how many tokens of the row's stand before this one in the step
-    token_ids: Tensor
-    drafts: Tensor  # what must be drawn behind this token for the next place to count; -1: there is none
 
 
 class VerifyLayout:
@@ -47,10 +37,10 @@ class VerifyLayout:
         return self.sizes[bisect_left(self.sizes, num_tokens)]
 
     def words(self, size: int) -> int:
-        return len(VerifyInputs._fields) * size
+        return len(Places._fields) * size
 
-    def inputs(self, static: Tensor, size: int) -> VerifyInputs:
-        return VerifyInputs(*static.view(-1, size))
+    def inputs(self, static: Tensor, size: int) -> Places:
+        return Places(*static.view(-1, size))
 
     def fill(self, words: np.ndarray, size: int, plan: SchedulerOutput | None) -> None:
         fields = words.reshape(-1, size)
@@ -89,27 +79,17 @@ class VerifySteps:
         self._layout = VerifyLayout()
         self._places = torch.arange(self._layout.sizes[-1] + 1, dtype=torch.int32, device=runner.device)
 
-    def step(self, inputs: VerifyInputs) -> tuple[Tensor, Tensor]:
+    def step(self, inputs: Places) -> tuple[Tensor, Tensor]:
         """What is captured: `PendingReplay.tokens` and logits."""
         runner, size = self._runner, inputs.rows.shape[0]
         starts = self._places[: size + 1]
-        state, max_blocks, block_size = runner.state, runner.state.max_blocks, runner.block_size
-        is_real, rows = inputs.rows >= 0, inputs.rows.clamp(min=0)
-        positions = torch.where(is_real, state.num_computed[rows] + inputs.offsets, 0)
-        tables = state.block_tables[:, :max_blocks].index_select(0, rows)
-        blocks = tables.gather(1, (positions // block_size).long().unsqueeze(1)).squeeze(1).long()
-        seq_lens = torch.where(is_real, positions + 1, 0)
-        prepared = StepInputs(
-            input_ids=inputs.token_ids,
-            positions=positions,
-            slot_mapping=torch.where(is_real, blocks * block_size + positions % block_size, -1),
-            seq_lens=seq_lens,
-            block_table=tables,
-        )
+        max_blocks, block_size = runner.state.max_blocks, runner.block_size
+        state = runner.state.num_computed, runner.state.block_tables[:, :max_blocks]
+        prepared = prepare_places(inputs, *state, block_size, max_blocks)
         meta = AttentionMetadata(
             query_start_loc=starts,
-            seq_lens=seq_lens,
-            block_table=tables,
+            seq_lens=prepared.seq_lens,
+            block_table=prepared.block_table,
             slot_mapping=prepared.slot_mapping,
             num_decodes=size,
             num_reqs=size,
@@ -121,21 +101,11 @@ class VerifySteps:
         )
         hidden = runner.run_model(inputs.rows, prepared, meta)
         logits = runner.compute_logits(hidden, inputs.rows)
-        tokens = runner.sampler.sample_captured(logits, inputs.rows, seq_lens)
-        return torch.stack((tokens, self._accept(inputs, rows, tokens))), logits
+        tokens = runner.sampler.sample_captured(logits, inputs.rows, prepared.seq_lens)
+        remembered = runner.state.num_computed, runner.sampler.columns.last_token
+        return accept_drafts(inputs, tokens, *remembered), logits
 
-    def _accept(self, inputs: VerifyInputs, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Let each row go on behind its last accepted token; 1 at the places of these, int32 [size]."""
-        differs = (tokens != inputs.drafts).int()
-        before = differs.cumsum(0) - differs
-        first = (self._places[: len(tokens)] - inputs.offsets).long()
-        is_end = (differs * (before == before[first]) * (inputs.rows >= 0)).int()
-        last_token, num_computed = self._runner.sampler.columns.last_token, self._runner.state.num_computed
-        num_computed.index_add_(0, rows, is_end * (inputs.offsets + 1))
-        last_token.index_add_(0, rows, is_end * (tokens - last_token[rows]))  # whichever draw it holds now
-        return is_end
-
-    def run(self, graphs: StepGraphs[int, VerifyInputs], size: int, plan: SchedulerOutput) -> PendingTokens:
+    def run(self, graphs: StepGraphs[int, Places], size: int, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step; graphs: of `step`."""
         runner = self._runner
         if plan.new_blocks:
