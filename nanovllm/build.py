@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanovllm.cache_specs import group_layers
-from nanovllm.config import DTYPES, EngineConfig, ModelConfig, ResolvedConfig
+from nanovllm.config import DTYPES, EngineConfig, ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.cache_manager import CacheManager
@@ -76,6 +76,8 @@ class EngineParts:
 def build_engine(config: EngineConfig) -> EngineParts:
     """Raises ValueError or ImportError for what cannot run here, ConnectionError if a download fails."""
     times = [perf_counter()]
+    if isinstance(config.model, NamedModule) and config.device == "auto":
+        config = replace(config, device=str(config.model.module.device))
     device = _choose_device(config.device)
     is_packed = config.quantization == "gguf"
     checkpoint = open_checkpoint(
@@ -93,6 +95,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     times.append(perf_counter())
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer, model_config.vocab_size)
     is_remote = config.has_replicas or config.distributed_executor_backend == "mp"
+    if is_remote and isinstance(config.model, NamedModule):
+        raise NotImplementedError("a model in this process is run in this process: on one device, without replicas")
     if is_remote:
         check_importable(config.logits_processors, "logits_processors")
     if config.has_replicas and config.speculative_config is not None:  # else this process plans

@@ -29,10 +29,26 @@ def _read_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+class NamedModule(str):
+    """A model that is in this process already, under the name of where it came from."""
+
+    module: Any
+
+    @classmethod
+    def of(cls, module: Any) -> "NamedModule":
+        named = cls(module.config.name_or_path or type(module).__name__)
+        named.module = module
+        return named
+
+
 def _read_model(value: Any) -> str:
+    if callable(getattr(value, "named_parameters", None)) and hasattr(value, "config"):
+        return NamedModule.of(value)
     value = _read_path(value)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"model must be a folder, a .gguf file, a Hub name or 'demo', got {value!r}")
+        raise ValueError(
+            f"model must be a folder, a .gguf file, a Hub name, 'demo' or a transformers model, got {value!r}"
+        )
     return value
 
 
@@ -59,7 +75,8 @@ def _read_max_model_len(value: Any) -> Any:
 class EngineConfig:
     """Options of `LLM(model, ...)`, with vLLM's names. Raises TypeError or ValueError that names option and value.
 
-    model: a folder, a .gguf file, a Hugging Face Hub name, or "demo" (docs/checkpoints.md).
+    model: a folder, a .gguf file, a Hugging Face Hub name, or "demo" (docs/checkpoints.md); or a transformers model, of
+        which the engine then shares the parameters (docs/training.md).
     tokenizer: where the tokenizer is, if not with the model: a folder, a .gguf file or a Hub name.
     revision: branch, tag or commit of a Hub name.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".

@@ -19,7 +19,7 @@ from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.batch_invariant import BatchInvariantBackend, cpp_or_reference
 from nanovllm.attention.cpu_paged import CpuPagedBackend
 from nanovllm.cache_specs import group_layers
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
@@ -71,7 +71,11 @@ def build_runner(
         tp = _with_one_shot(tp, device)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     model.sleeper = sleeper = choose_sleeper(device, config.enable_sleep_mode)
-    if sleeper is not None:
+    if isinstance(config.model, NamedModule):
+        from nanovllm.weights.module import share  # a leaf: most models are files
+
+        share(config.model.module, dict(model.weights()))
+    elif sleeper is not None:
         sleeper.hold_weights(model)
     adapters = None
     if config.enable_lora:
@@ -186,6 +190,7 @@ def _load_model(
     model.requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, LinearBase):
+            module.method.is_shared = isinstance(config.model, NamedModule)
             module.finish()
     return model
 

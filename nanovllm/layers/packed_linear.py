@@ -23,7 +23,7 @@ class PackedLinear(PackedRenewal, DenseLinear):
         self._packed: Tensor | None = None
 
     def finish(self) -> None:
-        self._packed = pack(self.weight)
+        self._packed = None if self.is_shared else pack(self.weight)
         if self._packed is not None:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # frees the plain copy
 

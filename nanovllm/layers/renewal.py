@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 
 class Renewal:
-    """A part of `LinearMethod`. frozen: why its weights cannot be filled again, if so."""
+    """A part of `LinearMethod`. frozen: why its weights cannot be filled again, if so.
+
+    is_shared: somebody else writes to the tensors that `weights` fills, and a product reads them as they are then.
+    """
 
     moves = False
+    is_shared = False
     frozen: str | None = None
 
     def reopen(self) -> None:
@@ -35,9 +39,12 @@ class Renewal:
 class PackedRenewal(Renewal):
     """A part of `PackedLinear`."""
 
-    moves = True
     weight: nn.Parameter
     _packed: Tensor | None
+
+    @property
+    def moves(self) -> bool:  # type: ignore[override]
+        return not self.is_shared
 
     def reopen(self) -> None:
         if self._packed is not None:

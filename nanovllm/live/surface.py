@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.engine.features.weights_version import WeightsVersion
 from nanovllm.engine.session import Session
 from nanovllm.live.doors import OnWorker, call_method
 from nanovllm.live.in_flight import check_mode, is_paused, pause, resume
-from nanovllm.live.model_weights import Table
+from nanovllm.live.model_weights import Table, weights_of
 from nanovllm.live.sleep import FallAsleep, TakeBack, read_level, read_tags
 from nanovllm.live.update import Update, everywhere, on_workers, table_of
 from nanovllm.weights.checkpoint import open_checkpoint
+from nanovllm.weights.module import copies
 
 Weights = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
@@ -56,11 +57,12 @@ class LiveWeights:
         """How many updates there have been; each token of an output names its own (`weights_versions`)."""
         return self._live.version.number
 
-    def update_weights(self, weights: Weights, *, mode: str = "keep") -> int:
+    def update_weights(self, weights: Weights | None = None, *, mode: str = "keep") -> int:
         """Take these tensors in the place of the old ones, all or none, and return the number of the new version.
 
         weights: pairs of a Hugging Face name and a whole tensor, on the CPU or a GPU, one or all of the model's. They
-        are read behind the last one, so each has memory of its own until the call returns. mode: what becomes of
+        are read behind the last one, so each has memory of its own until the call returns. Left out for an engine of a
+        model in this process, whose parameters have changed. mode: what becomes of
         requests in flight: they "keep" on where they are, "recompute" their keys and values, "restart" behind their
         prompts, "abort", or the call must "wait" for their ends; nobody finds what the old weights left in the prefix
         cache. Generation goes on until the last tensor has come. Whatever raises, here or in `weights`, leaves the old
@@ -70,12 +72,23 @@ class LiveWeights:
         live = self._live
         with live.lock:
             self._check_awake()
+            if weights is None:
+                weights = self._changed()
             if live.open is not None:
                 self._take(live.open, weights)
                 return live.version.number
             update = Update(self._session, self._table())
             self._take(update, weights)
             return self._commit(update, mode)
+
+    def _changed(self) -> Weights:
+        """What an engine of a model in this process has not got already, as it shares the memory of the rest."""
+        model = self.config.model
+        if not isinstance(model, NamedModule):
+            raise TypeError("update_weights() needs weights, as this engine was not built of a model in this process")
+        planner = self._session.engine.planner
+        assert planner is not None
+        return copies(model.module, planner.executor.apply(weights_of)[0].specs())
 
     def start_weight_update(self) -> None:
         """Let `update_weights` collect tensors, call by call, until `finish_weight_update` writes them all at once."""
@@ -215,11 +228,12 @@ class LiveWeights:
         """Give the memory of weights and KV cache back to the device, until `wake_up`.
 
         level: 1 keeps what the weights are in the host's memory; 2 forgets it, and after `wake_up` all of them are to
-        be given by `update_weights`, or, if there has been no update, are read from the checkpoint again. Nothing can
-        be asked for meanwhile. mode: of requests in flight, as for `pause`; those that go on are computed anew.
+        be given by `update_weights`, or, if there has been no update, are read from the checkpoint again. The weights
+        of a model in this process stay where they are. Nothing can be asked for meanwhile. mode: of requests in flight,
+        as for `pause`; those that go on are computed anew.
         """
         check_mode(mode)
-        keeps_weights = read_level(level) == 1
+        keeps_weights = read_level(level) == 1 or isinstance(self.config.model, NamedModule)
         if self.config.device != "cpu" and not self.config.enable_sleep_mode:
             raise ValueError("an engine on a GPU sleeps only if it was built with enable_sleep_mode=True")
         live, session = self._live, self._session

@@ -57,7 +57,7 @@ class HostSleeper:
     def sleep(self, keeps_weights: bool) -> None:
         for cache in self._caches:
             _give_back(cache)
-        if not keeps_weights:
+        if not keeps_weights and self._model is not None:
             for module in self._model.modules():
                 if isinstance(module, LinearBase):
                     module.method.discard()

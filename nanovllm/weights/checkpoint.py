@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nanovllm.config import NamedModule
 from nanovllm.model_files.locate import locate_model, only_gguf_file
 from nanovllm.weights.prediction_heads import is_of_prediction_head, warn_of_prediction_heads
 from nanovllm.weights.wrapped import text_config, text_name, warn_of_other_parts
@@ -48,12 +49,16 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(model: str, *, load_format: str, revision: str | None, is_packed: bool = False) -> Checkpoint:
-    """Open a folder, a .gguf file, a Hugging Face Hub name, or "demo".
+    """Open a folder, a .gguf file, a Hugging Face Hub name, "demo", or a model in this process.
 
     load_format: "auto" takes safetensors where there are some, else GGUF; "safetensors" and "gguf" insist; "dummy"
     needs the config only. revision: of a Hub name. is_packed: matrices of a GGUF file come in the bits they have there.
     Raises ValueError or NotImplementedError that names the file at fault, ConnectionError if a download fails.
     """
+    if isinstance(model, NamedModule):
+        from nanovllm.weights.module import ModuleCheckpoint  # a leaf: most models are files
+
+        return ModuleCheckpoint(model)
     # The Hub's GGUF files are alternatives of which a user wants one: they are not fetched, only refused below.
     path = locate_model(model, revision, with_weights=load_format in ("auto", "safetensors"))
     if path.is_file():
