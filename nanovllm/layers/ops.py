@@ -9,7 +9,8 @@ references beside it define, up to rounding, so a model is written once and runs
     "inductor"     the references, fused by torch.compile    PyTorch's                     as "kernels"
     "none"         the references, one PyTorch call each     PyTorch's                     as "kernels" on a GPU
 
-On a CPU, products are oneDNN's in all of them, from weights that are packed for it.
+On a CPU, products are oneDNN's in all of them, from weights that are packed for it; but float32 without AVX-512, where
+"kernels" multiplies few rows in C++.
 
 What stands around the layers (a step's inputs, rows of tables, attention, sampling) is the same in all of them.
 """
@@ -19,6 +20,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
@@ -85,7 +87,7 @@ def _on_cpu() -> Ops:
         native.silu_and_mul,
         native.gelu_and_mul,
         native.qkv_rope_store,
-        linear_method=PackedLinear,
+        linear_method=lambda spec: PackedLinear(spec, native.skinny_linear if native.suits(spec.dtype) else F.linear),
         short_conv=native.short_conv,
         conv_silu=native.conv_silu,
     )

@@ -4,7 +4,10 @@ Owns the decision whether that pays and the packed copy. Invariant: the result o
 additions.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.layers.linear_method import DenseLinear, LinearSpec
@@ -18,19 +21,21 @@ EXPECTED_ROWS = 64
 class PackedLinear(PackedRenewal, DenseLinear):
     """Dense until `finish`; then in oneDNN's layout alone, if it has a fast kernel for the dtype on this CPU."""
 
-    def __init__(self, spec: LinearSpec) -> None:
+    def __init__(self, spec: LinearSpec, plain: Callable[..., Tensor] = F.linear) -> None:
+        """plain(x, weight, bias): the product with the plain weight; any but PyTorch's is worth keeping it."""
         super().__init__(spec)
+        self._plain = plain
         self._packed: Tensor | None = None
 
     def finish(self) -> None:
-        self._packed = None if self.is_shared else pack(self.weight)
+        stays = self.is_shared or self._plain is not F.linear
+        self._packed = None if stays else pack(self.weight)
         if self._packed is not None:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # frees the plain copy
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self._packed is None:
-            return super().multiply(x, bias)
-        return multiply_packed(x, self._packed, bias)
+        packed = self._packed
+        return self._plain(x, self.weight, bias) if packed is None else multiply_packed(x, packed, bias)
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -40,15 +45,13 @@ def pack(weight: Tensor) -> Tensor | None:
     CPU.
     """
     if weight.is_cpu and torch._C._has_mkldnn and _has_fast_kernel(weight.dtype):
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)
-        return packed
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)  # type: ignore[no-any-return]
     return None
 
 
 def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [rows, in_features] -> [rows, out_features]."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-    return product
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _has_fast_kernel(dtype: torch.dtype) -> bool:

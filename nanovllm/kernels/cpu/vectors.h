@@ -42,7 +42,7 @@ inline float from_bits(uint32_t bits) {
 inline float number(float x) { return x; }
 inline float number(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
 
-inline f32 all(float x) { return f32{} + x; }
+inline f32 all(float x) { return x - f32{}; }  // which compilers know to be x, as + 0 is not of -0
 inline f32 load(const float* p) { return *(const f32_anywhere*)p; }
 inline f32 load(const bf16* p) { return (f32)(__builtin_convertvector((u16)*(const u16_anywhere*)p, u32) << 16); }
 // W bytes as integers, without a sign or with one. Compilers take a vector of bytes apart, so they are told.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,31 @@ def check(got: torch.Tensor, want: torch.Tensor, scale: float = 1.0) -> None:
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape) * scale).to(dtype)
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    num_inputs=st.sampled_from([1, 7, 16, 33, 100, 576]),
+    num_outputs=st.sampled_from([1, 5, 48, 61, 200]),
+    stride=st.sampled_from([0, 3]),
+    has_bias=st.booleans(),
+    seed=SEEDS,
+)
+def test_skinny_linear(
+    kernels: CpuKernels, rows: int, num_inputs: int, num_outputs: int, stride: int, has_bias: bool, seed: int
+) -> None:
+    """Also of rows that are apart, and of more than it takes. A row's bits are those of other rows beside it."""
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, num_inputs + stride)[:, :num_inputs], torch.randn(num_outputs, num_inputs)
+    bias = torch.randn(num_outputs) if has_bias else None
+    got = kernels.skinny_linear(x, weight, bias)
+    check(
+        got, F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float(), 8 * num_inputs**0.5
+    )
+    if 2 < rows <= 32:
+        assert torch.equal(kernels.skinny_linear(x[1:].flip(0), weight, bias).flip(0), got[1:])
 
 
 @needs_compiler
