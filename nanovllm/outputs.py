@@ -3,7 +3,7 @@
 Plain data without torch. Invariant: `finish_reason` is None exactly while the sequence is still running.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[Mapping[int, Logprob]] | None = None
+    logprobs: Sequence[Mapping[int, Logprob]] | None = None
     hidden_states: dict[int | str, Any] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None

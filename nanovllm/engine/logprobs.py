@@ -7,7 +7,7 @@ no more memory than the worker's numbers, of which it may have one for each toke
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -62,6 +62,37 @@ class LogprobsMap(Mapping[int, Logprob]):
         return dict, (dict(self),)
 
 
+class LogprobsList(Sequence[LogprobsMap]):
+    """The maps of some tokens without their texts, each made when it is read: thousands at once would keep the garbage
+    collector at work. Pickled or copied, it becomes a list."""
+
+    def __init__(self, entries: Sequence[TokenLogprobs]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> LogprobsMap: ...
+    @overload
+    def __getitem__(self, index: slice) -> "LogprobsList": ...
+    def __getitem__(self, index: int | slice) -> "LogprobsMap | LogprobsList":
+        if isinstance(index, slice):
+            return LogprobsList(self._entries[index])
+        return LogprobsMap(self._entries[index], _no_text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
 class LogprobsDecoder:
     """Maps of one sequence of tokens. A token's text is what it adds to the text of those before, so texts of the drawn
     tokens join to the text; a special token has its own. tokenizer=None leaves `decoded_token` None.
@@ -95,29 +126,36 @@ class LogprobsOfRequest:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self._request = request
         self._tokenizer = tokenizer if request.params.detokenize else None
-        self._output = LogprobsDecoder(self._tokenizer)
-        self._sums: list[float] = []  # of the log-probabilities of the output up to each token
+        self._with_texts = None if self._tokenizer is None else LogprobsDecoder(self._tokenizer)
+        self._summed = 0, 0.0  # how many tokens, and the sum of their log-probabilities
         self.prompt: list[Mapping[int, Logprob] | None] | None = None
 
     def take(self) -> None:
         """Take what has come since the last call."""
         request = self._request
-        if request.params.logprobs is not None:
-            for entry in request.logprobs[len(self._sums) :]:
-                self._sums.append(own_logprob(entry) + (self._sums[-1] if self._sums else 0.0))
-            self._output.extend(request.logprobs)
+        if request.params.logprobs is not None and self._with_texts is not None:
+            self._with_texts.extend(request.logprobs)
         if request.params.prompt_logprobs is not None and self.prompt is None:
             self.prompt = self._of_prompt()
 
-    def between(self, start: int, end: int) -> list[Mapping[int, Logprob]] | None:
+    def between(self, start: int, end: int) -> Sequence[Mapping[int, Logprob]] | None:
         """One map for each of these output tokens; None if the request did not ask."""
-        return None if self._request.params.logprobs is None else [*self._output.maps[start:end]]
+        if self._request.params.logprobs is None:
+            return None
+        if self._with_texts is None:
+            return LogprobsList(self._request.logprobs[start:end])
+        return [*self._with_texts.maps[start:end]]
 
     def cumulative(self, end: int) -> float | None:
         """Sum over the output tokens up to there; None if the request did not ask for their log-probabilities."""
         if self._request.params.logprobs is None:
             return None
-        return self._sums[end - 1] if end else 0.0
+        start, total = self._summed if self._summed[0] <= end else (0, 0.0)
+        if entries := self._request.logprobs[start:end]:
+            own = np.frombuffer(b"".join(entries), TOKEN_LOGPROB).reshape(len(entries), -1)["logprob"][:, 0]
+            total = float(np.cumsum([total, *own.tolist()])[-1])  # one after the other, wherever a stream was cut
+        self._summed = end, total
+        return total
 
     def _of_prompt(self) -> list[Mapping[int, Logprob] | None] | None:
         """One map for each prompt token, None for the first; None until the whole prompt is computed."""

@@ -1,14 +1,16 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from nanovllm.engine.logprobs import LogprobsDecoder, LogprobsMap, own_logprob
+from nanovllm.engine.logprobs import LogprobsDecoder, LogprobsList, LogprobsMap, LogprobsOfRequest, own_logprob
 from nanovllm.engine.scheduler_output import TOKEN_LOGPROB
 from nanovllm.outputs import Logprob
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.token_bytes import _BYTE_OF_CHARACTER
 from nanovllm.tokenizer import Tokenizer
 
@@ -33,6 +35,32 @@ def test_a_map_is_a_dict_to_its_reader() -> None:
         found[4]
     for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
         assert type(other) is dict and other == expected
+
+
+def test_maps_without_texts_are_a_list_to_their_reader() -> None:
+    entries = [entry((token, -token / 2, 1), (99, -0.25, 2)) for token in range(5)]
+    found = LogprobsList(entries)
+    expected = [LogprobsMap(given, lambda token_id: None) for given in entries]
+    assert found == expected and expected == list(found) and len(found) == 5 and found != expected[:4]
+    assert found[1:3] == expected[1:3] and found[-1] == expected[-1] and repr(found) == repr(expected)
+    assert [*found, None] == [*expected, None] and found[2][2] == Logprob(-1.0, 1, None)
+    with pytest.raises(IndexError):
+        found[5]
+    for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert type(other) is list and other == expected
+
+
+def test_sums_do_not_depend_on_where_a_stream_was_cut() -> None:
+    numbers = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    request = SimpleNamespace(
+        params=SamplingParams(logprobs=1), logprobs=[entry((1, number, 1), (2, -0.5, 1)) for number in numbers]
+    )
+    whole, cut = (LogprobsOfRequest(request, None) for _ in range(2))  # type: ignore[arg-type]
+    total = 0.0
+    for end, number in enumerate(numbers.tolist(), 1):
+        total += number
+        assert cut.cumulative(end) == total
+    assert whole.cumulative(50) == total and whole.cumulative(20) == cut.cumulative(20) and whole.cumulative(0) == 0.0
 
 
 def test_a_whole_vocabulary_is_read_in_one_pass() -> None:
