@@ -47,6 +47,9 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     quality = _add_quality(kinds)
     _add_model_and_output(quality)
     add_engine_options(quality, exclude=["skip_tokenizer_init", "quantization", "kv_cache_dtype", "engine_process"])
+    speculation = _add_speculation(kinds)
+    _add_record_options(speculation)
+    add_engine_options(speculation, exclude=["skip_tokenizer_init", "speculative_config"])
     _add_chart(kinds)
 
 
@@ -269,6 +272,46 @@ examples:
         "--idle-connections", type=int, default=0, metavar="N", help="connections that stay open beside (default: 0)"
     )
     return serve
+
+
+def _add_speculation(kinds: Commands) -> argparse.ArgumentParser:
+    speculation = add_command(
+        kinds,
+        "speculation",
+        "tokens a step and time with drafts, beside none",
+        """\
+One request at a time, greedily; the plain engine first.
+
+examples:
+  nanovllm bench speculation
+  nanovllm bench speculation --tasks edit chat --methods ngram --num-speculative-tokens 4 8
+  nanovllm bench speculation --model Qwen/Qwen3-8B --methods draft_model --draft-model Qwen/Qwen3-0.6B
+""",
+    )
+    tasks = ("copy", "edit", "summary", "chat", "code")
+    speculation.add_argument(
+        "--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"of {', '.join(tasks)} (default: all)"
+    )
+    speculation.add_argument(
+        "--methods",
+        nargs="+",
+        choices=("ngram", "suffix", "draft_model"),
+        default=("ngram", "suffix"),
+        metavar="METHOD",
+        help="ngram, suffix or draft_model (default: the first two)",
+    )
+    speculation.add_argument(
+        "--num-speculative-tokens",
+        dest="lengths",
+        type=int,
+        nargs="+",
+        default=(4, 8),
+        metavar="K",
+        help="most tokens of a draft, one run for each (default: 4 8)",
+    )
+    speculation.add_argument("--draft-model", metavar="MODEL", help="of the method draft_model")
+    speculation.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (%(default)s)")
+    return speculation
 
 
 def _add_quality(kinds: Commands) -> argparse.ArgumentParser:

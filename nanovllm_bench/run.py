@@ -16,6 +16,7 @@ _KINDS = {
     "parallel": "nanovllm_bench.parallel",
     "serve": "nanovllm_bench.serving",
     "quality": "nanovllm_bench.quality",
+    "speculation": "nanovllm_bench.speculation",
     "chart": "nanovllm_bench.chart",
 }
 

@@ -48,6 +48,12 @@ _ENGINE_COUNTERS = {
     "num_preemptions": ("num_preemptions", "Preemptions: requests that gave their KV blocks back"),
     "num_prompt_tokens_cached": ("prefix_cache_hits", "Prompt tokens that came from the prefix cache"),
 }
+_SPECULATION = {  # of engines that have it
+    "spec_decode_num_drafts": "Drafts: guesses of a request's next tokens that were verified",
+    "spec_decode_num_draft_tokens": "Tokens of drafts",
+    "spec_decode_num_accepted_tokens": "Tokens of drafts that were right, and all before them",
+}
+_PER_POSITION = "spec_decode_num_accepted_tokens_per_pos"
 _ENGINE_GAUGES = {
     "num_running": ("num_requests_running", "Requests that hold KV blocks"),
     "num_waiting": ("num_requests_waiting", "Requests that wait to be begun"),
@@ -107,6 +113,7 @@ class Metrics:
             yield histogram
         counts: dict[str, tuple[str, float]] = {name: (text, self.counters[name]) for name, text in _COUNTERS.items()}
         counts |= {name: (text, self._engine[ours]) for ours, (name, text) in _ENGINE_COUNTERS.items()}
+        counts |= {name: (text, self._engine[name]) for name, text in _SPECULATION.items() if name in self._engine}
         for name, (text, value) in counts.items():
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
             counter.add_metric(labels, value)
@@ -117,6 +124,8 @@ class Metrics:
         for reason, number in self.ends.items():
             ends.add_metric([*labels, reason], number)
         yield ends
+        if "spec_decode_num_drafts" in self._engine:
+            yield self._accepted_by_position(names, labels)
         engine = self._engine
         gauges: dict[str, tuple[str, float]] = {
             name: (text, engine[ours]) for ours, (name, text) in _ENGINE_GAUGES.items()
@@ -131,6 +140,14 @@ class Metrics:
         info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache, in its labels", labels=list(config))
         info.add_metric(list(config.values()), 1)
         yield info
+
+    def _accepted_by_position(self, names: list[str], labels: list[str]) -> Metric:
+        text = "Tokens of drafts that were accepted, by their position in the draft"
+        counter = CounterMetricFamily(f"vllm:{_PER_POSITION}", text, labels=[*names, "position"])
+        for name, value in self._engine.items():
+            if name.startswith(_PER_POSITION):
+                counter.add_metric([*labels, name.rpartition("_")[2]], value)
+        return counter
 
 
 class RequestTiming:
