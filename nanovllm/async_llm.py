@@ -1,8 +1,8 @@
 """AsyncLLM: an LLM for asyncio, with vLLM's interface: each request is an async iterator of its outputs.
 
-Owns the thread that steps the engine, and the way of its news to the event loops of those who wait, where outputs are
-made. Prompts are tokenized in threads of their own. Invariant: the stepping thread never waits for a consumer, and
-calls an event loop at most once a step; who is slow finds several steps' tokens in one output.
+Owns requests from a coroutine's call to their end; how news of them come is `streams.py`. Outputs are made in the event
+loop of who waits, and prompts are tokenized in threads of their own. Invariant: whatever ends an iterator, also before
+its first output, ends its request.
 """
 
 import asyncio
@@ -10,19 +10,19 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from nanovllm.data_parallel import DataParallelEngine
 from nanovllm.engine.input_processor import Prompt
-from nanovllm.engine.output_processor import Marks
-from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.engine.session import Handle, Inbox
 from nanovllm.errors import RequestError
 from nanovllm.llm import LLM
 from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.streams import Poller, Stream, Streams, step_for_all
 
 _QUICK_SIZE = 4000  # characters or token ids
 _NUM_TOKENIZING_THREADS = 4  # tokenizers leave the interpreter's lock, and a long text takes a second
@@ -43,14 +43,12 @@ class AsyncLLM:
         self.llm = LLM(model, **options)
         self._session = self.llm._session
         self._inbox = Inbox(self.llm._output_processor.mark)
-        self._streams: dict[Handle, Stream] = {}
+        self._streams: Streams = {}
         self._tokenizing = ThreadPoolExecutor(_NUM_TOKENIZING_THREADS, "nanovllm tokenizing")
         # Nothing that the thread holds leads back here: an engine that is forgotten ends, also at the interpreter's.
         self._finalize = weakref.finalize(self, self._session.close)
-        self._thread = threading.Thread(
-            target=_step_for_all, args=(self._session, self._inbox, self._streams), name="nanovllm engine", daemon=True
-        )
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        self._poller: Poller | None = None
 
     async def generate(
         self,
@@ -90,6 +88,14 @@ class AsyncLLM:
             return make_handle()
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, make_handle)
 
+    def poll_in_this_loop(self) -> None:
+        """For a server, before its first request: where the engine is a process of its own, the event loop that runs
+        now reads what it sends, and no thread does. Every request must then come from this loop.
+        """
+        engine = self._session.engine
+        if isinstance(engine, DataParallelEngine):
+            self._poller = Poller(self._session, engine, self._inbox, self._streams)
+
     async def outputs(self, handle: Handle) -> AsyncGenerator[RequestOutput, None]:
         """The second half of `generate`. Raises ValueError only for an id that is in use."""
         loop = asyncio.get_running_loop()
@@ -114,7 +120,7 @@ class AsyncLLM:
         finally:
             self.leave(stream)
 
-    def follow(self, handle: Handle, called: Callable[[], None]) -> "Stream":
+    def follow(self, handle: Handle, called: Callable[[], None]) -> Stream:
         """`outputs` for who has thousands a second to pass on: called(), in this event loop, when there is news.
 
         A call a step at most, and none of them has to be answered: what was not read is in what is read next. `leave`
@@ -122,13 +128,20 @@ class AsyncLLM:
         """
         stream = self._streams[handle] = Stream(self.llm, handle, called)
         try:
+            if self._poller is None and self._thread is None:
+                self._start_thread()
             self._session.submit(handle)
         except BaseException:
             self.leave(stream)
             raise
         return stream
 
-    def leave(self, stream: "Stream") -> None:
+    def _start_thread(self) -> None:
+        arguments = self._session, self._inbox, self._streams
+        self._thread = threading.Thread(target=step_for_all, args=arguments, name="nanovllm engine", daemon=True)
+        self._thread.start()
+
+    def leave(self, stream: Stream) -> None:
         """Stop its request, if it has not ended."""
         self._streams.pop(stream.handle, None)
         self._session.cancel([stream.handle])
@@ -162,10 +175,13 @@ class AsyncLLM:
     async def close(self) -> None:
         """Free the model and the KV cache, after the step that runs now; every open iterator raises RuntimeError."""
         await asyncio.to_thread(self._close)
+        if self._poller is not None:
+            self._poller.close()
 
     def _close(self) -> None:
         self._finalize()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._tokenizing.shutdown()
 
     async def __aenter__(self) -> "AsyncLLM":
@@ -181,71 +197,3 @@ def _is_quick(prompt: Prompt, params: SamplingParams) -> bool:
         return False
     sizes = prompt.values() if isinstance(prompt, Mapping) else (prompt,)
     return all(len(one) <= _QUICK_SIZE for one in sizes if isinstance(one, (str, list)))
-
-
-class Stream:
-    """News of one request on their way to an event loop: the newest marks, or the error that ended the engine."""
-
-    def __init__(self, llm: LLM, handle: Handle, called: Callable[[], None]) -> None:
-        self.handle = handle
-        self.loop = asyncio.get_running_loop()
-        self.newest: Marks | RuntimeError | None = None
-        self.is_called = False  # the loop has been asked to wake it, and has not come to it yet
-        self.has_news = self.is_finished = False
-        self._llm, self._called = llm, called
-        self._is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
-        self._seen: Marks = ()
-
-    def wake(self) -> None:
-        self.is_called = False
-        self.has_news = True
-        self._called()
-
-    def read(self) -> RequestOutput:
-        """The output of all news. Raises RuntimeError if the engine has closed."""
-        self.has_news = False
-        newest = self.newest
-        assert newest is not None
-        if isinstance(newest, RuntimeError):
-            raise newest
-        output = self._llm._make_output(self.handle.requests, newest, self._seen if self._is_delta else None)
-        self._seen, self.is_finished = newest, output.finished
-        return output
-
-
-def _step_for_all(session: Session, inbox: Inbox[Marks], streams: dict[Handle, Stream]) -> None:
-    """The thread's work: step the engine while there is something to do, and tell the streams."""
-    try:
-        while True:
-            session.wait(inbox)
-            told = []
-            for handle in list(inbox.news):
-                marks, _ = inbox.news.pop(handle)
-                stream = streams.get(handle)  # None: its iterator has just been left
-                if stream is not None:
-                    stream.newest = marks
-                    told.append(stream)
-            _call(told)
-    except BaseException as error:
-        session.close()
-        for stream in list(streams.values()):
-            stream.newest = session.closed_error()
-            stream.newest.__cause__ = error
-        _call(list(streams.values()))
-
-
-def _call(streams: list[Stream]) -> None:
-    """Have these woken, by one call to each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
-    for stream in streams:
-        if not stream.is_called:
-            stream.is_called = True
-            by_loop.setdefault(stream.loop, []).append(stream)
-    for loop, called in by_loop.items():
-        with suppress(RuntimeError):  # the loop is closed: nobody is there to be woken
-            loop.call_soon_threadsafe(_wake_all, called)
-
-
-def _wake_all(streams: list[Stream]) -> None:
-    for stream in streams:
-        stream.wake()

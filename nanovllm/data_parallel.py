@@ -171,13 +171,19 @@ class DataParallelEngine:
     def has_work(self) -> bool:
         return bool(self._news or (self._placed and not self.is_paused))
 
+    def has_news(self) -> bool:
+        """Whether `step` would return at once, or raise for a silence that has been too long."""
+        if self._news or self._children.have_spoken():
+            return True
+        return self.has_work() and self._slowest().waited_for_since + self._timeout < time.monotonic()
+
     def step(self) -> list[Request]:
-        """Wait for news from any replica; returns the requests that got tokens or ended."""
+        """Wait for news from any replica, and take in all there are; returns the requests that got tokens or ended."""
         if not self._news and self._placed and not self.is_paused:
-            busy = [replica for replica in self._replicas if replica.num_tokens_left]
-            slowest = min(busy, key=lambda replica: replica.waited_for_since)
+            slowest = self._slowest()
             if not self._children.wait(slowest.waited_for_since + self._timeout):
                 raise self._children.fail(self._silence("a step", slowest.child.name))
+        while self._children.have_spoken():
             self._take_in()
         changed: dict[Request, None] = {}
         while self._news:
@@ -247,7 +253,15 @@ class DataParallelEngine:
                 child.send(("close", 0, None))
         self._children.join()
 
+    def filenos(self) -> list[int]:
+        """Of the connections that news come by."""
+        return [child.connection.fileno() for child in self._children.members]
+
     # -- which replica --
+
+    def _slowest(self) -> _Replica:
+        """Of those that have something to do, which has said nothing for longest."""
+        return min((one for one in self._replicas if one.num_tokens_left), key=lambda one: one.waited_for_since)
 
     def _cost(self, replica: _Replica, hashes: list[bytes]) -> int:
         return replica.num_tokens_left - replica.num_cached_blocks(hashes) * self._block_size

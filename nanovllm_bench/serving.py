@@ -5,7 +5,6 @@ process takes of the processor for a token. Invariant: all that are compared get
 one after the other; a request that failed is counted, and is in no other figure.
 """
 
-import asyncio
 import json
 import os
 import subprocess
@@ -21,8 +20,9 @@ from time import monotonic, sleep
 from typing import Any
 
 from nanovllm import __version__
+from nanovllm.cli.descriptors import allow_many_descriptors
 from nanovllm.cli.options import engine_options
-from nanovllm_bench.http_load import Exchange, Reply, Target, arrival_offsets, drive, read_reply
+from nanovllm_bench.http_load import Exchange, Reply, Target, arrival_offsets, drive, read_reply, run_loop
 from nanovllm_bench.mixed import percentile
 from nanovllm_bench.report import print_record, print_table
 from nanovllm_bench.serving_engine import Plan
@@ -51,6 +51,7 @@ def run(args: Namespace) -> int:
     if args.num_prompts < 1 or args.output_len < 2 or args.request_rate <= 0 or args.idle_connections < 0:
         raise ValueError("--num-prompts must be at least 1, --output-len 2, --request-rate more than 0")
     limits = _read_limits(args.goodput)
+    allow_many_descriptors()
     options = engine_options(args)
     offsets = arrival_offsets(args.num_prompts, args.request_rate)
     plan = Plan(args.model, options, args.input_len, args.output_len, args.mixed, offsets, args.num_alone, args.repeats)
@@ -60,13 +61,13 @@ def run(args: Namespace) -> int:
     rows: list[dict[str, Any]] = []
     if args.url:
         for url in args.url:
-            row = asyncio.run(_measure(Target(url, args.api_key), args, plan, _FOREIGN_VOCAB_SIZE, None))
+            row = run_loop(_measure(Target(url, args.api_key), args, plan, _FOREIGN_VOCAB_SIZE, None))
             rows.append({"engine": url, **about, **_figures(row, limits)})
     else:
         engine = _run_engine(plan)
         rows.append({"engine": "LLM", "version": __version__, **about, **_figures(engine, limits)})
         with _serve(args.model, options) as (url, pid):
-            row = asyncio.run(_measure(Target(url), args, plan, engine.vocab_size, pid))
+            row = run_loop(_measure(Target(url), args, plan, engine.vocab_size, pid))
         rows.append({"engine": "nanovllm serve", "version": __version__, **about, **_figures(row, limits)})
     print_table(rows, _COLUMNS)
     settings = {

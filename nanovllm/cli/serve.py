@@ -15,6 +15,7 @@ from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.cli.descriptors import allow_many_descriptors
 from nanovllm.cli.options import engine_options
 from nanovllm.interpreter import share_interpreter
 
@@ -38,6 +39,7 @@ def run(args: Namespace) -> int:
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     key = _read_key(args.api_key)
     template = Path(args.chat_template).read_text() if args.chat_template is not None else None
+    allow_many_descriptors()
     listener = _listen(args.host, args.port)
     adapters, options = read_modules(args.lora_modules), {"engine_process": True, **engine_options(args)}
     if adapters:

@@ -122,6 +122,9 @@ class Children:
         left = None if deadline is None else deadline - time.monotonic()
         return (left is None or left > 0) and bool(self._selector.select(left))
 
+    def have_spoken(self) -> bool:
+        return bool(self._selector.select(0))
+
     def receive(self) -> list[tuple[Child, Any]]:
         """One message of each child that has spoken. Raises EngineDeadError, and ends all, if one has failed."""
         messages = []

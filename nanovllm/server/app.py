@@ -65,6 +65,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        served.engine.poll_in_this_loop()
         keeping = asyncio.create_task(keep_alive(served, make_engine))
         yield
         keeping.cancel()

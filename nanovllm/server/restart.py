@@ -36,6 +36,7 @@ async def keep_alive(served: Served, make_engine: Callable[[], AsyncLLM] | None)
         while True:
             try:
                 served.engine = await asyncio.to_thread(make_engine)
+                served.engine.poll_in_this_loop()
                 break
             except Exception as error:
                 _log.error("the engine did not start; the next attempt is in %.0f s", pause, exc_info=error)

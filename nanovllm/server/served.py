@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from nanovllm.async_llm import AsyncLLM, Stream
+from nanovllm.async_llm import AsyncLLM
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.session import Handle
 from nanovllm.errors import RequestError
@@ -20,6 +20,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.adapters import asked_for
 from nanovllm.server.body import BadRequest, Body, checking
 from nanovllm.server.metrics import Metrics, RequestTiming
+from nanovllm.streams import Stream
 
 RETRY_AFTER_SECONDS = 1
 

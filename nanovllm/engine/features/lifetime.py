@@ -47,6 +47,7 @@ class Lifetime:
     _forget: "Callable[[Handle], None]"
     _remove: "Callable[[Handle], None]"
     check_open: Callable[[], None]
+    step: Callable[[], bool]
 
     @property
     def is_closed(self) -> bool:
@@ -98,6 +99,15 @@ class Lifetime:
                 self._guests.remove(bell)
             self._pass_on()
         return results[0]
+
+    def poll(self, inbox: "Inbox[Any]", is_ready: Callable[[], bool]) -> None:
+        """`wait` for who must not: one step, if the engine says inside the turn that it is ready for it.
+
+        The inbox's bell rings when somebody has left the turn, and on nothing that the engine alone knows of.
+        """
+        self.check_open()
+        self._waiting[inbox] = None
+        self._try_inside(lambda: self.step() if is_ready() else None)
 
     def close(self) -> None:
         """Close the engine, after the step that runs now; whoever waits gets an error. May be called twice."""
