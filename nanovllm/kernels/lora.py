@@ -45,7 +45,7 @@ def adapter_rows(slots: Tensor, num_slots: int, is_fixed: bool = False) -> Adapt
     if not use_triton(slots):
         return by_slot(slots, num_slots)
     num_rows = slots.shape[0]
-    if num_rows <= MAX_SINGLE_ROWS:
+    if num_rows <= MAX_SINGLE_ROWS and not is_fixed:
         return AdapterRows(slots, num_slots, None, slots, is_fixed)
     block_size = 16 if is_fixed or num_rows <= 512 else 64
     rows, block_slots = align(slots, num_slots + 1, block_size)
