@@ -91,6 +91,25 @@ def expand(
     return expand_reference(outputs, shrunk, b, bias, sizes, rows, activation, linear)
 
 
+def linear_and_expand(
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    shrunk: Tensor,
+    b: Tensor,
+    bias: Tensor,
+    sizes: Sequence[int],
+    rows: AdapterRows,
+    activation: str | None = None,
+) -> Tensor | None:
+    """expand(x W^T + linear_bias, ...) in one kernel, for one row alone; None, and nothing done, where they are two."""
+    if not use_triton(x) or rows.rows is not None:
+        return None
+    from nanovllm.kernels.triton.lora import linear_and_expand_triton
+
+    return linear_and_expand_triton(x, weight, linear_bias, shrunk, b, bias, sizes, rows, activation)
+
+
 def shrink_reference(x: Tensor, a: Tensor, rows: AdapterRows, linear: Linear = F.linear) -> Tensor:
     shrunk = torch.zeros((1, x.shape[0], a.shape[1]), dtype=torch.float32, device=x.device)
     for slot, index in rows.members:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.kernels.lora import AdapterRows, Linear, expand, shrink
+from nanovllm.kernels.lora import AdapterRows, Linear, expand, linear_and_expand, shrink
+from nanovllm.layers.fused_linear import FusedLinear
 from nanovllm.layers.linear_method import Gate, LinearMethod, LinearSpec, Norm, filler
 from nanovllm.layers.weight_specs import WeightSpec
 
@@ -111,8 +112,9 @@ class AdapterLinear(LinearMethod):
     # --- products ------------------------------------------------------------------------------
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = self.base.multiply(x, bias)
-        return product if (rows := self._rows()) is None else self._added(product, x, rows)
+        if (rows := self._rows()) is None:
+            return self.base.multiply(x, bias)
+        return self._adapted(x, bias, rows)
 
     def multiply_after_norm(
         self, norm: Norm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Gate | None = None
@@ -120,13 +122,20 @@ class AdapterLinear(LinearMethod):
         if (rows := self._rows()) is None:
             return self.base.multiply_after_norm(norm, x, residual, bias, gate)
         x, total = norm(x, residual)
-        return self._added(self.base.multiply(x, bias), x, rows, gate), total
+        return self._adapted(x, bias, rows, gate), total
 
     def _rows(self) -> AdapterRows | None:
         return self.step.tokens if self.is_used else None
 
-    def _added(self, product: Tensor, x: Tensor, rows: AdapterRows, gate: Gate | None = None) -> Tensor:
-        return self._expanded(product, shrink(x, self.a, rows, self.step.linear), rows, gate)
+    def _adapted(self, x: Tensor, bias: Tensor | None, rows: AdapterRows, gate: Gate | None = None) -> Tensor:
+        shrunk = shrink(x, self.a, rows, self.step.linear)
+        if isinstance(self.base, FusedLinear):
+            activation = None if gate is None else gate.activation
+            to = self.b, self.b_bias, self.sizes, rows
+            fused = linear_and_expand(x, self.base.weight, bias, shrunk, *to, activation)
+            if fused is not None:
+                return fused
+        return self._expanded(self.base.multiply(x, bias), shrunk, rows, gate)
 
     def _expanded(self, product: Tensor, shrunk: Tensor, rows: AdapterRows, gate: Gate | None = None) -> Tensor:
         to = self.b, self.b_bias, self.sizes, rows

@@ -39,9 +39,10 @@ def test_the_scale_is_in_b_and_its_bias() -> None:
 
 def test_names_of_a_living_model_and_of_multimodal_ones() -> None:
     """`state_dict()` has the adapter's name in its names."""
-    living = {name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): t for name, t in
-              tensors().items()}  # fmt: skip
-    wrapped = {name.replace("model.layers", "model.language_model.layers"): tensor for name, tensor in tensors().items()}
+    living, wrapped = {}, {}
+    for name, tensor in tensors().items():
+        living[name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")] = tensor
+        wrapped[name.replace("model.layers", "model.language_model.layers")] = tensor
     for given in (living, wrapped):
         assert list(read(given).modules) == [MODULE]
     table = {

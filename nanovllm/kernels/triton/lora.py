@@ -17,8 +17,13 @@ from torch import Tensor
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+from nanovllm.kernels.triton.linear.skinny_gemv import GemvAdapter, GemvConfig, launch_gemv
+from nanovllm.kernels.triton.linear.skinny_linear import choose
 
 CHUNK = 256  # inputs at a time
+EXPAND_TILE, EXPAND_WARPS = 128, 4
+# Parts of the inputs, by how many rows there are: few rows leave most multiprocessors to others' parts.
+SPLITS = [(8, 16), (64, 8), (512, 4)]
 MAX_PARTS = 8192  # floats that a program of the second product adds up: splits * rows * rank
 
 
@@ -42,18 +47,19 @@ def _shrink_kernel(
     PDL: tl.constexpr,
 ):
     """out[split, row, ranks] = a[slot, ranks, SPAN inputs] x[row, the same]. A program: a block, a tile, a split."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # in this order: what follows reads slots before it waits
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     block, split = tl.program_id(0), tl.program_id(2)
     slot = tl.load(block_slots_ptr + block)
+    if SORTED:
+        row = tl.load(rows_ptr + block * BLOCK + tl.arange(0, BLOCK))
     if (slot < 0) | (slot >= num_slots):
         return
     rank = tl.program_id(1) * TILE + tl.arange(0, TILE)
     a_ptrs = a_ptr + slot.to(tl.int64) * (RANKS * INPUTS) + tl.minimum(rank, RANKS - 1)[:, None] * INPUTS
     out_ptr += split.to(tl.int64) * num_rows * RANKS
     if SORTED:
-        row = tl.load(rows_ptr + block * BLOCK + tl.arange(0, BLOCK))
         is_row = row < num_rows
         row = tl.where(is_row, row, 0).to(tl.int64)
         acc = tl.zeros([BLOCK, TILE], tl.float32)
@@ -76,18 +82,27 @@ def _shrink_kernel(
 
 
 @triton.jit
+def _load_b(b_ptr, output, mask, first: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    rank = first + tl.arange(0, RANK_BLOCK)
+    return tl.load(b_ptr + output[:, None] * RANK + rank[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
 def _added(
-    parts_ptr, b_ptr, bias_ptr, output, mask, row, is_row, num_rows,
+    parts_ptr, b, b_ptr, bias_ptr, output, mask, row, is_row, num_rows,
     RANKS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, SORTED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK, TILE]: B (A x) + b of some outputs. parts_ptr: of their matrix; b_ptr, bias_ptr: of their slot."""
+    """[BLOCK, TILE]: B (A x) + b of some outputs. parts_ptr: of their matrix; b_ptr, bias_ptr: of their slot; b: the
+    first ranks of it, which are loaded already.
+    """
     split = tl.arange(0, SPLITS_PADDED)
     bias = tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK, TILE], tl.float32) + bias[None, :]
     for first in tl.static_range(0, RANK, RANK_BLOCK):
+        if first > 0:
+            b = _load_b(b_ptr, output, mask, first, RANK, RANK_BLOCK)
         rank = first + tl.arange(0, RANK_BLOCK)
-        b = tl.load(b_ptr + output[:, None] * RANK + rank[None, :], mask=mask[:, None], other=0.0)
         place = split[:, None, None] * (num_rows * RANKS) + row[None, :, None] * RANKS + rank[None, None, :]
         is_part = (split < SPLITS)[:, None, None] & is_row[None, :, None]
         shrunk = tl.sum(tl.load(parts_ptr + place, mask=is_part, other=0.0), axis=0).to(b.dtype)
@@ -129,12 +144,9 @@ def _expand_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     WIDTH: tl.constexpr = FIRST + SECOND + THIRD
     block = tl.program_id(1)
     slot = tl.load(block_slots_ptr + block)
-    if (slot < 0) | (not GATED and slot >= num_slots):
-        return
     if SORTED:
         row = tl.load(rows_ptr + block * BLOCK + tl.arange(0, BLOCK))
     else:
@@ -153,25 +165,35 @@ def _expand_kernel(
         size = tl.where(matrix == 0, FIRST, tl.where(matrix == 1, SECOND, THIRD))
     local = tile * TILE + tl.arange(0, TILE)
     output, valid = begin + local, local < size
+    has_adapter = (slot >= 0) & (slot < num_slots)
+    known = tl.where(has_adapter, slot, 0).to(tl.int64)
+    b_ptr += known * (WIDTH * RANK)
+    bias_ptr += known * WIDTH
+    b = _load_b(b_ptr, output, valid & has_adapter, 0, RANK, RANK_BLOCK)
+    if GATED:
+        up_b = _load_b(b_ptr, output + FIRST, valid & has_adapter, 0, RANK, RANK_BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if (slot < 0) | (not GATED and not has_adapter):
+        return
+
     place = row[:, None] * WIDTH + output[None, :]
     mask = is_row[:, None] & valid[None, :]
     dtype = out_ptr.dtype.element_ty
     result = tl.load(outputs_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    has_adapter = slot < num_slots
-    b_ptr += slot.to(tl.int64) * (WIDTH * RANK)
-    bias_ptr += slot.to(tl.int64) * WIDTH
-    if has_adapter:
-        result += _added(
-            parts_ptr + matrix * RANK, b_ptr, bias_ptr, output, valid, row, is_row, num_rows,
-            RANKS, RANK, RANK_BLOCK, SPLITS, SPLITS_PADDED, SORTED, BLOCK, TILE,
-        )  # fmt: skip
     if GATED:
         up = tl.load(outputs_ptr + place + FIRST, mask=mask, other=0.0).to(tl.float32)
-        if has_adapter:
+    if has_adapter:
+        result += _added(
+            parts_ptr + matrix * RANK, b, b_ptr, bias_ptr, output, valid, row, is_row, num_rows,
+            RANKS, RANK, RANK_BLOCK, SPLITS, SPLITS_PADDED, SORTED, BLOCK, TILE,
+        )  # fmt: skip
+        if GATED:
             up += _added(
-                parts_ptr + RANK, b_ptr, bias_ptr, output + FIRST, valid, row, is_row, num_rows,
+                parts_ptr + RANK, up_b, b_ptr, bias_ptr, output + FIRST, valid, row, is_row, num_rows,
                 RANKS, RANK, RANK_BLOCK, SPLITS, SPLITS_PADDED, SORTED, BLOCK, TILE,
             )  # fmt: skip
+    if GATED:
         gate = result.to(dtype).to(tl.float32)
         slope = gate
         if GELU:  # as in silu_and_mul_triton
@@ -200,13 +222,10 @@ def shrink_triton(x: Tensor, a: Tensor, rows: AdapterRows) -> Tensor:
 
 
 def _span(num_inputs: int, num_rows: int, rows: AdapterRows) -> int:
-    """Inputs of a program of the first product: few where rows are few, so that all multiprocessors have some."""
-    if rows.rows is None:
-        num_splits = 16
-    elif rows.is_fixed or num_rows <= 64:
+    """Inputs of a program of the first product."""
+    num_splits = next((splits for most, splits in SPLITS if num_rows <= most), 1)
+    if rows.is_fixed:
         num_splits = 8
-    else:
-        num_splits = 4 if num_rows <= 512 else 1
     return max(1, cdiv(num_inputs, CHUNK * num_splits)) * CHUNK
 
 
@@ -232,7 +251,7 @@ def expand_triton(
     out = torch.empty((num_rows, sizes[0]), dtype=outputs.dtype, device=outputs.device) if is_gated else outputs
     first, second, third = (*sizes, 0, 0)[:3]
     num_blocks, block_size = _blocks(rows)
-    tile = 128
+    tile = EXPAND_TILE
     splits_padded = next_power_of_2(num_splits)
     rank_block = 16
     while rank % (2 * rank_block) == 0 and splits_padded * block_size * 2 * rank_block <= MAX_PARTS:
@@ -243,6 +262,29 @@ def expand_triton(
         outputs, shrunk, b, bias, out, rows.rows, rows.block_slots, num_rows, rows.num_slots,
         FIRST=first, SECOND=second, THIRD=third, RANKS=shrunk.shape[2], RANK=rank, RANK_BLOCK=rank_block,
         SPLITS=num_splits, SPLITS_PADDED=splits_padded, GATED=is_gated, GELU=activation == "gelu_tanh",
-        SORTED=rows.rows is not None, BLOCK=block_size, TILE=tile, num_warps=4,
+        SORTED=rows.rows is not None, BLOCK=block_size, TILE=tile, num_warps=EXPAND_WARPS,
     )  # fmt: skip
+    return out
+
+
+def linear_and_expand_triton(
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    shrunk: Tensor,
+    b: Tensor,
+    bias: Tensor,
+    sizes: Sequence[int],
+    rows: AdapterRows,
+    activation: str | None = None,
+) -> Tensor | None:
+    """See `lora.linear_and_expand`."""
+    is_gated = activation is not None
+    config = choose(x, weight, gated=is_gated)
+    if x.shape[0] > 1 or not isinstance(config, GemvConfig) or any(size % config.outputs for size in sizes):
+        return None
+    out = torch.empty((1, sizes[0] if is_gated else weight.shape[0]), dtype=x.dtype, device=x.device)
+    adapter = GemvAdapter(shrunk, b, bias, rows.slots, rows.num_slots, sizes)
+    gelu = activation == "gelu_tanh"
+    launch_gemv(x, None, None, 0.0, weight, linear_bias, out, None, config, is_gated, gelu, adapter)
     return out

@@ -53,6 +53,36 @@ def test_equal_the_reference(dtype: torch.dtype, size: tuple[int, tuple[int, ...
             assert relative_error(gated, lora._GATES[activation](want)) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("slot", [1, NUM_SLOTS])
+@pytest.mark.parametrize(
+    ("sizes", "inputs", "rank", "activation"),
+    [
+        ((48,), 320, 16, None),
+        ((64, 32, 32), 512, 48, None),
+        ((96, 96), 256, 16, "silu"),
+        ((32, 32), 4352, 16, "gelu_tanh"),
+    ],
+)
+def test_a_row_in_one_kernel_with_its_layer(
+    sizes: tuple[int, ...], inputs: int, rank: int, activation: str | None, slot: int
+) -> None:
+    """The last is of a long input, whose warps share outputs; a row may have no adapter."""
+    torch.manual_seed(0)
+    dtype = torch.float16
+    x, _, a, b, bias, slots = make_case((1, sizes, inputs, rank), dtype)
+    slots.fill_(slot)
+    weight = (randn(sum(sizes), inputs, dtype=dtype) * inputs**-0.5).contiguous()
+    own_bias, rows, wanted_rows = randn(sum(sizes), dtype=dtype), make_rows(slots), lora.by_slot(slots, NUM_SLOTS)
+    want = lora.expand_reference(
+        torch.nn.functional.linear(x, weight, own_bias), lora.shrink_reference(x, a, wanted_rows), b, bias, sizes,
+        wanted_rows, activation,
+    )  # fmt: skip
+    got = twin.linear_and_expand_triton(
+        x, weight, own_bias, twin.shrink_triton(x, a, rows), b, bias, sizes, rows, activation
+    )
+    assert relative_error(got, want) < 2 * TOLERANCE[dtype]
+
+
 def test_in_fixed_order_a_row_is_the_same_in_any_batch() -> None:
     torch.manual_seed(0)
     x, outputs, a, b, bias, slots = make_case((40, (64,), 600, 16), torch.float32)
