@@ -75,10 +75,11 @@ def alone(folder: Path, adapters: list[LoRARequest | None]) -> list[list[int]]:
         {"num_gpu_blocks_override": 16, "max_model_len": 64},  # preempted
         {"max_loras": 2, "max_cpu_loras": 8},  # they wait for each other's slots
         {"deterministic": True, "enable_prefix_caching": False},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}},
         pytest.param({"data_parallel_size": 2, "max_loras": 4, "max_cpu_loras": 8}, marks=pytest.mark.slow),
         pytest.param({"tensor_parallel_size": 2, "overlap_depth": 2}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "chunks", "preemption", "few slots", "deterministic", "two replicas", "two ranks"],
+    ids=["plain", "chunks", "preemption", "few slots", "deterministic", "drafts", "two replicas", "two ranks"],
 )
 def test_eight_and_base_in_a_batch_are_each_alone(
     folder: Path, adapters: list[LoRARequest | None], alone: list[list[int]], options: dict[str, Any]
@@ -191,6 +192,19 @@ def test_a_replaced_adapter_is_the_new_one_at_once_and_the_old_one_for_who_has_b
     assert outputs[0].outputs[0].token_ids == want[0]
     assert llm.remove_lora("policy")
     assert tokens(llm, [prompt], GREEDY, policy) == [[want[1]]], "a request brings its adapter along"
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_new_weights_of_the_model_keep_its_adapters(tmp_path: Path, is_tied: bool) -> None:
+    folders = [save_random(tmp_path / str(i), seed=i, tie_word_embeddings=is_tied) for i in range(2)]
+    models = [load_hugging_face(folder) for folder in folders]
+    tensors, prompt = make_tensors(models[0]), PROMPTS[6]
+    with make_llm(folders[0]) as llm:
+        adapter = request("one", tensors)
+        for folder, hf in zip(folders, models, strict=True):
+            llm.update_weights(hf.state_dict())
+            want = [hugging_face_greedy(model, prompt, 12) for model in (merged(folder, tensors, 2.0), hf)]
+            assert tokens(llm, [prompt] * 2, GREEDY, [adapter, None]) == [[one] for one in want]
 
 
 def test_folders_are_read_once_or_in_place(folder: Path, llm: LLM, tmp_path: Path) -> None:

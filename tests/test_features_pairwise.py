@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from nanovllm.lora.request import LoRARequest
+from tests.lora.random_adapters import make_tensors, request
 from tests.test_llm_outputs import check_nothing_is_left
 from tests.test_llm_sampling import forbid_repeats
-from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, load_hugging_face, save_random, save_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs" / "features.md"
 STOPS = set("acegikmoqsuwy02468ACEGIKMOQSUWY!#%')+-/;=?")
@@ -52,6 +54,7 @@ class Feature:
     shows: Callable[[Outputs], bool] = lambda outputs: True
     counts: str = ""  # a metric that must have grown
     changes: bool = False
+    has_adapter: bool = False
 
 
 def each(outputs: Outputs, holds: Callable[[Any], bool]) -> bool:
@@ -131,6 +134,8 @@ FEATURES = {
         },
         counts="spec_decode_num_accepted_tokens",
     ),
+    # The plain requests beside have none.
+    "lora_request": Feature(model={"enable_lora": True, "max_lora_rank": 4}, has_adapter=True, changes=True),
     "quantization": Feature(model={"quantization": "int8"}),
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
@@ -149,6 +154,7 @@ class Engines:
         self._folder = folder
         self._engines: dict[str, LLM] = {}
         self._alone: dict[tuple[str, ...], RequestOutput] = {}
+        self.adapter = request("adapter", make_tensors(load_hugging_face(folder)))
 
     def get(self, **options: Any) -> LLM:
         key = repr(sorted(options.items()))
@@ -161,11 +167,14 @@ class Engines:
             self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
         return self._engines[key]
 
-    def alone(self, prompt: str, params: SamplingParams, model: dict[str, Any]) -> RequestOutput:
+    def alone(
+        self, prompt: str, params: SamplingParams, model: dict[str, Any], adapter: LoRARequest | None = None
+    ) -> RequestOutput:
         """What the reference returns for this request, which is computed once."""
-        key = prompt, repr(params), repr(model)
+        key = prompt, repr(params), repr(model), repr(adapter)
         if key not in self._alone:
-            (self._alone[key],) = self.get(**model).generate(prompt, params, use_tqdm=False)
+            llm = self.get(**model)
+            (self._alone[key],) = llm.generate(prompt, params, use_tqdm=False, lora_request=adapter)
             output = self._alone[key]
             PROPOSER.known += [[*output.prompt_token_ids, *c.token_ids] for c in output.outputs]
         return self._alone[key]
@@ -197,11 +206,13 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
     params = [make_params(names, index) for index in range(2)]
     plain = [make_params((), index) for index in (2, 3)]
     model = {key: value for name in names for key, value in FEATURES[name].model.items()}
-    expected = [engines.alone(prompt, p, model) for prompt, p in zip(PROMPTS + PLAIN, params + plain, strict=True)]
+    adapter = engines.adapter if any(FEATURES[name].has_adapter for name in names) else None
+    prompts, asked, adapters = PROMPTS + PLAIN, params + plain, [adapter, adapter, None, None]
+    expected = [engines.alone(*one) for one in zip(prompts, asked, [model] * 4, adapters, strict=True)]
     llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()}, **model)
     llm.reset_prefix_cache()
     before = llm.get_metrics()
-    outputs = llm.generate(PROMPTS + PLAIN, params + plain, use_tqdm=False)
+    outputs = llm.generate(prompts, asked, use_tqdm=False, lora_request=None if adapter is None else adapters)
     after = llm.get_metrics()
     check_nothing_is_left(llm)
     if "trace" in names:
@@ -211,7 +222,9 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
         assert feature.shows(outputs[:2]), f"{name} was not in use"
         assert not feature.counts or after[feature.counts] > before[feature.counts], f"{name} did not happen"
         if feature.changes:
-            other = engines.alone(PROMPTS[0], make_params(set(names) - {name}, 0), model)
+            others = set(names) - {name}
+            other_adapter = adapter if any(FEATURES[other].has_adapter for other in others) else None
+            other = engines.alone(PROMPTS[0], make_params(others, 0), model, other_adapter)
             assert tokens(other) != tokens(outputs[0]), f"{name} changed nothing"
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.prompt_token_ids == wanted.prompt_token_ids

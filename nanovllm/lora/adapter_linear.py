@@ -77,6 +77,14 @@ class AdapterLinear(LinearMethod):
     def frozen(self) -> str | None:  # type: ignore[override]
         return self.base.frozen
 
+    @property
+    def is_shared(self) -> bool:  # type: ignore[override]
+        return self.base.is_shared
+
+    @is_shared.setter
+    def is_shared(self, value: bool) -> None:
+        self.base.is_shared = value
+
     def reopen(self) -> None:
         self.base.reopen()
 

@@ -11,6 +11,7 @@ find hold accepted tokens only; a request never gives up a block, or its place i
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, no_stop_string
@@ -18,7 +19,6 @@ from nanovllm.engine.features.constraints import draft_bitmasks
 from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler import PlannedStep, Scheduler
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
-from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.engine.speculation.pace import Pace
 from nanovllm.engine.speculation.proposer import Proposals
 from nanovllm.engine.speculation.stats import SpeculationStats
@@ -31,23 +31,16 @@ class SpeculativeScheduler(Scheduler):
         self,
         cache: CacheManager,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        enable_chunked_prefill: bool = True,
-        shared_prefixes: SharedPrefixes | None = None,
         proposals: Proposals | None,
         pace: Pace,
         most_requests: int,
+        **options: Any,
     ) -> None:
-        """proposals: None where drafts come from elsewhere. most_requests: with more running, nothing is drafted."""
+        """proposals: None where drafts come from elsewhere. most_requests: with more running, nothing is drafted.
+        options: as for any scheduler.
+        """
         self._proposals, self._pace, self._most_requests = proposals, pace, most_requests
-        super().__init__(
-            cache,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_chunked_prefill=enable_chunked_prefill,
-            shared_prefixes=shared_prefixes,
-        )
+        super().__init__(cache, **options)
         self.stats = SpeculationStats(accepted_per_position=[0] * pace.most)
 
     def _clear(self) -> None:
