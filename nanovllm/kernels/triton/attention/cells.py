@@ -21,7 +21,19 @@ _E4M3, _INT8 = torch.float8_e4m3fn, torch.int8
 LARGEST_E4M3, LARGEST_INT8 = tl.constexpr(LARGEST[_E4M3]), tl.constexpr(LARGEST[_INT8])
 KEPT_E4M3, KEPT_INT8 = tl.constexpr(KEPT_BITS[_E4M3]), tl.constexpr(KEPT_BITS[_INT8])
 LEAST, INFINITE = tl.constexpr(LEAST_BITS), tl.constexpr(INFINITY_BITS)
-NO_PAIR = tl.constexpr(0x3F803F80)  # scales of 1
+# Four codes of a register, $2, become four float16 in $0 and $1. int8: 0x6400 is 1024, with the integers below it.
+# Bytes of e4m3: sign, exponent and mantissa move to where float16 has them, and the exponents differ by 8.
+FROM_E4M3 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}")
+FROM_INT8 = tl.constexpr(
+    "{.reg .b32 t, c; xor.b32 t, $2, 0x80808080; mov.b32 c, 0x64806480; prmt.b32 $0, t, 0x64646464, 0x4140;"
+    "prmt.b32 $1, t, 0x64646464, 0x4342; sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c;}"
+)
+FROM_E4M3_BYTES = tl.constexpr(
+    "{.reg .b32 a, b, s, t, c; mov.b32 c, 0x5c005c00; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
+    "shr.b32 s, a, 1; shr.b32 t, b, 1; and.b32 s, s, 0x3f803f80; and.b32 t, t, 0x3f803f80;"
+    "and.b32 a, a, 0x80008000; and.b32 b, b, 0x80008000; or.b32 a, a, s; or.b32 b, b, t;"
+    "mul.f16x2 $0, a, c; mul.f16x2 $1, b, c;}"
+)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it becomes whole
 
 
@@ -47,31 +59,40 @@ def load_pairs(
     else:
         cell = (blocks * NUM_KV_HEADS + head) * BLOCK_SIZE + (t * TILE + in_tile) % BLOCK_SIZE
     if RAGGED:
-        return tl.load(pairs_ptr + cell, mask=in_tile < seq_len - t * TILE, other=NO_PAIR)
+        return tl.load(pairs_ptr + cell, mask=in_tile < seq_len - t * TILE, other=0)
     else:
         return tl.load(pairs_ptr + cell)
 
 
 @triton.jit
-def scales_in(pairs):
-    """Of keys, and of values, float32; never 0, as those of cells are that hold nothing yet."""
-    least = tl.full(pairs.shape, LEAST, tl.int32)
-    return (pairs << 16).to(tl.float32, bitcast=True), tl.maximum(pairs & -65536, least).to(tl.float32, bitcast=True)
+def key_scales(pairs):
+    return (pairs << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def value_scales(pairs):
+    """Of values, float32, as 2^exponent * rest: the exponent, 2^-exponent, and the rest, from 1 to 2.
+
+    Without a logarithm or a division. Cells that hold nothing yet have a scale of 0, which is taken for the least one.
+    """
+    bits = tl.maximum(pairs & -65536, tl.full(pairs.shape, LEAST, tl.int32))
+    exponent = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0  # 2^23 + n has n below; 127 is 2^0
+    inverse = (0x7F000000 - (bits & 0x7F800000)).to(tl.float32, bitcast=True)
+    return exponent, inverse, ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def numbers_of(codes, q):
     """Codes, without their scales, as what queries q are multiplied with; what are numbers stay as they are."""
     IS_FP8: tl.constexpr = codes.dtype == tl.float8e4nv
-    dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
-    if IS_FP8:
-        codes = codes.to(tl.float16).to(dtype)
-    elif codes.dtype == tl.uint8:
-        bits = codes.to(tl.uint16)
-        half = (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True)
-        codes = (half * 256.0).to(dtype)
-    elif codes.dtype == tl.int8:
-        codes = codes.to(dtype)
+    IS_CODES: tl.constexpr = codes.dtype.primitive_bitwidth == 8
+    if IS_CODES:
+        ASM: tl.constexpr = FROM_E4M3 if IS_FP8 else (FROM_INT8 if codes.dtype == tl.int8 else FROM_E4M3_BYTES)
+        codes = codes.to(tl.uint8, bitcast=True)
+        # Said to have effects, so that it stays where a tile is loaded in rows of 16 bytes. The compiler would move it
+        # behind the change to the layout of the tensor cores, and take a tile of values byte by byte.
+        codes = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=False, pack=4)
+        codes = codes.to(tl.float32 if q.dtype == tl.float32 else tl.float16)
     return codes
 
 

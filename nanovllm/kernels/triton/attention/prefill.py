@@ -68,7 +68,7 @@ class PrefillPlan:
 
 def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
     """Measured on an H200 and an H100 with prompts of 2,048 tokens; steps with many short prompts took longer with
-    tiles loaded whole. float32 is exact rather than fast.
+    tiles loaded whole, and so did those over codes. float32 is exact rather than fast.
     """
     if q.dtype == torch.float32:
         return PrefillConfig(rows=32, tile=32, num_stages=1, occupancy=1, tile_loads=False)
@@ -76,7 +76,7 @@ def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillC
         if has_large_shared_memory(kv_cache.device):
             return PrefillConfig(num_stages=2, tile_loads=False)
         return PrefillConfig(tile=32, num_stages=1, tile_loads=False)
-    return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT)
+    return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT and kv_cache.dtype == q.dtype)
 
 
 @triton.jit(

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.attention_types import AttentionShape
-from nanovllm.kernels.triton.attention.cells import load_pairs, numbers_of, scales_in
+from nanovllm.kernels.triton.attention.cells import key_scales, load_pairs, numbers_of, value_scales
 from nanovllm.kernels.triton.common.device_limits import compute_capability
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
@@ -129,25 +129,29 @@ def apply_softcap(scores, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def update_softmax(top, norm, acc, scores, v, v_scale, scale, SOFTCAP: tl.constexpr):
+def update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP: tl.constexpr, WHOLE_SCALES: tl.constexpr):
     """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output.
 
-    v_scale [TILE]: of the values, None if they have none. It goes into the exponents, and out of the sum again: so
-    weights stay below 1 with it, and float16, which has few exponents, takes those that count.
+    pairs: `load_pairs`'. The exponent of a value's scale is added to its score's, and leaves the sum again: so weights
+    stay below 2 with the scale, and float16, which has few exponents, takes those that count. WHOLE_SCALES: scales are
+    powers of 2.
     """
     if SOFTCAP > 0.0:
         scale = 1.0
-    if v_scale is not None:
-        scores = scores * scale + tl.log2(v_scale)[None, :]
+    if pairs is not None:
+        exponent, inverse, rest = value_scales(pairs)
+        scores = scores * scale + exponent[None, :]
         scale = 1.0
     # The product with `scale` and the difference are one instruction for a score, as the maximum was taken before.
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     decay = tl.exp2(top - new_top)
     weights = tl.exp2(scores * scale - new_top[:, None])
-    if v_scale is None:
+    if pairs is None:
         norm = norm * decay + tl.sum(weights, axis=1)
     else:
-        norm = norm * decay + tl.sum(weights * (1.0 / v_scale)[None, :], axis=1)
+        norm = norm * decay + tl.sum(weights * inverse[None, :], axis=1)
+        if not WHOLE_SCALES:
+            weights *= rest[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_top, norm, acc
 
@@ -197,8 +201,7 @@ def attend_tiles(
             tile_row = row_of_tile(blocks, t * TILE, head, NUM_KV_HEADS, BLOCK_SIZE)
             k = cache_desc.load([tile_row, 0])
             v = cache_desc.load([tile_row + (cache_stride_kv // HEAD_DIM).to(tl.int32), 0])
-            k, v = numbers_of(k, q), numbers_of(v, q)
-            if RAGGED:
+            if RAGGED and pairs_ptr is None:  # codes are never NaN
                 v = tl.where((t * TILE + tl.arange(0, TILE) < seq_len)[:, None], v, 0.0)
         else:
             k, v = load_tile(
@@ -223,9 +226,9 @@ def attend_tile(
     TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """`attend_tiles` for tile t, which is here already. pairs: `load_pairs`', None if the cache holds numbers."""
-    k_scale, v_scale = None, None
+    k_scale = None
     if pairs is not None:
-        k_scale, v_scale = scales_in(pairs)
+        k_scale = key_scales(pairs)
     scores = scores_of_tile(q, numbers_of(k, q), k_scale, scale, SOFTCAP)
     if (t < whole_from) | (t >= whole_to):
         token, last = tl.arange(0, TILE)[None, :], query_position - t * TILE
@@ -233,7 +236,7 @@ def attend_tile(
         if WINDOW:
             visible = visible & (token > last - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    return update_softmax(top, norm, acc, scores, numbers_of(v, q), v_scale, scale, SOFTCAP)
+    return update_softmax(top, norm, acc, scores, numbers_of(v, q), pairs, scale, SOFTCAP, k.dtype != tl.int8)
 
 
 # --- launches -------------------------------------------------------------------------------------

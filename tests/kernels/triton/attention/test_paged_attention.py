@@ -41,7 +41,7 @@ def poison_unused(case: PagedCase) -> None:
     if case.scales is None:
         case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
     else:
-        case.kv_cache.view(torch.int8).masked_fill_(~used[None, :, None, :, None], 127)  # e4m3's NaN
+        case.kv_cache.view(torch.int8).masked_fill_(~used[None, :, None, :, None], 126)  # the largest; NaN is no code
         case.scales.masked_fill_(~used[:, None, :, None], float("nan"))
 
 
