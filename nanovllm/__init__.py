@@ -30,6 +30,7 @@ _PUBLIC = {
     "EmbeddingRequestOutput": "nanovllm.embedding",
     "TextPrompt": "nanovllm.prompts",
     "TokensPrompt": "nanovllm.prompts",
+    "LoRARequest": "nanovllm.lora.request",
     "RequestError": "nanovllm.errors",
 }
 

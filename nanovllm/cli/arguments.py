@@ -88,6 +88,7 @@ examples:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object a prompt, as each is done; index tells which it was"
     )
+    _add_lora(parser)
     add_sampling_options(parser, max_tokens="256")
     _add_quiet(parser)
     add_engine_options(parser, exclude=["skip_tokenizer_init"])
@@ -112,9 +113,14 @@ examples:
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: demo)")
     parser.add_argument("--model", "-m", help="the same, as a flag")
     parser.add_argument("--system", help="the system message that every conversation starts with")
+    _add_lora(parser)
     add_sampling_options(parser, max_tokens="what the model's length leaves")
     _add_quiet(parser)
     add_engine_options(parser, exclude=["skip_tokenizer_init"])
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora", metavar="FOLDER", help="a LoRA adapter as PEFT saves it; turns --enable-lora on")
 
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -319,6 +325,8 @@ examples:
     parser.add_argument(
         "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of keys and values (default: the model's)"
     )
+    parser.add_argument("--max-loras", type=int, metavar="N", help="adapters in one batch (default: none)")
+    parser.add_argument("--max-lora-rank", type=int, default=16, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument(
         "--gpu-memory-utilization",
         type=float,

@@ -7,8 +7,9 @@ trace in it.
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 
-from nanovllm.cli.streaming import make_sampling_params, start_llm, stream_chat
+from nanovllm.cli.streaming import lora_of, make_sampling_params, start_llm, stream_chat
 
 _HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 
@@ -19,6 +20,7 @@ def run(args: Namespace) -> int:
         params = make_sampling_params(llm, args, max_tokens=None)
         opening = [{"role": "system", "content": args.system}] if args.system else []
         history = list(opening)
+        write = partial(print, end="", flush=True)
         if interactive:
             print(f"{_HELP}, /help shows this line")
         for line in _typed_lines() if interactive else _piped_lines():
@@ -33,7 +35,7 @@ def run(args: Namespace) -> int:
             turn = {"role": "user", "content": line}
             answer = None
             try:
-                answer = stream_chat(llm, [*history, turn], params, lambda text: print(text, end="", flush=True))
+                answer = stream_chat(llm, [*history, turn], params, write, lora_of(args))
             except KeyboardInterrupt:  # a second one, before the first had taken effect
                 if not interactive:
                     raise

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovllm.cli.streaming import make_sampling_params, start_llm, stream_answer
+from nanovllm.cli.streaming import lora_of, make_sampling_params, start_llm, stream_answer
 from nanovllm.llm import LLM
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -23,26 +24,29 @@ _MAX_TOKENS = 256
 def run(args: Namespace) -> int:
     prompts = _read_prompts(args)
     with start_llm(args, args.model) as llm:
-        params = make_sampling_params(llm, args, _MAX_TOKENS)
+        params, adapter = make_sampling_params(llm, args, _MAX_TOKENS), lora_of(args)
         if len(prompts) == 1 and not args.json:
-            answer = stream_answer(llm, prompts[0], params, _write)
+            answer = stream_answer(llm, prompts[0], params, _write, adapter)
             print()
             if answer is not None and not args.quiet:
                 print(f"[{answer.summary()}]", file=sys.stderr)
             return 0
         show_progress = sys.stderr.isatty() and not args.quiet
         if args.json:
-            _write_json(llm, prompts, params, show_progress)
+            _write_json(llm, prompts, params, adapter, show_progress)
             return 0
-        for number, output in enumerate(llm.generate(prompts, params, use_tqdm=show_progress), start=1):
+        outputs = llm.generate(prompts, params, use_tqdm=show_progress, lora_request=adapter)
+        for number, output in enumerate(outputs, start=1):
             print(f"=== {number}: {output.prompt}\n{output.outputs[0].text}\n")
     return 0
 
 
-def _write_json(llm: LLM, prompts: list[str], params: SamplingParams, show_progress: bool) -> None:
+def _write_json(
+    llm: LLM, prompts: list[str], params: SamplingParams, adapter: LoRARequest | None, show_progress: bool
+) -> None:
     """A line for each answer as soon as it is whole, so that what is interrupted keeps what is done."""
     params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-    indices = {llm.add_request(prompt, params): index for index, prompt in enumerate(prompts)}
+    indices = {llm.add_request(prompt, params, lora_request=adapter): index for index, prompt in enumerate(prompts)}
     with tqdm(total=len(prompts), desc="Generating", unit=" prompts", disable=not show_progress) as progress:
         while llm.has_unfinished_requests():
             for output in llm.step():

@@ -14,13 +14,15 @@ from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZAT
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.worker import with_quantization
 from nanovllm.layers.ops import PLAIN
+from nanovllm.lora.adapter_store import AdapterStore
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.runner.host_memory import host_memory
 from nanovllm.weights.checkpoint import open_checkpoint
 
 
 def run(args: Namespace) -> int:
-    for name, value in (("--max-num-seqs", args.max_num_seqs), ("--max-model-len", args.max_model_len)):
+    for name in ("--max-num-seqs", "--max-model-len", "--max-loras", "--max-lora-rank"):
+        value = vars(args)[name.removeprefix("--").replace("-", "_")]
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if args.gpu_memory_utilization is not None and not 0 < args.gpu_memory_utilization <= 1:
@@ -38,11 +40,14 @@ def run(args: Namespace) -> int:
     num_parameters, weight_bytes = count_parameters(config, args.quantization)
     bytes_per_request = kv_bytes_of(config, length, args.kv_cache_dtype)
     kv_bytes = bytes_per_request * args.max_num_seqs
-    needed = weight_bytes + kv_bytes
+    adapter_bytes = slot_bytes(config, args.max_loras, args.max_lora_rank) if args.max_loras else 0
+    needed = weight_bytes + adapter_bytes + kv_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
     print(f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {dtype}\n")
     _print_row("weights", weight_bytes, f"{num_parameters / 1e6:,.1f} million parameters")
     _print_row("loading", weight_bytes + largest_tensor(config), "at most, with one tensor beside its place")
+    if adapter_bytes:
+        _print_row("adapters", adapter_bytes, f"{args.max_loras} of rank {args.max_lora_rank}, of all layers")
     _print_row(
         "KV cache",
         kv_bytes,
@@ -55,7 +60,8 @@ def run(args: Namespace) -> int:
         _print_row("free", free, place)
         _print_row("may use", share, "of its memory, by --gpu-memory-utilization")
         room = min(free, share)
-        _print_row("fits", "yes" if needed <= room else "no", _room(room - weight_bytes, bytes_per_request, length))
+        beside = room - weight_bytes - adapter_bytes
+        _print_row("fits", "yes" if needed <= room else "no", _room(beside, bytes_per_request, length))
     return 0
 
 
@@ -69,6 +75,14 @@ def count_parameters(config: ModelConfig, quantization: str | None = None) -> tu
             dict(models[-1].weights())  # makes the weights
     dense, kept = models
     return sum(p.numel() for p in dense.parameters()), sum(p.nbytes for p in kept.parameters())
+
+
+def slot_bytes(config: ModelConfig, num_slots: int, max_rank: int) -> int:
+    """Of the room on the device that so many adapters have."""
+    with torch.device("meta"):
+        model = model_class(config.architecture)(config, 1, getattr(torch, config.dtype), TensorParallel(), PLAIN)
+        dict(model.weights())
+        return AdapterStore(model, num_slots, max_rank, TensorParallel()).num_bytes
 
 
 def largest_tensor(config: ModelConfig) -> int:

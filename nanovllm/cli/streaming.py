@@ -15,6 +15,7 @@ from typing import Any
 
 from nanovllm.cli.options import engine_options, sampling_options
 from nanovllm.llm import LLM
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -43,11 +44,19 @@ class Answer:
 
 def start_llm(args: Namespace, model: str, **options: Any) -> LLM:
     """The model of a command, ready; unless --quiet, a line on standard error tells where and how large it is."""
+    if lora_of(args) is not None:
+        options["enable_lora"] = True
     llm = LLM(model, **{**engine_options(args), **options}, use_tqdm_on_load=not args.quiet)
     if not args.quiet:
         seconds = perf_counter() - args.start_time
         print(f"[{_describe(llm)}; ready in {seconds:.1f} s]", file=sys.stderr, flush=True)
     return llm
+
+
+def lora_of(args: Namespace) -> LoRARequest | None:
+    """The adapter of a command, if it takes one and was given one."""
+    path = getattr(args, "lora", None)
+    return None if path is None else LoRARequest(path, path)
 
 
 def _describe(llm: LLM) -> str:
@@ -68,7 +77,11 @@ def make_sampling_params(llm: LLM, args: Any, max_tokens: int | None) -> Samplin
 
 
 def stream_chat(
-    llm: LLM, messages: Sequence[Mapping[str, str]], params: SamplingParams, write: Callable[[str], object]
+    llm: LLM,
+    messages: Sequence[Mapping[str, str]],
+    params: SamplingParams,
+    write: Callable[[str], object],
+    adapter: LoRARequest | None = None,
 ) -> Answer | None:
     """`stream_answer` for the prompt that a conversation makes, which is part of its time: so are imports, the first
     time.
@@ -78,10 +91,16 @@ def stream_chat(
     start = perf_counter()
     with _interrupts() as is_interrupted:
         (prompt,) = llm.preprocess_chat(messages)
-        return _stream(llm, prompt, params, write, start, is_interrupted)
+        return _stream(llm, prompt, params, write, adapter, start, is_interrupted)
 
 
-def stream_answer(llm: LLM, prompt: Any, params: SamplingParams, write: Callable[[str], object]) -> Answer | None:
+def stream_answer(
+    llm: LLM,
+    prompt: Any,
+    params: SamplingParams,
+    write: Callable[[str], object],
+    adapter: LoRARequest | None = None,
+) -> Answer | None:
     """Run one request, handing each new piece of text to `write`. Ctrl-C ends it early; None if nothing had come by
     then.
 
@@ -89,7 +108,7 @@ def stream_answer(llm: LLM, prompt: Any, params: SamplingParams, write: Callable
     """
     start = perf_counter()
     with _interrupts() as is_interrupted:
-        return _stream(llm, prompt, params, write, start, is_interrupted)
+        return _stream(llm, prompt, params, write, adapter, start, is_interrupted)
 
 
 def _stream(
@@ -97,13 +116,14 @@ def _stream(
     prompt: Any,
     params: SamplingParams,
     write: Callable[[str], object],
+    adapter: LoRARequest | None,
     start: float,
     is_interrupted: Callable[[], bool],
 ) -> Answer | None:
     first = 0.0
     num_written = 0
     latest: RequestOutput | None = None
-    request_id = llm.add_request(prompt, params)
+    request_id = llm.add_request(prompt, params, lora_request=adapter)
     try:
         while llm.has_unfinished_requests() and not is_interrupted():
             for output in llm.step():

@@ -46,6 +46,12 @@ class AdapterStore:
         model.adapters = self
 
     @property
+    def num_bytes(self) -> int:
+        """Of all slots."""
+        methods = map(_method, self._layers.values())
+        return sum(stack.nbytes for method in methods for stack in (method.a, method.b, method.b_bias))
+
+    @property
     def has_head(self) -> bool:
         """Does any adapter have the language-model head?"""
         return _method(self._model.lm_head).is_used

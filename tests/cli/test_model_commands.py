@@ -10,7 +10,8 @@ import torch
 
 from nanovllm.cli.check_model import Difference, compare, first_different
 from nanovllm.cli.main import main
-from nanovllm.cli.memory import count_parameters, kv_bytes_of, largest_tensor
+from nanovllm.cli.memory import count_parameters, kv_bytes_of, largest_tensor, slot_bytes
+from nanovllm.llm import LLM
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.host_memory import HostMemory
 from nanovllm.weights.checkpoint import open_checkpoint
@@ -18,6 +19,7 @@ from tests.tiny_models import (
     EOS,
     VOCAB_WITH_TOKENIZER,
     edit_json,
+    inner_model,
     load_hugging_face,
     save_random,
     save_tokenizer,
@@ -51,6 +53,16 @@ def test_memory_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"loading +0\.00 GiB +at most", shown)
     assert "8 x 100 tokens at 0.2 KiB each" in shown  # 2 layers, K and V, 2 heads of 8, 4 bytes: 256 bytes
     assert "free" in shown
+
+
+def test_memory_counts_the_slots_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_random(tmp_path, hidden_size=32, intermediate_size=48)
+    config = read_model_config(open_checkpoint(str(folder), load_format="dummy", revision=None).config, "float32")
+    options: dict[str, Any] = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 20}
+    with LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True, **options) as llm:
+        assert slot_bytes(config, 3, 20) == inner_model(llm).adapters.num_bytes
+    assert main(["memory", str(folder), "--max-loras", "3", "--max-lora-rank", "20", "--dtype", "float32"]) == 0
+    assert re.search(r"adapters +0\.00 GiB +3 of rank 20, of all layers", capsys.readouterr().out)
 
 
 def test_memory_knows_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

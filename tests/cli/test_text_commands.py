@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm.cli.main import main
 from nanovllm.cli.streaming import stream_answer
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from tests.tiny_models import save_scripted
+from tests.lora.random_adapters import save
+from tests.tiny_models import VOCAB_WITH_TOKENIZER, save_scripted
 
 SMALL = ["--max-model-len", "200", "--kv-cache-memory-bytes", "10000000", "--device", "cpu", "--temperature", "0"]
 TEXT = "Grü, WORLD!"
@@ -39,6 +41,24 @@ def test_complete_prints_the_text_and_nothing_else(model: str, capsys: pytest.Ca
     captured = capsys.readouterr()
     assert captured.out == TEXT + "\n"
     assert "output tokens" in captured.err
+
+
+@pytest.mark.parametrize("command", ["complete", "chat"])
+def test_with_an_adapter(
+    command: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that makes a Z the likeliest byte after any."""
+    b = torch.zeros(VOCAB_WITH_TOKENIZER, 1)
+    b[ord("Z")] = 100.0
+    head = "base_model.model.lm_head.lora_"
+    adapter = save(tmp_path, {f"{head}A.weight": torch.ones(1, VOCAB_WITH_TOKENIZER), f"{head}B.weight": b}, 1, 1)
+    give_input(monkeypatch, "Hello")
+    assert main([command, "--model", model, "--lora", str(adapter), "--max-tokens", "4", *SMALL]) == 0
+    assert capsys.readouterr().out.strip() == "ZZZZ"
 
 
 def test_complete_reads_standard_input(
