@@ -208,9 +208,9 @@ def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedCo
     """Workers are told of speculation if they have a part in it. Raises ValueError for a wrong draft model."""
     if config.speculative_config is None or config.speculative_config.method not in MODEL_METHODS:
         return replace(config, speculative_config=None)
-    from nanovllm.runner.drafting import open_draft
+    from nanovllm.runner.drafting import check_draft
 
-    open_draft(config, model_config)
+    check_draft(config, model_config)
     return config
 
 

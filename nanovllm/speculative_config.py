@@ -11,7 +11,7 @@ from typing import Any
 from nanovllm.errors import brief
 from nanovllm.options import check_fields, option, takes_options
 
-MODEL_METHODS = ("draft_model",)  # which guess with a model of their own, on the device
+MODEL_METHODS = ("draft_model", "eagle3")  # which guess with a model of their own, on the device
 METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
 MAX_DRAFT_TOKENS = 63
 _OF_METHOD = {
@@ -43,14 +43,15 @@ class SpeculativeConfig:
     """Raises TypeError, ValueError or NotImplementedError that names the field.
 
     method: "ngram" (what followed the last tokens where they stood before), "suffix" (the same from all places, as far
-        as they agree), "draft_model" (a smaller model with the same tokens) or "custom_class" (a proposer of your own).
+        as they agree), "draft_model" (a smaller model with the same tokens), "eagle3" (a head in the format
+        of the package speculators) or "custom_class" (a proposer of your own).
     num_speculative_tokens: most tokens that are guessed at once for one request.
     prompt_lookup_max: most tokens that are looked up; 5 if not given.
     prompt_lookup_min: fewest tokens that are looked up; 2 if not given.
     suffix_decoding_max_tree_depth: most tokens of context that are compared to tell places apart.
     suffix_decoding_max_spec_factor: most guessed tokens for each token of context that agrees.
     suffix_decoding_min_token_prob: a guess ends where its token is less likely than this, by what followed before.
-    model: the draft model, as `LLM` takes one; of "custom_class" the proposer's class, as "package.module.Class".
+    model: the draft model or head, as `LLM` takes one; of "custom_class" the proposer's class, "package.module.Class".
     revision: of the draft model, where that is a Hub name.
     proposer: of "custom_class" the proposer itself, in the place of `model`.
     disable_by_batch_size: with more running requests than this nothing is guessed.

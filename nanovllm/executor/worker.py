@@ -84,12 +84,13 @@ def build_runner(
         adapters = Adapters(config, model, device, tp)
     draft = None
     if config.speculative_config is not None:  # of those that need a model
-        from nanovllm.runner.drafting import DraftModel  # a room, too
+        from nanovllm.runner.drafting import DraftModel, Eagle3Draft  # a room, too
 
         def load(model_config: ModelConfig, checkpoint: Checkpoint) -> Any:
             return _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
 
-        draft = DraftModel(config, model_config, device, tp, load)
+        kind = Eagle3Draft if config.speculative_config.method == "eagle3" else DraftModel
+        draft = kind(config, model_config, model, device, tp, load)
     times.append(perf_counter())
     spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
     backend = _choose_backend(device, config.compilation, config.deterministic)
@@ -102,6 +103,7 @@ def build_runner(
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())
     eager = make_runner(config, num_blocks, zeros if sleeper is None else sleeper.zeros)
+    drafter: Any = None if draft is None else draft.runner(eager, backend)  # before steps of `eager` are captured
     runner: Runner = eager
     if can_capture(device) and not config.enforce_eager and model_config.length_dependent_from is None:
         from nanovllm.runner.graphs.graph_runner import GraphRunner
@@ -110,10 +112,9 @@ def build_runner(
     if draft is not None:
         from nanovllm.runner.drafting import DraftingRunner
 
-        drafter: Any = draft.runner(eager, backend)
         if runner is not eager:
-            drafter = GraphRunner(drafter, draft.config, draft.model_config)
-        runner = DraftingRunner(runner, drafter)
+            drafter = GraphRunner(drafter, draft.config, draft.model_config, splits_prompts=draft.head is None)
+        runner = DraftingRunner(runner, drafter, draft.head)
     if config.has_tiers:
         from nanovllm.tiers.mover import with_tiers  # a room
 

@@ -5,7 +5,7 @@ drafted, which stays on the device until all are drawn. Its rows are the target'
 block has the same number in both caches. Invariant: the target's tokens, cache and rows are never written by it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,14 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
-from nanovllm.kernels.cache_codes import cache_dtype
+from nanovllm.layers.linear import LinearBase
+from nanovllm.layers.ops import choose_ops
+from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, HiddenStateStore, read_eagle3_config
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.kv_cache import KVCacheSpec
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
+from nanovllm.weights.loader import fill_random, load_weights, places
 
 
 def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, ModelConfig]:
@@ -40,14 +43,34 @@ def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint,
         raise ValueError(
             f"{name} has {draft.max_model_len} positions, fewer than max_model_len={config.max_model_len}; lower that"
         )
-    kinds = (draft, target)
+    _check_layers(config, (draft, target), name)
+    return checkpoint, draft
+
+
+def open_eagle3(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, Eagle3Config]:
+    """The head's checkpoint and config. Raises ValueError or NotImplementedError if it is none for this model."""
+    speculative = config.speculative_config
+    assert speculative is not None and speculative.model is not None
+    name = f"speculative_config.model={speculative.model!r}"
+    checkpoint = open_checkpoint(speculative.model, load_format=config.load_format, revision=speculative.revision)
+    eagle = read_eagle3_config(checkpoint.config, target, name)
+    _check_layers(config, (eagle.layer, target), name)
+    return checkpoint, eagle
+
+
+def check_draft(config: ResolvedConfig, target: ModelConfig) -> None:
+    """Raises as `open_draft` and `open_eagle3` do; no weight is read."""
+    assert config.speculative_config is not None
+    (open_eagle3 if config.speculative_config.method == "eagle3" else open_draft)(config, target)
+
+
+def _check_layers(config: ResolvedConfig, kinds: Sequence[ModelConfig], name: str) -> None:
     if any(not group_layers(kind.windows, config.max_model_len).keep_everything for kind in kinds):
         raise NotImplementedError(f"{name}: layers with a sliding window cannot draft, nor be drafted for, yet")
     if any(kind.length_dependent_from is not None or kind.long_from is not None for kind in kinds):
         raise NotImplementedError(f"{name}: rotation that depends on the context's length cannot draft yet")
-    if draft.state_memory(config) is not None:
-        raise NotImplementedError(f"{name}: a model whose layers keep a state cannot draft yet")
-    return checkpoint, draft
+    if any(kind.state_memory(config) is not None for kind in kinds):
+        raise NotImplementedError(f"{name}: a model whose layers keep a state cannot draft, nor be drafted for, yet")
 
 
 @dataclass(frozen=True)
@@ -55,37 +78,36 @@ class PendingDrafts:
     """Tokens of the chain's steps on their way, each for the same requests; the first step may have others beside."""
 
     parts: list[PendingStep]
+    offsets: Sequence[int] | None = None  # from the draft model's tokens to the target's, where they differ
 
     def result(self) -> ModelRunnerOutput:
         steps = [part.result().token_ids for part in self.parts]
-        return ModelRunnerOutput(token_ids=[[ids[0] for ids in of_request] for of_request in zip(*steps, strict=True)])
+        drafts = [[ids[0] for ids in of_request] for of_request in zip(*steps, strict=True)]
+        if self.offsets is not None:
+            drafts = [[token_id + self.offsets[token_id] for token_id in draft] for draft in drafts]
+        return ModelRunnerOutput(token_ids=drafts)
 
 
 class DraftModel:
-    """The model, before there is a cache. load: (its config, the checkpoint) -> the model with weights."""
+    """The model, before there is a cache."""
+
+    head: Eagle3Head | None = None
 
     def __init__(
         self,
         config: ResolvedConfig,
-        target: ModelConfig,
+        target_config: ModelConfig,
+        target: Any,
         device: torch.device,
         tp: TensorParallel,
         load: Callable[[ModelConfig, Checkpoint], Any],
     ) -> None:
-        checkpoint, self.model_config = open_draft(config, target)
-        assert config.speculative_config is not None
-        # The whole chain is queued before the host waits for it.
-        depth = 1 + config.speculative_config.num_speculative_tokens
-        self.config = replace(config, overlap_depth=depth, logits_processors=())
+        """target: the model. load: (config of the draft model, its checkpoint) -> the draft model with its weights."""
+        checkpoint, self.model_config = open_draft(config, target_config)
+        self.config = _config_of_chain(config)
         self.model = load(self.model_config, checkpoint)
         self._device, self._tp = device, tp
-        self._spec = KVCacheSpec(
-            groups=group_layers(self.model_config.windows, config.max_model_len),
-            num_kv_heads=len(tp.kv_heads(self.model_config.num_kv_heads)),
-            head_dim=self.model_config.head_dim,
-            block_size=config.block_size,
-            dtype=cache_dtype(config.kv_cache_dtype, self.model_config.dtype),
-        )
+        self._spec = _cache_spec(config, self.model_config, tp)
 
     @property
     def bytes_per_block(self) -> int:
@@ -100,22 +122,89 @@ class DraftModel:
         return runner
 
 
-class DraftingRunner:
-    """target, draft: with or without CUDA graphs."""
+class Eagle3Draft(DraftModel):
+    """A head in the place of a model. It is whole on each rank, as its work is small."""
 
-    def __init__(self, target: Any, draft: Any) -> None:
-        self._target, self._draft = target, draft
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        target_config: ModelConfig,
+        target: Any,
+        device: torch.device,
+        tp: TensorParallel,
+        load: Callable[[ModelConfig, Checkpoint], Any],
+    ) -> None:
+        checkpoint, self._eagle = open_eagle3(config, target_config)
+        self.model_config, self.config = self._eagle.layer, replace(_config_of_chain(config), tensor_parallel_size=1)
+        self._device, self._tp, self._target = device, TensorParallel(), target
+        dtype = getattr(torch, target_config.dtype)
+        with device:
+            ops = choose_ops(device, config.compilation, config.deterministic)
+            sizes = config.max_model_len, config.max_num_seqs
+            self.model = self.head = Eagle3Head(self._eagle, target.embed_tokens, *sizes, dtype, ops)
+            specs = dict(self.head.weights())  # this makes the weights
+        if config.load_format == "dummy":
+            fill_random(self.head, config.seed)
+        else:
+            tensors = self.head.weights_among(checkpoint.tensors(dtype, places(specs)))
+            load_weights(self.head, tensors)
+        del specs
+        self.head.requires_grad_(False).eval()
+        for module in self.head.modules():
+            if isinstance(module, LinearBase):
+                module.finish()
+        self._spec = _cache_spec(config, self.model_config, self._tp)
+
+    @property
+    def bytes_per_block(self) -> int:
+        states = len(self._eagle.aux_layers) * self.model_config.hidden_size * self._spec.dtype.itemsize
+        return self._spec.bytes_per_block + self._spec.block_size * states
+
+    def runner(self, target: ModelRunner, backend: AttentionBackend) -> ModelRunner:
+        assert self.head is not None
+        num_slots = target.num_blocks * target.block_size
+        self.head.store = HiddenStateStore(self._target, self._eagle.aux_layers, num_slots, like=self.head.own)
+        return super().runner(target, backend)
+
+
+def _config_of_chain(config: ResolvedConfig) -> ResolvedConfig:
+    """The whole chain is queued before the host waits for it."""
+    assert config.speculative_config is not None
+    depth = 1 + config.speculative_config.num_speculative_tokens
+    return replace(config, overlap_depth=depth, logits_processors=())
+
+
+def _cache_spec(config: ResolvedConfig, model_config: ModelConfig, tp: TensorParallel) -> KVCacheSpec:
+    return KVCacheSpec(
+        groups=group_layers(model_config.windows, config.max_model_len),
+        num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype=getattr(torch, model_config.dtype),
+    )
+
+
+class DraftingRunner:
+    """target, draft: with or without CUDA graphs. head: what the draft's runner runs, if it is no model of its own."""
+
+    def __init__(self, target: Any, draft: Any, head: Eagle3Head | None = None) -> None:
+        self._target, self._draft, self._head = target, draft, head
+        self._offsets = None if head is None else head.offsets.tolist()
         self.model, self.device, self.num_blocks = target.model, target.device, target.num_blocks
 
     def execute(self, plan: SchedulerOutput) -> PendingStep:
         """Queue one step, or a whole chain of the draft model's."""
         if not plan.num_draft_steps:
             return self._target.execute(plan)  # type: ignore[no-any-return]
+        if self._head is not None:
+            self._head.is_chained = False
         parts: list[PendingStep] = [self._draft.execute(plan)]
+        if self._head is not None:
+            self._head.is_chained = True
         drafting = np.flatnonzero(plan.num_samples).tolist()
         more = range(plan.num_draft_steps - 1 if drafting else 0)
         parts.extend(self._draft.execute(_next_token(plan, drafting, index)) for index in more)
-        return PendingDrafts(parts)
+        return PendingDrafts(parts, self._offsets)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)

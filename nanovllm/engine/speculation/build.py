@@ -18,8 +18,11 @@ def speculative_planner(
 ) -> tuple[type[SpeculativeScheduler], dict[str, Any]]:
     """A Scheduler, and its arguments beside those of all schedulers. clock: as in `Pace`."""
     is_on_device = config.method in MODEL_METHODS
-    return DraftModelScheduler if is_on_device else SpeculativeScheduler, {
+    parts: dict[str, Any] = {
         "proposals": None if is_on_device else make_proposals(config, vocab_size),
         "pace": Pace(config.num_speculative_tokens, clock, config.adaptive, can_compare=not is_on_device),
         "most_requests": config.disable_by_batch_size,
     }
+    if not is_on_device:
+        return SpeculativeScheduler, parts
+    return DraftModelScheduler, {**parts, "reads_ahead": int(config.method == "eagle3")}

@@ -7,6 +7,7 @@ asked, in parts if these are many. Invariant: of a request's tokens, the draft m
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from nanovllm.engine.ends import FindStopString, no_stop_string
 from nanovllm.engine.request import End, Request
@@ -19,6 +20,13 @@ _GREEDY = SamplingParams(temperature=0)
 
 
 class DraftModelScheduler(SpeculativeScheduler):
+    def __init__(self, *args: Any, reads_ahead: int = 0, **options: Any) -> None:
+        """reads_ahead: 1 where the model reads, at each position, the token behind it beside the target's states there.
+        What it computes further ahead has other states, and is computed anew once they are known.
+        """
+        self._reads_ahead = reads_ahead
+        super().__init__(*args, **options)
+
     def _clear(self) -> None:
         super()._clear()
         self._asked: list[Request] | None = None  # for whom drafts are on their way
@@ -60,7 +68,7 @@ class DraftModelScheduler(SpeculativeScheduler):
             return None
         budget, chosen = self.max_num_batched_tokens, []
         for request in drafting:
-            num_missing = len(request.token_ids) - self._num_drafted.get(request, 0)
+            num_missing = len(request.token_ids) - self._reads_ahead - self._num_drafted.get(request, 0)
             num_new = min(num_missing, budget)
             if num_new and len(request.token_ids) + length < request.max_total_tokens:
                 blocks = self.cache.allocate(request, 1 + length)
@@ -80,14 +88,14 @@ class DraftModelScheduler(SpeculativeScheduler):
         for request, num_new, blocks in chosen:
             start = self._num_drafted.get(request, 0)
             end = start + num_new
-            is_last = end == len(request.token_ids)
+            is_last = end == len(request.token_ids) - self._reads_ahead
             plan.new_rows.append(_entering(request, start))
             plan.new_blocks.extend((request.row, *block) for block in blocks)
             plan.rows.append(request.row)
             plan.num_scheduled_tokens.append(num_new)
             plan.num_computed_tokens.append(start)
             plan.num_samples.append(int(is_last))
-            plan.token_ids.extend(request.token_ids[start:end])
+            plan.token_ids.extend(request.token_ids[start + self._reads_ahead : end + self._reads_ahead])
             self._num_drafted[request] = end
             if is_last:
                 self._asked.append(request)
@@ -106,7 +114,7 @@ class DraftModelScheduler(SpeculativeScheduler):
     def _take_in(self, step: PlannedStep, output: ModelRunnerOutput, find_stop_string: FindStopString) -> list[Request]:
         for request, token_ids in zip(step.sampled, output.token_ids, strict=True):
             draft = self._in_flight.get(request)
-            if draft is not None and request in self._num_drafted:
+            if draft is not None and request in self._num_drafted and not self._reads_ahead:
                 # The model has keys of the draft but for its last token.
                 self._num_drafted[request] += min(len(token_ids) - 1, len(draft) - 1)
         return super()._take_in(step, output, find_stop_string)

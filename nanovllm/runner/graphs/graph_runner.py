@@ -47,15 +47,20 @@ class Graphs(NamedTuple):
 
 
 class GraphRunner:
-    def __init__(self, runner: ModelRunner, config: ResolvedConfig, model_config: ModelConfig) -> None:
-        """Captures the largest decode step; the other steps are captured when they first come."""
+    def __init__(
+        self, runner: ModelRunner, config: ResolvedConfig, model_config: ModelConfig, splits_prompts: bool = True
+    ) -> None:
+        """Captures the largest decode step; the other steps are captured when they first come.
+
+        splits_prompts: a step may run as two (`step_parts.py`).
+        """
         self._runner = runner
         self.model, self.device, self.num_blocks = runner.model, runner.device, runner.num_blocks
         self._dependent_launch = config.dependent_launch
         self._captures_prompts = can_capture_prompts(model_config)
         # Of the layers alone: their share is the same on every rank, and all ranks must decide alike.
         weight_bytes = sum(weight.numel() * weight.element_size() for weight in runner.model.layers.parameters())
-        self._splits_prompts = self._captures_prompts and weight_bytes <= LIGHT_BYTES
+        self._splits_prompts = splits_prompts and self._captures_prompts and weight_bytes <= LIGHT_BYTES
         self._decodes = DecodeLayout(config.max_num_seqs)
         self._prompts = PromptLayout()
         self._verifies, self._verify = VerifyLayout(), VerifySteps(runner)

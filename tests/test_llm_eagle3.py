@@ -1,0 +1,189 @@
+"""EAGLE-3 heads: what they draft, against the head written out in plain PyTorch, and the same tokens with them.
+
+The plain form drafted what the layer of speculators 0.9.0 itself did, when both were compared.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
+from tests.runner.fake_graphs import fake_graphs
+from tests.test_llm_outputs import check_nothing_is_left
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random
+
+HIDDEN, INNER, HEADS, KV_HEADS, SIZE, VOCAB = 32, 48, 4, 2, 8, 100
+PROMPTS = random_prompts([5, 23, 1, 40], vocab_size=256)
+PARAMS = [SamplingParams(temperature=[0.0, 1.0][i % 2], seed=i, max_tokens=14, ignore_eos=True) for i in range(4)]
+
+
+def save_head(folder: Path, kind: str = "llama", **config: Any) -> Path:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "fc": (HIDDEN, 3 * HIDDEN),
+        "layers.0.self_attn.q_proj": (HEADS * SIZE, 2 * HIDDEN),
+        "layers.0.self_attn.k_proj": (KV_HEADS * SIZE, 2 * HIDDEN),
+        "layers.0.self_attn.v_proj": (KV_HEADS * SIZE, 2 * HIDDEN),
+        "layers.0.self_attn.o_proj": (HIDDEN, HEADS * SIZE),
+        "layers.0.mlp.gate_proj": (INNER, HIDDEN),
+        "layers.0.mlp.up_proj": (INNER, HIDDEN),
+        "layers.0.mlp.down_proj": (HIDDEN, INNER),
+        "lm_head": (VOCAB, HIDDEN),
+    }
+    norms = dict.fromkeys(("input_layernorm", "hidden_norm", "post_attention_layernorm"), HIDDEN)
+    if kind == "qwen3":
+        norms |= {"self_attn.q_norm": SIZE, "self_attn.k_norm": SIZE}
+    tensors = {f"{n}.weight": torch.randn(s, generator=generator) * s[-1] ** -0.5 for n, s in shapes.items()}
+    for name, size in {"norm": HIDDEN, **{f"layers.0.{name}": size for name, size in norms.items()}}.items():
+        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
+    ids = torch.randperm(VOCAB_WITH_TOKENIZER, generator=generator)[:VOCAB].sort().values
+    tensors["d2t"] = ids - torch.arange(VOCAB)
+    tensors["t2d"] = torch.isin(torch.arange(VOCAB_WITH_TOKENIZER), ids)
+    save_file(tensors, folder / "model.safetensors")
+    layer = {
+        **{"model_type": kind, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS},
+        **{"num_key_value_heads": KV_HEADS, "head_dim": SIZE, "num_hidden_layers": 1, "rms_norm_eps": 1e-6},
+        **{"vocab_size": VOCAB_WITH_TOKENIZER, "max_position_embeddings": 256, "rope_theta": 10000.0},
+        **{"hidden_act": "silu", "attention_bias": False},
+    }
+    given = {
+        **{"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": VOCAB},
+        **{"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "transformer_layer_config": layer},
+    }
+    (folder / "config.json").write_text(json.dumps({**given, **config}))
+    return folder
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+
+def rotated(x: Tensor) -> Tensor:
+    """x [n, heads, SIZE], of positions from 0 on."""
+    angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(0, SIZE, 2) / SIZE)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class PlainHead:
+    def __init__(self, target: Path, head: Path) -> None:
+        import transformers
+
+        self.target = transformers.AutoModelForCausalLM.from_pretrained(target).float().eval()
+        self.config = json.loads((head / "config.json").read_text())
+        self.weights = {name.removesuffix(".weight"): w for name, w in load_file(head / "model.safetensors").items()}
+
+    @torch.no_grad()
+    def draft(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        """Computed anew from the first token on; the states of the target end before the last token."""
+        last: list[Tensor] = []
+        hook = self.target.model.layers[-1].register_forward_hook(
+            lambda module, given, out: last.append(out if torch.is_tensor(out) else out[0])
+        )
+        states = self.target(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+        hook.remove()
+        own = (torch.cat((states[0], states[1], last[0]), -1) @ self.weights["fc"].T)[0, :-1]
+        following, draft = token_ids[1:], []
+        for _ in range(num_tokens):
+            hidden = self._layer(self.target.model.embed_tokens(torch.tensor(following)), own)[-1]
+            token_id = int((norm(hidden, self.weights["norm"]) @ self.weights["lm_head"].T).argmax())
+            draft.append(token_id + int(self.weights["d2t"][token_id]))
+            following = [*following, draft[-1]]
+            own = torch.cat((own, hidden[None]))
+        return draft
+
+    def _layer(self, embedded: Tensor, states: Tensor) -> Tensor:
+        w = {name.removeprefix("layers.0."): tensor for name, tensor in self.weights.items()}
+        normed = norm(states, w["hidden_norm"])
+        residual = normed if self.config.get("norm_before_residual") else states
+        x, n = torch.cat((norm(embedded, w["input_layernorm"]), normed), -1), len(states)
+        q, k, v = (x @ w[f"self_attn.{name}_proj"].T for name in "qkv")
+        q, k, v = q.view(n, HEADS, SIZE), k.view(n, KV_HEADS, SIZE), v.view(n, KV_HEADS, SIZE)
+        if "self_attn.q_norm" in w:
+            q, k = norm(q, w["self_attn.q_norm"]), norm(k, w["self_attn.k_norm"])
+        q, k = rotated(q), rotated(k)
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * SIZE**-0.5
+        scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
+        attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        residual = residual + attended @ w["self_attn.o_proj"].T
+        x = norm(residual, w["post_attention_layernorm"])
+        gated = torch.nn.functional.silu(x @ w["mlp.gate_proj"].T) * (x @ w["mlp.up_proj"].T)
+        return residual + gated @ w["mlp.down_proj"].T
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    return save_random(folder, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, head_dim=SIZE)
+
+
+def run(target: Path, head: Path | None = None, **options: Any) -> list[list[int]]:
+    """Twice, the second time with prompts from the prefix cache."""
+    if head is not None:
+        fields = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3, "adaptive": False}
+        options["speculative_config"] = fields
+    defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    with LLM(str(target), **{**defaults, **options}) as llm:
+        for _ in range(2):
+            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert head is None or llm.get_metrics()["spec_decode_num_drafts"] > 20
+        check_nothing_is_left(llm)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+HOW = [("llama", {}, False), ("qwen3", {"norm_before_residual": True}, True)]
+
+
+@pytest.mark.parametrize(("kind", "config", "captured"), HOW)
+def test_drafts_are_those_of_the_plain_head_and_tokens_those_without_it(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, config: dict[str, Any], captured: bool
+) -> None:
+    head = save_head(tmp_path / "head", kind, **config)
+    expected = run(target)
+    if captured:
+        fake_graphs(monkeypatch)
+    seen: list[tuple[list[int], list[int]]] = []
+    make_drafts = DraftModelScheduler._make_drafts
+
+    def noted(scheduler: DraftModelScheduler) -> Any:
+        drafts = make_drafts(scheduler)
+        seen.extend((list(request.token_ids), list(draft)) for request, draft in drafts.items())
+        return drafts
+
+    monkeypatch.setattr(DraftModelScheduler, "_make_drafts", noted)
+    assert run(target, head) == expected
+    plain = PlainHead(target, head)
+    assert len(seen) > 60
+    for token_ids, draft in seen[::4]:
+        assert draft == plain.draft(token_ids, len(draft))
+
+
+def test_in_chunks_and_after_a_preemption_tokens_are_the_same(target: Path, tmp_path: Path) -> None:
+    head = save_head(tmp_path / "head")
+    expected = run(target)
+    assert run(target, head, max_num_batched_tokens=11, overlap_depth=2) == expected
+    assert run(target, head, num_gpu_blocks_override=11, max_model_len=80) == expected
+
+
+def test_what_is_no_head_for_the_model_is_said_before_weights_are_read(target: Path, tmp_path: Path) -> None:
+    wrong = [
+        ({"speculators_model_type": "dspark"}, ValueError, "is no EAGLE-3 head .* is 'dspark'"),
+        ({"fc_norm": True}, NotImplementedError, "fc_norm is not supported"),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [0, 1, 9]},
+            ValueError,
+            r"before layers \[0, 1, 9\], and the model has 2",
+        ),
+    ]
+    for number, (config, error, message) in enumerate(wrong):
+        with pytest.raises(error, match=message):
+            run(target, save_head(tmp_path / str(number), **config))
