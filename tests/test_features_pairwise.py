@@ -17,10 +17,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.lora.request import LoRARequest
+from tests.gguf_files import convert
 from tests.lora.random_adapters import make_tensors, request
 from tests.test_llm_outputs import check_nothing_is_left
 from tests.test_llm_sampling import forbid_repeats
@@ -137,10 +141,13 @@ FEATURES = {
     # The plain requests beside have none.
     "lora_request": Feature(model={"enable_lora": True, "max_lora_rank": 4}, has_adapter=True, changes=True),
     "quantization": Feature(model={"quantization": "int8"}),
+    "kv_cache_dtype": Feature(model={"kv_cache_dtype": "fp8"}),
+    "gguf": Feature(model={"quantization": "gguf"}),
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
 }
-PAIRS = list(combinations(FEATURES, 2))
+VALUES_OF_ONE_OPTION = ("quantization", "gguf")
+PAIRS = [names for names in combinations(FEATURES, 2) if names != VALUES_OF_ONE_OPTION]
 
 
 class Engines:
@@ -164,8 +171,16 @@ class Engines:
             for name in ("trace", "prefix_store"):
                 if name in options:
                     options[name] = self._folder / f"{len(self._engines)}.{options[name]}"
-            self._engines[key] = self._stack.enter_context(LLM(str(self._folder), **{**defaults, **options}))
+            model = self._folder
+            if options.get("quantization") == "gguf":
+                defaults["tokenizer"], model = str(self._folder), self._packed()
+            self._engines[key] = self._stack.enter_context(LLM(str(model), **{**defaults, **options}))
         return self._engines[key]
+
+    def _packed(self) -> Path:
+        """The same model, of which matrices with rows of 32 numbers or a multiple are in blocks of 4 bits."""
+        path = self._folder / "packed.gguf"
+        return path if path.exists() else convert(self._folder, path, quantize)
 
     def alone(
         self, prompt: str, params: SamplingParams, model: dict[str, Any], adapter: LoRARequest | None = None
@@ -188,6 +203,13 @@ def engines() -> Iterator[Engines]:
     engines = Engines()
     yield engines
     engines.close()
+
+
+def quantize(name: str, matrix: np.ndarray) -> tuple[np.ndarray, GGMLQuantizationType]:
+    """Of `convert`: Q4_0 where blocks fit, also into half of a row where two ranks have one each."""
+    is_dense = matrix.shape[-1] % 32 or "attn_output" in name
+    kind = GGMLQuantizationType.F32 if is_dense else GGMLQuantizationType.Q4_0
+    return gguf.quants.quantize(matrix.astype(np.float32), kind), kind
 
 
 def tokens(output: RequestOutput) -> list[list[int]]:
@@ -244,7 +266,9 @@ def check_logprobs(got: Any, want: Any) -> None:
             assert token_id in wanted and abs(logprob.logprob - wanted[token_id].logprob) < 1e-4
 
 
-MARKED = [pytest.param(p, marks=pytest.mark.slow) if "tensor parallel 2" in p else pytest.param(p) for p in PAIRS]
+MARKED = [
+    pytest.param(names, marks=pytest.mark.slow if {"tensor parallel 2", "gguf"} & {*names} else ()) for names in PAIRS
+]
 
 
 @pytest.mark.parametrize("names", MARKED, ids=[" and ".join(names) for names in PAIRS])
