@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from nanovllm.engine.block_pool import hash_block
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import End, Request
 from nanovllm.executor.calls import CallFailed, pickle_function
-from nanovllm.executor.children import Child, Children, start_child, uninterrupted
+from nanovllm.executor.children import Child, Children, start_child
 from nanovllm.executor.worker import RunnerTimes
 
 
@@ -254,7 +254,8 @@ class DataParallelEngine:
         self._children.join()
 
     def filenos(self) -> list[int]:
-        """Of the connections that news come by."""
+        """Of the connections that news come by, for an event loop, whose handlers of signals interrupt nothing."""
+        self._children.guard = nullcontext  # each message would cost a dozen calls of the system else
         return [child.connection.fileno() for child in self._children.members]
 
     # -- which replica --
@@ -279,7 +280,7 @@ class DataParallelEngine:
     def _send(self, child: Child, name: str, value: Any) -> int:
         self._number += 1
         try:
-            with uninterrupted():
+            with self._children.guard():
                 child.send((name, self._number, value))
         except BlockingIOError as error:
             raise self._children.fail(f"{child.name} read nothing for {self._timeout:g} s") from error
@@ -310,7 +311,7 @@ class DataParallelEngine:
 
     def _take_in(self) -> list[tuple[int, Any]]:
         """Read what has come; keep the news among it for `step`, and return the answers."""
-        with uninterrupted():
+        with self._children.guard():
             messages = self._children.receive()
             now = time.monotonic()
             for replica in self._replicas:

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
 from selectors import EVENT_READ, DefaultSelector
 from types import FrameType
@@ -111,6 +111,7 @@ class Children:
     def __init__(self) -> None:
         self._parent = os.getpid()
         self.members: list[Child] = []
+        self.guard: Callable[[], AbstractContextManager[None]] = uninterrupted  # around a message
         self._selector = DefaultSelector()
 
     def add(self, child: Child) -> None:
@@ -129,7 +130,7 @@ class Children:
         """One message of each child that has spoken. Raises EngineDeadError, and ends all, if one has failed."""
         messages = []
         for key, _ in self._selector.select(0):
-            with uninterrupted():
+            with self.guard():
                 message = _receive(key.data)
             if message is None or isinstance(message, Failure):
                 raise self.fail(None, {key.data: message})
