@@ -13,6 +13,7 @@ from nanovllm.options import check_fields, option, takes_options
 
 MODEL_METHODS = ("draft_model", "eagle3")  # which guess with a model of their own, on the device
 METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
+_NOT_YET = ("eagle", "medusa", "mlp_speculator", "dflash", "dflash2", "dspark", "xpress", "peagle")
 MAX_DRAFT_TOKENS = 63
 _OF_METHOD = {
     "prompt_lookup_max": ("ngram",),
@@ -33,6 +34,10 @@ def _read_method(method: Any) -> Any:
         raise NotImplementedError(
             f"speculative_config.method={method!r}: the prediction heads of such models are not loaded; use 'ngram' or "
             "'suffix'"
+        )
+    if method in _NOT_YET:
+        raise NotImplementedError(
+            f"speculative_config.method={method!r} is not supported; use 'eagle3', 'draft_model', 'ngram' or 'suffix'"
         )
     return method
 
