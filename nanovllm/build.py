@@ -31,6 +31,7 @@ from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner, num_host_slots, with_quantization
 from nanovllm.kernels.cascade import TILE
+from nanovllm.kernels.delta_net import CHUNK
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.ops import PLAIN
 from nanovllm.model_files.tokenizer_files import load_tokenizer
@@ -160,7 +161,7 @@ def _start_engine(
         return replicas, replicas.num_blocks, replicas.runner_times
     make_scheduler, make_engine = _planner_and_loop(config, model_config, device)
     executor, times = _start_executor(_of_workers(config, model_config), model_config, checkpoint, device)
-    cache = _cache_manager(config, model_config, executor.num_blocks)
+    cache = _cache_manager(config, model_config, executor.num_blocks, device)
     if config.has_tiers:
         executor, cache = _with_tiers(config, model_config, executor)
     scheduler = make_scheduler(
@@ -214,11 +215,14 @@ def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedCo
     return config
 
 
-def _cache_manager(config: ResolvedConfig, model_config: ModelConfig, num_blocks: int) -> CacheManager:
+def _cache_manager(
+    config: ResolvedConfig, model_config: ModelConfig, num_blocks: int, device: torch.device
+) -> CacheManager:
     groups = group_layers(model_config.windows, config.max_model_len)
     limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
     if (memory := model_config.state_memory(config)) is not None:
         slots = memory.slots(config.max_num_seqs, num_blocks)
+        limits["unit"] = CHUNK if device.type == "cuda" else 1
         return StateCache(num_blocks, config.block_size, config.enable_prefix_caching, slots=slots, **limits)
     if groups.keep_everything:
         return CacheManager(num_blocks, config.block_size, config.enable_prefix_caching)

@@ -33,6 +33,10 @@ _SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_DELTA_NET: dict[str, Any] = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    **{"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+}
 # What an architecture's config has no default for, or one that does not fit a model as small.
 _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "MinistralForCausalLM": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
@@ -43,6 +47,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "GlmForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "Glm4ForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), _DELTA_NET),
     "GraniteMoeHybridForCausalLM": {
         **{"num_local_experts": 0, "layer_types": ["attention"] * 2, "mamba_n_heads": 4},
         **{"position_embedding_type": "rope", "shared_intermediate_size": 48, "attention_multiplier": 0.3},
@@ -65,12 +70,20 @@ def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: i
             if parameter.dim() >= 2:  # three: the matrices of all experts
                 parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
             else:
-                parameter.copy_(0.2 * noise + (0.0 if name.endswith("bias") else 1.0))
+                parameter.copy_(0.2 * noise + _usual(architecture, name))
         for name, buffer in model.named_buffers():
             if name.endswith("bias"):  # of a router, which is no parameter
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
+
+
+def _usual(architecture: str, name: str) -> float:
+    """About what a vector of a trained model holds: so states last, and norms that add 1 add it to something small."""
+    if name.endswith("A_log"):
+        return -3.0
+    adds_one = architecture.startswith(("Qwen3_5", "Qwen3Next")) and "linear_attn.norm" not in name
+    return 0.0 if name.endswith("bias") or adds_one else 1.0
 
 
 def save_scripted(folder: Path, text: str, *, ends: bool) -> Path:

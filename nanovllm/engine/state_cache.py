@@ -77,16 +77,20 @@ class StateCache(CacheManager):
         slots: range,
         max_model_len: int,
         max_step_tokens: int,
+        unit: int = 1,
         stride: int = STRIDE,
         worth_a_step: int = WORTH_A_STEP,
     ) -> None:
-        """slots: of the snapshots. max_step_tokens: the most that a step computes of one request."""
+        """slots: of the snapshots. max_step_tokens: the most that a step computes of one request. unit: tokens, at
+        multiples of which, and of block_size, the device can keep a state in the midst of a prompt.
+        """
         super().__init__(num_blocks, block_size, enable_prefix_caching)
         self.waiting: Callable[[], Iterable[Request]] = tuple  # the scheduler's queue, once there is one
         self._slots = slots
         self._table_width = self._num_blocks(max_model_len)
         self._most_apart = max(1, max_step_tokens // block_size)
-        self._stride = max(1, stride // block_size)  # blocks
+        self._unit = max(1, unit // block_size)  # blocks
+        self._stride = max(self._unit, stride // block_size)
         self._worth_a_step = worth_a_step
         self.clear()
 
@@ -153,7 +157,8 @@ class StateCache(CacheManager):
         ends = {last, *range(apart, last, apart), *self._partings(request, first, last)}
         (found,) = super().find_prefix(request)
         ends.add(len(found))  # another history parts from this one there
-        return {end - 1 for end in ends if first < end <= last}
+        ends = {end - end % self._unit for end in ends if end <= last}
+        return {end - 1 for end in ends if end > first}
 
     def _partings(self, request: Request, first: int, last: int) -> set[int]:
         """Where requests that wait part from this one."""

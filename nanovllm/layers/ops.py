@@ -25,8 +25,9 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear, one_row_at_a_time
-from nanovllm.kernels.causal_conv import conv_silu, short_conv
+from nanovllm.kernels.causal_conv import short_conv
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
+from nanovllm.kernels.delta_net import delta_net
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -56,7 +57,7 @@ class Ops(NamedTuple):
     fused_experts: Callable[..., Tensor] = fused_experts
     linear_method: Callable[[LinearSpec], LinearMethod] = DenseLinear
     short_conv: Callable[..., Tensor] = short_conv
-    conv_silu: Callable[..., Tensor] = conv_silu
+    delta_net: Callable[..., Tensor] = delta_net
     by_row: Callable[..., Tensor] = lambda function, *tensors: function(*tensors)
 
 
@@ -89,7 +90,7 @@ def _on_cpu() -> Ops:
         native.qkv_rope_store,
         linear_method=lambda spec: PackedLinear(spec, native.skinny_linear if native.suits(spec.dtype) else F.linear),
         short_conv=native.short_conv,
-        conv_silu=native.conv_silu,
+        delta_net=native.delta_net,
     )
 
 
@@ -105,6 +106,7 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
         ops = choose_ops(device, compilation)
         if device.type == "cuda":
             experts = partial(fused_experts, block_size=64)
+            ops = ops._replace(delta_net=partial(delta_net, is_exact=True))
         else:
             experts = partial(fused_experts_reference, linear=batch_invariant_linear, gate=ops.silu_and_mul)
             ops = ops._replace(by_row=one_row_at_a_time)

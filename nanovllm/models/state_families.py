@@ -69,6 +69,55 @@ _LFM2_UNREAD = dict.fromkeys(
     "conv_dim conv_dim_out conv_use_xavier_init num_heads theta use_pos_enc".split()
 )
 
+# --- Qwen3-Next and 3.5 ------------------------------------------------------------
+
+
+def _qwen(hf: Fields) -> dict[str, Any]:
+    """Every so many layers, one has attention."""
+    interval = integer(hf, "full_attention_interval")
+    layers = range(1, integer(hf, "num_hidden_layers") + 1)
+    types = ["linear_attention" if layer % interval else "full_attention" for layer in layers]
+    return {"layer_types": hf["layer_types"] or types}
+
+
+def _without_sections(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
+    """For text, the three axes of a position are the same, and so it does not matter which turns which dimensions."""
+    return {name: value for name, value in parameters.items() if name not in ("mrope_section", "mrope_interleaved")}
+
+
+def _delta_net(hf: Fields) -> StateShape:
+    key_heads, value_heads = integer(hf, "linear_num_key_heads"), integer(hf, "linear_num_value_heads")
+    key_dim, value_dim = (integer(hf, f"linear_{part}_head_dim", high=256) for part in ("key", "value"))
+    if value_heads % key_heads:
+        raise ValueError(
+            f"config.json: linear_num_value_heads {value_heads} must be a multiple of linear_num_key_heads {key_heads}"
+        )
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    return StateShape(channels, integer(hf, "linear_conv_kernel_dim", low=2, high=64), value_heads, key_dim, value_dim)
+
+
+_QWEN: Mapping[str, Any] = {
+    **{"attention_bias": False, "head_dim": 256, "layer_types": None, "full_attention_interval": 4},
+    **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    **{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "partial_rotary_factor": 0.25},
+    # Of released checkpoints; transformers does not look at them.
+    **{"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
+    **{"mtp_num_hidden_layers": 0, "mtp_use_dedicated_embeddings": False},
+}
+_QWEN_MIXTURE: Mapping[str, Any] = {
+    **{"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1},
+    **{"mlp_only_layers": None, "norm_topk_prob": True, "use_sliding_window": False, "max_window_layers": 0},
+    "sliding_window": None,
+}
+_QWEN_ROW: Mapping[str, Any] = {  # arguments of `Architecture`
+    "proof": _PROOF,
+    "switches": {"qk_norm": "head", "norm_offset": 1.0},
+    "translate": _qwen,
+    "rope": _without_sections,
+    "states": {"linear_attention": _delta_net},
+    "attention": "nanovllm.models.qwen3_next:mixer",
+}
+
 STATE_FAMILIES: Mapping[str, Architecture] = {
     "Lfm2ForCausalLM": Architecture(
         serves="LFM2, LFM2.5: short convolutions beside attention",
@@ -92,5 +141,25 @@ STATE_FAMILIES: Mapping[str, Architecture] = {
         switches=_LFM2_SWITCHES,
         mlp="nanovllm.models.mixture:lfm2_moe",
         **_LFM2_ROW,
+    ),
+    "Qwen3NextForCausalLM": Architecture(
+        serves="Qwen3-Next: gated delta nets beside attention, mixtures of experts",
+        fields={**_QWEN, **_QWEN_MIXTURE, "num_experts": 512, "num_experts_per_tok": 10, "num_key_value_heads": 2},
+        mlp="nanovllm.models.mixture:qwen2_moe",
+        **_QWEN_ROW,
+    ),
+    "Qwen3_5ForCausalLM": Architecture(
+        serves="Qwen3.5 and 3.6: gated delta nets beside attention",
+        fields={**_QWEN, "num_key_value_heads": 4},
+        **_QWEN_ROW,
+    ),
+    "Qwen3_5MoeForCausalLM": Architecture(
+        serves="Qwen3.5 and 3.6, mixtures of experts",
+        fields={
+            **{**_QWEN, **_QWEN_MIXTURE, "num_experts": 256, "num_experts_per_tok": 8, "num_key_value_heads": 2},
+            "intermediate_size": 1,  # there is no MLP without experts
+        },
+        mlp="nanovllm.models.mixture:qwen2_moe",
+        **_QWEN_ROW,
     ),
 }

@@ -241,6 +241,7 @@ def make_engine(
     num_snapshots: int | None = None,
     stride: int = 4,
     worth_a_step: int = 8,
+    unit: int = 1,
     proposer: Proposer | None = None,
     num_speculative_tokens: int = 4,
     clock: Callable[[], float] | None = None,
@@ -253,7 +254,7 @@ def make_engine(
         cache = GroupedCache(num_blocks, block_size, enable_prefix_caching, specs, **options)
     elif num_snapshots is not None:
         slots = range(max_num_seqs, max_num_seqs + num_snapshots)
-        options |= {"stride": stride, "worth_a_step": worth_a_step}
+        options |= {"stride": stride, "worth_a_step": worth_a_step, "unit": unit}
         cache = StateCache(num_blocks, block_size, enable_prefix_caching, slots=slots, **options)
     shared_prefixes = SharedPrefixes(2 * block_size, block_size, min_tokens_saved=1)
     make_scheduler: Callable[..., Scheduler] = Scheduler

@@ -34,6 +34,18 @@ def test_a_prompt_leaves_snapshots_every_power_of_two_blocks_and_at_its_last_ful
     assert ends(cache) == [32, 64, 96, 128, 136], "8 at most in its midst, and one for its end"
 
 
+def test_snapshots_are_where_the_device_can_keep_a_state() -> None:
+    engine, cache = make(stride=1, unit=16, max_num_seqs=2)
+    requests = [make_request([*range(42), 50 + n, *range(30)], 60) for n in range(2)]
+    for request in requests:
+        engine.add_request(request)
+    run(engine)
+    assert ends(cache) and not any(end % 16 for end in ends(cache))
+    assert requests[1].num_cached_tokens == 32
+    for request in requests:
+        check_output(request, has_states=True)
+
+
 def test_an_end_that_the_last_token_completes_is_no_end() -> None:
     """That token's logits are what a next request with the same prompt needs."""
     engine, cache = make(stride=1000)

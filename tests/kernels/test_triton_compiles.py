@@ -31,6 +31,7 @@ from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import PagedCase, make_case
 from tests.kernels.state_cases import make_states_case
+from tests.kernels.test_delta_net import make_inputs
 from tests.kernels.test_moe import random_ids
 from tests.kernels.test_routing import RULES, rule_inputs
 from tests.kernels.twins import INTERPRETED
@@ -312,6 +313,12 @@ def convolve(lens: list[int], is_gated: bool, has_bias: bool) -> None:
     MODULES["causal_conv"].causal_conv_triton(x, weight, bias, case.states(2, 256), case.step, is_gated=is_gated)
 
 
+def run_delta_net(lens: list[int], is_exact: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    case = make_states_case(lens, [3] * len(lens))
+    inputs = make_inputs(case, (2, 4, 128, 128), dtype)
+    MODULES["delta_net"].delta_net_triton(*inputs, case.step, is_exact)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "all_reduce by words": lambda: add_up(2, 1, torch.bfloat16),
     "all_reduce in bulk, 4 ranks": lambda: add_up(4, 100, torch.bfloat16),
@@ -409,6 +416,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "short_conv of decodes": lambda: convolve([1, 1, 1], is_gated=True, has_bias=False),
     "short_conv": lambda: convolve([1, 40], is_gated=True, has_bias=True),
     "conv_silu": lambda: convolve([1, 40], is_gated=False, has_bias=False),
+    "delta_net of decodes": lambda: run_delta_net([1, 1], is_exact=False),
+    "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),
     "sample": lambda: sample(is_deterministic=False),
     "sample, deterministic": lambda: sample(is_deterministic=True),
     "top_logprobs": lambda: MODULES["top_logprobs"].top_logprobs_triton(

@@ -78,6 +78,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "block_auto_adjust_ff_dim": False,
         },
     ),
+    "qwen3.5-d64": (
+        "Qwen3_5ForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "head_dim": 64},
+            "linear_value_head_dim": 48,
+        },
+    ),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}  # heads of 64 where the family has no head_dim
 WAYS: dict[str, dict[str, Any]] = {

@@ -39,6 +39,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+DELTA_NET = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    **{"head_dim": 16, "rms_norm_eps": 0.01},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+}
+CASES |= {
+    "qwen3.5": ("Qwen3_5ForCausalLM", {**DELTA_NET, "attention_bias": True}),
+    "qwen3.5-moe": ("Qwen3_5MoeForCausalLM", DELTA_NET),
+    "qwen3-next": ("Qwen3NextForCausalLM", {**DELTA_NET, "mlp_only_layers": [0], "linear_conv_kernel_dim": 3}),
+}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:

@@ -52,6 +52,7 @@ _SIGNATURES = {
     "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 8, *[_INT] * 6, _FLOAT),
     "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 6, *[_INT] * 8, _FLOAT),
     "causal_conv": ctypes.CFUNCTYPE(None, *[_POINTER] * 9, *[_INT] * 6),
+    "delta_net": ctypes.CFUNCTYPE(None, *[_POINTER] * 13, *[_INT] * 8, _FLOAT),
     "skinny_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 4, *[_INT] * 4),
     "quantized_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6),
 }
@@ -82,6 +83,7 @@ class CpuKernels(StateKernels):
         self._qkv_rope_store = by_dtypes("qkv_rope_store")
         self._decode_attention = by_dtypes("decode_attention")
         self._causal_conv = by_dtype("causal_conv")
+        self._delta_net = by_dtype("delta_net")
         self._quantized_linear = by_dtype("quantized_linear")
         self._num_lanes = ctypes.c_int.in_dll(loaded, "num_lanes").value
         self._skinny_linear = _SIGNATURES["skinny_linear"].in_dll(loaded, "skinny_linear_float32")

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.causal_conv import conv_silu, short_conv
-from nanovllm.kernels.state_types import StepStates
+from nanovllm.kernels.delta_net import DeltaNet, delta_net
+from nanovllm.kernels.state_types import LayerState, StepStates
 
-_MAX_WIDTH = 64  # as in states.cpp
+_MAX_WIDTH, _MAX_KEY = 64, 256  # as in states.cpp
 
 
 class StateKernels:
     _causal_conv: dict[torch.dtype, Callable[..., None]]
+    _delta_net: dict[torch.dtype, Callable[..., None]]
 
     def short_conv(self, bcx: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates) -> Tensor:
         """See `kernels.causal_conv.short_conv`."""
@@ -27,6 +29,37 @@ class StateKernels:
         """See `kernels.causal_conv.conv_silu`."""
         out = self._convolve(x, weight, bias, state, step, is_gated=False)
         return conv_silu(x, weight, bias, state, step) if out is None else out
+
+    def delta_net(self, qkvz: Tensor, ba: Tensor, net: DeltaNet, state: LayerState, step: StepStates) -> Tensor:
+        """See `kernels.delta_net.delta_net`."""
+        num_tokens, channels = qkvz.shape[0], net.conv_weight.shape[1]
+        heads, values, keys, dtype = net.num_value_heads, net.value_dim, net.key_dim, qkvz.dtype
+        run = self._delta_net.get(dtype)
+        if run is None or not (
+            qkvz.stride(1) == 1
+            and qkvz.shape[1] == channels + heads * values
+            and keys <= _MAX_KEY
+            and _is_dense(ba, (num_tokens, 2 * heads), dtype)
+            and _is_dense(net.decay, (heads,), torch.float32)
+            and _is_dense(net.dt_bias, (heads,), torch.float32)
+            and _is_dense(net.norm_weight, (values,), dtype)
+            and is_state(state.matrices, (heads, keys, values))
+            and is_step(step, num_tokens)
+        ):
+            return delta_net(qkvz, ba, net, state, step)
+        qkv = self.conv_silu(qkvz[:, :channels], net.conv_weight, None, state.conv, step)
+        z, scratch = qkvz[:, channels:], torch.empty(num_tokens, heads * values)
+        out = torch.empty_like(scratch, dtype=dtype)
+        tensors = (
+            *(qkv, z, ba, net.decay, net.dt_bias, net.norm_weight, state.matrices, step.rows),
+            *(step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, scratch, out),
+        )
+        run(
+            *(tensor.data_ptr() for tensor in tensors),
+            len(step.rows), net.num_key_heads, heads, keys, values,
+            qkv.stride(0), z.stride(0), state.matrices.stride(0), net.eps,
+        )  # fmt: skip
+        return out
 
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates, *, is_gated: bool

@@ -1,11 +1,12 @@
-// Layers with a state, for float32 and bfloat16: twins of causal_conv.py. `state_kernels.py` checks arguments and
-// allocates results.
+// Layers with a state, for float32 and bfloat16: twins of causal_conv.py and delta_net.py. `state_kernels.py` checks
+// arguments and allocates results.
 //
-// Layout    Everything but `x` is contiguous: it has any stride between tokens, the states one between slots.
+// Layout    Rows are contiguous; inputs have any stride between tokens, the states one between slots.
 // Rounding  As in cpu_kernels.cpp; states are float32.
 // Threads   One thread takes some channels of a request, or a head of it, token after token: so results depend neither
 //           on the threads, nor on the batch, nor on where a prompt was cut.
 #include <algorithm>
+#include <cmath>
 
 #include "vectors.h"
 
@@ -23,7 +24,11 @@ void causal_conv(const T* x, const T* weight, const T* bias, float* state, const
   for (int64_t task = 0; task < n * chunks; task++) {
     const int64_t request = task / chunks, first = task % chunks * CHUNK;
     const int64_t end = std::min<int64_t>(CHUNK, channels - first), begin = starts[request], stop = starts[request + 1];
-    if (rows[request] < 0) continue;
+    if (rows[request] < 0) {  // padding: what its tokens are must be numbers
+      for (int64_t token = begin; token < stop; token++)
+        std::fill_n(out + token * channels + first, end, T{});
+      continue;
+    }
     float past[MAX_WIDTH - 1][CHUNK];  // inputs, oldest first
     float* own = state + rows[request] * slot_stride + first;
     const bool had_tokens = seq_lens[request] > stop - begin;
@@ -55,6 +60,98 @@ void causal_conv(const T* x, const T* weight, const T* bias, float* state, const
     if (stop > begin) keep(own);
   }
 }
+
+// --- the gated delta net -------------------------------------------------------
+
+constexpr int MAX_KEY = 256;  // numbers of a key
+constexpr int COLUMNS = 32;   // of a matrix that go through all tokens together, so that they stay in the cache
+
+template <class T> inline void unit_length(const T* in, float* out, int64_t dim, float scale) {
+  f32 squares = {};
+  for (int64_t i = 0; i < dim; i += W) {
+    f32 v = load(in + i, dim - i);
+    squares += v * v;
+  }
+  scale /= std::sqrt(sum(squares) + 1e-6f);
+  for (int64_t i = 0; i < dim; i += W) store(out + i, load(in + i, dim - i) * scale);
+}
+
+// Some columns of one token: S = alpha S + k (beta (v - alpha k S)), then q S. The columns of a row lie side by side.
+inline void delta_step(float (*s)[COLUMNS], const float* q, const float* k, const float* v, float* out, int64_t keys,
+                       float alpha, float beta) {
+  constexpr int N = COLUMNS / W;
+  f32 known[N] = {}, change[N], result[N] = {};
+  for (int64_t i = 0; i < keys; i++)
+    for (int n = 0; n < N; n++) known[n] += k[i] * load(s[i] + n * W);
+  for (int n = 0; n < N; n++) change[n] = beta * (load(v + n * W) - alpha * known[n]);
+  for (int64_t i = 0; i < keys; i++)
+    for (int n = 0; n < N; n++) {
+      f32 next = alpha * load(s[i] + n * W) + k[i] * change[n];
+      store(s[i] + n * W, next);
+      result[n] += q[i] * next;
+    }
+  for (int n = 0; n < N; n++) store(out + n * W, result[n]);
+}
+
+// qkv: after the convolution. scratch [tokens, heads, values] holds q S until all columns of a head are there.
+template <class T>
+void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const float* dt_bias, const T* norm,
+               float* state, const int32_t* rows, const int32_t* starts, const int32_t* seq_lens,
+               const int32_t* snapshots, float* scratch, T* out, int64_t n, int64_t key_heads, int64_t heads,
+               int64_t keys, int64_t values, int64_t qkv_stride, int64_t z_stride, int64_t slot_stride, float eps) {
+  const float unit = 1.0f / std::sqrt((float)keys);
+#pragma omp parallel for schedule(dynamic, 1) if (starts[n] * heads * keys * values > SMALL)
+  for (int64_t task = 0; task < n * heads; task++) {
+    const int64_t request = task / heads, head = task % heads, begin = starts[request], stop = starts[request + 1];
+    if (rows[request] < 0) {
+      for (int64_t token = begin; token < stop; token++)
+        std::fill_n(out + (token * heads + head) * values, values, T{});
+      continue;
+    }
+    float* own = state + rows[request] * slot_stride + head * keys * values;
+    const bool had_tokens = seq_lens[request] > stop - begin;
+    const int64_t query_at = head / (heads / key_heads) * keys, key_at = key_heads * keys + query_at;
+    float s[MAX_KEY][COLUMNS], q[MAX_KEY + W], k[MAX_KEY + W], v[COLUMNS], result[COLUMNS];
+    for (int64_t first = 0; first < values; first += COLUMNS) {
+      const int64_t columns = std::min<int64_t>(COLUMNS, values - first);
+      for (int64_t i = 0; i < keys; i++)
+        for (int64_t c = 0; c < COLUMNS; c++)
+          s[i][c] = had_tokens && c < columns ? own[i * values + first + c] : 0.0f;
+      auto keep = [&](float* to) {
+        for (int64_t i = 0; i < keys; i++) std::copy(s[i], s[i] + columns, to + i * values + first);
+      };
+      for (int64_t token = begin; token < stop; token++) {
+        const T *in = qkv + token * qkv_stride, *gates = ba + token * 2 * heads;
+        unit_length(in + query_at, q, keys, unit);
+        unit_length(in + key_at, k, keys, 1.0f);
+        const T* value = in + 2 * key_heads * keys + head * values + first;
+        for (int64_t c = 0; c < COLUMNS; c += W) store(v + c, c < columns ? load(value + c, columns - c) : f32{});
+        const float b = load(gates + head, 1)[0], a = load(gates + heads + head, 1)[0] + dt_bias[head];
+        const float softplus = a > 20.0f ? a : std::log1p(std::exp(a));
+        delta_step(s, q, k, v, result, keys, std::exp(-decay[head] * softplus), 1.0f / (1.0f + std::exp(-b)));
+        std::copy(result, result + columns, scratch + (token * heads + head) * values + first);
+        if (snapshots[token] >= 0) keep(state + snapshots[token] * slot_stride + head * keys * values);
+      }
+      if (stop > begin) keep(own);
+    }
+    for (int64_t token = begin; token < stop; token++) {
+      const float* found = scratch + (token * heads + head) * values;
+      const T* gate = z + token * z_stride + head * values;
+      f32 squares = {};
+      for (int64_t i = 0; i < values; i += W) {
+        f32 x = rounded<T>(load(found + i, values - i));
+        squares += x * x;
+      }
+      const float scale = 1.0f / std::sqrt(sum(squares) / values + eps);
+      for (int64_t i = 0; i < values; i += W) {
+        const int64_t left = values - i;
+        f32 normed = rounded<T>(rounded<T>(load(found + i, left)) * scale), g = load(gate + i, left);
+        normed = rounded<T>(normed * load(norm + i, left));
+        store(out + (token * heads + head) * values + i, normed * (g / (1.0f + exponential(-g))), left);
+      }
+    }
+  }
+}
 }  // namespace
 
 // Found by name, as pointers to functions.
@@ -64,3 +161,4 @@ void causal_conv(const T* x, const T* weight, const T* bias, float* state, const
   decltype(&NAME<bf16>) NAME##_bfloat16 = NAME; \
   }
 EXPORT(causal_conv)
+EXPORT(delta_net)

@@ -58,7 +58,7 @@ def _causal_conv_kernel(
     row = tl.load(rows_ptr + request)
     start = tl.load(starts_ptr + request)
     length = tl.load(starts_ptr + request + 1) - start
-    if row < 0 or tile * BLOCK_TOKENS >= length:
+    if tile * BLOCK_TOKENS >= length:
         return
     had_tokens = tl.load(seq_lens_ptr + request) > length
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -92,8 +92,9 @@ def _causal_conv_kernel(
         y = y.to(dtype).to(tl.float32) * c.to(tl.float32)
     else:
         y = y / (1.0 + tl.exp(-y))
+    y = tl.where(row >= 0, y, 0.0)  # padding: what its tokens are must be numbers
     tl.store(out_ptr + position[:, None] * CHANNELS + channel[None, :], y.to(dtype), mask=here)
-    if tile == 0:
+    if tile == 0 and row >= 0:
         tl.debug_barrier()  # other threads of the program read the row's state, too
         for j in tl.static_range(WIDTH - 1):  # oldest first: what is read here has not been written
             source = length - (WIDTH - 1) + j

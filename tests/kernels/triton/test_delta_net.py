@@ -1,0 +1,40 @@
+"""The Triton forms of the gated delta net against the reference: token after token, and in chunks."""
+
+import pytest
+import torch
+
+from nanovllm.kernels.delta_net import delta_net_reference
+from nanovllm.kernels.state_types import LayerState
+from tests.kernels.state_cases import make_states_case
+from tests.kernels.test_delta_net import copy, make_inputs
+from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, relative_error, twin_test
+
+twin = load_twin("delta_net")
+pytestmark = twin_test
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+SIZES = [(1, 2, 20, 40)] if INTERPRETED else [(2, 4, 8, 12), (4, 8, 128, 128), (2, 2, 64, 80)]
+LENS = [([1, 1, 1], [0, 3, 50]), ([1, 2, 70, 64], [9, 1, 40, 0])]
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("lens, before", LENS)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_reference(
+    dtype: torch.dtype, sizes: tuple[int, int, int, int], lens: list[int], before: list[int], is_exact: bool
+) -> None:
+    """Snapshots at multiples of 64, where chunks end."""
+    torch.manual_seed(1)
+    case = make_states_case(lens, before, num_padding=2, device=DEVICE, every=64)
+    qkvz, ba, net, state = make_inputs(case, sizes, dtype)
+    want_state = copy(state)
+    cpu = make_states_case(lens, before, num_padding=2, every=64)
+    for name in ("rows", "snapshots"):
+        getattr(cpu.step, name).copy_(getattr(case.step, name))
+    host = LayerState(want_state.conv.cpu(), want_state.matrices.cpu())
+    weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(net).items()}
+    want = delta_net_reference(qkvz.cpu(), ba.cpu(), type(net)(**weights), host, cpu.step)
+    got = twin.delta_net_triton(qkvz, ba, net, state, case.step, is_exact)
+    assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
+    assert relative_error(state.matrices.cpu(), host.matrices) < TOLERANCE[dtype]
+    assert torch.equal(state.conv.cpu(), host.conv)
