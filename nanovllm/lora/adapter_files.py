@@ -45,11 +45,11 @@ _TENSOR = re.compile(
 
 
 class ModuleWeights(NamedTuple):
-    """Of one layer, on the CPU, in float32 or the dtype of the file.
+    """Of one layer, on the CPU, as the file has them.
 
-    a [rank, inputs], b [outputs, rank]: the scale is in b. Of a table, inputs are tokens.
-    bias [outputs]: of the adapter itself. base_bias [outputs]: what takes the place of the layer's own bias.
-    base_weight: the layer's own matrix, which the file repeats.
+    a [rank, inputs], b [outputs, rank]: scale * b a is added. Of a table, inputs are tokens.
+    bias [outputs]: of the adapter itself, scaled as well. base_bias [outputs]: what takes the place of the layer's own
+    bias. base_weight: the layer's own matrix, which the file repeats.
     """
 
     a: Tensor | None = None
@@ -57,6 +57,7 @@ class ModuleWeights(NamedTuple):
     bias: Tensor | None = None
     base_bias: Tensor | None = None
     base_weight: Tensor | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,10 @@ def _read_modules(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name
             raise NotImplementedError(f"adapter {name!r}: tensor {full_name!r}: {reason}; merge it into the weights")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"adapter {name!r}: {full_name!r} must be a tensor of floating-point numbers")
-        if not torch.isfinite(tensor).all():
+        kept = tensor.detach().to("cpu", copy=True)  # a trainer may go on changing its own
+        if not torch.isfinite(kept).all():
             raise ValueError(f"adapter {name!r}: {full_name!r} holds NaN or infinity")
-        found.setdefault(module, {})[_field(match["kind"], match["suffix"])] = tensor.detach().to("cpu", copy=True)
+        found.setdefault(module, {})[_field(match["kind"], match["suffix"])] = kept
     if not found:
         raise ValueError(f"adapter {name!r} holds no tensors")
     return {module: _scaled(module, fields, config, name) for module, fields in found.items()}
@@ -159,8 +161,9 @@ def _field(kind: str, suffix: str | None) -> str:
 
 
 def _scaled(module: str, fields: dict[str, Tensor], config: Mapping[str, Any], name: str) -> ModuleWeights:
-    """The scale goes into B and its bias: alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski, 2023)."""
-    read = ModuleWeights(**fields)
+    """The scale is alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski, 2023)."""
+    a, b, bias, base_bias, base_weight = map(fields.get, ModuleWeights._fields[:-1])
+    read = ModuleWeights(a, b, bias, base_bias, base_weight)
     if (read.a is None) != (read.b is None) or (read.b is None and read.bias is not None):
         raise ValueError(f"adapter {name!r}: of {module} it has only one of lora_A and lora_B")
     if read.a is None or read.b is None:
@@ -174,9 +177,7 @@ def _scaled(module: str, fields: dict[str, Tensor], config: Mapping[str, Any], n
         raise ValueError(
             f"adapter {name!r}: {module} has rank {read.a.shape[0]}, and the config says {rank}: the scale is unknown"
         )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    bias = None if read.bias is None else read.bias.float() * scale
-    return read._replace(b=read.b.float() * scale, bias=bias)
+    return read._replace(scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -187,9 +188,11 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 def _content_key(modules: Mapping[str, ModuleWeights]) -> bytes:
     digest = blake2b(digest_size=16)
-    for module in sorted(modules):
-        for field, tensor in zip(ModuleWeights._fields, modules[module], strict=True):
-            if tensor is not None:
-                digest.update(f"{module}/{field}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
+    for name in sorted(modules):
+        module = modules[name]
+        digest.update(f"{name}/{module.scale!r}/".encode())
+        for field, tensor in zip(ModuleWeights._fields, module, strict=True):
+            if isinstance(tensor, Tensor):
+                digest.update(f"{field}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -143,11 +143,14 @@ class AdapterStore:
         if tensors.a is not None and tensors.b is not None:
             for _, part in parts:
                 method.fill_a(slot, part, tensors.a)
-            specs[f"{module}.lora_B"].fill(F.pad(tensors.b, (0, method.rank - tensors.b.shape[1])))
-        given = [bias for bias in (tensors.bias, tensors.base_bias) if bias is not None]
-        if not given:
+            b = tensors.b.float() * tensors.scale
+            specs[f"{module}.lora_B"].fill(F.pad(b, (0, method.rank - b.shape[1])))
+        if tensors.bias is None and tensors.base_bias is None:
             return
-        specs[f"{module}.lora_bias"].fill(sum(given)[:, None])  # type: ignore[index]
+        bias = 0 if tensors.bias is None else tensors.bias.float() * tensors.scale
+        if tensors.base_bias is not None:
+            bias = bias + tensors.base_bias.float()
+        specs[f"{module}.lora_bias"].fill(bias[:, None])  # type: ignore[index]
         for _, part in parts:
             rows = layer.spec.rows(part)
             if tensors.base_bias is not None and layer.bias is not None:

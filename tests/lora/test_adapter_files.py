@@ -28,13 +28,13 @@ def read(given: dict[str, Tensor], config: Any = CONFIG) -> Any:
     return read_adapter(LoRARequest("one", given, config))
 
 
-def test_the_scale_is_in_b_and_its_bias() -> None:
+def test_names_fields_and_scale() -> None:
     found = read(tensors(**{"lora_B.bias": torch.ones(4), "base_layer.bias": torch.full((4,), 5.0)}))
     (module,) = found.modules.values()
     assert list(found.modules) == [MODULE] and found.rank == 2
-    assert torch.equal(module.b, torch.full((4, 2), 3.0)) and torch.equal(module.bias, torch.full((4,), 3.0))
+    assert module.scale == 3 and torch.equal(module.b, torch.ones(4, 2)) and torch.equal(module.bias, torch.ones(4))
     assert torch.equal(module.base_bias, torch.full((4,), 5.0)) and module.a.shape == (2, 3)
-    assert read(tensors(), {**CONFIG, "use_rslora": True}).modules[MODULE].b[0, 0] == pytest.approx(6 / 2**0.5)
+    assert read(tensors(), {**CONFIG, "use_rslora": True}).modules[MODULE].scale == pytest.approx(6 / 2**0.5)
 
 
 def test_names_of_a_living_model_and_of_multimodal_ones() -> None:
