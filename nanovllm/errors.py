@@ -12,6 +12,10 @@ class EngineDeadError(RuntimeError):
     """A process that the engine needs has ended, or does not answer: nothing can be run any more."""
 
 
+class NotReadyError(RuntimeError):
+    """The engine has no weights to generate with now: it sleeps, or they have not been given again."""
+
+
 def reject_unknown_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for the first of `options` that is not in `known`, naming the nearest known one."""
     names = list(known)

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_trace(commands)
     add_bench(commands)
     _add_check_model(commands)
+    _add_check_logprobs(commands)
     add_command(
         commands,
         "models",
@@ -299,6 +300,32 @@ examples:
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub name")
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model's own tokenizer, for a GGUF file")
+
+
+def _add_check_logprobs(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "check-logprobs",
+        "compare an engine's log-probabilities with a trainer's forward pass",
+        """\
+Prompts are completed, and each drawn token's log-probability is compared with that of transformers' forward
+pass in the same dtype, and with the engine's own when it scores the same tokens. The exit status is 1 if
+the trainer's differs by more than --tolerance.
+
+examples:
+  nanovllm check-logprobs demo --dtype float32 --deterministic
+  nanovllm check-logprobs Qwen/Qwen3-0.6B --positions --max-tokens 64
+""",
+        " MODEL",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt to complete; may be given again")
+    parser.add_argument("--positions", action="store_true", help="show every token")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.1, metavar="X", help="largest difference of a token (default: 0.1)"
+    )
+    add_sampling_options(parser, max_tokens="32")
+    add_engine_options(parser, exclude=["skip_tokenizer_init", "logprobs_mode"])
 
 
 def _add_memory(commands: Commands) -> None:

@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
     ) as llm:
         verdicts = _check_text(llm, args)
         _say("loading the model with transformers ...")
-        theirs = _load_hugging_face(args.model, args.revision)
+        theirs = load_hugging_face(args.model, args.revision)
         prompts = args.prompt or _random_prompts(llm)
         num_different = 0
         for number, prompt in enumerate(prompts):
@@ -138,7 +138,7 @@ def _random_prompts(llm: LLM) -> list[list[int]]:
     return [[rng.randrange(llm.model_config.vocab_size) for _ in range(min(length, longest))] for length in lengths]
 
 
-def _load_hugging_face(name: str, revision: str | None) -> Any:
+def load_hugging_face(name: str, revision: str | None, dtype: str = "float32") -> Any:
     path = locate_model(name, revision, with_weights=True)
     gguf_files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if gguf_files and not any(path.glob("*.safetensors")):
@@ -152,7 +152,7 @@ def _load_hugging_face(name: str, revision: str | None) -> Any:
     auto_class = transformers.AutoModelForImageTextToText if is_multimodal else transformers.AutoModelForCausalLM
     model = auto_class.from_pretrained(
         path,
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         attn_implementation="eager",  # the one that has every family's soft-caps
         local_files_only=True,
         trust_remote_code=False,

@@ -29,6 +29,7 @@ _COMMANDS = {
     "trace": "nanovllm.cli.trace",
     "bench": "nanovllm.cli.bench",
     "check-model": "nanovllm.cli.check_model",
+    "check-logprobs": "nanovllm.cli.check_logprobs",
     "models": "nanovllm.cli.models",
     "memory": "nanovllm.cli.memory",
 }

@@ -31,6 +31,7 @@ def run(args: Namespace) -> int:
         from nanovllm.server.adapters import ALLOW, read_modules
         from nanovllm.server.app import make_app
         from nanovllm.server.http import BoundedHttp
+        from nanovllm.server.live import DEV_MODE
         from nanovllm.server.served import Served
     except ImportError as error:
         raise ImportError(
@@ -57,7 +58,14 @@ def run(args: Namespace) -> int:
         served.engine.llm.add_lora(adapter)
     share_interpreter()
     config = uvicorn.Config(
-        make_app(served, key, args.allowed_origins, make_engine if args.restart else None, _is_on(ALLOW)),
+        make_app(
+            served,
+            key,
+            args.allowed_origins,
+            make_engine if args.restart else None,
+            updates_adapters=_is_on(ALLOW),
+            dev_mode=_is_on(DEV_MODE),
+        ),
         http=BoundedHttp,
         ws="none",
         log_config=None,

@@ -15,6 +15,7 @@ from torch import Tensor
 from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.engine.features.weights_version import WeightsVersion
 from nanovllm.engine.session import Session
+from nanovllm.errors import NotReadyError
 from nanovllm.live.doors import OnWorker, call_method
 from nanovllm.live.in_flight import check_mode, is_paused, pause, resume
 from nanovllm.live.model_weights import Table, weights_of
@@ -145,7 +146,7 @@ class LiveWeights:
             if live.missing and not live.version.number:
                 self._read_again()
             if live.missing:
-                raise RuntimeError(
+                raise NotReadyError(
                     f"{len(live.missing)} tensors of the model have no value, {min(live.missing)!r} among them: "
                     "update_weights() with them first"
                 )
@@ -154,7 +155,7 @@ class LiveWeights:
 
     def _check_awake(self) -> None:
         if "weights" in self._live.asleep:
-            raise RuntimeError("the engine sleeps, and its weights with it: wake_up() first")
+            raise NotReadyError("the engine sleeps, and its weights with it: wake_up() first")
 
     def _read_again(self) -> None:
         """From the checkpoint, where its weights were the last ones."""

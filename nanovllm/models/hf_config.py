@@ -24,7 +24,8 @@ _COMMON = {
 
 # Fields that say something about training, storage or text generation, and nothing about the logits.
 _WITHOUT_EFFECT = frozenset(
-    "_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _sliding_window_pattern "
+    "_attn_implementation _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path unk_token_id "
+    "_sliding_window_pattern "
     "architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id "
     "cache_implementation decoder_start_token_id dtype embd_pdrop eos_token_id exponential_decay_length_penalty "
     "finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout_prob id2label initializer_range "

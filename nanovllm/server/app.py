@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanovllm import __version__
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.errors import cut
+from nanovllm.server import live
 from nanovllm.server.adapters import load_lora_adapter, unload_lora_adapter
 from nanovllm.server.body import BadRequest, checking, read_body
 from nanovllm.server.chat import chat_completions
@@ -53,14 +54,15 @@ def make_app(
     allowed_origins: Sequence[str] = (),
     make_engine: Callable[[], AsyncLLM] | None = None,
     updates_adapters: bool = False,
+    dev_mode: bool = False,
 ) -> ASGIApp:
     """api_key: what clients must send as a bearer token; None asks for none.
 
     allowed_origins: of the pages on other sites whose scripts may use the server in a browser. make_engine: for a new
     engine where one has died; None leaves it at that. updates_adapters: clients may load adapters from this machine's
-    folders, and unload them.
+    folders, and unload them. dev_mode: they may change weights, pause the engine and send it to sleep.
     """
-    table = _ROUTES | _UPDATES if updates_adapters else _ROUTES
+    table = _ROUTES | (_UPDATES if updates_adapters else {}) | (live.ROUTES if dev_mode else {})
     routes = [Route(path, _answering(endpoint), methods=methods) for path, (endpoint, *methods) in table.items()]
 
     @asynccontextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from starlette.responses import JSONResponse
 
-from nanovllm.errors import EngineDeadError, cut
+from nanovllm.errors import EngineDeadError, NotReadyError, cut
 from nanovllm.server.body import BadRequest
 from nanovllm.server.served import RETRY_AFTER_SECONDS, Overloaded, Served
 
@@ -47,6 +47,8 @@ def fault_of(error: BaseException, served: Served, request_id: str) -> Fault:
     if isinstance(error, Overloaded):
         status = 503 if served.is_draining or served.is_restarting else 429
         return Fault(str(error), status, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
+    if isinstance(error, NotReadyError):
+        return Fault(str(error), 503, headers={"retry-after": str(RETRY_AFTER_SECONDS)})
     if isinstance(error, EngineDeadError) or not served.is_alive:
         return Fault(f"the engine has ended: {cut(str(error))}", 503)
     _log.error("%s", request_id, exc_info=error)

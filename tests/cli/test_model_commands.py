@@ -135,7 +135,7 @@ def test_check_model_agrees_or_names_the_first_layer_that_differs(
     theirs = load_hugging_face(folder)
     with torch.no_grad():
         theirs.model.layers[1].self_attn.o_proj.weight[0] += 0.5
-    monkeypatch.setattr("nanovllm.cli.check_model._load_hugging_face", lambda name, revision: theirs)
+    monkeypatch.setattr("nanovllm.cli.check_model.load_hugging_face", lambda name, revision: theirs)
     assert main(["check-model", str(folder)]) == 1
     shown = capsys.readouterr().out
     assert "logits DIFFER" in shown
