@@ -69,8 +69,18 @@ class Form:
     def restart(self, token_ids: Sequence[int]) -> None:
         self.seen = list(token_ids)
 
+    def retract(self, num_tokens: int) -> bool:
+        del self.seen[-num_tokens:]
+        return True
+
     def bitmasks(self, constraints: Sequence[Any]) -> np.ndarray:
         return np.full((len(constraints), 4), -1, dtype=np.int32)
+
+
+class HalfRight:
+    def propose(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+        """One token that is right, and one that is not."""
+        return [*expected_output(token_ids, len(token_ids) + 1, frozenset()), 0][:num_tokens]
 
 
 def requests() -> list[list[Request]]:
@@ -93,9 +103,10 @@ def check(group: Sequence[Request]) -> None:
             assert request.constraint.seen == request.output_token_ids
 
 
-def make_session(overlap_depth: int) -> Session:
+def make_session(overlap_depth: int, drafts: bool = False) -> Session:
     # few blocks and rows, so that some wait and some are preempted
-    engine, _ = make_engine(num_blocks=9, block_size=4, max_num_seqs=3, overlap_depth=overlap_depth)
+    sizes = {"num_blocks": 9, "block_size": 4, "max_num_seqs": 3}
+    engine, _ = make_engine(**sizes, overlap_depth=overlap_depth, proposer=HalfRight() if drafts else None)
     return Session(engine)
 
 
@@ -140,12 +151,14 @@ def run_all(session: Session, tracer: Tracer) -> None:
         assert newest[handle] == [request.output_token_ids for request in handle.requests]
 
 
-@pytest.mark.parametrize("overlap_depth", [1, 2])
-def test_waiting_again_after_an_interruption_at_any_line(overlap_depth: int) -> None:
+@pytest.mark.parametrize(
+    ("overlap_depth", "drafts"), [(1, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
+)
+def test_waiting_again_after_an_interruption_at_any_line(overlap_depth: int, drafts: bool) -> None:
     k = 0
     while True:
         k += 1
-        session, tracer = make_session(overlap_depth), Tracer(k)
+        session, tracer = make_session(overlap_depth, drafts), Tracer(k)
         run_all(session, tracer)
         check_idle(session)
         if not tracer.has_raised:
