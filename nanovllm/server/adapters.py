@@ -59,11 +59,13 @@ async def load_lora_adapter(request: Request) -> Response:
     body.finish()
     if name in served.names or (name in served.adapters and not in_place):
         raise BadRequest(f"there is a model {name!r} already; unload it, or use load_inplace", param="lora_name")
+    adapter = LoRARequest(name, path)
     with checking("lora_path"):
-        adapter = LoRARequest(name, path)
         try:
             await served.engine.add_lora(adapter)
-        except (FileNotFoundError, NotImplementedError) as error:
+        except FileNotFoundError as error:
+            raise BadRequest(str(error), param="lora_path", status=404) from error
+        except NotImplementedError as error:
             raise ValueError(str(error)) from error
     served.adapters[name] = adapter
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")

@@ -227,7 +227,7 @@ async def _load(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return JSONResponse(describe(request.app.state.served.names))
+    return JSONResponse(describe(request.app.state.served.all_names))
 
 
 async def _metrics(request: Request) -> Response:

@@ -87,7 +87,7 @@ def test_loaded_replaced_and_unloaded(client: TestClient, served: Served, folder
     for body, status, words in [
         ({"lora_name": "second", "lora_path": str(path)}, 400, "already"),
         ({"lora_name": "tiny", "lora_path": str(path)}, 400, "already"),
-        ({"lora_name": "third", "lora_path": "/nowhere"}, 400, "there is no folder"),
+        ({"lora_name": "third", "lora_path": "/nowhere"}, 404, "there is no folder"),
     ]:
         refused = client.post("/v1/load_lora_adapter", json=body)
         assert refused.status_code == status and words in refused.json()["error"]["message"]
