@@ -67,33 +67,33 @@ class AdapterRegistry:
         _check(request)
         with self._lock:
             for name, known in self._known.items():
-                if known.ref.lora_id == request.lora_int_id and name != request.lora_name:
+                if known.request.lora_int_id == request.lora_int_id and name != request.lora_name:
                     raise ValueError(
                         f"{request.lora_name!r} has the lora_int_id {request.lora_int_id} of {name!r}; choose another"
                     )
+            replaced = self._who_leaves(request.lora_name)
             weights = read_adapter(request)
-            before = self._known.get(request.lora_name)
-            if before is None:
-                self._make_room()
             ref = self._refs.get(weights.key)
             if ref is None:
                 self._tell(partial(add_to, weights))
-                ref = AdapterRef(request.lora_name, request.lora_int_id, weights.key)
+                ref = AdapterRef(weights.key)
                 weakref.finalize(ref, self._forgotten.append, weights.key).atexit = False
                 self._refs[weights.key] = ref
-            self._known[request.lora_name] = _Known(request, ref, before is not None and before.is_pinned)
-            del before
+            if replaced is not None:
+                is_pinned = self._known.pop(replaced).is_pinned
+            self._known[request.lora_name] = _Known(request, ref, replaced is not None and is_pinned)
             self._drop_forgotten()
 
-    def _make_room(self) -> None:
-        if len(self._known) < self._max_adapters:
-            return
+    def _who_leaves(self, name: str) -> str | None:
+        """Which name gives its place to this one: itself, if it is known, or the one that was asked for the least."""
+        if name in self._known or len(self._known) < self._max_adapters:
+            return name if name in self._known else None
         oldest = next((name for name, known in self._known.items() if not known.is_pinned), None)
         if oldest is None:
             raise ValueError(
                 f"all {self._max_adapters} adapters that the engine keeps (max_cpu_loras) are pinned; remove one"
             )
-        del self._known[oldest]
+        return oldest
 
     def _drop_forgotten(self) -> None:
         from nanovllm.lora.adapter_store import drop_from
@@ -124,7 +124,7 @@ class AdapterRegistry:
 
     def ids(self) -> set[int]:
         with self._lock:
-            return {known.ref.lora_id for known in self._known.values()}
+            return {known.request.lora_int_id for known in self._known.values()}
 
     def _name_of(self, adapter: int | str) -> str | None:
         names = (name for name, known in self._known.items() if adapter in (name, known.request.lora_int_id))

@@ -243,6 +243,12 @@ def test_one_more_takes_the_place_of_the_least_recently_asked_for(
             llm.add_lora(c)
         with pytest.raises(ValueError, match="no adapter 'x' to pin"):
             llm.pin_lora("x")
+        llm.remove_lora("a3")
+        with pytest.raises(FileNotFoundError):
+            llm.add_lora(LoRARequest("bad", "nowhere"))
+        assert a is not None and a.tensors is not None
+        llm.add_lora(LoRARequest("twin", 77, tensors=a.tensors, peft_config=a.peft_config))
+        assert 77 in llm.list_loras() and len(llm.list_loras()) == 3, "of the same content, and a name of its own"
 
 
 def test_a_thousand_loads_and_removals_under_load(folder: Path) -> None:

@@ -11,7 +11,7 @@ def make_request(name: str | None) -> Request:
         stop_token_ids=frozenset(), max_total_tokens=5, cache_salt=b"salt",
     )  # fmt: skip
     if name is not None:
-        AdapterRef(name, 1, name.encode()).give_to([request])
+        AdapterRef(name.encode()).give_to([request])
     return request
 
 

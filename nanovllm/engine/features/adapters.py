@@ -15,8 +15,8 @@ class AdapterRef:
     The workers keep the content for as long as any request, or the name itself, holds on to this object.
     """
 
-    def __init__(self, name: str, lora_id: int, key: bytes) -> None:
-        self.name, self.lora_id, self.key = name, lora_id, key
+    def __init__(self, key: bytes) -> None:
+        self.key = key
 
     def give_to(self, requests: Sequence[Request]) -> None:
         """Of requests that are not queued yet. They share blocks of KV with those of the same content alone."""
