@@ -196,7 +196,7 @@ def test_resolve_decides_everything_and_keeps_what_was_given(device_type: str, g
     assert isinstance(resolved, ResolvedConfig)
     # None is an answer there
     absent = {"tokenizer", "revision", "quantization", "kv_cache_memory_bytes", "num_gpu_blocks_override"}
-    absent |= {"speculative_config", "trace"}
+    absent |= {"speculative_config", "trace", "prefix_store"}
     for field in dataclasses.fields(resolved):
         assert field.name in absent or getattr(resolved, field.name) is not None
     with pytest.raises(TypeError, match="max_model_len"):
