@@ -26,7 +26,7 @@ from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.shared_prefixes import SharedPrefixes
 from nanovllm.engine.state_cache import StateCache
-from nanovllm.executor.external import join_launched_ranks
+from nanovllm.executor.external import join_launched_ranks, num_ranks_here
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner, num_host_slots, with_quantization
@@ -142,7 +142,7 @@ def _start_engine(
     tokenizer: Tokenizer | None,
 ) -> tuple[Engine | DataParallelEngine, int, RunnerTimes]:
     """The engine, or as many as config asks for; the blocks of the smallest KV cache; the times of the first."""
-    size = config.tensor_parallel_size * config.data_parallel_size
+    size = num_ranks_here(config)
     if device.type == "cuda" and size > 1 and (device.index or 0) + size > torch.cuda.device_count():
         raise ValueError(
             f"tensor_parallel_size {config.tensor_parallel_size} times data_parallel_size {config.data_parallel_size}, "

@@ -213,6 +213,11 @@ class EngineConfig:
                 "kv_offload_gb and prefix_store keep blocks of the prefix cache, and enable_prefix_caching is False; "
                 "leave it on"
             )
+        if self.prefix_store and self.distributed_executor_backend == "external_launcher":
+            raise ValueError(
+                "prefix_store needs one planner, and with distributed_executor_backend='external_launcher' every rank "
+                "plans for itself: use kv_offload_gb, or 'mp'"
+            )
         if self.trace is not None and not self.trace.endswith((".json", ".json.gz")):
             raise ValueError(f"trace must be a file that ends in .json or .json.gz, got {self.trace!r}")
         if self.tensor_parallel_size > 1 and self.distributed_executor_backend == "uni":

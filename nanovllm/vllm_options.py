@@ -11,6 +11,8 @@ from typing import Any
 _OFF = (None, False)
 _ANY = None  # says how, where another option says whether
 
+_LAUNCHER = "torchrun starts the ranks of several hosts; use distributed_executor_backend='external_launcher'"
+
 _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
     "EngineConfig": {
         "trust_remote_code": (_OFF, "remote code is never run; leave it out"),
@@ -20,6 +22,10 @@ _ABSENT: dict[str, dict[str, tuple[tuple[Any, ...] | None, str]]] = {
         "fully_sharded_loras": (_OFF, "each matrix is split as its layer is, without further exchanges"),
         "default_mm_loras": ((None, {}), "only text is supported"),
         "pipeline_parallel_size": ((None, 1), "pipeline parallelism is not supported; use tensor_parallel_size"),
+        "nnodes": ((None, 1), _LAUNCHER),
+        "node_rank": ((None, 0), _LAUNCHER),
+        "master_addr": (_ANY, ""),
+        "master_port": (_ANY, ""),
         "enable_expert_parallel": (_OFF, "experts are split by tensor_parallel_size only"),
         "cpu_offload_gb": ((None, 0), "weights are not offloaded; use tensor_parallel_size or a smaller model"),
         "swap_space": ((None, 0, 4), "nothing is swapped: what is preempted is computed again"),

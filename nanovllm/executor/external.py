@@ -1,8 +1,8 @@
 """join_launched_ranks: become a rank of a group that another program started, say `torchrun --nproc-per-node N`.
 
 Every process runs the same script on the same prompts, plans for itself, and computes its part of the model. Owns the
-reading of torchrun's environment variables. Invariant: planning is deterministic and every rank samples the same
-tokens, so all processes make the same calls without a word about plans.
+reading of torchrun's environment variables, on one host or on several. Invariant: planning is deterministic and every
+rank samples the same tokens, so all processes make the same calls without a word about plans.
 """
 
 import os
@@ -16,6 +16,13 @@ from nanovllm.distributed.process_group import join_group, leave_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def num_ranks_here(config: ResolvedConfig) -> int:
+    """How many of the model's ranks this host's devices hold: of a launcher's, those that it started here."""
+    size = config.tensor_parallel_size * config.data_parallel_size
+    is_launched = config.distributed_executor_backend == "external_launcher"
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size)) if is_launched else size
 
 
 def join_launched_ranks(

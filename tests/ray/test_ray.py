@@ -181,6 +181,29 @@ def test_the_servers_app_as_a_deployment(ray: Any, model: str) -> None:
         serve.shutdown()
 
 
+def test_the_ranks_of_one_model_in_actors_of_two_nodes(ray: Any, model: str) -> None:
+    @ray.remote(num_cpus=2)  # a node has no room for another
+    class Rank:
+        def generate(self, rank: int, port: int) -> list[list[int]]:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            os.environ.update({**meeting, **place})
+            options = {**ENGINE, "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+            with LLM(model, **options) as llm:
+                outputs = llm.generate(["one", "two"], SamplingParams(max_tokens=6, **PARAMS), use_tqdm=False)
+            return [output.outputs[0].token_ids for output in outputs]
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [Rank.remote() for _ in range(2)]
+    first, second = ray.get([one.generate.remote(rank, port) for rank, one in enumerate(ranks)], timeout=240)
+    for one in ranks:
+        ray.kill(one)
+    with LLM(model, **ENGINE) as llm:
+        outputs = llm.generate(["one", "two"], SamplingParams(max_tokens=6, **PARAMS), use_tqdm=False)
+    assert first == second == [output.outputs[0].token_ids for output in outputs]
+
+
 def post(url: str, body: dict[str, Any]) -> bytes:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
