@@ -70,7 +70,7 @@ def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: i
             if parameter.dim() >= 2:  # three: the matrices of all experts
                 parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5))
             else:
-                parameter.copy_(0.2 * noise + _usual(architecture, name))
+                parameter.copy_(0.2 * noise + usual_value(architecture, name))
         for name, buffer in model.named_buffers():
             if name.endswith("bias"):  # of a router, which is no parameter
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
@@ -78,7 +78,7 @@ def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: i
     return folder
 
 
-def _usual(architecture: str, name: str) -> float:
+def usual_value(architecture: str, name: str) -> float:
     """About what a vector of a trained model holds: so states last, and norms that add 1 add it to something small."""
     if name.endswith("A_log"):
         return -3.0

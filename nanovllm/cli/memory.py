@@ -41,7 +41,8 @@ def run(args: Namespace) -> int:
     bytes_per_request = kv_bytes_of(config, length, args.kv_cache_dtype)
     kv_bytes = bytes_per_request * args.max_num_seqs
     adapter_bytes = slot_bytes(config, args.max_loras, args.max_lora_rank) if args.max_loras else 0
-    needed = weight_bytes + adapter_bytes + kv_bytes
+    state_bytes = config.bytes_per_state * args.max_num_seqs
+    needed = weight_bytes + adapter_bytes + kv_bytes + state_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
     print(f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {dtype}\n")
     _print_row("weights", weight_bytes, f"{num_parameters / 1e6:,.1f} million parameters")
@@ -54,13 +55,16 @@ def run(args: Namespace) -> int:
         f"{args.max_num_seqs:,} x {length:,} tokens at {bytes_per_request / length / 1024:,.1f} KiB each"
         + _windows_note(config, length),
     )
+    if state_bytes:
+        each = f"{config.bytes_per_state / 1024**2:,.1f} MiB each, of any length; as much again for each snapshot"
+        _print_row("states", state_bytes, f"{args.max_num_seqs:,} at {each}")
     _print_row("together", needed, "and the work space of a step")
     print()
     for place, free, share in _devices(args.gpu_memory_utilization):
         _print_row("free", free, place)
         _print_row("may use", share, "of its memory, by --gpu-memory-utilization")
         room = min(free, share)
-        beside = room - weight_bytes - adapter_bytes
+        beside = room - weight_bytes - adapter_bytes - state_bytes
         _print_row("fits", "yes" if needed <= room else "no", _room(beside, bytes_per_request, length))
     return 0
 
@@ -101,7 +105,7 @@ def kv_bytes_of(config: ModelConfig, length: int, kv_cache_dtype: str = "auto") 
 
 
 def _windows_note(config: ModelConfig, length: int) -> str:
-    windows = [window for window in config.windows if window is not None and window < length]
+    windows = [window for window in config.windows if window and window < length]
     if not windows:
         return ""
     spans = " or ".join(f"{window:,}" for window in sorted(set(windows)))

@@ -153,6 +153,8 @@ _WRAPPED = {
     ),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "Mistral Small 3.1 and 3.2, Ministral 3", {}),
     "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM", "Qwen3-VL", {}),
+    "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM", "Qwen3.5 and 3.6", {}),
+    "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM", "Qwen3.5 and 3.6, mixtures", {}),
 }
 # By the whole and the `model_type` of its text model, where the whole alone does not say which text model it holds.
 _TEXT_MODELS = {"Mistral3ForConditionalGeneration, ministral3": "Ministral3ForCausalLM"}

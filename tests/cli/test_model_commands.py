@@ -65,6 +65,17 @@ def test_memory_counts_the_slots_of_adapters(tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"adapters +0\.00 GiB +3 of rank 20, of all layers", capsys.readouterr().out)
 
 
+def test_memory_knows_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one layer of two: 4 inputs of 80 channels less one, and 4 matrices of 8 x 12, 4 bytes each."""
+    folder = save_random(tmp_path, "Qwen3_5ForCausalLM")
+    config = read_model_config(json.loads((folder / "config.json").read_text()), "float32")
+    assert config.bytes_per_state == 4 * ((2 * 2 * 8 + 4 * 12) * 3 + 4 * 8 * 12)
+    assert kv_bytes_of(config, 100) == 100 * 2 * 2 * 16 * 4, "the other layer has attention"
+    assert main(["memory", str(folder), "--max-num-seqs", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "states " in out and "8 at 0.0 MiB each, of any length" in out and "keep the last" not in out
+
+
 def test_memory_knows_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer_types = ["sliding_attention", "full_attention"]
     folder = save_random(tmp_path, "Gemma2ForCausalLM", head_dim=8, sliding_window=9, layer_types=layer_types)

@@ -11,6 +11,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.dense_families import DENSE_FAMILIES
 from nanovllm.models.registry import ARCHITECTURES
+from nanovllm.models.state_families import STATE_FAMILIES
 from nanovllm.weights.checkpoint import SafetensorsCheckpoint
 from tests.executor.rank_process import OPTIONS, Ranks, generate
 from tests.models.wrapped import CASES as WRAPPED
@@ -57,7 +58,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in DENSE_FAMILIES])
+OTHERS = [*DENSE_FAMILIES, *STATE_FAMILIES, "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in OTHERS])
 def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architecture: str) -> None:
     """With two key/value heads for four ranks; cold and cached prefixes, chunks, preemption, overlap."""
     folder, (greedy, sampled) = checkpoint(architecture)
@@ -70,8 +74,8 @@ def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architectur
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-@pytest.mark.parametrize("architecture", DENSE_FAMILIES)
-def test_two_ranks_of_the_other_dense_families(ranks: Ranks, tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", [*DENSE_FAMILIES, *STATE_FAMILIES])
+def test_two_ranks_of_the_other_families(ranks: Ranks, tmp_path: Path, architecture: str) -> None:
     """What they change, names, norms and blocks, does not depend on how many ranks there are."""
     folder = save_random(tmp_path, architecture)
     tokens, metrics = ranks.generate(folder, TIGHT, [TIGHT_ROUND])

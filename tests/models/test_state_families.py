@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from tests.llm_checks import check_nothing_is_left
 from tests.models.parity import ONE, check_greedy_outputs, make_llm
 from tests.runner.fake_graphs import fake_graphs
@@ -75,6 +76,28 @@ def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> 
         llm.generate(prompts[:1], ONE, use_tqdm=False)
     expected = hugging_face_logits(hugging_face, prompts[0] + outputs[0][:-1])
     torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["lfm2", "qwen3.5"])
+def test_deterministic_bits_are_those_of_a_miss(tmp_path: Path, case: str) -> None:
+    """On a hit, in chunks and beside others, to the bit."""
+    if load_cpu_kernels() is None:
+        pytest.skip("needs a C++ compiler")
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    prompt, other = random_prompts([90, 33])
+
+    def logprobs(num_batched_tokens: int, before: list[list[int]], beside: list[list[int]]) -> list[Any]:
+        options = {"block_size": 8, "max_num_batched_tokens": num_batched_tokens, "deterministic": True}
+        with make_llm(folder, max_num_seqs=4, **options) as llm:
+            llm.generate(before, ONE, use_tqdm=False)
+            output = llm.generate([prompt, *beside], replace(ONE, logprobs=5), use_tqdm=False)[0]
+        assert bool(output.num_cached_tokens) == bool(before)
+        return [{i: entry.logprob for i, entry in entries.items()} for entries in output.outputs[0].logprobs]
+
+    miss = logprobs(128, [], [])
+    assert logprobs(128, [prompt[:60]], []) == miss
+    assert logprobs(19, [], [other]) == miss
 
 
 def test_captured_steps_keep_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,10 @@ from tests.tiny_models import edit_json, hugging_face_greedy, random_prompts
 
 @pytest.fixture(
     scope="module",
-    params=["Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen3VLForConditionalGeneration"],
+    params=[
+        *("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+        *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+    ],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wrapped(tmp_path_factory.mktemp("model"), request.param)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.tiny_models import usual_value
+
 TEXT: dict[str, Any] = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
@@ -14,6 +16,18 @@ TEXT: dict[str, Any] = {
 VISION: dict[str, Any] = {
     **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"image_size": 28, "patch_size": 14, "num_channels": 3},
+}
+_QWEN_VISION = {
+    **{"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 4, "spatial_merge_size": 1},
+    "image_size": None,
+}
+_DELTA_NET: dict[str, Any] = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    **{"layer_types": ["linear_attention", "full_attention"]},
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        **{"mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    },
 }
 # architecture: (text fields, vision fields, fields of the whole)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -45,6 +59,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         },
         {"tie_word_embeddings": False},
     ),
+    "Qwen3_5ForConditionalGeneration": (_DELTA_NET, _QWEN_VISION, {"tie_word_embeddings": False}),
+    "Qwen3_5MoeForConditionalGeneration": (
+        {**_DELTA_NET, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        _QWEN_VISION,
+        {"tie_word_embeddings": False},
+    ),
 }
 
 
@@ -59,6 +79,7 @@ def save_wrapped(folder: Path, architecture: str, **more: Any) -> Path:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5
-            parameter.copy_(noise * scale if parameter.dim() >= 2 else 0.2 * noise + (not name.endswith("bias")))
+            usual = usual_value(architecture, name)
+            parameter.copy_(noise * scale if parameter.dim() >= 2 else 0.2 * noise + usual)
     model.save_pretrained(folder)
     return folder
