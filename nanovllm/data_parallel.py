@@ -253,10 +253,10 @@ class DataParallelEngine:
                 child.send(("close", 0, None))
         self._children.join()
 
-    def filenos(self) -> list[int]:
-        """Of the connections that news come by, for an event loop, whose handlers of signals interrupt nothing."""
+    def fileno(self) -> int:
+        """Can be read from when news have come: for an event loop, whose handlers of signals interrupt nothing."""
         self._children.guard = nullcontext  # each message would cost a dozen calls of the system else
-        return [child.connection.fileno() for child in self._children.members]
+        return self._children.fileno()
 
     # -- which replica --
 

@@ -73,20 +73,20 @@ class Poller:
         self._session, self._engine, self._inbox, self._streams = session, engine, inbox, streams
         self._loop = asyncio.get_running_loop()
         inbox.bell = _LoopBell(self._loop, self._poll)
-        self._fds = [os.dup(fd) for fd in engine.filenos()]  # which the engine does not close under the loop's hands
-        for fd in self._fds:
-            self._loop.add_reader(fd, self._poll)
+        self._fd = os.dup(engine.fileno())  # which the engine does not close under the loop's hands
+        self._is_closed = False
+        self._loop.add_reader(self._fd, self._poll)
         self._timer = self._loop.call_later(_TICK_SECONDS, self._tick)
 
     def close(self) -> None:
-        self._timer.cancel()
-        for fd in self._fds:
-            self._loop.remove_reader(fd)
-            os.close(fd)
-        self._fds.clear()
+        if not self._is_closed:
+            self._is_closed = True
+            self._timer.cancel()
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
 
     def _poll(self) -> None:
-        if not self._fds:
+        if self._is_closed:
             return
         try:
             self._session.poll(self._inbox, self._engine.has_news)

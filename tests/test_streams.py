@@ -1,16 +1,23 @@
 """An event loop that reads an engine's news itself: what it tells its streams, and who else may enter the turn."""
 
 import asyncio
+import os
+import pickle
 import socket
+import struct
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.request import End, Request
 from nanovllm.engine.session import Handle, Inbox, Session
+from nanovllm.executor.children import Child, Children
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.streams import Poller, Stream, Streams
 from tests.server import patient
@@ -30,8 +37,8 @@ class RemoteEngine:
     def send(self, text: str) -> None:
         self.writing.send(text.encode())
 
-    def filenos(self) -> list[int]:
-        return [self.reading.fileno()]
+    def fileno(self) -> int:
+        return self.reading.fileno()
 
     def has_news(self) -> bool:
         try:
@@ -190,3 +197,29 @@ def test_closing_in_another_thread_ends_the_streams() -> None:
             await until(lambda: followed.error is not None)
 
     run(main())
+
+
+def test_a_message_in_pieces_is_whole_for_who_reads_it_in_a_loop() -> None:
+    """libuv makes whatever it watches non-blocking, also through a duplicate of its descriptor."""
+    uvloop = pytest.importorskip("uvloop")
+    ours, theirs = socket.socketpair()
+    children = Children()
+    process: Any = None
+    children.add(Child("replica 0", process, Connection(ours.detach()), -1))
+    received: list[Any] = []
+
+    async def main() -> None:
+        fd = os.dup(children.fileno())
+        loop = asyncio.get_running_loop()
+        loop.add_reader(fd, lambda: received.extend(message for _, message in children.receive()))
+        message = pickle.dumps("x" * 1000)
+        theirs.sendall(struct.pack("!i", len(message)))
+        threading.Timer(0.05, lambda: theirs.sendall(message)).start()
+        await until(lambda: received)
+        loop.remove_reader(fd)
+        os.close(fd)
+
+    uvloop.run(asyncio.wait_for(main(), patient.SECONDS))
+    assert received == ["x" * 1000]
+    children.members[0].connection.close()
+    theirs.close()

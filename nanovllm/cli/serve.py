@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.descriptors import allow_many_descriptors
 from nanovllm.cli.options import engine_options
+from nanovllm.executor.children import started_ahead
 from nanovllm.interpreter import share_interpreter
 
 if TYPE_CHECKING:
@@ -25,14 +26,11 @@ if TYPE_CHECKING:
 
 def run(args: Namespace) -> int:
     try:
-        import uvicorn
-        import uvloop
-
-        from nanovllm.server.adapters import ALLOW, read_modules
-        from nanovllm.server.app import make_app
-        from nanovllm.server.http import BoundedHttp
-        from nanovllm.server.live import DEV_MODE
-        from nanovllm.server.served import Served
+        import httptools  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+        import uvloop  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"`nanovllm serve` needs the extra `serve`: pip install 'nanovllm[serve]' ({error})"
@@ -42,7 +40,24 @@ def run(args: Namespace) -> int:
     template = Path(args.chat_template).read_text() if args.chat_template is not None else None
     allow_many_descriptors()
     listener = _listen(args.host, args.port)
-    adapters, options = read_modules(args.lora_modules), {"engine_process": True, **engine_options(args)}
+    options = {"engine_process": True, **engine_options(args)}
+    with started_ahead("nanovllm.replica", options.get("data_parallel_size", 1)):
+        return _serve(args, options, key, template, listener)
+
+
+def _serve(
+    args: Namespace, options: dict[str, Any], key: str | None, template: str | None, listener: socket.socket
+) -> int:
+    import uvicorn
+    import uvloop
+
+    from nanovllm.server.adapters import ALLOW, read_modules
+    from nanovllm.server.app import make_app
+    from nanovllm.server.http import BoundedHttp
+    from nanovllm.server.live import DEV_MODE
+    from nanovllm.server.served import Served
+
+    adapters = read_modules(args.lora_modules)
     if adapters:
         most = max(len(adapters), options.get("max_loras", 1))
         options = {"enable_lora": True, "max_cpu_loras": most, **options}

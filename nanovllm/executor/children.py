@@ -15,11 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from multiprocessing.connection import Connection
 from selectors import EVENT_READ, DefaultSelector
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
 from nanovllm.errors import EngineDeadError
@@ -29,6 +30,7 @@ _INTERRUPTING = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
+_AHEAD: ContextVar[Mapping[str, "list[Child]"]] = ContextVar("ahead", default=MappingProxyType({}))
 _GRACE_SECONDS = 5.0  # that children get to end by themselves when asked to
 _NEWS_SECONDS = 1.0  # how long to collect reports when one child has failed: the first to speak is rarely the cause
 
@@ -63,8 +65,30 @@ class Child:
         os.close(self._lifeline)
 
 
+@contextmanager
+def started_ahead(module: str, count: int) -> Iterator[None]:
+    """Start so many children now, for the first `start_child` of this module inside: while they import what they need,
+    which takes seconds, this process does the same.
+    """
+    children = [start_child(module, module) for _ in range(count)]
+    token = _AHEAD.set({module: children})
+    try:
+        yield
+    finally:
+        _AHEAD.reset(token)
+        for child in children:  # that nobody has taken
+            child.process.kill()
+            child.process.wait()
+            child.release()
+
+
 def start_child(name: str, module: str, arguments: Sequence[object] = (), fds: Sequence[int] = ()) -> Child:
     """Run `python -m module`, which calls `connect_to_parent`, with further arguments and open descriptors `fds`."""
+    ahead = _AHEAD.get().get(module)
+    if ahead:
+        child = ahead.pop()
+        child.name = name
+        return child
     ours, theirs = socket.socketpair()
     reading_end, lifeline = os.pipe()
     # -P and this path: the child imports what we would import, and nothing of the folder it happens to start in.
@@ -125,6 +149,12 @@ class Children:
 
     def have_spoken(self) -> bool:
         return bool(self._selector.select(0))
+
+    def fileno(self) -> int:
+        """Can be read from when a child has spoken. An event loop may make what it watches non-blocking, and the
+        connections have to block: so it is the selector's.
+        """
+        return self._selector.fileno()
 
     def receive(self) -> list[tuple[Child, Any]]:
         """One message of each child that has spoken. Raises EngineDeadError, and ends all, if one has failed."""
