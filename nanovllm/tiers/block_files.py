@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.tiers.block_file import read_block, write_block
 from nanovllm.tiers.store import path_of
 
-_NUM_READERS = 8
+_NUM_READERS = 16
 _YOUNG_SECONDS = 60.0
 _FILES_BETWEEN_LOOKS = 64  # at the size of the folder
 

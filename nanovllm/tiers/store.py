@@ -10,8 +10,10 @@ other roots of hashes mean nothing in another process.
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -48,6 +50,10 @@ def path_of(folder: Path, block_hash: bytes) -> Path:
     return folder / f"{block_hash.hex()}.kv"
 
 
+def _exists(folder: Path, block_hash: bytes) -> bool:
+    return os.path.exists(f"{folder}/{block_hash.hex()}.kv")  # asked for each block of a prompt, and so no Path
+
+
 class PrefixStore:
     def __init__(self, folders: Sequence[Path]) -> None:
         """folders: of each rank."""
@@ -56,9 +62,12 @@ class PrefixStore:
         self._checks: dict[bytes, Future[bool]] = {}
         self._threads = ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1), "nanovllm store")
         self._kept: set[bytes] = set()  # that this process has written, or found
+        self._is_closed = False
+        self._ahead = threading.Thread(target=self._check_ahead, name="nanovllm store", daemon=True)
+        self._ahead.start()
 
     def find(self, block_hash: bytes) -> bool:
-        return block_hash in self._good and path_of(self._folders[0], block_hash).exists()
+        return block_hash in self._good and _exists(self._folders[0], block_hash)
 
     def look(self, hashes: Iterable[bytes]) -> bool:
         """Check the files of these blocks, which follow each other, up to the first that has none.
@@ -67,7 +76,7 @@ class PrefixStore:
         """
         for block_hash in hashes:
             if block_hash not in self._good and block_hash not in self._checks:
-                if not path_of(self._folders[0], block_hash).exists():
+                if not _exists(self._folders[0], block_hash):
                     break
                 self._checks[block_hash] = self._threads.submit(self._check, block_hash)
         if not self._checks:
@@ -81,16 +90,40 @@ class PrefixStore:
                     self._kept.add(block_hash)
         return bool(pending)
 
+    def _check_ahead(self) -> None:
+        """What was used last comes first, so yesterday's prompts are known by the time they are asked for."""
+        found = []
+        for entry in os.scandir(self._folders[0]):
+            if entry.name.endswith(".kv"):
+                with suppress(OSError):
+                    found.append((entry.stat().st_mtime, entry.name))
+        for _, name in sorted(found, reverse=True):
+            if self._is_closed:
+                return
+            with suppress(ValueError):
+                block_hash = bytes.fromhex(name.removesuffix(".kv"))
+                if block_hash not in self._good and self._check(block_hash):
+                    self._good.add(block_hash)
+                    self._kept.add(block_hash)
+
     def _check(self, block_hash: bytes) -> bool:
         about = {"block": block_hash.hex()}
         return all(is_good(path_of(folder, block_hash), about) for folder in self._folders)
+
+    def use(self, block_hash: bytes) -> None:
+        """It will be read now: nobody removes it within the next minute."""
+        for folder in self._folders:
+            with suppress(OSError):
+                os.utime(path_of(folder, block_hash))
 
     def wants(self, block_hash: bytes) -> bool:
         """Should a block be written that was found again? Asked once for each."""
         if block_hash in self._kept:
             return False
         self._kept.add(block_hash)
-        return not path_of(self._folders[0], block_hash).exists()
+        return not _exists(self._folders[0], block_hash)
 
     def close(self) -> None:
+        self._is_closed = True
+        self._ahead.join()
         self._threads.shutdown(cancel_futures=True)

@@ -131,6 +131,8 @@ class TieredCache(CacheManager):
 
     def _bring(self, block_id: int, block_hash: bytes, slot: int | None) -> None:
         if slot is None:
+            assert self._store is not None
+            self._store.use(block_hash)
             self._moves.fetches.append((block_id, block_hash))
             self.counts["num_blocks_from_store"] += 1
         else:

@@ -43,6 +43,9 @@ class FakeStore:
         self.asked.add(block_hash)
         return is_new
 
+    def use(self, block_hash: bytes) -> None:
+        assert block_hash in self.written
+
     def close(self) -> None:
         pass
 
