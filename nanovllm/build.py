@@ -32,7 +32,6 @@ from nanovllm.executor.mp import MultiprocessExecutor
 from nanovllm.executor.worker import RunnerTimes, build_runner, num_host_slots, with_quantization
 from nanovllm.kernels.cascade import TILE
 from nanovllm.kernels.delta_net import CHUNK
-from nanovllm.layers.experts import Experts
 from nanovllm.layers.ops import PLAIN
 from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.models.hf_config import read_eos_token_ids
@@ -263,8 +262,6 @@ def _rehearse_loading(config: ResolvedConfig, model_config: ModelConfig, checkpo
         ops = with_quantization(PLAIN, model_config, config.quantization)
         make_model = model_class(model_config.architecture)
         model = make_model(model_config, 1, torch.float32, TensorParallel(0, config.tensor_parallel_size), ops)
-        if ops is not PLAIN and any(isinstance(module, Experts) for module in model.modules()):
-            raise NotImplementedError(f"{model_config.architecture}: mixtures of experts cannot be quantized yet")
         if config.load_format != "dummy":
             try:
                 load_weights(model, checkpoint.headers())

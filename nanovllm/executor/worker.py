@@ -8,6 +8,7 @@ since one plan is for all of them.
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,7 @@ from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.cache_codes import cache_dtype
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
+from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import Ops, choose_ops
 from nanovllm.models.registry import model_class
@@ -193,6 +195,8 @@ def _load_model(
         if isinstance(module, LinearBase):
             module.method.is_shared = isinstance(config.model, NamedModule)
             module.finish()
+        elif isinstance(module, Experts):
+            module.finish()
     return model
 
 
@@ -203,12 +207,14 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
     """
     if model_config.quantization is None and quantization is None:
         return ops
+    from nanovllm.quantization.experts import experts_by
     from nanovllm.quantization.online import OnlineScheme  # a room: most models are dense
     from nanovllm.quantization.scheme import quantized_by, read_scheme
 
     stored = model_config.quantization
     scheme = OnlineScheme(quantization or "") if stored is None else read_scheme(stored)
-    return ops._replace(linear_method=quantized_by(scheme, dense=ops.linear_method))
+    linear_method = quantized_by(scheme, dense=ops.linear_method)
+    return ops._replace(linear_method=linear_method, experts_method=partial(experts_by, scheme))
 
 
 def _choose_backend(device: torch.device, compilation: str, is_deterministic: bool) -> AttentionBackend:

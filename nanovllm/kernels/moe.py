@@ -11,6 +11,7 @@ captured as a CUDA graph.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,15 @@ def fused_experts(
 
 def fused_experts_reference(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Any,
+    down: Any,
     weights: Tensor,
     expert_ids: Tensor,
-    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    linear: Callable[[Tensor, Any], Tensor] = F.linear,
     gate: Callable[[Tensor], Tensor] = silu_and_mul_reference,
 ) -> Tensor:
-    """One expert after another, only those that are in use. linear, gate: the operations, in another form."""
+    """One expert after another, only those that are in use. linear, gate: the operations, in another form, for what
+    gate_up and down have for each expert."""
     chosen = torch.empty((*expert_ids.shape, x.shape[1]), dtype=x.dtype, device=x.device)
     for expert in expert_ids.unique().tolist():
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)

@@ -6,7 +6,7 @@ MLP, and the router whole. Invariant: no token is dropped, whatever the router c
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,27 +46,33 @@ class ExpertNames(NamedTuple):
     stacked: tuple[StackedNames, ...] = (StackedNames(),)
 
 
+class ExpertsSpec(NamedTuple):
+    """The experts of a layer, of which each rank holds a part. fused_experts: the operation (`kernels/moe.py`)."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    tp: TensorParallel
+    fused_experts: Callable[..., Tensor]
+
+
 class DenseExperts(nn.Module):
     """How a rank holds its part of all experts and multiplies by it: two stacks of matrices, in the model's dtype."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        dtype: torch.dtype,
-        tp: TensorParallel,
-        fused_experts: Callable[..., Tensor],
-    ) -> None:
+    def __init__(self, spec: ExpertsSpec) -> None:
         super().__init__()
-        self.held = tp.part(intermediate_size, "intermediate size of an expert")
-        self.intermediate_size = intermediate_size
-        self.fused_experts = fused_experts
+        self.held = spec.tp.part(spec.intermediate_size, "intermediate size of an expert")
+        self.intermediate_size = spec.intermediate_size
+        self.fused_experts = spec.fused_experts
         part = len(self.held)
-        shapes = (num_experts, 2 * part, hidden_size), (num_experts, hidden_size, part)
+        shapes = (spec.num_experts, 2 * part, spec.hidden_size), (spec.num_experts, spec.hidden_size, part)
         self.gate_up, self.down = (
-            nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False) for shape in shapes
+            nn.Parameter(torch.empty(shape, dtype=spec.dtype), requires_grad=False) for shape in shapes
         )
+
+    def finish(self) -> None:
+        """Called when the weights are in place."""
 
     def mix(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """See `kernels.moe.fused_experts`."""
@@ -140,7 +146,9 @@ class Experts(nn.Module):
         self.bias: nn.Parameter | None = None
         if routing.has_bias:
             self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
-        self.method = DenseExperts(num_experts, hidden_size, intermediate_size, dtype, tp, ops.fused_experts)
+        self.spec = ExpertsSpec(num_experts, hidden_size, intermediate_size, dtype, tp, ops.fused_experts)
+        self.make_method = ops.experts_method or (lambda spec, layer, names: DenseExperts(spec))
+        self.method: Any = None  # made when its weights' names are known
         self.shared = shared
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +158,14 @@ class Experts(nn.Module):
         mixed = self.method.mix(normed, weights, expert_ids)
         return self.tp.all_reduce(mixed if self.shared is None else mixed + self.shared(normed)), total
 
+    def finish(self) -> None:
+        self.method.finish()
+
     def weights(self, name: str) -> WeightSpecs:
         """One tensor per expert and projection, as on the Hub, or all experts in one, as transformers 5 keeps them."""
         layer, names = name.removesuffix("mlp"), self.names
+        if self.method is None:
+            self.method = self.make_method(self.spec, layer, names)
         chosen_by = dict(self.router.weights(f"{layer}{names.block}.{names.router}"))
         if self.bias is not None:
             chosen_by[f"{layer}{names.block}.{names.bias}"] = _bias_spec(self.bias.data, names.bias_is_row)

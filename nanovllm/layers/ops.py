@@ -17,7 +17,7 @@ What stands around the layers (a step's inputs, rows of tables, attention, sampl
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class Ops(NamedTuple):
     linear_method: Callable[[LinearSpec], LinearMethod] = DenseLinear
     short_conv: Callable[..., Tensor] = short_conv
     delta_net: Callable[..., Tensor] = delta_net
+    experts_method: Callable[..., Any] | None = None  # (spec, layer, names) -> how experts are held; None: dense
     by_row: Callable[..., Tensor] = lambda function, *tensors: function(*tensors)
 
 

@@ -1,7 +1,8 @@
 """The option `quantization`: a dense checkpoint whose linear layers are quantized while they are loaded.
 
 Owns which layers, and how their numbers are rounded: each output (or group of inputs) by itself, to the nearest, with
-no look at any data. The embedding and the head stay dense.
+no look at any data. The embedding, the head and what chooses among experts
+stay dense.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 from nanovllm.quantization.scheme import is_named
 
 _GROUP_SIZES = (128, 64, 32)  # of "int4": the first that the inputs are whole groups of
+_ROUTERS = ("gate", "router")  # of mixtures: small, and each number of theirs decides
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,7 +29,7 @@ class OnlineScheme:
     name: str
 
     def method_of(self, name: str) -> "Online | None":
-        return None if is_named(name, ("embed_tokens", "lm_head")) else Online(self.name)
+        return None if is_named(name, ("embed_tokens", "lm_head", *_ROUTERS)) else Online(self.name)
 
 
 @dataclass(frozen=True)

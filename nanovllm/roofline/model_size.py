@@ -26,7 +26,7 @@ def model_size(config: ModelConfig, quantization: str | None, kv_cache_dtype: st
             num_weights += layer.spec.num_outputs * layer.spec.in_features
             num_bytes += sum(p.nbytes for p in layer.method.parameters())
         elif isinstance(layer, Experts):
-            num_weights += sum(p.numel() for p in layer.method.parameters()) * layer.routing.top_k // layer.num_experts
+            num_weights += 3 * layer.spec.hidden_size * layer.spec.intermediate_size * layer.routing.top_k
             num_bytes += sum(p.nbytes for p in layer.method.parameters()) * layer.routing.top_k / layer.num_experts
     head = model.lm_head
     return ModelSize(

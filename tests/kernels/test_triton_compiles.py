@@ -27,6 +27,7 @@ from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.quantized_linear import QuantizedWeight
+from nanovllm.kernels.quantized_moe import Stack
 from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import PagedCase, make_case
@@ -264,6 +265,21 @@ def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, 
         assert twin.linear_and_expand_triton(x, weight, None, shrunk, b, bias, sizes, rows, activation) is not None
 
 
+def mix_quantized_experts(num_tokens: int, kind: str, groups: int, has_zeros: bool) -> None:
+    twin = MODULES["quantized_moe"]
+    if kind == "fp8" and not twin.has_fp8(torch.device("cpu")):
+        return
+
+    def stack(rows: int, inputs: int) -> Stack:
+        codes_dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+        codes = torch.zeros(8 * rows, inputs // 2 if kind == "int4" else inputs, dtype=codes_dtype)
+        zero = torch.zeros(8 * rows, groups, dtype=torch.int8) if has_zeros else None
+        return Stack(QuantizedWeight(codes, torch.rand(8 * rows, groups), zero, inputs // groups), 8)
+
+    x, ids = bf16(num_tokens, 256), random_ids(num_tokens, 2, 8)
+    twin.quantized_experts_triton(x, stack(1024, 256), stack(256, 512), torch.rand(num_tokens, 2), ids, None)
+
+
 def route_tokens(name: str) -> None:
     logits, bias, routing = rule_inputs(name, 3)
     MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
@@ -418,6 +434,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "conv_silu": lambda: convolve([1, 40], is_gated=False, has_bias=False),
     "delta_net of decodes": lambda: run_delta_net([1, 1], is_exact=False),
     "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),
+    "moe in int4, a token": lambda: mix_quantized_experts(1, "int4", 2, True),
+    "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),
+    "moe in int8": lambda: mix_quantized_experts(5, "int8", 1, True),
+    "moe in fp8": lambda: mix_quantized_experts(5, "fp8", 2, False),
     "sample": lambda: sample(is_deterministic=False),
     "sample, deterministic": lambda: sample(is_deterministic=True),
     "top_logprobs": lambda: MODULES["top_logprobs"].top_logprobs_triton(

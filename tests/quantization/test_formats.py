@@ -246,8 +246,36 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         logprobs(plain, quantization="int8", deterministic=True)
 
 
-def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
-    from tests.tiny_models import save_random
+EXPERTS = [
+    "int4, groups, zero points",
+    "int8, packed, zero points",
+    "fp8, blocks",
+    "AWQ",
+    "fp8, a scale a row, dynamic inputs",
+]
 
-    with pytest.raises(NotImplementedError, match="MixtralForCausalLM: mixtures of experts cannot be quantized"):
-        logprobs(save_random(tmp_path, "MixtralForCausalLM"), quantization="int8")
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(tmp_path: Path, name: str) -> None:
+    """Of a mixture, each with matrices of its own; the router stays dense."""
+    needs(name)
+    form = FORMATS[name]
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64}
+    quantized, plain = save_quantized(tmp_path, form, dense=["mlp.gate."], architecture="Qwen3MoeForCausalLM", **sizes)
+    key = "ignore" if form.config["quant_method"] == "compressed-tensors" else "modules_to_not_convert"
+    edit(quantized, **{key: ["lm_head", "re:.*mlp.gate$"] if key == "ignore" else ["lm_head", "mlp.gate"]})
+    for ours, theirs in zip(logprobs(quantized), logprobs(plain), strict=True):
+        if form.rounds_inputs:
+            torch.testing.assert_close(torch.tensor(ours[:-1]), torch.tensor(theirs[:-1]), atol=1.0, rtol=0)
+        else:
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-3, rtol=0)
+
+
+def test_experts_in_different_forms_are_refused(tmp_path: Path) -> None:
+    quantized, _ = save_quantized(
+        tmp_path, FORMATS["int4, groups"], dense=["mlp.gate.", "experts.1."], architecture="Qwen3MoeForCausalLM",
+        **{"hidden_size": 64, "moe_intermediate_size": 64},
+    )  # fmt: skip
+    edit(quantized, ignore=["lm_head", "re:.*mlp.gate$", "re:.*experts.1.*"])
+    with pytest.raises(NotImplementedError, match=r"mlp\.experts: experts in different forms"):
+        logprobs(quantized)

@@ -112,3 +112,21 @@ def test_inputs_that_are_no_groups(tmp_path: Path) -> None:
         ValueError, match=r"quantization must be one of None, fp8, int8, int8_dynamic, int4, gguf, got 'int3'"
     ):
         logprobs(folder, quantization="int3")
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_experts(tmp_path: Path, load_format: str) -> None:
+    """Of a mixture, in as few bytes as said; what chooses among them stays dense."""
+    folder = save_random(tmp_path, "MixtralForCausalLM", hidden_size=64, intermediate_size=64)
+    options = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "load_format": load_format}
+    params, given = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0, ignore_eos=True), []
+    for quantization in (None, "int8"):
+        with LLM(str(folder), quantization=quantization, **options) as llm:
+            (output,) = llm.generate([[1, 2, 3, 4, 5, 6, 7]], params, use_tqdm=False)
+            kinds = llm.apply_model(lambda model: {p.dtype for p in model.layers[0].mlp.router.parameters()})
+        assert kinds == [{torch.float32}]
+        assert output.prompt_logprobs is not None and len(output.outputs[0].token_ids) == 4
+        given.append([next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry])
+    if load_format == "auto":
+        differences = (torch.tensor(given[0]) - torch.tensor(given[1])).abs()
+        assert 0 < differences.median() < 0.2  # a token that then goes to another expert may differ by more

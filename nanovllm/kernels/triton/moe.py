@@ -217,11 +217,17 @@ def fused_experts_triton(
     chosen = torch.empty((expert_ids.numel(), hidden_size), dtype=x.dtype, device=x.device)
     _multiply(x, gate_up, None, rows, block_experts, block_size, gated, top_k)
     _multiply(gated, down, weights, rows, block_experts, block_size, chosen, 1)
-    launch(
-        _sum_kernel, (num_tokens, cdiv(hidden_size, SUM_BLOCK)), x.device,
-        chosen, out, WIDTH=hidden_size, TOP_K=top_k, BLOCK=SUM_BLOCK, num_warps=4,
-    )  # fmt: skip
+    sum_choices(chosen, out)
     return out
+
+
+def sum_choices(chosen: Tensor, out: Tensor) -> None:
+    """Writes out [num_tokens, hidden]: of each token, the sum of its rows of chosen [num_tokens * top_k, hidden]."""
+    num_tokens, width = out.shape
+    launch(
+        _sum_kernel, (num_tokens, cdiv(width, SUM_BLOCK)), out.device,
+        chosen, out, WIDTH=width, TOP_K=len(chosen) // num_tokens, BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 def _multiply(

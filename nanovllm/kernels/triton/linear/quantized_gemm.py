@@ -22,7 +22,7 @@ from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores, sum_in_or
 
 
 @triton.jit
-def _int4_numbers(bits, off, dtype: tl.constexpr):
+def int4_numbers(bits, off, dtype: tl.constexpr):
     """Four bits each -> they less `off`, exact: put below the exponent of 1024 (or 128), which is in `off` too."""
     if dtype == tl.float16:
         return (bits.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - off
@@ -31,7 +31,7 @@ def _int4_numbers(bits, off, dtype: tl.constexpr):
 
 
 @triton.jit
-def _byte_numbers(codes, dtype: tl.constexpr):
+def byte_numbers(codes, dtype: tl.constexpr):
     if (codes.dtype == tl.int8) and (dtype == tl.bfloat16):
         # Below the exponent of 2^23, 128 added to each: an integer is slower to convert.
         bits = codes.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x4B000080
@@ -105,13 +105,13 @@ def _quantized_gemm_kernel(
                 off += 8.0
             first = tl.load(x_ptr + i * STEP)
             second = tl.load(x_ptr + i * STEP + 16)
-            sums = tl.dot(_int4_numbers(codes & 15, off[:, None], dtype), tl.trans(first), sums)
-            sums = tl.dot(_int4_numbers(codes >> 4, off[:, None], dtype), tl.trans(second), sums)
+            sums = tl.dot(int4_numbers(codes & 15, off[:, None], dtype), tl.trans(first), sums)
+            sums = tl.dot(int4_numbers(codes >> 4, off[:, None], dtype), tl.trans(second), sums)
             if low_ptr is not None:
                 sum_of_x = tl.sum(first.to(tl.float32), axis=1) + tl.sum(second.to(tl.float32), axis=1)
         else:
             x = tl.load(x_ptr + i * STEP)
-            numbers = _byte_numbers(codes, dtype)
+            numbers = byte_numbers(codes, dtype)
             if zero_ptr is not None:
                 numbers = (numbers.to(tl.float32) - tl.load(zero_ptr + group).to(tl.float32)[:, None]).to(dtype)
             sums = tl.dot(numbers, tl.trans(x), sums)
