@@ -11,9 +11,9 @@ from typing import Any
 from nanovllm.errors import brief
 from nanovllm.options import check_fields, option, takes_options
 
-MODEL_METHODS = ("draft_model", "eagle3")  # which guess with a model of their own, on the device
+MODEL_METHODS = ("draft_model", "eagle3", "dflash")  # which guess with a model of their own, on the device
 METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
-_NOT_YET = ("eagle", "medusa", "mlp_speculator", "dflash", "dflash2", "dspark", "xpress", "peagle")
+_NOT_YET = ("eagle", "medusa", "mlp_speculator", "dflash2", "dspark", "xpress", "peagle")
 MAX_DRAFT_TOKENS = 63
 _OF_METHOD = {
     "prompt_lookup_max": ("ngram",),
@@ -48,8 +48,8 @@ class SpeculativeConfig:
     """Raises TypeError, ValueError or NotImplementedError that names the field.
 
     method: "ngram" (what followed the last tokens where they stood before), "suffix" (the same from all places, as far
-        as they agree), "draft_model" (a smaller model with the same tokens), "eagle3" (a head in the format
-        of the package speculators) or "custom_class" (a proposer of your own).
+        as they agree), "draft_model" (a smaller model with the same tokens), "eagle3" or "dflash" (a
+        head in the format of the package speculators) or "custom_class" (a proposer of your own).
     num_speculative_tokens: most tokens that are guessed at once for one request.
     prompt_lookup_max: most tokens that are looked up; 5 if not given.
     prompt_lookup_min: fewest tokens that are looked up; 2 if not given.

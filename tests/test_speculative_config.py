@@ -32,7 +32,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_speculative_tokens": 3}, ValueError, "needs 'method'"),
     ({"method": "magic", "num_speculative_tokens": 3}, ValueError, "method must be one of ngram, suffix"),
     ({"method": "deepseek_mtp", "num_speculative_tokens": 1}, NotImplementedError, "prediction heads"),
-    ({"method": "dflash", "num_speculative_tokens": 8}, NotImplementedError, "'dflash' is not supported; use 'eagle3'"),
+    (
+        {"method": "dflash2", "num_speculative_tokens": 8},
+        NotImplementedError,
+        "'dflash2' is not supported; use",
+    ),
     ({"method": "ngram", "num_speculative_tokens": 0}, ValueError, r"num_speculative_tokens must be in \[1, 63\]"),
     ({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup": 3}, TypeError, "no option 'prompt_lookup'"),
     ({"method": "suffix", "num_speculative_tokens": 3, "prompt_lookup_max": 3}, ValueError, "is for method 'ngram'"),

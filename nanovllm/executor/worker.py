@@ -86,12 +86,12 @@ def build_runner(
         adapters = Adapters(config, model, device, tp)
     draft = None
     if config.speculative_config is not None:  # of those that need a model
-        from nanovllm.runner.drafting import DraftModel, Eagle3Draft  # a room, too
+        from nanovllm.runner.drafting import DraftModel, HeadDraft  # a room, too
 
         def load(model_config: ModelConfig, checkpoint: Checkpoint) -> Any:
             return _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
 
-        kind = Eagle3Draft if config.speculative_config.method == "eagle3" else DraftModel
+        kind = DraftModel if config.speculative_config.method == "draft_model" else HeadDraft
         draft = kind(config, model_config, model, device, tp, load)
     times.append(perf_counter())
     spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
@@ -114,9 +114,9 @@ def build_runner(
     if draft is not None:
         from nanovllm.runner.drafting import DraftingRunner
 
-        if runner is not eager:
+        if runner is not eager and not draft.in_one_pass:
             drafter = GraphRunner(drafter, draft.config, draft.model_config, splits_prompts=draft.head is None)
-        runner = DraftingRunner(runner, drafter, draft.head)
+        runner = DraftingRunner(runner, drafter, draft)
     if config.has_tiers:
         from nanovllm.tiers.mover import with_tiers  # a room
 

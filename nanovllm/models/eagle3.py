@@ -27,7 +27,7 @@ from nanovllm.models.registry import read_model_config
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _OFF = ("norm_before_fc", "fc_norm")  # variants of the states' way in
-_OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")  # which checkpoints may repeat
+OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")  # which checkpoints may repeat
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,18 @@ def read_eagle3_config(given: Mapping[str, Any], target: ModelConfig, name: str)
         raise NotImplementedError(f"{name} has {layer.num_layers} layers; heads of one are supported")
     if layer.hidden_size != target.hidden_size:
         raise ValueError(f"{name} reads states of size {layer.hidden_size}, and the model's have {target.hidden_size}")
+    aux = check_aux_layers(given.get("eagle_aux_hidden_state_layer_ids"), target, name)
+    options = {switch: bool(given.get(switch)) for switch in ("norm_before_residual", "norm_output")}
+    return Eagle3Config(layer, aux, **options)
+
+
+def check_aux_layers(given: Any, target: ModelConfig, name: str) -> tuple[int, ...]:
+    """given: what the checkpoint names, or None for what is usual. Raises ValueError for layers that are not there."""
     n = target.num_layers
-    aux = given.get("eagle_aux_hidden_state_layer_ids") or [2, n // 2, n - 3]
+    aux = given or [2, n // 2, n - 3]
     if len(set(aux)) != len(aux) or min(aux) < 0 or max(aux) > n:
         raise ValueError(f"{name} reads states before layers {aux}, and the model has {n}")
-    options = {switch: bool(given.get(switch)) for switch in ("norm_before_residual", "norm_output")}
-    return Eagle3Config(layer, tuple(aux), **options)
+    return tuple(aux)
 
 
 class HiddenStateStore:
@@ -199,5 +205,5 @@ class Eagle3Head(nn.Module):
         for name, tensor in tensors:
             if name == "d2t":
                 self.offsets.copy_(tensor)
-            elif name not in _OF_TARGET and name != "t2d":
+            elif name not in OF_TARGET and name != "t2d":
                 yield name, tensor

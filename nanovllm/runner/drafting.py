@@ -20,8 +20,10 @@ from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import choose_ops
+from nanovllm.models.dflash import DFlashConfig, DFlashHead, read_dflash_config
 from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, HiddenStateStore, read_eagle3_config
 from nanovllm.models.registry import read_model_config
+from nanovllm.runner.dflash import DFlashRunner
 from nanovllm.runner.kv_cache import KVCacheSpec
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -47,21 +49,30 @@ def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint,
     return checkpoint, draft
 
 
-def open_eagle3(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, Eagle3Config]:
+def open_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, Eagle3Config | DFlashConfig]:
     """The head's checkpoint and config. Raises ValueError or NotImplementedError if it is none for this model."""
     speculative = config.speculative_config
     assert speculative is not None and speculative.model is not None
     name = f"speculative_config.model={speculative.model!r}"
     checkpoint = open_checkpoint(speculative.model, load_format=config.load_format, revision=speculative.revision)
-    eagle = read_eagle3_config(checkpoint.config, target, name)
-    _check_layers(config, (eagle.layer, target), name)
-    return checkpoint, eagle
+    if speculative.method == "eagle3":
+        eagle3 = read_eagle3_config(checkpoint.config, target, name)
+        _check_layers(config, (eagle3.layer, target), name)
+        return checkpoint, eagle3
+    dflash = read_dflash_config(checkpoint.config, target, name)
+    _check_layers(config, (dflash.layers, target), name)
+    if speculative.num_speculative_tokens >= dflash.block_size:
+        raise ValueError(
+            f"{name} guesses at most {dflash.block_size - 1} tokens, and num_speculative_tokens is "
+            f"{speculative.num_speculative_tokens}"
+        )
+    return checkpoint, dflash
 
 
 def check_draft(config: ResolvedConfig, target: ModelConfig) -> None:
-    """Raises as `open_draft` and `open_eagle3` do; no weight is read."""
+    """Raises as `open_draft` and `open_head` do; no weight is read."""
     assert config.speculative_config is not None
-    (open_eagle3 if config.speculative_config.method == "eagle3" else open_draft)(config, target)
+    (open_draft if config.speculative_config.method == "draft_model" else open_head)(config, target)
 
 
 def _check_layers(config: ResolvedConfig, kinds: Sequence[ModelConfig], name: str) -> None:
@@ -89,9 +100,10 @@ class PendingDrafts:
 
 
 class DraftModel:
-    """The model, before there is a cache."""
+    """The model, before there is a cache. in_one_pass: a step draws all that it is asked for, without a chain."""
 
-    head: Eagle3Head | None = None
+    head: Any = None
+    in_one_pass = False
 
     def __init__(
         self,
@@ -122,8 +134,8 @@ class DraftModel:
         return runner
 
 
-class Eagle3Draft(DraftModel):
-    """A head in the place of a model. It is whole on each rank, as its work is small."""
+class HeadDraft(DraftModel):
+    """A head on the target's states in the place of a model. It is whole on each rank, as its work is small."""
 
     def __init__(
         self,
@@ -134,20 +146,28 @@ class Eagle3Draft(DraftModel):
         tp: TensorParallel,
         load: Callable[[ModelConfig, Checkpoint], Any],
     ) -> None:
-        checkpoint, self._eagle = open_eagle3(config, target_config)
-        self.model_config, self.config = self._eagle.layer, replace(_config_of_chain(config), tensor_parallel_size=1)
+        assert config.speculative_config is not None
+        checkpoint, head_config = open_head(config, target_config)
+        self.in_one_pass = isinstance(head_config, DFlashConfig)
+        self._aux_layers, self._head_config = head_config.aux_layers, head_config
+        self.config = replace(_config_of_chain(config), tensor_parallel_size=1)
         self._device, self._tp, self._target = device, TensorParallel(), target
         dtype = getattr(torch, target_config.dtype)
         with device:
             ops = choose_ops(device, config.compilation, config.deterministic)
-            sizes = config.max_model_len, config.max_num_seqs
-            self.model = self.head = Eagle3Head(self._eagle, target.embed_tokens, *sizes, dtype, ops)
+            if isinstance(head_config, DFlashConfig):
+                self.model_config = head_config.layers
+                self.head = DFlashHead(head_config, target, config.max_model_len, dtype, ops)
+            else:
+                self.model_config = head_config.layer
+                sizes = config.max_model_len, config.max_num_seqs
+                self.head = Eagle3Head(head_config, target.embed_tokens, *sizes, dtype, ops)
             specs = dict(self.head.weights())  # this makes the weights
+        self.model = self.head
         if config.load_format == "dummy":
             fill_random(self.head, config.seed)
         else:
-            tensors = self.head.weights_among(checkpoint.tensors(dtype, places(specs)))
-            load_weights(self.head, tensors)
+            load_weights(self.head, self.head.weights_among(checkpoint.tensors(dtype, places(specs))))
         del specs
         self.head.requires_grad_(False).eval()
         for module in self.head.modules():
@@ -157,14 +177,17 @@ class Eagle3Draft(DraftModel):
 
     @property
     def bytes_per_block(self) -> int:
-        states = len(self._eagle.aux_layers) * self.model_config.hidden_size * self._spec.dtype.itemsize
+        states = len(self._aux_layers) * self.model_config.hidden_size * self._spec.dtype.itemsize
         return self._spec.bytes_per_block + self._spec.block_size * states
 
-    def runner(self, target: ModelRunner, backend: AttentionBackend) -> ModelRunner:
-        assert self.head is not None
+    def runner(self, target: ModelRunner, backend: AttentionBackend) -> Any:
         num_slots = target.num_blocks * target.block_size
-        self.head.store = HiddenStateStore(self._target, self._eagle.aux_layers, num_slots, like=self.head.own)
-        return super().runner(target, backend)
+        like = torch.empty(0, self.model_config.hidden_size, dtype=self._spec.dtype, device=self._device)
+        self.head.store = HiddenStateStore(self._target, self._aux_layers, num_slots, like)
+        if not isinstance(self._head_config, DFlashConfig):
+            return super().runner(target, backend)
+        caches = self._spec.allocate(target.num_blocks, self._device)
+        return DFlashRunner(self.head, self._head_config.mask_token_id, caches, target, backend)
 
 
 def _config_of_chain(config: ResolvedConfig) -> ResolvedConfig:
@@ -185,17 +208,20 @@ def _cache_spec(config: ResolvedConfig, model_config: ModelConfig, tp: TensorPar
 
 
 class DraftingRunner:
-    """target, draft: with or without CUDA graphs. head: what the draft's runner runs, if it is no model of its own."""
+    """target, draft: with or without CUDA graphs. of: what the draft's runner runs."""
 
-    def __init__(self, target: Any, draft: Any, head: Eagle3Head | None = None) -> None:
-        self._target, self._draft, self._head = target, draft, head
-        self._offsets = None if head is None else head.offsets.tolist()
+    def __init__(self, target: Any, draft: Any, of: DraftModel) -> None:
+        self._target, self._draft, self._in_one_pass = target, draft, of.in_one_pass
+        self._head = of.head if isinstance(of.head, Eagle3Head) else None
+        self._offsets = None if self._head is None else self._head.offsets.tolist()
         self.model, self.device, self.num_blocks = target.model, target.device, target.num_blocks
 
     def execute(self, plan: SchedulerOutput) -> PendingStep:
         """Queue one step, or a whole chain of the draft model's."""
         if not plan.num_draft_steps:
             return self._target.execute(plan)  # type: ignore[no-any-return]
+        if self._in_one_pass:
+            return self._draft.execute(plan)  # type: ignore[no-any-return]
         if self._head is not None:
             self._head.is_chained = False
         parts: list[PendingStep] = [self._draft.execute(plan)]

@@ -25,4 +25,4 @@ def speculative_planner(
     }
     if not is_on_device:
         return SpeculativeScheduler, parts
-    return DraftModelScheduler, {**parts, "reads_ahead": int(config.method == "eagle3")}
+    return DraftModelScheduler, {**parts, "reads_ahead": int(config.method != "draft_model")}
