@@ -125,6 +125,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             has_logits_processors=bool(config.logits_processors),
             is_remote=is_remote,
             compile_constraint=_constraint_compiler(tokenizer, model_config.vocab_size, eos_token_ids),
+            masks_come_late=not is_remote and config.speculative_config is None,
         ),
         tokenizer=tokenizer,
         hf_config=checkpoint.config,
@@ -174,6 +175,7 @@ def _start_engine(
     if isinstance(cache, StateCache):
         cache.waiting = lambda: scheduler.waiting
     engine = make_engine(scheduler, executor, OutputProcessor(tokenizer, config.deterministic), config.overlap_depth)
+    scheduler.catch_up = engine.catch_up
     return engine, executor.num_blocks, times
 
 

@@ -26,7 +26,7 @@ class Engine(BetweenSteps):
         self.output_processor = output_processor
         self.overlap_depth = overlap_depth
         self.times = EngineTimes()
-        self._in_flight: deque[PendingStep] = deque()
+        self._in_flight, self._caught_up = deque[PendingStep](), list[Request]()
 
     def add_request(self, request: Request) -> None:
         self.scheduler.add_request(request)
@@ -39,12 +39,12 @@ class Engine(BetweenSteps):
         start = perf_counter()
         times = self.times
         elsewhere = times.execute_seconds + times.wait_seconds
-        changed: list[Request] = []
         plan = None if self.is_paused else self.scheduler.schedule()
         if plan is not None:
             self._execute(plan)
+        changed, self._caught_up = self._caught_up, []
         if self._in_flight and (len(self._in_flight) >= self.overlap_depth or plan is None):
-            changed = self._collect()
+            changed += self._collect()
         times.host_seconds += perf_counter() - start - (times.execute_seconds + times.wait_seconds - elsewhere)
         return changed
 

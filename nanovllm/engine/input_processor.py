@@ -58,6 +58,7 @@ class InputProcessor:
     has_logits_processors: bool = False
     is_remote: bool = False
     compile_constraint: CompileConstraint | None = None
+    masks_come_late: bool = False  # see `features/constraints.py`
 
     def __post_init__(self) -> None:
         self.text = PromptText(self.encode, self.max_model_len)
@@ -106,7 +107,7 @@ class InputProcessor:
                 cache_salt=salt,
                 bad_words=bad_words,
                 needs_history=needs_host_tokens or params.has_penalties or params.prompt_logprobs is not None,
-                needs_host_tokens=needs_host_tokens or constraint is not None,
+                needs_host_tokens=needs_host_tokens or (constraint is not None and not self.masks_come_late),
                 constraint=constraint,
                 context=copy(context),
                 scoring=None if params.prompt_logprobs is None or index else Scoring(),

@@ -53,7 +53,7 @@ class Request:
 
     # What few requests have, each in a file of `features/`.
     siblings: list["Request"] = field(default_factory=list)  # these sequences, itself included; empty if it is alone
-    constraint: TokenConstraint | None = None  # needs_host_tokens is then set
+    constraint: TokenConstraint | None = None
     context: "Context | None" = None
     scoring: "Scoring | None" = None
     capture: "Capture | None" = None

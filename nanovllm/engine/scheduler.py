@@ -16,7 +16,7 @@ from time import monotonic
 
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.ends import FindStopString, find_end, no_stop_string
-from nanovllm.engine.features.constraints import bitmasks
+from nanovllm.engine.features.constraints import masks_of, nothing
 from nanovllm.engine.features.context_length import become_long
 from nanovllm.engine.features.extras import Extras
 from nanovllm.engine.features.restart import begin_anew, take_back
@@ -62,7 +62,7 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.stats = SchedulerStats()
         self._shared_prefixes = shared_prefixes
-        self._admits = admits
+        self._admits, self.catch_up = admits, nothing
         self._clear()
 
     def _clear(self) -> None:
@@ -257,15 +257,16 @@ class Scheduler:
                 sampled.append(request)
             self.stats.num_context_tokens_read += end
             self.stats.num_query_key_pairs += num_new * (start + 1 + end) // 2
-        if any(request.constraint is not None for request in sampled):
-            plan.grammar_bitmask = bitmasks(sampled)
+        has_forms = any(request.constraint is not None for request in sampled)
+        if has_forms:
+            plan.grammar_bitmask = masks_of(sampled, self.catch_up)
         self.stats.num_tokens_computed += len(plan.token_ids)
         self.stats.num_tokens_sampled += len(sampled)
         self._planned.append(step)
         if self._shared_prefixes is not None:
             tables = [request.block_ids[0] for request, _ in scheduled[: plan.num_decodes]]
             plan.shared_prefixes = self._shared_prefixes.find(tables, self.cache.pool.num_shared)
-        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not step.extras.captured
+        is_steady = len(sampled) == len(self.running) == plan.num_decodes and not (step.extras.captured or has_forms)
         if is_steady and not any(r.needs_host_tokens or (r.context and r.context.recompute_from) for r in sampled):
             self._steady = SteadyDecode(sampled, self.cache.block_size, plan.shared_prefixes)
         return plan

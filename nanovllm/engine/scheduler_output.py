@@ -5,7 +5,7 @@ worker never asks back; a row is rebuilt from the plan alone.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ class SchedulerOutput:
     num_computed_tokens: list[int] = field(default_factory=list)
     num_samples: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    grammar_bitmask: dict[int, np.ndarray] = field(default_factory=dict)
+    grammar_bitmask: Mapping[int, np.ndarray] = field(default_factory=dict)
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
     capture_layers: dict[int, tuple[int | str, ...]] = field(default_factory=dict)
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)

@@ -28,14 +28,12 @@ class PackedLinear(PackedRenewal, DenseLinear):
         self._packed: Tensor | None = None
 
     def finish(self) -> None:
-        stays = self.is_shared or self._plain is not F.linear
-        self._packed = None if stays else pack(self.weight)
+        self._packed = None if self.is_shared or self._plain is not F.linear else pack(self.weight)
         if self._packed is not None:
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # frees the plain copy
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        packed = self._packed
-        return self._plain(x, self.weight, bias) if packed is None else multiply_packed(x, packed, bias)
+        return self._plain(x, self.weight, bias) if self._packed is None else multiply_packed(x, self._packed, bias)
 
 
 def pack(weight: Tensor) -> Tensor | None:

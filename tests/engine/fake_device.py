@@ -127,6 +127,7 @@ class FakeDevice:
             assert start % self.block_size == 0
             self.states[new.row] = self.states[self.tables[new.row][self._snapshot(start - 1)]] if start else b""
         self._write(plan)
+        assert set(plan.grammar_bitmask) <= set(plan.rows)  # it may be only now that the engine makes them
         shared = self._shared_blocks(plan)
         sampled = []
         ends = list(accumulate(plan.num_scheduled_tokens))
@@ -274,7 +275,9 @@ def make_engine(
         cache.waiting = lambda: scheduler.waiting
     width = -(-max_model_len // block_size)
     device = FakeDevice(num_blocks, block_size, max_num_seqs, specs, width, has_states)
-    return Engine(scheduler, device, OutputProcessor(None), overlap_depth), device
+    engine = Engine(scheduler, device, OutputProcessor(None), overlap_depth)
+    scheduler.catch_up = engine.catch_up
+    return engine, device
 
 
 def make_request(

@@ -461,6 +461,38 @@ def test_a_mask_goes_with_each_row_that_has_a_form_once_it_samples() -> None:
     assert ahead is not None and ahead.rows == [plain.row], "before its token is read, only the plain one goes on"
 
 
+def test_where_masks_may_come_late_a_form_costs_no_step() -> None:
+    """They are made when the device asks, which has the whole step by then; and not for a request that has ended."""
+    engine, device = make_engine(block_size=4, overlap_depth=2)
+    seen: list[list[int]] = []
+
+    class Late(Form):
+        def advance(self, token_id: int) -> bool:
+            seen[-1].append(token_id)
+            return len(seen[-1]) == 5
+
+    for number in range(2):
+        request = make_request(range(10 * number, 10 * number + 3), 20)
+        if number:
+            request.constraint = Late()
+            seen.append([])
+        engine.add_request(request)
+    plain, formed = engine.scheduler.waiting
+    execute, queued = device.execute, []
+
+    def note(plan: SchedulerOutput) -> Any:
+        before = len(formed.token_ids)
+        output = execute(plan)
+        queued.append((list(plan.rows), len(formed.token_ids) - before))
+        return output
+
+    device.execute = note  # type: ignore[method-assign]
+    run(engine)
+    assert formed.output_token_ids == seen[0] and len(seen[0]) == 5 and formed.end == End("stop", None)
+    assert len(plain.output_token_ids) == 20 and len(queued) == 20, "as many steps as without the form"
+    assert queued[1:6] == [([0, 1], 1)] * 5 and all(rows == [0] for rows, _ in queued[6:])
+
+
 @pytest.mark.parametrize("overlap_depth", [1, 2, 3])
 def test_a_restart_forgets_plans_blocks_and_what_was_published(overlap_depth: int) -> None:
     engine, device = make_engine(block_size=4, overlap_depth=overlap_depth)

@@ -24,7 +24,7 @@ from tests.engine.fake_device import (
 
 
 class Witness:
-    """A constraint that allows everything, and insists on seeing each token before the next one is planned."""
+    """A constraint that allows everything, and insists on seeing each token before the next one is drawn."""
 
     error = None
 
@@ -95,6 +95,7 @@ def run_random_workload(
     groups = CacheGroups(tuple(specs), ((0,),) * len(specs))
     capacity = groups.longest_request(num_blocks, block_size, 320, engine.scheduler.max_num_batched_tokens)
     prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, capacity // 2))] for _ in range(3)]
+    late = random.Random(seed)  # which forms let their request be planned before its last token is read
     requests, aborted = [], set()
     arrivals = [rng.randint(0, 40) for _ in range(rng.randint(1, 12))]
     for step in range(5_000):
@@ -110,7 +111,8 @@ def run_random_workload(
             ]
             for request in group:
                 request.siblings = group if len(group) > 1 else []
-                request.constraint = Witness(request) if needs_host_tokens else None
+                comes_late = not drafts and late.random() < 0.3
+                request.constraint = Witness(request) if needs_host_tokens or comes_late else None
                 requests.append(request)
                 engine.add_request(request)
         if step > 40 and not engine.has_work():

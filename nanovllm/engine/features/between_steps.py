@@ -7,6 +7,7 @@ being planned.
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 from nanovllm.engine.metrics import EngineTimes, engine_metrics
@@ -35,7 +36,15 @@ class BetweenSteps:
     times: EngineTimes
     _in_flight: "deque[PendingStep]"
 
+    _caught_up: list[Request]  # requests that got a token, or ended, while a step was being queued
     is_paused = False  # it plans no step then, and comes to the end of those in flight
+
+    def catch_up(self) -> None:
+        """Take in all steps in flight, while another one is being queued."""
+        start = perf_counter()
+        while self._in_flight:
+            self._caught_up += self.planner._collect()
+        self.times.execute_seconds -= perf_counter() - start  # in which this is
 
     @property
     def planner(self) -> "Engine":

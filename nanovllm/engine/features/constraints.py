@@ -1,10 +1,15 @@
 """Forms that outputs must have (structured outputs), as the engine handles them.
 
 Owns how a sequence gets its constraint, and what a plan says of those that sample; `structured/` knows the forms.
-Invariant: each sequence has a constraint of its own, which has seen every token before the next is planned.
+Invariant: each sequence has a constraint of its own, which has seen every token before the next is drawn.
+
+Where the worker is a function call away, a step is queued before the tokens of the one ahead are known, as without
+forms: nothing needs them until it samples. Then the worker asks for masks, while the device is still at the layers; the
+engine reads those tokens, shows them to the constraints, and answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -50,7 +55,38 @@ def draft_bitmasks(request: Request, draft: list[int], first: np.ndarray) -> np.
 
 
 def bitmasks(sampled: Sequence[Request]) -> dict[int, np.ndarray]:
-    """As `SchedulerOutput.grammar_bitmask`, of the requests for which a step samples, some of which have one."""
+    """As `SchedulerOutput.grammar_bitmask`, of the requests for which a step samples."""
     constrained = {request.row: request.constraint for request in sampled if request.constraint is not None}
     constraints = list(constrained.values())
-    return dict(zip(constrained, constraints[0].bitmasks(constraints), strict=True))
+    return dict(zip(constrained, constraints[0].bitmasks(constraints), strict=True)) if constraints else {}
+
+
+def nothing() -> None:
+    """Nobody is ahead of the host."""
+
+
+class LateMasks(Mapping[int, np.ndarray]):
+    """`bitmasks`, made when somebody first looks at them, once the host has caught up with the device."""
+
+    def __init__(self, sampled: Sequence[Request], catch_up: Callable[[], object]) -> None:
+        self._sampled, self._catch_up = list(sampled), catch_up
+
+    @cached_property
+    def _masks(self) -> dict[int, np.ndarray]:
+        self._catch_up()
+        return bitmasks([request for request in self._sampled if not request.is_finished])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self._masks[row]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+
+def masks_of(sampled: Sequence[Request], catch_up: Callable[[], object]) -> Mapping[int, np.ndarray]:
+    """Late ones if some token is still on its way to the host."""
+    is_late = any(request.num_pending_tokens > 1 for request in sampled if request.constraint is not None)
+    return LateMasks(sampled, catch_up) if is_late else bitmasks(sampled)

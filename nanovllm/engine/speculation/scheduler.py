@@ -138,7 +138,7 @@ class SpeculativeScheduler(Scheduler):
             plan.num_samples[index] += len(draft)
             token_ids += [plan.token_ids[index], *draft]
         plan.token_ids = token_ids + plan.token_ids[len(singles) + len(drafting) :]
-        plan.grammar_bitmask.update(masks)
+        plan.grammar_bitmask = {**plan.grammar_bitmask, **masks}
         plan.num_draft_tokens = sum(map(len, draft_of_row.values()))
         of_row = {request.row: request for request in step.sampled}
         sampled = [of_row[row] for row, count in zip(plan.rows, plan.num_samples, strict=True) if count]
