@@ -5,6 +5,7 @@ and writes it (`write`). Invariant: parameters are written where they are, unles
 so whatever remembers addresses, as captured graphs do, goes on.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,10 +31,11 @@ class Slot(NamedTuple):
 
 
 class Table(NamedTuple):
-    """slots: by name. is_tied: the head is the embedding, under another name."""
+    """slots: by name. is_tied: the head is the embedding, under another name. process: that the model is in."""
 
     slots: dict[str, Slot]
     is_tied: bool
+    process: int
 
 
 class ModelWeights:
@@ -63,7 +65,7 @@ class ModelWeights:
             name: Slot(spec.shape, spec.dtypes, spec.instead_of, self._frozen(spec.instead_of or (name,)))
             for name, spec in self.specs().items()
         }
-        return Table(slots, self.is_tied)
+        return Table(slots, self.is_tied, os.getpid())
 
     def _frozen(self, names: Iterable[str]) -> str | None:
         linears = (self._linear_of.get(name.rpartition(".")[0]) for name in names)

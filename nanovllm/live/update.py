@@ -4,6 +4,7 @@ Owns the way of the tensors to all workers, and the moment when they take the pl
 in every process that plans. Invariant: until `commit` writes, nothing has changed but memory that `drop` gives back.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from nanovllm.data_parallel import DataParallelEngine
 from nanovllm.engine.features.weights_version import WeightsVersion, note_version
 from nanovllm.engine.session import Session
 from nanovllm.executor.children import uninterrupted
-from nanovllm.executor.inline import InlineExecutor
 from nanovllm.live.in_flight import is_paused, pause, resume, settle
 from nanovllm.live.incoming import Incoming
 from nanovllm.live.model_weights import Hold, Named, Table, Write, describe, drop
@@ -68,8 +68,7 @@ class Update:
         self._incoming = Incoming(table)
         self._here: list[Named] = []
         self.is_half_written = False  # writing has begun, and has not come to its end
-        planner = session.engine.planner
-        self._is_remote = planner is None or not isinstance(planner.executor, InlineExecutor)
+        self._is_remote = table.process != os.getpid()
 
     @property
     def names(self) -> Iterable[str]:

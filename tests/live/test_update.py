@@ -11,6 +11,7 @@ from nanovllm import LLM, SamplingParams
 from tests.live.new_weights import GREEDY, PROMPTS, generate, make_llm, save_two, tensors_of
 
 LONG = SamplingParams(temperature=0, max_tokens=40)
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,19 @@ def test_a_tied_head_may_come_by_either_name_or_both(tmp_path: Path) -> None:
             assert generate(llm) == expected, names
         with pytest.raises(ValueError, match=r"'lm_head\.weight' differs from"):
             llm.update_weights({**by_both, "lm_head.weight": embedding + 1})
+
+
+@pytest.mark.parametrize("options", [{"kv_offload_gb": 0.01}, {"speculative_config": NGRAM}], ids=["tier", "drafts"])
+def test_beside_other_features_of_the_engine(folders: list[Path], options: dict[str, Any]) -> None:
+    """A tier below the KV cache keeps blocks by hashes, so those of old weights are not brought back."""
+    few = {"num_gpu_blocks_override": 12, "max_num_seqs": 2, **options}
+    with make_llm(folders[0], **few) as llm, make_llm(folders[1]) as fresh:
+        before, expected = generate(llm), generate(fresh)
+        for _ in range(2):
+            llm.update_weights(tensors_of(folders[1]))
+            assert generate(llm) == expected
+            llm.update_weights(tensors_of(folders[0]), mode="restart")
+            assert generate(llm) == before
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int8", "int8_dynamic", "int4"])
