@@ -9,6 +9,7 @@ import argparse
 from nanovllm.cli.options import add_engine_options
 from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command
 from nanovllm.config import KV_CACHE_DTYPES, QUANTIZATIONS
+from nanovllm.speculative_config import MODEL_METHODS
 
 CACHE_FORMS = {f"kv_{kind}": kind for kind in KV_CACHE_DTYPES if kind != "auto"}  # of `bench quality`: the cache alone
 FORMS = (*QUANTIZATIONS, *CACHE_FORMS)
@@ -295,10 +296,10 @@ examples:
     speculation.add_argument(
         "--methods",
         nargs="+",
-        choices=("ngram", "suffix", "draft_model"),
+        choices=("ngram", "suffix", *MODEL_METHODS),
         default=("ngram", "suffix"),
         metavar="METHOD",
-        help="ngram, suffix or draft_model (default: the first two)",
+        help=f"of ngram, suffix, {', '.join(MODEL_METHODS)} (default: the first two)",
     )
     speculation.add_argument(
         "--num-speculative-tokens",
@@ -309,7 +310,7 @@ examples:
         metavar="K",
         help="most tokens of a draft, one run for each (default: 4 8)",
     )
-    speculation.add_argument("--draft-model", metavar="MODEL", help="of the method draft_model")
+    speculation.add_argument("--draft-model", metavar="MODEL", help="the model, or head, of the other methods")
     speculation.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (%(default)s)")
     return speculation
 

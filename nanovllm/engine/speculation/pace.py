@@ -108,14 +108,14 @@ class Pace:
             if not is_decode:
                 return
             if not self.is_on:
-                self._plain.setdefault(num_reqs, Duration()).note(seconds)
+                self._plain.setdefault(_bucket(num_reqs), Duration()).note(seconds)
                 self._num_steps_off += 1
                 return
             self._verify.setdefault(_bucket(num_tokens), Duration()).note(seconds)
-            plain = self._plain.get(num_reqs)
-            if plain is None or plain.num_samples < NUM_PLAIN:
+            plain = self._plain_seconds(num_reqs)
+            if plain is None:
                 return
-            slowdown = min(seconds / plain.seconds, 4.0)
+            slowdown = min(seconds / plain, 4.0)
         if not self.is_on:
             return
         self._slowdown += WEIGHT * (slowdown - self._slowdown)
@@ -123,6 +123,14 @@ class Pace:
         if self._brought < GAIN - 0.02:
             self.is_on, self._promised = False, 0.0
             self._pause, self._num_steps_off = min(2 * self._pause, LONGEST_PAUSE), 0
+
+    def _measured(self) -> list[int]:
+        return [size for size, plain in self._plain.items() if plain.num_samples >= NUM_PLAIN]
+
+    def _plain_seconds(self, num_reqs: int) -> float | None:
+        """Of a step without drafts, by the measured one nearest in size."""
+        nearest = min(self._measured(), key=lambda size: abs(size - num_reqs), default=None)
+        return None if nearest is None else self._plain[nearest].seconds
 
     def note_draft(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         self.acceptance(request).note(num_drafted, num_accepted)
@@ -159,8 +167,7 @@ class Pace:
     def decide(self, num_reqs: int) -> bool:
         """Is drafting on for the next step?"""
         if not self.is_on and self.is_adaptive:
-            plain = self._plain.get(num_reqs)
-            is_measured = self.clock is None or (plain is not None and plain.num_samples >= NUM_PLAIN)
+            is_measured = self.clock is None or _bucket(num_reqs) in self._measured()
             is_due = 1 + self._promised > GAIN * max(1.02, self._slowdown)
             if not self._can_compare:
                 is_due = self._pause == FIRST_PAUSE or self._num_steps_off >= self._pause
