@@ -119,7 +119,8 @@ FEATURES = {
         changes=True,
     ),
     "seed": Feature({"seed": 7}, changes=True),
-    "prefix hit": Feature(engine={"enable_prefix_caching": True}, counts="num_prompt_tokens_cached"),
+    # Two at a time, so that the others come when what they share has been computed.
+    "prefix hit": Feature(engine={"enable_prefix_caching": True, "max_num_seqs": 2}, counts="num_prompt_tokens_cached"),
     "preemption": Feature(engine={"num_gpu_blocks_override": 9, "max_model_len": 72}, counts="num_preemptions"),
     "chunked prefill": Feature(engine={"max_num_batched_tokens": 5, "max_num_seqs": 5}),  # prompts have 37 tokens
     "overlap depth 2": Feature(engine={"overlap_depth": 2}),
@@ -143,11 +144,18 @@ FEATURES = {
     "quantization": Feature(model={"quantization": "int8"}),
     "kv_cache_dtype": Feature(model={"kv_cache_dtype": "fp8"}),
     "gguf": Feature(model={"quantization": "gguf"}),
+    "states": Feature(model={"model": "states"}),
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
 }
 VALUES_OF_ONE_OPTION = ("quantization", "gguf")
-PAIRS = [names for names in combinations(FEATURES, 2) if names != VALUES_OF_ONE_OPTION]
+# Refused by name, where layers keep states; of GGUF files there are none with such layers.
+NOT_WITH_STATES = ("speculation", "kv_offload_gb", "prefix_store", "lora_request", "gguf")
+PAIRS = [
+    names
+    for names in combinations(FEATURES, 2)
+    if names != VALUES_OF_ONE_OPTION and not ("states" in names and {*names} & {*NOT_WITH_STATES})
+]
 
 
 class Engines:
@@ -171,11 +179,19 @@ class Engines:
             for name in ("trace", "prefix_store"):
                 if name in options:
                     options[name] = self._folder / f"{len(self._engines)}.{options[name]}"
-            model = self._folder
+            model = self._with_states() if options.pop("model", None) else self._folder
             if options.get("quantization") == "gguf":
                 defaults["tokenizer"], model = str(self._folder), self._packed()
             self._engines[key] = self._stack.enter_context(LLM(str(model), **{**defaults, **options}))
         return self._engines[key]
+
+    def _with_states(self) -> Path:
+        """Another model, most of whose layers keep a state."""
+        folder = self._folder / "states"
+        if not folder.exists():
+            save_random(folder, "Qwen3_5ForCausalLM", vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS)
+            save_tokenizer(folder)
+        return folder
 
     def _packed(self) -> Path:
         """The same model, of which matrices with rows of 32 numbers or a multiple are in blocks of 4 bits."""
