@@ -6,6 +6,8 @@ Owns the route's fields and the shape of its answers. Invariant: choice i * n + 
 import asyncio
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -32,8 +34,6 @@ async def completions(request: Request) -> Response:
     echo: bool = body.take("echo", bool, False)
     num_top: int | None = body.take("logprobs", int)
     max_tokens: int = body.take("max_tokens", int, 16)
-    if echo and is_stream:
-        raise BadRequest("echo is not supported with stream=true: the prompt is the client's own", param="echo")
     only_echo = echo and max_tokens == 0
     prompt_logprobs = num_top if echo and num_top is not None else None
     params = take_sampling_params(
@@ -48,12 +48,13 @@ async def completions(request: Request) -> Response:
     answer = _Answer(name, request.state.request_id, num_top, params.n)
     asked = [Asked(prompt, params, answer.id_of(i, len(prompts))) for i, prompt in enumerate(prompts)]
     if is_stream:
-        return EventStream(served, asked, _Chunks(answer, wants_usage))
+        text_of_prompt = partial(_echo, served) if echo else None
+        return EventStream(served, asked, _Chunks(answer, wants_usage, text_of_prompt, only_echo))
     with served.admitted(len(prompts) * params.n):
         outputs = await unless_gone(request, _all_of(served, asked))
     if outputs is None:
         return Response(status_code=499)
-    texts = await served.in_thread(_echoes, served, outputs) if echo else [""] * len(outputs)
+    texts = await served.in_thread(lambda: [_echo(served, one) for one in outputs]) if echo else [""] * len(outputs)
     return JSONResponse(answer.whole(outputs, texts, echo, only_echo))
 
 
@@ -71,11 +72,9 @@ def _as_prompt(item: Any) -> Any:
     return {"prompt_token_ids": item} if isinstance(item, list) else item
 
 
-def _echoes(served: Served, outputs: list[RequestOutput]) -> list[str]:
-    return [
-        output.prompt if output.prompt is not None else served.tokenizer.decode(output.prompt_token_ids)
-        for output in outputs
-    ]
+def _echo(served: Served, output: RequestOutput) -> str:
+    """The text of a prompt."""
+    return output.prompt if output.prompt is not None else str(served.tokenizer.decode(output.prompt_token_ids))
 
 
 class _Answer:
@@ -93,7 +92,7 @@ class _Answer:
         choices = []
         for i, (output, text) in enumerate(zip(outputs, texts, strict=True)):
             for completion in sorted(output.outputs, key=lambda completion: completion.index):
-                logprobs = self._logprobs(output if echo else None, None if only_echo else completion)
+                logprobs = self.logprobs(output if echo else None, None if only_echo else completion)
                 choices.append(
                     {
                         "index": i * self.n + completion.index,
@@ -106,7 +105,7 @@ class _Answer:
         count = 0 if only_echo else sum(map(num_generated, outputs))
         return {**self.head, "choices": choices, "usage": usage_of(outputs, count)}
 
-    def _logprobs(self, prompt: RequestOutput | None, completion: CompletionOutput | None) -> dict[str, Any] | None:
+    def logprobs(self, prompt: RequestOutput | None, completion: CompletionOutput | None) -> dict[str, Any] | None:
         if self.num_top is None:
             return None
         token_ids: list[int] = []
@@ -123,8 +122,16 @@ class _Answer:
 class _Chunks:
     """The answer as a stream."""
 
-    def __init__(self, answer: _Answer, wants_usage: bool) -> None:
+    def __init__(
+        self,
+        answer: _Answer,
+        wants_usage: bool,
+        text_of_prompt: Callable[[RequestOutput], str] | None,
+        only_echo: bool,
+    ) -> None:
+        """text_of_prompt: where each choice begins with its prompt."""
         self._answer, self._wants_usage = answer, wants_usage
+        self._text_of_prompt, self._only_echo = text_of_prompt, only_echo
         self._head = json.dumps(answer.head)[:-1]
         self._last: dict[int, RequestOutput] = {}
         self._offsets: dict[int, int] = {}
@@ -132,7 +139,10 @@ class _Chunks:
 
     def feed(self, number: int, output: RequestOutput) -> str:
         lines, num_top = [], self._answer.num_top
-        for completion in output.outputs:
+        if self._text_of_prompt is not None and number not in self._last:
+            lines += self._echoes(number, output, self._text_of_prompt(output))
+        self._last[number] = output
+        for completion in () if self._only_echo else output.outputs:
             index = number * self._answer.n + completion.index
             logprobs = None
             if num_top is not None:
@@ -141,8 +151,16 @@ class _Chunks:
                 self._offsets[index] = offset + len(completion.text)
             self._total += len(completion.token_ids)
             lines.append(f'data: {self._head}, "choices": [{_choice(index, completion, logprobs)}]}}\n\n')
-        self._last[number] = output
         return "".join(lines)
+
+    def _echoes(self, number: int, output: RequestOutput, text: str) -> list[str]:
+        """The prompt, as the first chunk of each of its choices."""
+        echo = CompletionOutput(text=text, finish_reason="length" if self._only_echo else None)
+        logprobs = self._answer.logprobs(output, None)
+        indices = range(number * self._answer.n, (number + 1) * self._answer.n)
+        if logprobs is not None:
+            self._offsets.update(dict.fromkeys(indices, sum(map(len, logprobs["tokens"]))))
+        return [f'data: {self._head}, "choices": [{_choice(index, echo, logprobs)}]}}\n\n' for index in indices]
 
     async def end(self) -> str:
         if not self._wants_usage:

@@ -81,6 +81,21 @@ def test_completions_with_several_prompts_echo_and_log_probabilities(client: Any
     assert only.usage.completion_tokens == 0
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_stream_with_its_prompts_adds_up_to_the_whole(client: Any, max_tokens: int) -> None:
+    asked = {"model": "tiny", "prompt": ["ab", [120, 121]], "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    whole = client.completions.create(**asked, temperature=0)
+    texts, tokens, offsets = ["", ""], [[], []], [[], []]  # type: ignore[var-annotated]
+    for chunk in client.completions.create(**asked, temperature=0, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens
+            offsets[choice.index] += choice.logprobs.text_offset
+    assert texts == [choice.text for choice in whole.choices] and texts[1].startswith("xy")
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert offsets == [choice.logprobs.text_offset for choice in whole.choices]
+
+
 def test_a_streamed_completion_of_several_prompts(client: Any) -> None:
     texts = {0: "", 1: ""}
     for chunk in client.completions.create(model="tiny", prompt=["a", "d"], max_tokens=9, temperature=0, stream=True):
