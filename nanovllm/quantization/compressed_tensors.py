@@ -14,13 +14,15 @@ from nanovllm.kernels.quantized_linear import pack_int4
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.fp8 import FP8, SCALES
+from nanovllm.quantization.nvfp4 import Nvfp4
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 from nanovllm.quantization.scheme import is_named, read_fields
 from nanovllm.quantization.words import signed, unpack_words
 
 _WHERE = "quantization_config of compressed-tensors"
 _UNPACKED = ("float-quantized", "int-quantized", "naive-quantized")
-_FORMATS = (*_UNPACKED, "pack-quantized")
+_NVFP4 = "nvfp4-pack-quantized"
+_FORMATS = (*_UNPACKED, "pack-quantized", _NVFP4)
 _NUMBERS_ANY = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
 
@@ -44,7 +46,7 @@ class CompressedTensorsScheme:
             for name, group in groups.items()
         ]
 
-    def method_of(self, name: str) -> "Compressed | None":
+    def method_of(self, name: str) -> "Compressed | Nvfp4 | None":
         if is_named(name, self._ignored) or name.endswith("embed_tokens"):
             return None
         for targets, method in self._groups:
@@ -70,12 +72,17 @@ class Compressed:
         return PackedCompressedLinear(spec, self) if self.is_packed else CompressedLinear(spec, self)
 
 
-def _read_group(group: Mapping[str, Any], where: str, format: str | None) -> Compressed:
+def _read_group(group: Mapping[str, Any], where: str, format: str | None) -> "Compressed | Nvfp4":
     read_fields(group, where, dict.fromkeys(("targets", "weights", "input_activations", "format")))
     format = group.get("format") or format
     if format not in _FORMATS:
         raise NotImplementedError(f"{where}: format={format!r} is not supported")
     weights = group["weights"]
+    if format == _NVFP4:
+        numbers = {"num_bits": (4,), "type": ("float",), "strategy": ("tensor_group",), "group_size": (16,)}
+        others = {"symmetric": (True,), "dynamic": (False, None), **dict.fromkeys(_NUMBERS_ANY)}
+        read_fields(weights, f"{where}, weights", numbers | others)
+        return Nvfp4(input_scale=None if group.get("input_activations") is None else "input_global_scale")
     read_fields(
         weights,
         f"{where}, weights",

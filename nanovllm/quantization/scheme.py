@@ -22,7 +22,7 @@ class Scheme(Protocol):
 
 def read_scheme(fields: Mapping[str, Any]) -> Scheme:
     """fields: `quantization_config` of a config.json. Raises NotImplementedError for what is not known."""
-    from nanovllm.quantization import awq, compressed_tensors, fp8, gguf, gptq
+    from nanovllm.quantization import awq, compressed_tensors, fp8, gguf, gptq, modelopt
 
     readers: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
         "awq": awq.AwqScheme,
@@ -30,6 +30,8 @@ def read_scheme(fields: Mapping[str, Any]) -> Scheme:
         "fp8": fp8.Fp8Scheme,
         "gguf": gguf.GgufScheme,
         "gptq": gptq.GptqScheme,
+        "modelopt": modelopt.ModelOptScheme,
+        "modelopt_fp4": modelopt.ModelOptScheme,
     }
     method = fields.get("quant_method")
     if method not in readers:

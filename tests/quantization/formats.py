@@ -187,7 +187,56 @@ def fp8_matrices() -> Format:
     return Format(config, make, rounds_inputs=True)
 
 
+# --- NVFP4, and ModelOpt ----------------------------------------------------------------------------
+
+
+def nvfp4(is_modelopt: bool = False) -> Format:
+    """Packed by compressed-tensors; ModelOpt has the same bytes by other names, and the matrix's scale upside down."""
+
+    def make(weight: Tensor) -> tuple[Tensors, Tensor]:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        matrix = 448 * 6 / weight.abs().amax().view(1)
+        scale = (weight.unflatten(1, (-1, 16)).abs().amax(2) / 6 * matrix).to(torch.float8_e4m3fn)
+        writer: Any = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+        dense = {"weight": weight, "weight_scale": scale.float(), "weight_global_scale": matrix}
+        tensors = writer.compress(dense, scheme)
+        numbers = unpack_fp4_from_uint8(tensors["weight_packed"], *weight.shape, dtype=torch.float32)
+        meant = numbers * (scale.float() / matrix).repeat_interleave(16, dim=1)  # the writer itself would in bfloat16
+        if is_modelopt:
+            tensors = {"weight": tensors["weight_packed"], "weight_scale": tensors["weight_scale"],
+                       "weight_scale_2": 1 / matrix, "input_scale": torch.ones(1)}  # fmt: skip
+        return tensors, meant
+
+    if is_modelopt:
+        config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"], "group_size": 16}
+    else:
+        numbers = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+        group = {"targets": ["Linear"], "weights": numbers, "input_activations": None}
+        config = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"],
+                  "quantization_status": "compressed", "config_groups": {"group_0": group}}  # fmt: skip
+    return Format(config, make, rounds_inputs=False)
+
+
+def modelopt_fp8() -> Format:
+    def make(weight: Tensor) -> tuple[Tensors, Tensor]:
+        scale = weight.abs().amax().view(1) / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        input_scale = (8 + weight.abs().amax().view(1) / 10) / 448
+        return {"weight": codes, "weight_scale": scale, "input_scale": input_scale}, codes.float() * scale
+
+    config = {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head", "*norm*"], "producer": {}}
+    return Format(config, make, rounds_inputs=True)
+
+
 FORMATS = {
+    "NVFP4": nvfp4(),
+    "NVFP4, ModelOpt": nvfp4(is_modelopt=True),
+    "FP8, ModelOpt": modelopt_fp8(),
     "fp8, a scale a row, dynamic inputs": compressed(
         "float-quantized", {**FLOAT8, "strategy": "channel"}, {**FLOAT8, **TOKEN}
     ),

@@ -22,7 +22,7 @@ OUTPUTS, INPUTS = (24, 16), 64
 
 
 def needs(name: str) -> None:
-    if FORMATS[name].config["quant_method"] == "compressed-tensors":
+    if FORMATS[name].config["quant_method"] == "compressed-tensors" or "NVFP4" in name:
         pytest.importorskip("compressed_tensors")
 
 
@@ -194,7 +194,7 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "sy
 @pytest.mark.parametrize(
     ("group", "others", "message"),
     [
-        ({}, {"format": "nvfp4-pack-quantized"}, "format='nvfp4-pack-quantized'"),
+        ({}, {"format": "mxfp4-pack-quantized"}, "format='mxfp4-pack-quantized'"),
         ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config="),
         ({}, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme="),
         ({"output_activations": {"num_bits": 8}}, {}, "output_activations="),
@@ -244,6 +244,23 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         logprobs(quantized, load_format="dummy")
     with pytest.raises(ValueError, match="deterministic=True does not cover quantization='int8'"):
         logprobs(plain, quantization="int8", deterministic=True)
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_scales_of_a_cache_in_modelopts_checkpoints_are_read_and_left(algorithm: str) -> None:
+    config = {"quant_method": "modelopt", "quant_algo": algorithm, "exclude_modules": ["lm_head", "model.layers.1*"]}
+    names = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    spec = LinearSpec((16, 16, 16), (range(16),) * 3, 32, range(32), torch.float32, names)
+    for more, expected in (({}, [[], [], []]), ({"kv_cache_quant_algo": "FP8"}, [[], ["k_scale"], ["v_scale"]])):
+        scheme = read_scheme({**config, **more})
+        assert scheme.method_of("model.layers.1.self_attn.q_proj") is None
+        method = scheme.method_of(names[0])
+        assert method is not None
+        layer = method(spec)
+        given = [[name for name, _ in layer.weights(part) if name in ("k_scale", "v_scale")] for part in range(3)]
+        assert given == expected
+    with pytest.raises(NotImplementedError, match="quant_algo='W4A8_AWQ' is not supported"):
+        read_scheme({**config, "quant_algo": "W4A8_AWQ"})
 
 
 EXPERTS = [
