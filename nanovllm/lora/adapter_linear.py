@@ -8,8 +8,8 @@ Under tensor parallelism A is split as the layer's inputs are and B as its outpu
 side by side anyway is all that they exchange.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,15 @@ RANK_MULTIPLE = 16  # what matrix units take; ranks are padded with zeros
 
 @dataclass
 class StepAdapters:
-    """tokens: of the rows that run now; None: no adapter, or nothing runs. slot: that is being filled, if one is.
+    """tokens: of the rows that run now; None: no adapter, or nothing runs. slot: that is being filled, if one is, and
+    filled: which matrices have been.
 
     linear: the product of few rows, where it is the same to the bit in any batch.
     """
 
     tokens: AdapterRows | None = None
     slot: int | None = None
+    filled: "list[tuple[AdapterLinear, int]]" = field(default_factory=list)
     linear: Linear = F.linear
 
 
@@ -63,8 +65,15 @@ class AdapterLinear(LinearMethod):
             return
         size, rows, held = self.spec.sizes[part], self.spec.rows(part), self.spec.parts[part]
         b, bias = self.b[self.step.slot, rows], self.b_bias[self.step.slot, rows, None]
-        yield "lora_B", WeightSpec((size, self.rank), filler(b, held, range(self.rank)))
+        yield "lora_B", WeightSpec((size, self.rank), self._noting(part, filler(b, held, range(self.rank))))
         yield "lora_bias", WeightSpec((size, 1), filler(bias, held, range(1)))
+
+    def _noting(self, part: int, fill: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+        def fill_and_note(tensor: Tensor) -> None:
+            fill(tensor)
+            self.step.filled.append((self, part))
+
+        return fill_and_note
 
     def finish(self) -> None:
         self.base.finish()
@@ -168,7 +177,7 @@ class AdapterTable(AdapterLinear):
         if self.step.slot is None:
             yield from self.base.weights(part)
             return
-        yield "lora_B", WeightSpec((self.spec.in_features, self.rank), self.b[self.step.slot].copy_)
+        yield "lora_B", WeightSpec((self.spec.in_features, self.rank), self._noting(0, self.b[self.step.slot].copy_))
 
     def fill_a(self, slot: int, part: int, a: Tensor) -> None:
         (held,) = self.spec.parts

@@ -15,6 +15,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear
 from nanovllm.layers.embedding import Embedding
 from nanovllm.layers.linear import LinearBase, RowParallelLinear
+from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.lora.adapter_files import AdapterWeights, ModuleWeights
 from nanovllm.lora.adapter_linear import AdapterLinear, AdapterTable, StepAdapters
 
@@ -32,29 +33,26 @@ class AdapterStore:
         self.step = StepAdapters(linear=batch_invariant_linear if is_fixed else F.linear)
         self.generation = 0  # how often a layer was used that no adapter had used before
         self._model, self._tp = model, tp
-        self._layers: dict[str, LinearBase] = {}  # by what they are called here
+        self._layers: dict[AdapterLinear, LinearBase] = {}
         self._known: dict[bytes, AdapterWeights] = {}
         self._slots: list[bytes | None] = [None] * num_slots
-        for path, layer in model.named_modules():
+        for layer in model.modules():
             if isinstance(layer, LinearBase) and layer.spec.names:
                 kind = AdapterTable if isinstance(layer, Embedding) else AdapterLinear
                 layer.method = kind(layer.method, layer.spec, num_slots, max_rank, self.step)
-                self._layers[path] = layer
-        self._parts = {
-            name: (layer, part) for layer in self._layers.values() for part, name in enumerate(layer.spec.names)
-        }
+                self._layers[layer.method] = layer
+        self._parts = self._find_parts()
         model.adapters = self
 
     @property
     def num_bytes(self) -> int:
         """Of all slots."""
-        methods = map(_method, self._layers.values())
-        return sum(stack.nbytes for method in methods for stack in (method.a, method.b, method.b_bias))
+        return sum(stack.nbytes for method in self._layers for stack in (method.a, method.b, method.b_bias))
 
     @property
     def has_head(self) -> bool:
         """Does any adapter have the language-model head?"""
-        return _method(self._model.lm_head).is_used
+        return bool(self._model.lm_head.method.is_used)
 
     # --- what is known -------------------------------------------------------------------------
 
@@ -77,7 +75,7 @@ class AdapterStore:
         if not parts:
             what = "adapters of experts are not supported" if ".experts" in module else "the model has no such layer"
             raise ValueError(f"adapter {name!r} is for {module}, and {what}")
-        layer = parts[0][0]
+        layer = self._layers[parts[0][0]]
         outputs, inputs = sum(layer.spec.sizes[part] for _, part in parts), layer.spec.in_features
         if isinstance(layer, Embedding):
             outputs, inputs = inputs, outputs
@@ -100,19 +98,41 @@ class AdapterStore:
         table = self._model.embed_tokens if layer is self._model.lm_head and layer.is_tied else layer
         if isinstance(table, Embedding):
             return table.equals(weight)
-        (held,), method = layer.spec.parts, _method(layer)
-        columns = torch.linspace(0, layer.spec.in_features - 1, _NUM_COMPARED, dtype=torch.int64)
-        device = method.a.device
-        x = F.one_hot(columns, layer.spec.in_features).to(device, layer.spec.dtype)
-        own = method.base.multiply(x, None).T[: weight[held.start : held.stop].shape[0]]
-        return torch.equal(own, weight[held.start : held.stop, columns].to(own))
+        (held,), inputs, method = layer.spec.parts, layer.spec.inputs, layer.method
+        assert isinstance(method, AdapterLinear)
+        columns = torch.linspace(0, len(inputs) - 1, _NUM_COMPARED, dtype=torch.int64)
+        x = F.one_hot(columns, len(inputs)).to(method.a)
+        theirs = weight[held.start : held.stop, inputs.start + columns]
+        own = method.base.multiply(x, None).T[: len(theirs)]
+        return torch.equal(own, theirs.to(own))
 
-    def _parts_of(self, module: str) -> list[tuple[LinearBase, int]]:
-        """The matrices that a module of the checkpoint is: one, or all of a layer that some checkpoints hold as one."""
-        if module in self._parts:
-            return [self._parts[module]]
-        layer = self._layers.get(module.removeprefix("model."))
-        return [] if layer is None else [(layer, part) for part in range(len(layer.spec.names))]
+    def _parts_of(self, module: str) -> list[tuple[AdapterLinear, int]]:
+        """The matrices that a module of the checkpoint is: one, or those of a layer that some checkpoints hold as one.
+
+        Names may lack the "model." in front, as those of a model without its head do.
+        """
+        return self._parts.get(module) or self._parts.get(f"model.{module}", [])
+
+    def _find_parts(self) -> dict[str, list[tuple[AdapterLinear, int]]]:
+        """By module, seen by filling a slot with zeros: only a model itself knows what its checkpoints call a layer."""
+        parts = {}
+        for name, spec in self._specs(0).items():
+            if name.endswith(".lora_B"):
+                self.step.filled.clear()
+                spec.fill(torch.zeros(spec.shape, device="cpu"))
+                parts[name.removesuffix(".lora_B")] = list(self.step.filled)
+        return parts
+
+    def _specs(self, slot: int) -> dict[str, WeightSpec]:
+        """The places of an adapter's tensors in a slot, by the names of their modules and "lora_B" or "lora_bias"."""
+        self.step.slot = slot
+        try:
+            specs = dict(self._model.weights())
+            if self._model.lm_head.is_tied:
+                specs.update(LinearBase.weights(self._model.lm_head))
+        finally:
+            self.step.slot = None
+        return specs
 
     # --- slots ---------------------------------------------------------------------------------
 
@@ -122,23 +142,17 @@ class AdapterStore:
             return
         self._slots[slot] = None  # until it is done
         modules = self._known[key].modules
-        for layer in self._layers.values():
-            _method(layer).clear(slot)
-        self.step.slot = slot
-        try:
-            specs = dict(self._model.weights())
-            if self._model.lm_head.is_tied:
-                specs.update(LinearBase.weights(self._model.lm_head))
-            for module, tensors in modules.items():
-                self._fill(slot, module, tensors, specs)
-        finally:
-            self.step.slot = None
+        for method in self._layers:
+            method.clear(slot)
+        specs = self._specs(slot)
+        for module, tensors in modules.items():
+            self._fill(slot, module if module in self._parts else f"model.{module}", tensors, specs)
         self._slots[slot] = key
 
-    def _fill(self, slot: int, module: str, tensors: ModuleWeights, specs: dict[str, Any]) -> None:
-        parts = self._parts_of(module)
-        layer = parts[0][0]
-        method = _method(layer)
+    def _fill(self, slot: int, module: str, tensors: ModuleWeights, specs: dict[str, WeightSpec]) -> None:
+        parts = self._parts[module]
+        method = parts[0][0]
+        layer = self._layers[method]
         self.generation += method.begin(slot)
         if tensors.a is not None and tensors.b is not None:
             for _, part in parts:
@@ -157,11 +171,6 @@ class AdapterStore:
                 method.b_bias[slot, rows] -= layer.bias[rows]  # the layer adds it
             if isinstance(layer, RowParallelLinear) and self._tp.rank:
                 method.b_bias[slot, rows] = 0  # the ranks' results are summed: rank 0 adds it
-
-
-def _method(layer: LinearBase) -> AdapterLinear:
-    assert isinstance(layer.method, AdapterLinear)
-    return layer.method
 
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:

@@ -26,7 +26,7 @@ def make_tensors(hf: Any, modules: str = EVERYTHING, rank: int = 4, seed: int = 
         return torch.randn(shape, generator=generator) * 0.3
 
     for name, module in hf.named_modules():
-        if not hasattr(module, "weight") or not re.fullmatch(modules, name.rpartition(".")[2]):
+        if not isinstance(module, nn.Linear | nn.Embedding) or not re.fullmatch(modules, name.rpartition(".")[2]):
             continue
         (outputs, inputs), path = module.weight.shape, f"base_model.model.{name}"
         if isinstance(module, nn.Embedding):
