@@ -21,6 +21,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 twin_test = [] if INTERPRETED else [pytest.mark.gpu]
 
 
+def in_each_dtype(cases: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Each case with each dtype behind it. In the interpreter, which is slow, only the first with more than float32."""
+    first, *others = cases
+    return [(*first, dtype) for dtype in DTYPES] + [
+        (*case, dtype) for case in others for dtype in (DTYPES[:1] if INTERPRETED else DTYPES)
+    ]
+
+
 def load_twin(operation: str) -> ModuleType:
     """Module `nanovllm.kernels.triton.<operation>`; the tests of whoever asks are skipped where Triton is missing."""
     pytest.importorskip("triton")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-import pytest
 import torch
 from torch import Tensor, multiprocessing
 
@@ -13,6 +12,7 @@ from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, twin_tes
 load_twin("all_reduce")
 pytestmark = twin_test
 
+CASES = [*((2, dtype) for dtype in DTYPES), (3, torch.float16)]  # ranks, dtype
 WORDS_BYTES, MAX_BYTES = 2**13, 2**17  # the latter for two ranks
 
 
@@ -37,24 +37,29 @@ def as_rank(rank: int, memories: Sequence[Tensor]) -> OneShotAllReduce:
     return OneShotAllReduce(rank, addresses, DEVICE, memories, WORDS_BYTES, MAX_BYTES)
 
 
-def run_process(rank: int, memories: list[Tensor], dtype: torch.dtype, connection: Connection) -> None:
+def run_process(rank: int, memories: list[list[Tensor]], connection: Connection) -> None:
     load_twin("all_reduce")
-    all_reduce = as_rank(rank, memories)
-    sums = [all_reduce(part(rank, call, shape, dtype)) for call, shape in enumerate(shapes(dtype))]
-    connection.send([total.float().numpy() for total in sums])
+    for (size, dtype), memory in zip(CASES, memories, strict=True):
+        if rank < size:
+            all_reduce = as_rank(rank, memory)
+            sums = [all_reduce(part(rank, call, shape, dtype)) for call, shape in enumerate(shapes(dtype))]
+            connection.send([total.float().numpy() for total in sums])
 
 
-def sums_of_processes(size: int, dtype: torch.dtype) -> list[list[Tensor]]:
+def sums_of_processes() -> list[list[list[Tensor]]]:
     context = multiprocessing.get_context("spawn")
-    memories = [memory.share_memory_() for memory in new_memories(size)]
+    memories = [[memory.share_memory_() for memory in new_memories(size)] for size, _ in CASES]
     results, processes = [], []
-    for rank in range(size):
+    for rank in range(max(size for size, _ in CASES)):
         receiver, sender = context.Pipe(duplex=False)
-        processes.append(context.Process(target=run_process, args=(rank, memories, dtype, sender), daemon=True))
+        processes.append(context.Process(target=run_process, args=(rank, memories, sender), daemon=True))
         results.append(receiver)
         processes[-1].start()
         sender.close()
-    sums = [[torch.from_numpy(array).to(dtype) for array in receiver.recv()] for receiver in results]
+    sums = [
+        [[torch.from_numpy(array).to(dtype) for array in receiver.recv()] for receiver in results[:size]]
+        for size, dtype in CASES
+    ]
     for process in processes:
         process.join()
     return sums
@@ -73,13 +78,13 @@ def sums_of_streams(size: int, dtype: torch.dtype) -> list[list[Tensor]]:
     return [[total.cpu() for total in own] for own in sums]
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(2, dtype) for dtype in DTYPES] + [(3, torch.float16)])
-def test_equals_reference(size: int, dtype: torch.dtype) -> None:
+def test_equals_reference() -> None:
     """To the bit, on every rank, in calls of different sizes that follow each other at once."""
-    got = (sums_of_processes if INTERPRETED else sums_of_streams)(size, dtype)
-    for call, shape in enumerate(shapes(dtype)):
-        want = all_reduce_reference([part(rank, call, shape, dtype) for rank in range(size)])
-        assert all(torch.equal(own[call], want) for own in got)
+    sums = sums_of_processes() if INTERPRETED else [sums_of_streams(size, dtype) for size, dtype in CASES]
+    for (size, dtype), got in zip(CASES, sums, strict=True):
+        for call, shape in enumerate(shapes(dtype)):
+            want = all_reduce_reference([part(rank, call, shape, dtype) for rank in range(size)])
+            assert len(got) == size and all(torch.equal(own[call], want) for own in got), (size, dtype, shape)
 
 
 def test_takes_what_it_can_do() -> None:

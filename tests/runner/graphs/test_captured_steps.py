@@ -149,7 +149,7 @@ def test_decodes_that_share_prefixes_give_the_tokens_they_have_alone(
     start, *ends = random_prompts([70, 60, 3, 9, 20])
     prompts = [start + end for end in ends]
     params = [
-        SamplingParams(n=(1, 3)[i == 0], temperature=0.8, seed=i, max_tokens=5, ignore_eos=True) for i in range(4)
+        SamplingParams(n=(1, 3)[i == 0], temperature=0.8, seed=i, max_tokens=4, ignore_eos=True) for i in range(4)
     ]
     options: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "compilation": "none", "skip_tokenizer_init": True, "block_size": 16,

@@ -11,7 +11,16 @@ from nanovllm.kernels.attention_types import HeadInputs, LayerCache
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case
-from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, relative_error, twin_test
+from tests.kernels.twins import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    TOLERANCE,
+    in_each_dtype,
+    load_twin,
+    relative_error,
+    twin_test,
+)
 
 twin = load_twin("attention.paged_attention")
 decode, prefill, tiles = (
@@ -80,14 +89,23 @@ def check(
     assert relative_error(got, want) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(4, 2, 128, 64), (9, 3, 64, 64), (4, 4, 80, 16), (7, 1, 96, 32), (2, 1, 256, 64), (20, 1, 32, 128), (4, 2, 8, 16)],
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype"),
+    in_each_dtype(
+        [
+            (4, 2, 128, 64),
+            (9, 3, 64, 64),
+            (4, 4, 80, 16),
+            (7, 1, 96, 32),
+            (2, 1, 256, 64),
+            (20, 1, 32, 128),
+            (4, 2, 8, 16),
+        ]
+    ),
 )
 def test_mixed_batches(
-    dtype: torch.dtype, window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+    window: int | None, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> None:
     rng = random.Random(head_dim)
     decodes = [1, block_size, block_size + 1, rng.randint(2, 300) * LENGTHS]
@@ -110,17 +128,17 @@ def test_soft_caps(dtype: torch.dtype, window: int | None, head_dim: int, softca
     check(case, window, dtype, softcap)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("window", "softcap", "has_norm", "has_rotation"),
     [(None, None, True, True), (2, None, False, True), (40, None, True, False), (None, 3.0, False, False)],
 )
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"), [(4, 2, 128, 64), (9, 3, 64, 16), (4, 4, 80, 16)]
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype"),
+    in_each_dtype([(4, 2, 128, 64), (9, 3, 64, 16), (4, 4, 80, 16)]),
 )
 def test_decodes_from_the_qkv_product(
-    dtype: torch.dtype, window: int | None, softcap: float | None, has_norm: bool, has_rotation: bool,
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
+    window: int | None, softcap: float | None, has_norm: bool, has_rotation: bool,
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Equals the two kernels apart: what comes out, and what is in the cache. The new tokens' cells hold NaN before."""
     lengths = [1, 64, 65, block_size + 1, 130 * LENGTHS, 0]
@@ -205,16 +223,15 @@ def test_plans_serve_many_layers() -> None:
     assert not plans.decode[None].semaphores.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40, 100])
-@pytest.mark.parametrize(("head_dim", "block_size", "layout"), [
+@pytest.mark.parametrize(("head_dim", "block_size", "layout", "dtype"), in_each_dtype([
     (64, 64, "heads outside"),
     (80, 32, "heads outside"),  # columns beyond the head
     (64, 64, "tokens outside"),  # not in one piece: pointers
     (64, 16, "heads outside"),
-])  # fmt: skip
+]))  # fmt: skip
 def test_tiles_loaded_whole(
-    dtype: torch.dtype, window: int | None, head_dim: int, block_size: int, layout: str
+    window: int | None, head_dim: int, block_size: int, layout: str, dtype: torch.dtype
 ) -> None:
     case = make_case(
         [1] * 4 + [70, 2, 40], [1, 64, 65, 200, 70, 130, 104],
