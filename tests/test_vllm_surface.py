@@ -154,9 +154,8 @@ def test_the_engine_as_wrappers_read_it(llm: LLM, folder: Path) -> None:
     assert model_config.hf_config.architectures == ["LlamaForCausalLM"]
     assert model_config.hf_text_config.vocab_size == model_config.get_vocab_size()
     assert llm.llm_engine.get_tokenizer() is llm.get_tokenizer()
-    assert repr(llm).startswith(
-        f"LLM({str(folder)!r}, device='cpu', dtype='float32', quantization=None, max_model_len=200, num_kv_cac"
-    )
+    said = "device='cpu', dtype='float32', quantization=None, kv_cache_dtype='auto', max_model_len=200"
+    assert repr(llm).startswith(f"LLM({str(folder)!r}, {said}, num_kv_cac")
 
 
 def test_an_output_says_whether_it_is_finished() -> None:

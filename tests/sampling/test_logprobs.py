@@ -40,9 +40,9 @@ def test_memory_on_the_way_is_bounded_whatever_is_asked(monkeypatch: pytest.Monk
     sizes = []
     of_chunk = logprobs._of_chunk
 
-    def watched(logits: torch.Tensor, own_ids: torch.Tensor, k: int) -> logprobs.TopLogprobs:
+    def watched(logits: torch.Tensor, own_ids: torch.Tensor, k: int, as_logits: bool) -> logprobs.TopLogprobs:
         sizes.append(logits.shape[0] * (logits.shape[1] + 8 * k))
-        return of_chunk(logits, own_ids, k)
+        return of_chunk(logits, own_ids, k, as_logits)
 
     monkeypatch.setattr(logprobs, "_of_chunk", watched)
     logits = torch.randn(60, 40_000)

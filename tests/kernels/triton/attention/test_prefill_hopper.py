@@ -94,9 +94,9 @@ def test_what_it_is_for(changes: dict[str, Any], is_taken: bool) -> None:
 
     of_case = {name: changes[name] for name in ("head_dim", "dtype", "block_size", "layout") if name in changes}
     case = long_prompts(**of_case)
-    scale = torch.ones(case.kv_cache.shape[1:4]) if changes.get("is_scaled") else None
+    scales = torch.ones(*case.kv_cache.shape[1:4], 2) if changes.get("is_scaled") else None
     shape = case.shape(0.1, changes.get("window"), changes.get("softcap"))
-    cache = LayerCache(case.kv_cache, scale, scale)
+    cache = LayerCache(case.kv_cache, scales)
     assert is_for_hopper(cache, shape, changes.get("mean_query_len", 4096)) is is_taken
 
 

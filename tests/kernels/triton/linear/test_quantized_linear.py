@@ -106,14 +106,14 @@ def test_a_last_group_that_is_shorter() -> None:
 @pytest.mark.parametrize("group_size", [None, 32, 100])
 @pytest.mark.parametrize("is_static", [False, True])
 def test_rounded_inputs(kind: str, group_size: int | None, is_static: bool) -> None:
-    """A number between two codes may go to either, and does in Triton's interpreter, which rounds FP8 down."""
+    """A number between two codes may go to either, and does in Triton's interpreter: FP8 goes down, by 1/8 at most."""
     x = randn(6, 250, dtype=torch.float16)
     x[2] = 0
     scale = torch.tensor([0.02], device=DEVICE) if is_static else None
     own_size = None if is_static else group_size
     got = twin.round_rows_triton(x, kind, own_size, scale)
     want = round_rows_reference(x, kind, own_size, scale)
-    assert relative_error(got, want.float()) < (0.1 if kind == "fp8" and INTERPRETED else 0.01)
+    assert relative_error(got, want.float()) < (0.125 if kind == "fp8" and INTERPRETED else 0.01)
     assert not got[2].any()
     if not is_static and group_size is None:
         codes, scales = twin.quantize_rows_triton(x, kind)
