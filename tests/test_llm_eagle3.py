@@ -170,8 +170,8 @@ def test_drafts_are_those_of_the_plain_head_and_tokens_those_without_it(
 def test_in_chunks_and_after_a_preemption_tokens_are_the_same(target: Path, tmp_path: Path) -> None:
     head = save_head(tmp_path / "head")
     expected = run(target)
-    assert run(target, head, max_num_batched_tokens=11, overlap_depth=2) == expected
-    assert run(target, head, num_gpu_blocks_override=11, max_model_len=80) == expected
+    small = {"max_num_batched_tokens": 11, "num_gpu_blocks_override": 11, "max_model_len": 80}
+    assert run(target, head, overlap_depth=2, **small) == expected
 
 
 def test_what_is_no_head_for_the_model_is_said_before_weights_are_read(target: Path, tmp_path: Path) -> None:

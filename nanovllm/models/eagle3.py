@@ -186,7 +186,8 @@ class Eagle3Head(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         normed, _ = self.norm(hidden)
-        self.own[: len(hidden)] = normed if self._norm_output else hidden
+        num_kept = min(len(hidden), len(self.own))  # more rows come only while kernels are compiled
+        self.own[:num_kept] = (normed if self._norm_output else hidden)[:num_kept]
         logits: Tensor = self.lm_head(normed)
         return logits
 
