@@ -66,7 +66,7 @@ class TieredCache(CacheManager):
         """Also of the host's memory: a step that was interrupted may not have filled it."""
         self.pool = TieredPool(self.pool.num_blocks, self._evict, self._is_below, self._forget)
         self._moves = BlockMoves()
-        self._is_looking = False  # into the store, for the request at the head of the queue
+        self.is_looking = False  # into the store, for the request at the head of the queue
         # Blocks to keep, with their hashes: of plans before the newest, and of the newest, whose step may fill them.
         self._found: list[tuple[int, bytes]] = []
         self._found_now: list[tuple[int, bytes]] = []
@@ -87,16 +87,16 @@ class TieredCache(CacheManager):
 
     def find_prefix(self, request: Request) -> BlockTables:
         prefix = super().find_prefix(request)
-        self._is_looking = False
+        self.is_looking = False
         if self._store is not None and request.capture is None:
             num_found, last = len(prefix[0]), (len(request.token_ids) - 1) // self.block_size
-            self._is_looking = self._store.look(request.block_hashes[num_found:last])
-            if not self._is_looking:
+            self.is_looking = self._store.look(request.block_hashes[num_found:last])
+            if not self.is_looking:
                 prefix = super().find_prefix(request)
         return prefix
 
     def has_room(self, request: Request, prefix: BlockTables) -> bool:
-        if self._is_looking:
+        if self.is_looking:
             return False  # who runs goes on meanwhile
         (table,) = prefix
         here = _here(table)

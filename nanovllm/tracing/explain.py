@@ -15,6 +15,8 @@ _FOR = {  # what a request waited for at the head of the queue -> what would hav
     "a row": "one of max_num_seqs places",
     "blocks": "free KV blocks (a larger KV cache or shorter contexts have more)",
     "budget": "room in a step (max_num_batched_tokens)",
+    "an adapter": "one of max_loras places for its adapter",
+    "its prefix": "files of prefix_store, which were still being checked",
     "its last token": "its newest token, which was still on the device",
 }
 

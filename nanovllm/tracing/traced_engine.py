@@ -22,6 +22,7 @@ from nanovllm.tracing.device_clock import DeviceClock, PlaceStep
 from nanovllm.tracing.recorder import Recorder, Step
 
 NO_ROW, NO_BLOCKS, NO_BUDGET, UNREAD_TOKEN = "a row", "blocks", "budget", "its last token"
+NO_ADAPTER, NO_PREFIX = "an adapter", "its prefix"
 
 
 class TracedScheduler(Scheduler):
@@ -75,7 +76,9 @@ class TracedScheduler(Scheduler):
             return NO_BUDGET
         if request.num_pending_tokens:
             return UNREAD_TOKEN
-        return NO_BUDGET if self.cache.has_room(request, self.cache.find_prefix(request)) else NO_BLOCKS
+        if not self.cache.has_room(request, self.cache.find_prefix(request)):
+            return NO_PREFIX if getattr(self.cache, "is_looking", False) else NO_BLOCKS
+        return NO_BUDGET if self._admits(request, self.running) else NO_ADAPTER
 
     def _preempt(self, request: Request) -> None:
         self._why = NO_BLOCKS

@@ -21,7 +21,7 @@ from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.tracing.device_clock import HostClock
 from nanovllm.tracing.explain import explain
 from nanovllm.tracing.page import write_page
-from nanovllm.tracing.recorder import DEVICE, ENGINE, ROWS, Recorder
+from nanovllm.tracing.recorder import DEVICE, ENGINE, QUEUE, ROWS, Recorder
 from nanovllm.tracing.trace_file import TraceFile, read_events
 from nanovllm.tracing.traced_engine import TracedEngine, TracedScheduler
 from tests.engine.fake_device import FakeDevice, check_output, make_request, run
@@ -30,13 +30,20 @@ from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_token
 
 
 def make_traced(
-    path: Path, *, num_blocks: int = 64, max_num_seqs: int = 3, budget: int = 16, overlap_depth: int = 1
+    path: Path,
+    *,
+    num_blocks: int = 64,
+    max_num_seqs: int = 3,
+    budget: int = 16,
+    overlap_depth: int = 1,
+    **options: Any,
 ) -> tuple[TracedEngine, FakeDevice]:
     scheduler = TracedScheduler(
         CacheManager(num_blocks, 4, True),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         recorder=Recorder(path),
+        **options,
     )
     device = FakeDevice(num_blocks, 4, max_num_seqs, [PagedKV()], 256)
     return TracedEngine(scheduler, device, OutputProcessor(None), overlap_depth, HostClock(overlap_depth == 1)), device
@@ -116,6 +123,25 @@ def test_one_request_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing of a request 'fourth'"):
         explain([path], "fourth")
     engine.close()
+
+
+def test_what_the_head_of_the_queue_waits_for(tmp_path: Path) -> None:
+    """Each of the planner's own reasons, when it alone is in the way."""
+    cases: dict[str, dict[str, Any]] = {
+        "a row": {"max_num_seqs": 1},
+        "blocks": {"num_blocks": 4},
+        "budget": {"budget": 9},
+        "an adapter": {"admits": lambda request, running: not running},
+    }
+    for reason, options in cases.items():
+        path = tmp_path / f"{reason}.json"
+        engine, _ = make_traced(path, **options)
+        for i, name in enumerate(("first", "second")):
+            engine.add_request(make_request(range(10 * i, 10 * i + 9), 4, name=name))
+        run(engine)
+        engine.close()
+        heads = slices(path, ENGINE, QUEUE)
+        assert [(one["name"], one["args"]["request"]) for one in heads] == [(reason, "second")], reason
 
 
 def test_ids_are_data(tmp_path: Path) -> None:
