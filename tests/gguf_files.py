@@ -155,6 +155,7 @@ _ARCHITECTURE_OF_HF = {
     "ApertusForCausalLM": "apertus",
     "Ministral3ForCausalLM": "mistral3",
     "GraniteMoeHybridForCausalLM": "granite",
+    "Lfm2ForCausalLM": "lfm2",
 }
 _PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3")
 _ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -178,9 +179,11 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
         for module, num_heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
             if architecture in _PERMUTED and f".{module}." in name:
                 tensor = permute(tensor, hf[num_heads])
+        if name.endswith("shortconv.conv.weight"):
+            tensor = tensor[:, 0]
         if architecture in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if quantize is not None and tensor.ndim > 1 and not re.search("ffn_gate_inp|exp_probs_b", name):
+        if quantize is not None and tensor.ndim > 1 and not re.search("ffn_gate_inp|exp_probs_b|shortconv.conv", name):
             blocks, kind = quantize(name, tensor)
             writer.add_tensor(name, blocks, raw_dtype=kind)
         else:
@@ -285,11 +288,15 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_tensor(f"blk.{hf['num_hidden_layers']}.nextn.enorm.weight", np.ones(8, np.float32))
     writer.add_feed_forward_length(hf["intermediate_size"])
     writer.add_head_count(hf["num_attention_heads"])
-    writer.add_head_count_kv(hf["num_key_value_heads"])
+    kv_heads = hf["num_key_value_heads"]
+    if hf["model_type"] == "lfm2":
+        writer.add_shortconv_l_cache(hf["conv_L_cache"])
+        kv_heads = [0 if layer_type == "conv" else kv_heads for layer_type in hf["layer_types"]]
+    writer.add_head_count_kv(kv_heads)
     if (layer_norm_eps := hf.get("layer_norm_eps") or hf.get("norm_epsilon")) is not None:
         writer.add_layer_norm_eps(layer_norm_eps)
     else:
-        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+        writer.add_layer_norm_rms_eps(hf.get("rms_norm_eps") or hf["norm_eps"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     alpha = rope.get("alpha") or 1.0

@@ -40,9 +40,10 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output_norm.bias": "model.norm.bias",
     "output.weight": "lm_head.weight",
+    "token_embd_norm.weight": "model.embedding_norm.weight",  # LFM2's last norm, in spite of the name
 }
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([\w.]+)\.(weight|bias)")
 _NOT_PARAMETERS = (ROPE_FREQS, *ROPE_FACTORS)
 
 
@@ -130,8 +131,11 @@ class GGUFCheckpoint:
 
     def _in_shape(self, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
         layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
-        is_row = layer_tensor is not None and layer_tensor[2] in self._architecture.rows
-        return tensor.reshape(1, -1) if is_row else tensor
+        if layer_tensor is not None and layer_tensor[2] in self._architecture.rows:
+            return tensor.reshape(1, -1)
+        if layer_tensor is not None and layer_tensor[2] in self._architecture.convolutions:
+            return tensor.unsqueeze(1)
+        return tensor
 
     def _packed_matrices(self) -> dict[str, PackedKind]:
         """By the layer's name, those that stay as they are."""

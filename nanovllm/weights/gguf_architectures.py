@@ -148,7 +148,7 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "intermediate_size": metadata.integer("feed_forward_length"),
         "num_hidden_layers": metadata.integer("block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
+        "num_key_value_heads": _num_kv_heads(metadata, row, num_heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": metadata.integer("context_length"),
@@ -159,6 +159,16 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+
+
+def _num_kv_heads(metadata: GGUFMetadata, row: GGUFArchitecture, num_heads: int) -> int:
+    by_layer = metadata.by_layer("attention.head_count_kv")
+    if not row.has_states or not isinstance(by_layer, list):
+        return metadata.integer("attention.head_count_kv", num_heads)
+    counts = {count for count in by_layer if count}
+    if len(counts) != 1:
+        raise NotImplementedError(f"{metadata.file.path}: attention.head_count_kv {by_layer} differs between layers")
+    return int(counts.pop())
 
 
 def _epsilon(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:

@@ -112,6 +112,28 @@ def _mistral3(metadata: GGUFMetadata, common: Fields) -> Fields:
     }
 
 
+def _lfm2(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """Layers without key/value heads have a convolution; the width of the MLP is that of its tensors."""
+    kv_heads = metadata.by_layer("attention.head_count_kv")
+    if not isinstance(kv_heads, list) or len(kv_heads) != common["num_hidden_layers"]:
+        raise ValueError(f"{metadata.file.path}: attention.head_count_kv must have a number for each layer")
+    return {
+        **_NO_BIAS_FIELDS,
+        "hidden_act": None,
+        "rms_norm_eps": None,
+        "norm_eps": common["rms_norm_eps"],
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": metadata.integer("shortconv.l_cache"),
+        "layer_types": ["full_attention" if count else "conv" for count in kv_heads],
+    }
+
+
+_LFM2_NAMES = {
+    **{"attn_norm": "operator_norm", "ffn_norm": "ffn_norm", "attn_output": "self_attn.out_proj"},
+    **{"attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm"},
+    **{"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"},
+    **{"shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj", "shortconv.out_proj": "conv.out_proj"},
+}
 _GLM4_NAMES = {
     "post_attention_norm": "post_self_attn_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
@@ -119,6 +141,14 @@ _GLM4_NAMES = {
 }
 
 DENSE: Mapping[str, GGUFArchitecture] = {
+    "lfm2": GGUFArchitecture(
+        hf_class="Lfm2ForCausalLM",
+        model_type="lfm2",
+        names=_LFM2_NAMES,
+        fields=_lfm2,
+        convolutions=("shortconv.conv",),
+        has_states=True,
+    ),
     "gemma": GGUFArchitecture(
         hf_class="GemmaForCausalLM",
         model_type="gemma",

@@ -35,6 +35,8 @@ class GGUFArchitecture:
     fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
     rows: tensors of a layer that are a matrix of one row in Hugging Face's checkpoints, and here may be a vector.
+    convolutions: those that have a dimension of 1 in their midst there. has_states: layers without key/value heads keep
+    states.
     layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
     number that the file has in its metadata, one a layer: what follows a layer's name, by key.
     """
@@ -47,6 +49,8 @@ class GGUFArchitecture:
     norm_offset: float = 0.0
     has_partial_rotary: bool = False
     rows: tuple[str, ...] = ()
+    convolutions: tuple[str, ...] = ()
+    has_states: bool = False
     layer_norm_eps: str | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)
 

@@ -41,6 +41,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}, "attention_bias": True},
     ),
     "qwen2": ("Qwen2ForCausalLM", {}),
+    "lfm2": (
+        "Lfm2ForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
     "qwen3moe": (
         "Qwen3MoeForCausalLM",
         {

@@ -106,6 +106,7 @@ def _causal_conv_kernel(
             new = conv_input(
                 x_ptr, (start + source).to(tl.int64), channel, x_stride, is_channel & (source >= 0), CHANNELS, GATED
             )
+            tl.debug_barrier()  # several threads may have the same channel
             tl.store(own_state + j * CHANNELS + channel, old + new, mask=is_channel)
 
 

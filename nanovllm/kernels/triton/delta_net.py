@@ -25,7 +25,7 @@ from nanovllm.kernels.triton.delta_chunks import delta_chunks_triton
 def convolved(x_ptr, weight_ptr, state_ptr, had_tokens, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     """SiLU of the convolution of some channels of one token, and the state moved on by it.
 
-    Each channel is one thread's, which has read all of its old inputs before it writes.
+    Several threads may have the same channel, so all of them have read an input before one writes in its place.
     """
     newest = tl.load(x_ptr + channel, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + (WIDTH - 1) * CHANNELS + channel, mask=mask, other=0.0)
@@ -34,6 +34,7 @@ def convolved(x_ptr, weight_ptr, state_ptr, had_tokens, channel, mask, CHANNELS:
         at = state_ptr + j * CHANNELS + channel
         older = tl.load(at, mask=mask & had_tokens, other=0.0)
         y += older * tl.load(weight_ptr + j * CHANNELS + channel, mask=mask, other=0.0).to(tl.float32)
+        tl.debug_barrier()
         if j > 0:
             tl.store(at - CHANNELS, older, mask=mask)
     tl.store(state_ptr + (WIDTH - 2) * CHANNELS + channel, newest.to(tl.float32), mask=mask)
