@@ -433,6 +433,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "short_conv": lambda: convolve([1, 40], is_gated=True, has_bias=True),
     "conv_silu": lambda: convolve([1, 40], is_gated=False, has_bias=False),
     "delta_net of decodes": lambda: run_delta_net([1, 1], is_exact=False),
+    "delta_net of many decodes": lambda: run_delta_net([1] * 9, is_exact=False),
     "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),
     "moe in int4, a token": lambda: mix_quantized_experts(1, "int4", 2, True),
     "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),

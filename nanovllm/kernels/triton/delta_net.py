@@ -20,6 +20,8 @@ from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 from nanovllm.kernels.triton.delta_chunks import delta_chunks_triton
 
+FEW = 4  # requests
+
 
 @triton.jit
 def convolved(x_ptr, weight_ptr, state_ptr, had_tokens, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
@@ -76,6 +78,7 @@ def _delta_steps_kernel(
     L2_EPS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -98,7 +101,7 @@ def _delta_steps_kernel(
     had_tokens = tl.load(seq_lens_ptr + request) > end - start
     key, value = tl.arange(0, BLOCK_KEYS), tl.arange(0, BLOCK_VALUES)
     is_key, is_value = key < KEYS, value < VALUES
-    is_cell = is_key[:, None] & is_value[None, :]
+    dtype = out_ptr.dtype.element_ty
     conv = conv_ptr + row * conv_stride
     for index in range(start, end):
         token = tl.zeros((), tl.int64) + index
@@ -114,31 +117,40 @@ def _delta_steps_kernel(
             copy_conv(conv, conv_ptr + snapshot * conv_stride, k_channel, is_key, CHANNELS, WIDTH)
         for i in range(SHARED_BY):
             head = key_head * SHARED_BY + i
-            v_channel = 2 * KEY_HEADS * KEYS + head * VALUES + value
-            v = convolved(x, conv_weight_ptr, conv, had_tokens, v_channel, is_value, CHANNELS, WIDTH)
-            if snapshot >= 0:
-                copy_conv(conv, conv_ptr + snapshot * conv_stride, v_channel, is_value, CHANNELS, WIDTH)
             gates = ba_ptr + token * ba_stride + head
             b = tl.load(gates).to(tl.float32)
             a = tl.load(gates + HEADS).to(tl.float32) + tl.load(dt_bias_ptr + head)
             softplus = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
             alpha = tl.exp(-tl.load(decay_ptr + head) * softplus)
             beta = 1.0 / (1.0 + tl.exp(-b))
-            cell = (head * KEYS + key[:, None]) * VALUES + value[None, :]
-            at = matrices_ptr + row * matrix_stride + cell
-            matrix = alpha * tl.load(at, mask=is_cell & had_tokens, other=0.0)
-            change = beta * (v - tl.sum(k[:, None] * matrix, 0))
-            matrix += k[:, None] * change[None, :]
-            tl.store(at, matrix, mask=is_cell)
-            if snapshot >= 0:
-                tl.store(matrices_ptr + snapshot * matrix_stride + cell, matrix, mask=is_cell)
-            dtype = out_ptr.dtype.element_ty
-            found = tl.sum(q[:, None] * matrix, 0).to(dtype).to(tl.float32)
-            normed = (found * tl.rsqrt(tl.sum(found * found, 0) / VALUES + eps)).to(dtype).to(tl.float32)
+            squares = 0.0
+            for first in range(0, VALUES, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                is_column = column < VALUES
+                v_channel = 2 * KEY_HEADS * KEYS + head * VALUES + column
+                v = convolved(x, conv_weight_ptr, conv, had_tokens, v_channel, is_column, CHANNELS, WIDTH)
+                is_cell = is_key[:, None] & is_column[None, :]
+                cell = (head * KEYS + key[:, None]) * VALUES + column[None, :]
+                at = matrices_ptr + row * matrix_stride + cell
+                matrix = alpha * tl.load(at, mask=is_cell & had_tokens, other=0.0)
+                change = beta * (v - tl.sum(k[:, None] * matrix, 0))
+                matrix += k[:, None] * change[None, :]
+                tl.store(at, matrix, mask=is_cell)
+                if snapshot >= 0:
+                    copy_conv(conv, conv_ptr + snapshot * conv_stride, v_channel, is_column, CHANNELS, WIDTH)
+                    tl.store(matrices_ptr + snapshot * matrix_stride + cell, matrix, mask=is_cell)
+                found = tl.sum(q[:, None] * matrix, 0).to(dtype)
+                squares += tl.sum(found.to(tl.float32) * found.to(tl.float32), 0)
+                tl.store(out_ptr + (token * HEADS + head) * VALUES + column, found, mask=is_column)
+            tl.debug_barrier()
+            result = out_ptr + (token * HEADS + head) * VALUES + value
+            found = tl.load(result, mask=is_value, other=0.0).to(tl.float32)
+            normed = (found * tl.rsqrt(squares / VALUES + eps)).to(dtype).to(tl.float32)
             normed = (normed * tl.load(norm_ptr + value, mask=is_value, other=0.0).to(tl.float32)).to(dtype)
             z = tl.load(x + CHANNELS + head * VALUES + value, mask=is_value, other=0.0).to(tl.float32)
             y = normed.to(tl.float32) * (z / (1.0 + tl.exp(-z)))
-            tl.store(out_ptr + (token * HEADS + head) * VALUES + value, y.to(dtype), mask=is_value)
+            tl.debug_barrier()
+            tl.store(result, y.to(dtype), mask=is_value)
         had_tokens = had_tokens | (token >= start)
         tl.debug_barrier()  # what this token wrote, other threads may read for the next one
 
@@ -174,6 +186,8 @@ def _delta_steps(
     qkvz: Tensor, ba: Tensor, net: DeltaNet, state: LayerState, step: StepStates, num_reqs: int, out: Tensor
 ) -> None:
     block_values = next_power_of_2(net.value_dim)
+    # Few requests: the whole of a matrix at once. Many: less of it, so that a multiprocessor has several programs.
+    columns = block_values if num_reqs <= FEW else min(block_values, 32)
     launch(
         _delta_steps_kernel, (num_reqs, net.num_key_heads), qkvz.device,
         qkvz, ba, net.conv_weight, net.decay, net.dt_bias, net.norm_weight, state.conv, state.matrices,
@@ -181,5 +195,5 @@ def _delta_steps(
         qkvz.stride(0), ba.stride(0), state.conv.stride(0), state.matrices.stride(0), net.eps,
         KEY_HEADS=net.num_key_heads, HEADS=net.num_value_heads, KEYS=net.key_dim, VALUES=net.value_dim,
         WIDTH=net.conv_weight.shape[0], L2_EPS=L2_EPS, BLOCK_KEYS=next_power_of_2(net.key_dim),
-        BLOCK_VALUES=block_values, num_warps=8 if block_values >= 64 else 2,
+        BLOCK_VALUES=block_values, COLUMNS=columns, num_warps=8 if columns >= 64 else 4,
     )  # fmt: skip

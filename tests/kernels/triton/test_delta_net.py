@@ -13,7 +13,7 @@ twin = load_twin("delta_net")
 pytestmark = twin_test
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 SIZES = [(1, 2, 20, 40)] if INTERPRETED else [(2, 4, 8, 12), (4, 8, 128, 128), (2, 2, 64, 80)]
-LENS = [([1, 1, 1], [0, 3, 50]), ([1, 2, 70, 64], [9, 1, 40, 0])]
+LENS = [([1] * 6, [0, 3, 50, 64, 127, 1]), ([1, 2, 70, 64], [9, 1, 40, 0])]
 
 
 @pytest.mark.parametrize("is_exact", [False, True])
