@@ -243,9 +243,15 @@ class VLLMSurface(LiveWeights, AdaptedLLM):
         config = self.config
         return (
             f"LLM({config.model!r}, device={config.device!r}, dtype={config.dtype!r}, "
-            f"quantization={config.quantization!r}, kv_cache_dtype={config.kv_cache_dtype!r}, "
+            f"quantization={self.quantization!r}, kv_cache_dtype={config.kv_cache_dtype!r}, "
             f"max_model_len={config.max_model_len}, num_kv_cache_tokens={self.num_kv_cache_tokens})"
         )
+
+    @property
+    def quantization(self) -> str | None:
+        """How weights are kept: as the option says, or by the checkpoint's own method; None if they are dense."""
+        stored = self.model_config.quantization
+        return self.config.quantization or (None if stored is None else stored.get("quant_method"))
 
     @property
     def _is_closed(self) -> bool:

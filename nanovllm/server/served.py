@@ -142,10 +142,12 @@ def _cache_config(engine: AsyncLLM) -> dict[str, str]:
     config = engine.llm.config
     return {
         "block_size": str(config.block_size),
+        "cache_dtype": config.kv_cache_dtype,
         "enable_prefix_caching": str(config.enable_prefix_caching),
         "gpu_memory_utilization": str(config.gpu_memory_utilization),
         "max_model_len": str(config.max_model_len),
         "max_num_seqs": str(config.max_num_seqs),
+        "quantization": str(engine.llm.quantization),
     }
 
 

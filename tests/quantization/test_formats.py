@@ -99,6 +99,8 @@ def test_ranks_hold_their_parts(name: str, rank: int) -> None:
 
 def logprobs(folder: Path, **options: Any) -> list[list[float]]:
     with LLM(str(folder), device="cpu", dtype="float32", skip_tokenizer_init=True, **options) as llm:
+        assert f"quantization={llm.quantization!r}" in repr(llm)
+        assert (llm.quantization is None) == (llm.config.quantization is None and llm.model_config.quantization is None)
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1, prompt_logprobs=0)
         outputs = llm.generate([[1, 2, 3, 4, 5, 6, 7], [9, 8]], params, use_tqdm=False)
     given = []

@@ -122,6 +122,7 @@ def test_experts(tmp_path: Path, load_format: str) -> None:
     params, given = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0, ignore_eos=True), []
     for quantization in (None, "int8"):
         with LLM(str(folder), quantization=quantization, **options) as llm:
+            assert llm.quantization == quantization
             (output,) = llm.generate([[1, 2, 3, 4, 5, 6, 7]], params, use_tqdm=False)
             kinds = llm.apply_model(lambda model: {p.dtype for p in model.layers[0].mlp.router.parameters()})
         assert kinds == [{torch.float32}]
