@@ -12,15 +12,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanovllm import LLM, SamplingParams
-from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
+from tests.heads import (
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYER,
+    SIZE,
+    PlainTarget,
+    check_drafts,
+    check_small,
+    norm,
+    rotated,
+    run,
+    save_target,
+)
 from tests.runner.fake_graphs import fake_graphs
-from tests.test_llm_outputs import check_nothing_is_left
-from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random
+from tests.tiny_models import VOCAB_WITH_TOKENIZER
 
-HIDDEN, INNER, HEADS, KV_HEADS, SIZE, VOCAB = 32, 48, 4, 2, 8, 100
-PROMPTS = random_prompts([5, 23, 1, 40], vocab_size=256)
-PARAMS = [SamplingParams(temperature=[0.0, 1.0][i % 2], seed=i, max_tokens=14, ignore_eos=True) for i in range(4)]
+VOCAB = 100
 
 
 def save_head(folder: Path, kind: str = "llama", **config: Any) -> Path:
@@ -47,12 +57,7 @@ def save_head(folder: Path, kind: str = "llama", **config: Any) -> Path:
     tensors["d2t"] = ids - torch.arange(VOCAB)
     tensors["t2d"] = torch.isin(torch.arange(VOCAB_WITH_TOKENIZER), ids)
     save_file(tensors, folder / "model.safetensors")
-    layer = {
-        **{"model_type": kind, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS},
-        **{"num_key_value_heads": KV_HEADS, "head_dim": SIZE, "num_hidden_layers": 1, "rms_norm_eps": 1e-6},
-        **{"vocab_size": VOCAB_WITH_TOKENIZER, "max_position_embeddings": 256, "rope_theta": 10000.0},
-        **{"hidden_act": "silu", "attention_bias": False},
-    }
+    layer = {**LAYER, "model_type": kind, "num_hidden_layers": 1}
     given = {
         **{"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": VOCAB},
         **{"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "transformer_layer_config": layer},
@@ -61,39 +66,19 @@ def save_head(folder: Path, kind: str = "llama", **config: Any) -> Path:
     return folder
 
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
-
-
-def rotated(x: Tensor) -> Tensor:
-    """x [n, heads, SIZE], of positions from 0 on."""
-    angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(0, SIZE, 2) / SIZE)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 class PlainHead:
     def __init__(self, target: Path, head: Path) -> None:
-        import transformers
-
-        self.target = transformers.AutoModelForCausalLM.from_pretrained(target).float().eval()
+        self.target = PlainTarget(target)
         self.config = json.loads((head / "config.json").read_text())
         self.weights = {name.removesuffix(".weight"): w for name, w in load_file(head / "model.safetensors").items()}
 
     @torch.no_grad()
     def draft(self, token_ids: list[int], num_tokens: int) -> list[int]:
         """Computed anew from the first token on; the states of the target end before the last token."""
-        last: list[Tensor] = []
-        hook = self.target.model.layers[-1].register_forward_hook(
-            lambda module, given, out: last.append(out if torch.is_tensor(out) else out[0])
-        )
-        states = self.target(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
-        hook.remove()
-        own = (torch.cat((states[0], states[1], last[0]), -1) @ self.weights["fc"].T)[0, :-1]
+        own = torch.cat(self.target.states(token_ids), -1) @ self.weights["fc"].T
         following, draft = token_ids[1:], []
         for _ in range(num_tokens):
-            hidden = self._layer(self.target.model.embed_tokens(torch.tensor(following)), own)[-1]
+            hidden = self._layer(self.target.embed(following), own)[-1]
             token_id = int((norm(hidden, self.weights["norm"]) @ self.weights["lm_head"].T).argmax())
             draft.append(token_id + int(self.weights["d2t"][token_id]))
             following = [*following, draft[-1]]
@@ -122,22 +107,7 @@ class PlainHead:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("target")
-    return save_random(folder, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, head_dim=SIZE)
-
-
-def run(target: Path, head: Path | None = None, **options: Any) -> list[list[int]]:
-    """Twice, the second time with prompts from the prefix cache."""
-    if head is not None:
-        fields = {"method": "eagle3", "model": str(head), "num_speculative_tokens": 3, "adaptive": False}
-        options["speculative_config"] = fields
-    defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 8, "skip_tokenizer_init": True}
-    with LLM(str(target), **{**defaults, **options}) as llm:
-        for _ in range(2):
-            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
-        assert head is None or llm.get_metrics()["spec_decode_num_drafts"] > 20
-        check_nothing_is_left(llm)
-    return [output.outputs[0].token_ids for output in outputs]
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 HOW = [("llama", {}, False), ("qwen3", {"norm_before_residual": True}, True)]
@@ -151,39 +121,19 @@ def test_drafts_are_those_of_the_plain_head_and_tokens_those_without_it(
     expected = run(target)
     if captured:
         fake_graphs(monkeypatch)
-    seen: list[tuple[list[int], list[int]]] = []
-    make_drafts = DraftModelScheduler._make_drafts
-
-    def noted(scheduler: DraftModelScheduler) -> Any:
-        drafts = make_drafts(scheduler)
-        seen.extend((list(request.token_ids), list(draft)) for request, draft in drafts.items())
-        return drafts
-
-    monkeypatch.setattr(DraftModelScheduler, "_make_drafts", noted)
-    assert run(target, head) == expected
-    plain = PlainHead(target, head)
-    assert len(seen) > 60
-    for token_ids, draft in seen[::4]:
-        assert draft == plain.draft(token_ids, len(draft))
+    check_drafts(target, ("eagle3", head), expected, PlainHead(target, head).draft, monkeypatch)
 
 
 def test_in_chunks_and_after_a_preemption_tokens_are_the_same(target: Path, tmp_path: Path) -> None:
-    head = save_head(tmp_path / "head")
-    expected = run(target)
-    small = {"max_num_batched_tokens": 11, "num_gpu_blocks_override": 11, "max_model_len": 80}
-    assert run(target, head, overlap_depth=2, **small) == expected
+    check_small(target, ("eagle3", save_head(tmp_path / "head")))
 
 
 def test_what_is_no_head_for_the_model_is_said_before_weights_are_read(target: Path, tmp_path: Path) -> None:
     wrong = [
         ({"speculators_model_type": "dspark"}, ValueError, "is no EAGLE-3 head .* is 'dspark'"),
         ({"fc_norm": True}, NotImplementedError, "fc_norm is not supported"),
-        (
-            {"eagle_aux_hidden_state_layer_ids": [0, 1, 9]},
-            ValueError,
-            r"before layers \[0, 1, 9\], and the model has 2",
-        ),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1, 9]}, ValueError, r"layers \[0, 1, 9\], and the model has 2"),
     ]
     for number, (config, error, message) in enumerate(wrong):
         with pytest.raises(error, match=message):
-            run(target, save_head(tmp_path / str(number), **config))
+            run(target, ("eagle3", save_head(tmp_path / str(number), **config)))

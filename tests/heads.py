@@ -1,0 +1,104 @@
+"""What the tests of heads (EAGLE-3, DFlash) share: a tiny target, runs with a head, and drafts beside a plain form."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
+from tests.test_llm_outputs import check_nothing_is_left
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random
+
+HIDDEN, INNER, HEADS, KV_HEADS, SIZE = 32, 48, 4, 2, 8
+PROMPTS = random_prompts([5, 23, 1, 40], vocab_size=256)
+PARAMS = [SamplingParams(temperature=[0.0, 1.0][i % 2], seed=i, max_tokens=14, ignore_eos=True) for i in range(4)]
+LAYER = {
+    **{"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS, "head_dim": SIZE},
+    **{"num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-6, "vocab_size": VOCAB_WITH_TOKENIZER},
+    **{"max_position_embeddings": 256, "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False},
+}
+
+
+def save_target(folder: Path) -> Path:
+    return save_random(folder, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, head_dim=SIZE)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+
+def rotated(x: Tensor) -> Tensor:
+    """x [n, heads, SIZE], of positions from 0 on."""
+    angles = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(0, SIZE, 2) / SIZE)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class PlainTarget:
+    """The target as transformers has it."""
+
+    def __init__(self, folder: Path) -> None:
+        import transformers
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+
+    def embed(self, token_ids: list[int]) -> Tensor:
+        return self.model.model.embed_tokens(torch.tensor(token_ids))
+
+    def states(self, token_ids: list[int]) -> list[Tensor]:
+        """Of all tokens but the last [n - 1, HIDDEN]: before each layer, and behind the last one, before the norm."""
+        last: list[Tensor] = []
+        hook = self.model.model.layers[-1].register_forward_hook(
+            lambda module, given, out: last.append(out if torch.is_tensor(out) else out[0])
+        )
+        found = self.model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+        hook.remove()
+        return [states[0, :-1] for states in (*found[:-1], last[0])]
+
+
+def run(target: Path, head: tuple[str, Path] | None = None, num_tokens: int = 4, **options: Any) -> list[list[int]]:
+    """Twice, the second time with prompts from the prefix cache. head: its method, and where it is."""
+    if head is not None:
+        fields = {"method": head[0], "model": str(head[1]), "num_speculative_tokens": num_tokens, "adaptive": False}
+        options["speculative_config"] = fields
+    defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    with LLM(str(target), **{**defaults, **options}) as llm:
+        for _ in range(2):
+            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert head is None or llm.get_metrics()["spec_decode_num_drafts"] > 20
+        check_nothing_is_left(llm)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def check_drafts(
+    target: Path,
+    head: tuple[str, Path],
+    expected: list[list[int]],
+    draft: Callable[[list[int], int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens are those expected, and drafts those of the plain form `draft`: (tokens so far, how many) -> tokens."""
+    seen: list[tuple[list[int], list[int]]] = []
+    make_drafts = DraftModelScheduler._make_drafts
+
+    def noted(scheduler: DraftModelScheduler) -> Any:
+        drafts = make_drafts(scheduler)
+        seen.extend((list(request.token_ids), list(draft)) for request, draft in drafts.items())
+        return drafts
+
+    monkeypatch.setattr(DraftModelScheduler, "_make_drafts", noted)
+    assert run(target, head) == expected
+    assert len(seen) > 60
+    for token_ids, drafted in seen[::4]:
+        assert drafted == draft(token_ids, len(drafted))
+
+
+def check_small(target: Path, head: tuple[str, Path]) -> None:
+    """In chunks, with overlap and preemption the tokens are the same."""
+    small = {"max_num_batched_tokens": 11, "num_gpu_blocks_override": 11, "max_model_len": 80}
+    assert run(target, head, overlap_depth=2, **small) == run(target)
