@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from nanovllm.cache_specs import PagedKV
 from nanovllm.cli.main import main
 from nanovllm.engine.cache_manager import CacheManager
 from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.request import End
+from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
 from nanovllm.tracing.device_clock import HostClock
 from nanovllm.tracing.explain import explain
 from nanovllm.tracing.page import write_page
@@ -204,6 +207,34 @@ def test_a_full_disk_ends_the_trace_and_not_the_engine(tmp_path: Path) -> None:
             run(engine)
     check_output(request)
     engine.close()
+
+
+def test_ten_minutes_of_steps_of_a_millisecond_have_room_in_20_megabytes(tmp_path: Path) -> None:
+    """A thirtieth of them, with times as they vary, and a request of 200 tokens after the other."""
+    rng, now, path = random.Random(0), [0.0], tmp_path / "run.json.gz"
+    recorder = Recorder(path, clock=lambda: now[0])
+    num_steps = 20_000
+    plan = SchedulerOutput(new_rows=[], new_blocks=[], num_decodes=1, rows=[0], token_ids=[-1])
+    plan.num_computed_tokens, plan.num_scheduled_tokens = [99], [1]
+    for number in range(num_steps):
+        start = now[0]
+        if number % 200 == 0:
+            request = make_request(range(50), 200, name=f"request-{number}")
+            recorder.waits(request)
+            new = NewRow(
+                row=0, num_computed_tokens=0, num_prompt_tokens=50, block_ids=[], params=request.params, seed=0,
+                stop_token_ids=(),
+            )  # fmt: skip
+            entering = replace(plan, new_rows=[new])
+        step = recorder.planned(entering if number % 200 == 0 else plan, [request], number % 200 > 1)
+        parts = [rng.gauss(mean, mean / 20) for mean in (3e-5, 1e-4, 8e-4, 7e-5)]
+        now[0] += sum(parts)
+        recorder.done(step, start + parts[0], start + sum(parts[:3]))
+        recorder.stepped(start, (parts[0], parts[1], parts[2], parts[3]), (1, 0, 500 - number % 200 // 16))
+        if number % 200 == 199:
+            recorder.ended(request, End("length"))
+    recorder.close()
+    assert path.stat().st_size * 600 / now[0] < 20e6, f"{path.stat().st_size / num_steps:.1f} bytes a step"
 
 
 COUNTS = {  # in the tables and with the functions of Perfetto's trace processor
