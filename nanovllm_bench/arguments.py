@@ -51,6 +51,10 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     speculation = _add_speculation(kinds)
     _add_record_options(speculation)
     add_engine_options(speculation, exclude=["skip_tokenizer_init", "speculative_config"])
+    adapters = _add_adapters(kinds)
+    _add_record_options(adapters)
+    excluded = ["enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "max_num_seqs", "enable_prefix_caching"]
+    add_engine_options(adapters, exclude=["skip_tokenizer_init", "tokenizer", *excluded])
     _add_chart(kinds)
 
 
@@ -273,6 +277,28 @@ examples:
         "--idle-connections", type=int, default=0, metavar="N", help="connections that stay open beside (default: 0)"
     )
     return serve
+
+
+def _add_adapters(kinds: Commands) -> argparse.ArgumentParser:
+    adapters = add_command(
+        kinds,
+        "adapters",
+        "a decode step with LoRA adapters, beside one without",
+        """\
+Random adapters of all layers, dealt out over the rows.
+
+examples:
+  nanovllm bench adapters
+  nanovllm bench adapters --model Qwen/Qwen3-8B --load-format dummy --num-adapters 8 --batch-sizes 1 256
+""",
+    )
+    adapters.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=(1, 8), metavar="N", help="rows of a step (default: 1 8)"
+    )
+    adapters.add_argument("--num-adapters", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    adapters.add_argument("--rank", type=int, default=16, metavar="N", help="of each (default: %(default)s)")
+    adapters.add_argument("--output-len", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    return adapters
 
 
 def _add_speculation(kinds: Commands) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ _KINDS = {
     "serve": "nanovllm_bench.serving",
     "quality": "nanovllm_bench.quality",
     "speculation": "nanovllm_bench.speculation",
+    "adapters": "nanovllm_bench.adapters",
     "chart": "nanovllm_bench.chart",
 }
 
