@@ -33,13 +33,30 @@ class Stream:
         self.is_called = False  # the loop has been asked to wake it, and has not come to it yet
         self.has_news = self.is_finished = False
         self._llm, self._called = llm, called
-        self._is_delta = handle.requests[0].params.output_kind is RequestOutputKind.DELTA
+        params = handle.requests[0].params
+        self._is_delta = params.output_kind is RequestOutputKind.DELTA
+        self._is_plain = self._is_delta and len(handle.requests) == 1 and params.logprobs is None
         self._seen: Marks = ()
 
     def wake(self) -> None:
         self.is_called = False
         self.has_news = True
         self._called()
+
+    def read_text(self) -> tuple[str, int] | None:
+        """What is new, as text and number of tokens, if there is nothing else to say of it; None: `read` it.
+
+        So it is with nearly all news of a stream, and no outputs have to be made of them.
+        """
+        newest = self.newest
+        if not self._is_plain or not self._seen or newest is None or isinstance(newest, RuntimeError):
+            return None
+        start, end = self._seen[0], newest[0]
+        if end.is_ended or end.text is None:
+            return None
+        self.has_news = False
+        self._seen = newest
+        return end.text.between(start.num_characters, end.num_characters), end.num_tokens - start.num_tokens
 
     def read(self) -> RequestOutput:
         """The output of all news. Raises RuntimeError if the engine has closed."""

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
-from nanovllm.server.events import Asked, EventStream, quoted, unless_gone
-from nanovllm.server.reply import Call, Piece, Reader, Reply, read_whole
+from nanovllm.server.events import Asked, EventStream, Writer, quoted, unless_gone
+from nanovllm.server.reply import Call, Piece, PlainReader, Reader, Reply, read_whole
 from nanovllm.server.sampling import IN_ORDER, take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.tools import take_tools
@@ -90,6 +90,10 @@ def _choice(index: int, delta: str, logprobs: Any = None, reason: str | None = N
     return f'{{"index": {index}, "delta": {delta}, "logprobs": {entries}, "finish_reason": {ending}}}'
 
 
+def _content(text: str) -> str:
+    return f'{{"content": {quoted(text)}}}'
+
+
 def _message(reply: Reply) -> dict[str, Any]:
     content = reply.content if reply.content or not (reply.calls or reply.reasoning) else None
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -138,15 +142,20 @@ class _Answer:
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
 
 
-class _Chunks:
+class _Chunks(Writer):
     """The answer as a stream."""
 
     def __init__(self, answer: _Answer, prepared: Prepared, wants_usage: bool) -> None:
         self._head = json.dumps({**answer.head, "object": "chat.completion.chunk"})[:-1]
         self._wants_usage = wants_usage
         self._readers = [_ChoiceReader(i, prepared.new_reader(True), answer.num_top) for i in range(prepared.params.n)]
+        self.grows = self._readers[0].is_plain
         self._last: RequestOutput | None = None
         self._total = 0
+
+    def grow(self, number: int, text: str, num_tokens: int) -> str:
+        self._total += num_tokens
+        return f'data: {self._head}, "choices": [{_choice(0, _content(text))}]}}\n\n' if text else ""
 
     def feed(self, number: int, output: RequestOutput) -> str:
         choices = []
@@ -170,6 +179,7 @@ class _ChoiceReader:
 
     def __init__(self, index: int, reader: Reader, num_top: int) -> None:
         self._index, self._reader, self._num_top = index, reader, num_top
+        self.is_plain = isinstance(reader, PlainReader)
         self._num_calls = 0
 
     def read(self, completion: CompletionOutput) -> list[str]:
@@ -191,7 +201,7 @@ class _ChoiceReader:
 
     def _delta(self, piece: Piece) -> str:
         if piece.kind == "content":
-            return f'{{"content": {quoted(piece.text)}}}'
+            return _content(piece.text)
         if piece.kind == "reasoning":
             return json.dumps(_reasoning(piece.text))
         if piece.call is None:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
-from nanovllm.server.events import Asked, EventStream, quoted, unless_gone
+from nanovllm.server.events import Asked, EventStream, Writer, quoted, unless_gone
 from nanovllm.server.sampling import IN_ORDER, take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import completion_logprobs, num_generated, usage_of
@@ -119,8 +119,10 @@ class _Answer:
         return completion_logprobs(token_ids, entries, self.num_top)
 
 
-class _Chunks:
+class _Chunks(Writer):
     """The answer as a stream."""
+
+    grows = True
 
     def __init__(
         self,
@@ -136,6 +138,11 @@ class _Chunks:
         self._last: dict[int, RequestOutput] = {}
         self._offsets: dict[int, int] = {}
         self._total = 0
+
+    def grow(self, number: int, text: str, num_tokens: int) -> str:
+        self._total += num_tokens
+        choice = f'{{"index": {number}, "text": {quoted(text)}, "logprobs": null, "finish_reason": null}}'
+        return f'data: {self._head}, "choices": [{choice}]}}\n\n'
 
     def feed(self, number: int, output: RequestOutput) -> str:
         lines, num_top = [], self._answer.num_top

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from json.encoder import encode_basestring_ascii as quoted  # what json.dumps makes of a text, in a quarter of its time
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -43,16 +43,22 @@ class Asked(NamedTuple):
     request_id: str
 
 
-class Writer(Protocol):
-    """Makes the events of a dialect; "" is none."""
+class Writer:
+    """Makes the events of a dialect; "" is none. grows: knows more text of an answer, and nothing else, by `grow`."""
+
+    grows = False
+
+    def grow(self, number: int, text: str, num_tokens: int) -> str:
+        """Of more text of prompt `number`, behind its first output and before its last."""
+        raise NotImplementedError
 
     def feed(self, number: int, output: RequestOutput) -> str:
         """Of what is new of prompt `number`."""
-        ...
+        raise NotImplementedError
 
     async def end(self) -> str:
         """Behind all outputs."""
-        ...
+        raise NotImplementedError
 
 
 class EventStream(Response):
@@ -108,6 +114,8 @@ class EventStream(Response):
         return events
 
     def _read(self, number: int) -> str:
+        if self._writer.grows and (grown := self._followed[number].read_text()) is not None:
+            return self._writer.grow(number, *grown)
         output = self._followed[number].read()
         self._num_open -= output.finished
         return self._writer.feed(number, output) if output.outputs else ""

@@ -15,7 +15,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import BadRequest, Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
 from nanovllm.server.errors import Fault, error_response
-from nanovllm.server.events import Asked, EventStream, unless_gone
+from nanovllm.server.events import Asked, EventStream, Writer, unless_gone
 from nanovllm.server.reply import Piece, merged, read_pieces
 from nanovllm.server.sampling import take_sampling_params
 from nanovllm.server.served import Served
@@ -229,7 +229,7 @@ class _Answer:
         return {"stop_reason": "tool_use" if has_calls else "end_turn", "stop_sequence": None}
 
 
-class _Events:
+class _Events(Writer):
     """The answer as a stream."""
 
     def __init__(self, answer: _Answer, prepared: Prepared) -> None:

@@ -183,6 +183,14 @@ class RequestTiming:
         self._num_tokens += num_tokens
         self._metrics.counters["generation_tokens"] += num_tokens
 
+    def count_more(self, num_tokens: int) -> None:
+        """Of an output in the middle of a stream."""
+        now = monotonic()
+        self._gaps.observe(now - self._last)
+        self._last = now
+        self._num_tokens += num_tokens
+        self._metrics.counters["generation_tokens"] += num_tokens
+
     def _count_prompt(self, output: RequestOutput) -> None:
         counters, num_tokens = self._metrics.counters, len(output.prompt_token_ids)
         self._metrics.histograms["request_prompt_tokens"].observe(num_tokens)

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from nanovllm.outputs import RequestOutput
 from nanovllm.server.body import Body, read_body
 from nanovllm.server.conversation import Conversation, Prepared, take_template_variables
-from nanovllm.server.events import Asked, EventStream, unless_gone
+from nanovllm.server.events import Asked, EventStream, Writer, unless_gone
 from nanovllm.server.reply import Piece, read_pieces
 from nanovllm.server.response_items import ItemStream, take_function_tools, take_input
 from nanovllm.server.sampling import take_sampling_params
@@ -164,7 +164,7 @@ class _Answer:
         }
 
 
-class _Events:
+class _Events(Writer):
     """The answer as a stream."""
 
     def __init__(self, answer: _Answer, prepared: Prepared) -> None:

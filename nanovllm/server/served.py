@@ -163,6 +163,13 @@ class Followed:
             self._timing.count(output)
         return output
 
+    def read_text(self) -> tuple[str, int] | None:
+        """As `Stream.read_text`."""
+        grown = self._stream.read_text()
+        if grown is not None and grown[1]:
+            self._timing.count_more(grown[1])
+        return grown
+
     def leave(self) -> None:
         self._engine.leave(self._stream)
         self._timing.end()

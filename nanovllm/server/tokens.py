@@ -15,7 +15,7 @@ from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.body import Body, read_body
 from nanovllm.server.chat import DONE, take_stream_options
-from nanovllm.server.events import Asked, EventStream, unless_gone
+from nanovllm.server.events import Asked, EventStream, Writer, unless_gone
 from nanovllm.server.sampling import IN_ORDER, take_sampling_params
 from nanovllm.server.served import Served
 from nanovllm.server.usage import LOWEST, num_generated, usage_of
@@ -60,7 +60,7 @@ def _take_params(body: Body, is_stream: bool) -> SamplingParams:
     return params
 
 
-class _Chunks:
+class _Chunks(Writer):
     """The answer as a stream."""
 
     def __init__(self, params: SamplingParams, name: str, wants_usage: bool) -> None:

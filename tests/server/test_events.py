@@ -7,7 +7,7 @@ from typing import Any
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.events import Asked, EventStream
+from nanovllm.server.events import Asked, EventStream, Writer
 
 
 class Request:
@@ -57,7 +57,7 @@ class Served:
         return self.requests[-1]
 
 
-class Writer:
+class Plain(Writer):
     def feed(self, number: int, output: RequestOutput) -> str:
         return f"{number}:{output.outputs[0].text} "
 
@@ -77,7 +77,7 @@ class Client:
         self.is_blocked = asyncio.Event()  # unset while `send` waits for room
         self.is_blocked.set()
         asked = [Asked("text", SamplingParams(), f"id-{i}") for i in range(num_prompts)]
-        self.stream = EventStream(self.served, asked, Writer())  # type: ignore[arg-type]
+        self.stream = EventStream(self.served, asked, Plain())  # type: ignore[arg-type]
 
     def write_part(self, data: bytes) -> None:
         self.parts.append(data.decode())
