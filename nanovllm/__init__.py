@@ -31,6 +31,7 @@ _PUBLIC = {
     "TextPrompt": "nanovllm.prompts",
     "TokensPrompt": "nanovllm.prompts",
     "LoRARequest": "nanovllm.lora.request",
+    "Proposer": "nanovllm.engine.speculation.proposer",
     "RequestError": "nanovllm.errors",
 }
 

@@ -129,7 +129,9 @@ class SpeculativeScheduler(Scheduler):
         if not drafting:
             return plan
         plan.shared_prefixes = []  # of decodes in another order
-        plan = plan.select([*singles, *drafting, *range(plan.num_decodes, len(plan.rows))])
+        order = [*singles, *drafting, *range(plan.num_decodes, len(plan.rows))]
+        if order != list(range(len(order))):
+            plan = plan.select(order)
         plan.num_decodes = len(singles)
         token_ids = plan.token_ids[: len(singles)]
         for index in range(len(singles), len(singles) + len(drafting)):
