@@ -1,7 +1,7 @@
 """GRPO with TRL on the demo model, on a CPU: the engine generates on the trainer's own parameters.
 
     pip install nanovllm trl
-    python examples/grpo.py [--steps 30] [--out tokens.json]
+    python examples/grpo.py [--steps 30] [--model MODEL] [--out tokens.json]
 
 The reward is a toy: the share of lower-case vowels among a completion's characters. It rises within a few dozen steps.
 With `deterministic=True` and the same seed, two runs draw the same tokens to the bit; `--out` writes them down.
@@ -41,15 +41,20 @@ def load_demo() -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(**source), model
 
 
+def load(name: str) -> tuple[Any, Any]:
+    return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--model", help="a folder or Hub name that transformers loads (default: the demo model)")
     parser.add_argument("--out", help="write rewards and all tokens to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
 
-    tokenizer, model = load_demo()
+    tokenizer, model = load(args.model) if args.model else load_demo()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rollout = Rollout(deterministic=True, dtype="float32", max_model_len=64, max_num_seqs=8)
     drawn: list[list[int]] = []

@@ -18,6 +18,7 @@ from nanovllm.data_parallel import DataParallelEngine
 from nanovllm.engine.input_processor import Prompt
 from nanovllm.engine.session import Handle, Inbox
 from nanovllm.errors import RequestError
+from nanovllm.live.async_surface import AsyncLiveWeights
 from nanovllm.llm import LLM
 from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
@@ -28,7 +29,7 @@ _QUICK_SIZE = 4000  # characters or token ids
 _NUM_TOKENIZING_THREADS = 4  # tokenizers leave the interpreter's lock, and a long text takes a second
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncLiveWeights):
     """Load a model and generate with it from coroutines. model and options are those of `LLM`, which is `self.llm`.
 
         async with AsyncLLM("demo") as engine:
