@@ -114,9 +114,8 @@ class TracedEngine(Engine):
         execute, wait = times.execute_seconds, times.wait_seconds
         changed = super().step()
         plan, execute, wait = scheduler.plan_seconds, times.execute_seconds - execute, times.wait_seconds - wait
-        rest = perf_counter() - start - plan - execute - wait
         counts = len(scheduler.running), len(scheduler.waiting), scheduler.cache.pool.num_free_blocks
-        self._recorder.stepped(start, (plan, execute, wait, rest), counts)
+        self._recorder.stepped(start, (plan, execute, wait), counts)
         if not self.has_work():
             self._recorder.flush()
         return changed
