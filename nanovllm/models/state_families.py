@@ -41,7 +41,7 @@ def _lfm2_width(hf: Fields) -> int:
 
 
 def _short_conv(hf: Fields) -> StateShape:
-    return StateShape(integer(hf, "hidden_size"), integer(hf, "conv_L_cache", low=2, high=64))
+    return StateShape(integer(hf, "hidden_size"), integer(hf, "conv_L_cache", low=2, high=32))
 
 
 _LFM2: Mapping[str, Any] = {
@@ -93,7 +93,7 @@ def _delta_net(hf: Fields) -> StateShape:
             f"config.json: linear_num_value_heads {value_heads} must be a multiple of linear_num_key_heads {key_heads}"
         )
     channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return StateShape(channels, integer(hf, "linear_conv_kernel_dim", low=2, high=64), value_heads, key_dim, value_dim)
+    return StateShape(channels, integer(hf, "linear_conv_kernel_dim", low=2, high=32), value_heads, key_dim, value_dim)
 
 
 _QWEN: Mapping[str, Any] = {
