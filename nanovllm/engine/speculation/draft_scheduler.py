@@ -85,6 +85,7 @@ class DraftModelScheduler(SpeculativeScheduler):
             num_draft_steps=length,
         )
         self._asked = []
+        self._is_catching_up = any(num_new > 1 + self._pace.most for _, num_new, _ in chosen)
         for request, num_new, blocks in chosen:
             start = self._num_drafted.get(request, 0)
             end = start + num_new

@@ -19,6 +19,7 @@ GAIN = 1.03  # what drafting must promise, or bring
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps
 GAP = 8  # tokens between two comparisons of a request while drafting is off
 WEIGHT = 0.1  # of the newest value in a running mean
+HOPE = 1.3  # the most that drafting is given in advance: what it brings must soon be seen
 ASSUMED_SLOWDOWN = 1.1  # of a step with drafts, where nothing is measured
 PRIOR_TRIALS, MOST_TRIALS = 2.0, 24.0
 FREE = 0.01  # what a token more adds to a step, as a share of it, until that is measured
@@ -172,7 +173,7 @@ class Pace:
             if not self._can_compare:
                 is_due = self._pause == FIRST_PAUSE or self._num_steps_off >= self._pause
             if is_measured and is_due:
-                self.is_on, self._brought = True, 1 + self._promised if self._can_compare else 1.5
+                self.is_on, self._brought = True, min(1 + self._promised, HOPE) if self._can_compare else HOPE
                 self._guesses.clear()
         return self.is_on
 

@@ -47,6 +47,7 @@ class SpeculativeScheduler(Scheduler):
         super()._clear()
         self._drafts: Mapping[Request, list[int]] = {}  # for the step that is being planned
         self._in_flight: dict[Request, list[int]] = {}  # of the one step that verifies any
+        self._is_catching_up = False  # did its drafts take more work than such drafts do?
         if self._proposals is not None:
             self._proposals.clear()
         self._pace.clear()
@@ -157,7 +158,8 @@ class SpeculativeScheduler(Scheduler):
 
     def update(self, output: ModelRunnerOutput, find_stop_string: FindStopString = no_stop_string) -> list[Request]:
         plan = self._planned[0].plan
-        is_decode = len(plan.token_ids) == sum(plan.num_samples)
+        is_decode = len(plan.token_ids) == sum(plan.num_samples) and not self._is_catching_up
+        self._is_catching_up = False
         changed = super().update(output, find_stop_string)
         self._in_flight = {}
         if len(plan.rows) <= self._most_requests:

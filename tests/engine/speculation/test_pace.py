@@ -85,3 +85,20 @@ def test_without_a_clock_nothing_is_measured() -> None:
     for _ in range(40):
         pace.note_step(2, 10, 2, True)
     assert not pace.decide(2), "what was promised did not come"
+
+
+def test_what_cannot_be_compared_is_tried_after_pauses() -> None:
+    """Drafting that brings nothing ends soon, and comes back half as often each time."""
+    now, begun = 0.0, []
+    pace = Pace(4, lambda: now, can_compare=False)
+    for step in range(1000):
+        was_on = pace.is_on
+        is_on = pace.decide(1)
+        if is_on and not was_on:
+            begun.append(step)
+        now += 1.5 if is_on else 1.0
+        pace.note_step(1, 4 if is_on else 1, 1, True)
+    assert begun[0] == 3 and 3 <= len(begun) <= 4
+    gaps = [after - before for before, after in zip(begun, begun[1:], strict=False)]
+    assert all(later > 1.5 * earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+    assert now < 1.03 * 1000
