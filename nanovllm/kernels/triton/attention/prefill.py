@@ -188,6 +188,7 @@ def _prefill_kernel(
     TOKENS: tl.constexpr = ROWS // GROUP
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
         if cache_desc is not None:
             fence_tile_loads()
     head = tl.program_id(0) % NUM_KV_HEADS

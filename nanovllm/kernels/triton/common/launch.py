@@ -48,10 +48,7 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """kernel[grid](*arguments, **constants) for a kernel with a constant PDL, which is told here, as the launch is.
-
-    A kernel without it (`batch_invariant/`) is launched as Triton does, and neither starts early nor lets others.
-    """
+    """kernel[grid](*arguments, **constants) for a kernel with a constant PDL, which is told here, as the launch is."""
     pdl = has_dependent_launch(device)
     # What kernel[grid] would call, without the function that it makes for each launch.
     kernel.run(*arguments, grid=grid, warmup=False, PDL=pdl, launch_pdl=pdl, **constants)
