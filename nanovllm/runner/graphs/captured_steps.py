@@ -104,7 +104,11 @@ def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompt
         few = max(size for size in decode_layout.sizes if size <= 16)  # for these, kernels have another shape
         cascades = [padding(layout, size, runner.device) for size in sorted({few, largest})]
 
+    prompt = padding(prompt_layout, (prompt_layout.largest[0], 1), runner.device)
+
     def run() -> None:
+        if captures_prompts:
+            steps.prompts(prompt)  # first: Hopper's kernel for long ones takes the longest of all
         _, logits = steps.decode(decodes)
         warm_up_edits(runner.sampler, logits, decodes.rows)
         for inputs in cascades:
@@ -126,8 +130,8 @@ def warm_up_behind(runner: ModelRunner, config: ResolvedConfig, captures_prompts
     decode_layout, prompt_layout = DecodeLayout(config.max_num_seqs), PromptLayout()
     decodes = [padding(decode_layout, size, runner.device) for size in decode_layout.sizes if size in KINDS_OF_DECODES]
     num_tokens, num_reqs = prompt_layout.largest
-    # One long prompt, few short ones, more than are captured, and prompts beside few decodes.
-    kinds = [((num_tokens, 1), 0), ((16, 8), 0), ((num_tokens, 4 * num_reqs), 0), ((num_tokens, num_reqs), 8)]
+    # Few short prompts, more than are captured, and prompts beside few decodes.
+    kinds = [((16, 8), 0), ((num_tokens, 4 * num_reqs), 0), ((num_tokens, num_reqs), 8)]
     prompts = [(padding(prompt_layout, size, runner.device), num_decodes) for size, num_decodes in kinds]
 
     def run() -> None:
