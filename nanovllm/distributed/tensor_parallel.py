@@ -23,17 +23,37 @@ class Sum(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class NormedSum(Protocol):
+    """One kernel for a sum, the residual addition and the norm behind it: `kernels/sum_norm.py`."""
+
+    def takes(self, x: Tensor) -> bool: ...
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, next_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Gather(Protocol):
+    """Another way to put columns side by side: `kernels/all_gather.py`."""
+
+    def takes(self, x: Tensor, width: int) -> bool: ...
+
+    def __call__(self, x: Tensor, width: int) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """rank in [0, size). group: a torch.distributed ProcessGroup of `size` members; None at size 1, and in tests.
 
-    sum_few: how to add up tensors that it takes, on all ranks or on none.
+    sum_few, sum_norm, gather: what is done to tensors that they take, on all ranks or on none.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     sum_few: Sum | None = None
+    sum_norm: NormedSum | None = None
+    gather: Gather | None = None
 
     def shard(self, total: int, what: str) -> int:
         """The part of `total` that one rank holds; ValueError names `what` if it does not divide."""
@@ -73,7 +93,10 @@ class TensorParallel:
         return x
 
     def all_gather(self, x: Tensor, width: int) -> Tensor:
-        """The ranks' x [num_rows, n] side by side, cut to [num_rows, width], contiguous."""
+        """The ranks' x [num_rows, n] side by side, cut to [num_rows, width], contiguous; valid until the call after the
+        next one."""
+        if self.gather is not None and self.gather.takes(x, width):
+            return self.gather(x, width)
         if self.size == 1:
             return x
         parts = torch.empty(self.size * x.shape[0], x.shape[1], dtype=x.dtype, device=x.device)

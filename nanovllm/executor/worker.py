@@ -25,9 +25,11 @@ from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.kernels.all_gather import InPlaceAllGather
 from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.cache_codes import cache_dtype
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
+from nanovllm.kernels.sum_norm import SumNorm, can_sum_norm
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import Ops, choose_ops
@@ -70,7 +72,7 @@ def build_runner(
     times = [perf_counter()]
     # Ranks of a launcher have nobody who ends them when one is missing, as NCCL does: a kernel would wait for ever.
     if device.type == "cuda" and config.distributed_executor_backend == "mp" and not config.disable_custom_all_reduce:
-        tp = _with_one_shot(tp, device)
+        tp = _with_kernels(tp, device, config, model_config)
     model = _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
     model.sleeper = sleeper = choose_sleeper(device, config.enable_sleep_mode)
     if isinstance(config.model, NamedModule):
@@ -152,18 +154,33 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _with_one_shot(tp: TensorParallel, device: torch.device) -> TensorParallel:
-    """Sums of few rows go straight from device to device, if all can. Every rank calls it."""
+def _with_kernels(
+    tp: TensorParallel, device: torch.device, config: ResolvedConfig, model_config: ModelConfig
+) -> TensorParallel:
+    """What few rows need goes straight from device to device, if all can. Every rank calls it."""
     if tp.size == 1 or not tp.smallest(can_share_memory(tp.rank, tp.size, device), device):
         return tp
+    dim, itemsize = model_config.hidden_size, getattr(torch, model_config.dtype).itemsize
+    logits_bytes = config.max_num_seqs * model_config.vocab_size * itemsize
+    sizes = [
+        OneShotAllReduce.memory_bytes(tp.size),
+        SumNorm.memory_bytes(tp.size, dim, itemsize) if can_sum_norm(dim, itemsize) else 0,
+        InPlaceAllGather.memory_bytes(tp.size, logits_bytes),
+    ]
     memory = None
     try:
-        memory = share_memory(OneShotAllReduce.memory_bytes(tp.size), device, tp.group)
+        memory = share_memory(sum(sizes), device, tp.group)
     except RuntimeError as error:
         warnings.warn(f"the devices share no memory, so NCCL does all sums: {error}", RuntimeWarning, stacklevel=2)
     if not tp.smallest(memory is not None, device) or memory is None:
         return tp
-    return replace(tp, sum_few=OneShotAllReduce(tp.rank, memory.addresses, device, memory))
+    first, second, third = ([address + sum(sizes[:part]) for address in memory.addresses] for part in range(3))
+    return replace(
+        tp,
+        sum_few=OneShotAllReduce(tp.rank, first, device, memory),
+        sum_norm=SumNorm(tp.rank, second, dim, itemsize, device, memory) if sizes[1] else None,
+        gather=InPlaceAllGather(tp.rank, third, memory.own[sum(sizes[:2]) :], memory),
+    )
 
 
 def _load_model(
@@ -197,6 +214,10 @@ def _load_model(
             module.finish()
         elif isinstance(module, Experts):
             module.finish()
+    if tp.sum_norm is not None:
+        from nanovllm.layers.summing_norm import put_sums_into_norms
+
+        put_sums_into_norms(model, tp)
     return model
 
 

@@ -5,7 +5,7 @@ Owns nothing but the choice of the fused forms; `kernels/skinny_linear.py` says 
 
 from torch import Tensor
 
-from nanovllm.kernels.skinny_linear import rms_norm_gated_linear, rms_norm_linear, skinny_linear
+from nanovllm.kernels.skinny_linear import gated_linear, rms_norm_gated_linear, rms_norm_linear, skinny_linear
 from nanovllm.layers.linear_method import DenseLinear, Gate, LinearSpec, Norm
 
 
@@ -23,7 +23,10 @@ class FusedLinear(DenseLinear):
         self, norm: Norm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Gate | None = None
     ) -> tuple[Tensor, Tensor]:
         if norm.weight is None:
-            return super().multiply_after_norm(norm, x, residual, bias, gate)
+            x, total = norm(x, residual)
+            if gate is None:
+                return self.multiply(x, bias), total
+            return gated_linear(x, self.weight, bias, gate.activation, self.semaphores), total
         inputs = x, residual, norm.weight, norm.eps, self.weight, bias
         if gate is None:
             return rms_norm_linear(*inputs, self.semaphores)

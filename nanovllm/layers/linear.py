@@ -129,8 +129,7 @@ class QKVParallelLinear(LinearBase):
 class RowParallelLinear(LinearBase):
     """Splits the input features; the ranks' partial results are summed, and the bias is added once, by rank 0.
 
-    What follows in a decoder is the residual addition and a norm: `after_norm` of the next layer. A kernel that does
-    the sum on the way would take its place in these two.
+    What follows in a decoder is the residual addition and a norm, which may do the sum on the way (`summing_norm.py`).
     """
 
     def __init__(

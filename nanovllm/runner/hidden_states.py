@@ -6,7 +6,7 @@ CUDA graphs included, are as if this file did not exist.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -50,8 +50,10 @@ def captured_layers(
 
     modules = {layer: model.norm if layer == "norm" else model.layers[layer] for layer in parts}
     handles = [module.register_forward_hook(keep(layer)) for layer, module in modules.items()]
+    sums = getattr(model, "sums_in_norms", None)  # `layers/summing_norm.py`: a layer may return a part of a sum
     try:
-        yield captured
+        with nullcontext() if sums is None else sums.apart():
+            yield captured
     finally:
         for handle in handles:
             handle.remove()

@@ -50,7 +50,7 @@ from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.slow
 
-FOR_HOPPER = (".fence_tile_loads", ".row_of_tile")  # functions
+FOR_HOPPER = (".fence_tile_loads", ".row_of_tile", "._fetch_weights", "sum_norm._fetch")  # functions
 HOPPER_ONLY = ".prefill_hopper."  # a module
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # by compute capability: the bytes that a program may ask for
 TARGETS = [(80, 86), (90,)]  # side by side where the code is the same
@@ -285,6 +285,12 @@ def route_tokens(name: str) -> None:
     MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
 
 
+def add_up_and_norm(size: int, num_rows: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(num_rows, 4096).to(dtype), torch.randn(4096).to(dtype)
+    memories, calls = torch.zeros(size, dtype=torch.int64), torch.zeros(128, dtype=torch.int32)
+    MODULES["sum_norm"].sum_norm_triton(x, x, weight, 1e-6, bf16(96, 4096), memories, calls, 0, size, 64, num_rows < 9)
+
+
 def multiply_in_one_order(num_rows: int, inputs: int) -> None:
     x, weight, bias = bf16(num_rows, inputs), bf16(96, inputs), bf16(96)
     MODULES["batch_invariant.linear"].batch_invariant_linear_triton(x, weight, bias)
@@ -339,6 +345,20 @@ CALLS: dict[str, Callable[[], Any]] = {
     "all_reduce by words": lambda: add_up(2, 1, torch.bfloat16),
     "all_reduce in bulk, 4 ranks": lambda: add_up(4, 100, torch.bfloat16),
     "all_reduce in bulk, float32": lambda: add_up(2, 100, torch.float32),
+    "sum_norm of a few rows": lambda: add_up_and_norm(2, 3, torch.bfloat16),
+    "sum_norm of more, 4 ranks": lambda: add_up_and_norm(4, 9, torch.bfloat16),
+    "sum_norm, float32": lambda: add_up_and_norm(2, 9, torch.float32),
+    "all_gather": lambda: MODULES["all_gather"].all_gather_triton(
+        bf16(3, 96),
+        torch.zeros(8192, dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(128, dtype=torch.int32),
+        1,
+        2,
+        184,
+        2048,
+        1,
+    ),
     "attention": lambda: attend(None, None, 128, 64),
     "attention, window": lambda: attend(100, None, 64, 64),
     "attention, softcap, odd sizes": lambda: attend(None, 50.0, 80, 24),

@@ -33,7 +33,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _values(word, dtype: tl.constexpr):
+def values_of(word, dtype: tl.constexpr):
     """The two values of a word in float32, lower half first; of a float32, itself and nothing."""
     if dtype == tl.float32:
         return word.to(tl.float32, bitcast=True), tl.zeros_like(word).to(tl.float32)
@@ -44,8 +44,8 @@ def _values(word, dtype: tl.constexpr):
 
 
 @triton.jit
-def _word(low, high, dtype: tl.constexpr):
-    """The inverse of `_values`, rounding to the dtype."""
+def word_of(low, high, dtype: tl.constexpr):
+    """The inverse of `values_of`, rounding to the dtype."""
     if dtype == tl.float32:
         return low.to(tl.int32, bitcast=True)
     else:
@@ -54,14 +54,14 @@ def _word(low, high, dtype: tl.constexpr):
 
 
 @triton.jit
-def _memory(memories_ptr, rank, OFFSET: tl.constexpr, dtype: tl.constexpr):
+def memory_of(memories_ptr, rank, OFFSET: tl.constexpr, dtype: tl.constexpr):
     """The part of a rank's memory that begins at OFFSET bytes."""
     address = tl.load(memories_ptr + rank) + OFFSET
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
-def _arrived(part_ptr, place, mask, call):
+def arrived(part_ptr, place, mask, call):
     """The words of another rank, once they are there."""
     got = tl.load(part_ptr + place, mask=mask, other=0, volatile=True)
     while tl.max((((got >> 32).to(tl.int32) != call) & mask).to(tl.int32), axis=0) > 0:
@@ -104,20 +104,20 @@ def _all_reduce_kernel(
         if not IS_BULK:
             word = (call.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
         for ahead in tl.static_range(1, SIZE):
-            part_ptr = _memory(memories_ptr, (RANK + ahead) % SIZE, OFFSET, kept) + half + RANK * CAPACITY
+            part_ptr = memory_of(memories_ptr, (RANK + ahead) % SIZE, OFFSET, kept) + half + RANK * CAPACITY
             tl.store(part_ptr + place, word, mask=mask)
     if IS_BULK:
         tl.debug_barrier()  # every warp's stores come before the one thread's release
         for ahead in tl.static_range(1, SIZE):
-            flags_ptr = _memory(memories_ptr, (RANK + ahead) % SIZE, FLAGS, tl.int32)
+            flags_ptr = memory_of(memories_ptr, (RANK + ahead) % SIZE, FLAGS, tl.int32)
             tl.atomic_xchg(flags_ptr + RANK * PROGRAMS + program, call, sem="release", scope="sys")
         for ahead in tl.static_range(1, SIZE):
-            flag_ptr = _memory(memories_ptr, RANK, FLAGS, tl.int32) + (RANK + ahead) % SIZE * PROGRAMS + program
+            flag_ptr = memory_of(memories_ptr, RANK, FLAGS, tl.int32) + (RANK + ahead) % SIZE * PROGRAMS + program
             # Who has sent may be one call ahead by the time that this program looks.
             while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - call < 0:
                 pass
         tl.debug_barrier()
-    own_ptr = _memory(memories_ptr, RANK, OFFSET, kept) + half
+    own_ptr = memory_of(memories_ptr, RANK, OFFSET, kept) + half
     for start in range(program * WORDS, num_words, PROGRAMS * WORDS):
         place = start + tl.arange(0, WORDS)
         mask = place < num_words
@@ -129,11 +129,11 @@ def _all_reduce_kernel(
             elif IS_BULK:
                 word = tl.load(own_ptr + rank * CAPACITY + place, mask=mask, other=0, cache_modifier=".cg")
             else:
-                word = _arrived(own_ptr + rank * CAPACITY, place, mask, call)
-            low, high = _values(word, dtype)
+                word = arrived(own_ptr + rank * CAPACITY, place, mask, call)
+            low, high = values_of(word, dtype)
             low_sum += low
             high_sum += high
-        tl.store(out_ptr + place, _word(low_sum, high_sum, dtype), mask=mask)
+        tl.store(out_ptr + place, word_of(low_sum, high_sum, dtype), mask=mask)
     tl.store(calls_ptr + program, call)
 
 

@@ -1,13 +1,14 @@
 """The one-shot all-reduce: ranks are streams of one GPU, or processes with common memory in Triton's interpreter."""
 
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from functools import partial
 
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from nanovllm.kernels.all_reduce import OneShotAllReduce, all_reduce_reference
-from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, twin_test
+from tests.kernels.ranks import Case, results_of_ranks
+from tests.kernels.twins import DEVICE, DTYPES, load_twin, twin_test
 
 load_twin("all_reduce")
 pytestmark = twin_test
@@ -37,54 +38,21 @@ def as_rank(rank: int, memories: Sequence[Tensor]) -> OneShotAllReduce:
     return OneShotAllReduce(rank, addresses, DEVICE, memories, WORDS_BYTES, MAX_BYTES)
 
 
-def run_process(rank: int, memories: list[list[Tensor]], connection: Connection) -> None:
-    load_twin("all_reduce")
-    for (size, dtype), memory in zip(CASES, memories, strict=True):
-        if rank < size:
-            all_reduce = as_rank(rank, memory)
-            sums = [all_reduce(part(rank, call, shape, dtype)) for call, shape in enumerate(shapes(dtype))]
-            connection.send([total.float().numpy() for total in sums])
-
-
-def sums_of_processes() -> list[list[list[Tensor]]]:
-    context = multiprocessing.get_context("spawn")
-    memories = [[memory.share_memory_() for memory in new_memories(size)] for size, _ in CASES]
-    results, processes = [], []
-    for rank in range(max(size for size, _ in CASES)):
-        receiver, sender = context.Pipe(duplex=False)
-        processes.append(context.Process(target=run_process, args=(rank, memories, sender), daemon=True))
-        results.append(receiver)
-        processes[-1].start()
-        sender.close()
-    sums = [
-        [[torch.from_numpy(array).to(dtype) for array in receiver.recv()] for receiver in results[:size]]
-        for size, dtype in CASES
-    ]
-    for process in processes:
-        process.join()
-    return sums
-
-
-def sums_of_streams(size: int, dtype: torch.dtype) -> list[list[Tensor]]:
-    memories = new_memories(size)
-    ranks = [(as_rank(rank, memories), torch.cuda.Stream()) for rank in range(size)]
-    torch.cuda.synchronize()
-    sums: list[list[Tensor]] = [[] for _ in ranks]
-    for call, shape in enumerate(shapes(dtype)):
-        for rank, (all_reduce, stream) in enumerate(ranks):
-            with torch.cuda.stream(stream):
-                sums[rank].append(all_reduce(part(rank, call, shape, dtype).to(DEVICE)))
-    torch.cuda.synchronize()
-    return [[total.cpu() for total in own] for own in sums]
+def add_up(dtype: torch.dtype, all_reduce: OneShotAllReduce, rank: int, call: int) -> list[Tensor]:
+    return [all_reduce(part(rank, call, shapes(dtype)[call], dtype).to(DEVICE))]
 
 
 def test_equals_reference() -> None:
     """To the bit, on every rank, in calls of different sizes that follow each other at once."""
-    sums = sums_of_processes() if INTERPRETED else [sums_of_streams(size, dtype) for size, dtype in CASES]
-    for (size, dtype), got in zip(CASES, sums, strict=True):
+    num_bytes = [OneShotAllReduce.memory_bytes(size, WORDS_BYTES, MAX_BYTES) for size, _ in CASES]
+    cases = [
+        Case(size, count, as_rank, partial(add_up, dtype), len(shapes(dtype)))
+        for (size, dtype), count in zip(CASES, num_bytes, strict=True)
+    ]
+    for (size, dtype), got in zip(CASES, results_of_ranks(cases), strict=True):
         for call, shape in enumerate(shapes(dtype)):
             want = all_reduce_reference([part(rank, call, shape, dtype) for rank in range(size)])
-            assert len(got) == size and all(torch.equal(own[call], want) for own in got), (size, dtype, shape)
+            assert len(got) == size and all(torch.equal(own[call][0], want) for own in got), (size, dtype, shape)
 
 
 def test_takes_what_it_can_do() -> None:
