@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.lora.request import LoRARequest
@@ -59,6 +60,7 @@ class Feature:
     counts: str = ""  # a metric that must have grown
     changes: bool = False
     has_adapter: bool = False
+    is_updated: bool = False  # to other weights, with which it leaves the prompts' KV, and back
 
 
 def each(outputs: Outputs, holds: Callable[[Any], bool]) -> bool:
@@ -92,6 +94,7 @@ FEATURES = {
         changes=True,
     ),
     "logprobs": Feature({"logprobs": 2}, shows=lambda outputs: each(outputs, lambda c: len(c.logprobs[0]) in (2, 3))),
+    "logprobs_mode": Feature({"logprobs": 2}, model={"logprobs_mode": "processed_logprobs"}),
     "prompt_logprobs": Feature(
         {"prompt_logprobs": 2},
         shows=lambda outputs: all(len(o.prompt_logprobs) == len(o.prompt_token_ids) for o in outputs),
@@ -140,6 +143,7 @@ FEATURES = {
         counts="spec_decode_num_accepted_tokens",
     ),
     # The plain requests beside have none.
+    "new weights": Feature(is_updated=True),
     "lora_request": Feature(model={"enable_lora": True, "max_lora_rank": 4}, has_adapter=True, changes=True),
     "quantization": Feature(model={"quantization": "int8"}),
     "kv_cache_dtype": Feature(model={"kv_cache_dtype": "fp8"}),
@@ -148,13 +152,14 @@ FEATURES = {
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
 }
-VALUES_OF_ONE_OPTION = ("quantization", "gguf")
+# Two values of one option; and what a GGUF file has packed cannot be given anew.
+NO_PAIRS = (("quantization", "gguf"), ("new weights", "gguf"))
 # Refused by name, where layers keep states; of GGUF files there are none with such layers.
 NOT_WITH_STATES = ("speculation", "kv_offload_gb", "prefix_store", "lora_request", "gguf")
 PAIRS = [
     names
     for names in combinations(FEATURES, 2)
-    if names != VALUES_OF_ONE_OPTION and not ("states" in names and {*names} & {*NOT_WITH_STATES})
+    if names not in NO_PAIRS and not ("states" in names and {*names} & {*NOT_WITH_STATES})
 ]
 
 
@@ -184,6 +189,9 @@ class Engines:
                 defaults["tokenizer"], model = str(self._folder), self._packed()
             self._engines[key] = self._stack.enter_context(LLM(str(model), **{**defaults, **options}))
         return self._engines[key]
+
+    def tensors(self, has_states: bool) -> dict[str, Any]:
+        return load_file((self._with_states() if has_states else self._folder) / "model.safetensors")
 
     def _with_states(self) -> Path:
         """Another model, most of whose layers keep a state."""
@@ -249,6 +257,11 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
     expected = [engines.alone(*one) for one in zip(prompts, asked, [model] * 4, adapters, strict=True)]
     llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()}, **model)
     llm.reset_prefix_cache()
+    if any(FEATURES[name].is_updated for name in names):
+        tensors = engines.tensors("states" in names)
+        version = llm.update_weights({name: tensor * 1.5 for name, tensor in tensors.items()})
+        llm.generate(prompts, plain[0], use_tqdm=False, lora_request=None if adapter is None else adapters)
+        assert llm.update_weights(tensors) == version + 1
     before = llm.get_metrics()
     outputs = llm.generate(prompts, asked, use_tqdm=False, lora_request=None if adapter is None else adapters)
     after = llm.get_metrics()
@@ -279,7 +292,7 @@ def check_logprobs(got: Any, want: Any) -> None:
     for entry, wanted in zip(got or (), want or (), strict=True):
         assert (entry is None) == (wanted is None)
         for token_id, logprob in (entry or {}).items():
-            assert token_id in wanted and abs(logprob.logprob - wanted[token_id].logprob) < 1e-4
+            assert token_id in wanted and logprob.logprob == pytest.approx(wanted[token_id].logprob, abs=1e-4)
 
 
 MARKED = [
