@@ -265,7 +265,9 @@ def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, 
         assert twin.linear_and_expand_triton(x, weight, None, shrunk, b, bias, sizes, rows, activation) is not None
 
 
-def mix_quantized_experts(num_tokens: int, kind: str, groups: int, has_zeros: bool) -> None:
+def mix_quantized_experts(
+    num_tokens: int, kind: str, groups: int, has_zeros: bool, dtype: torch.dtype = torch.bfloat16
+) -> None:
     twin = MODULES["quantized_moe"]
     if kind == "fp8" and not twin.has_fp8(torch.device("cpu")):
         return
@@ -276,7 +278,7 @@ def mix_quantized_experts(num_tokens: int, kind: str, groups: int, has_zeros: bo
         zero = torch.zeros(8 * rows, groups, dtype=torch.int8) if has_zeros else None
         return Stack(QuantizedWeight(codes, torch.rand(8 * rows, groups), zero, inputs // groups), 8)
 
-    x, ids = bf16(num_tokens, 256), random_ids(num_tokens, 2, 8)
+    x, ids = torch.randn(num_tokens, 256).to(dtype), random_ids(num_tokens, 2, 8)
     twin.quantized_experts_triton(x, stack(1024, 256), stack(256, 512), torch.rand(num_tokens, 2), ids, None)
 
 
@@ -457,6 +459,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),
     "moe in int4, a token": lambda: mix_quantized_experts(1, "int4", 2, True),
     "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),
+    "moe in int4, float16": lambda: mix_quantized_experts(5, "int4", 1, False, torch.float16),
     "moe in int8": lambda: mix_quantized_experts(5, "int8", 1, True),
     "moe in fp8": lambda: mix_quantized_experts(5, "fp8", 2, False),
     "sample": lambda: sample(is_deterministic=False),

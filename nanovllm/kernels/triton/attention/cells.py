@@ -85,15 +85,21 @@ def value_scales(pairs):
 def numbers_of(codes, q):
     """Codes, without their scales, as what queries q are multiplied with; what are numbers stay as they are."""
     IS_FP8: tl.constexpr = codes.dtype == tl.float8e4nv
-    IS_CODES: tl.constexpr = codes.dtype.primitive_bitwidth == 8
-    if IS_CODES:
-        ASM: tl.constexpr = FROM_E4M3 if IS_FP8 else (FROM_INT8 if codes.dtype == tl.int8 else FROM_E4M3_BYTES)
-        codes = codes.to(tl.uint8, bitcast=True)
-        # Said to have effects, so that it stays where a tile is loaded in rows of 16 bytes. The compiler would move it
-        # behind the change to the layout of the tensor cores, and take a tile of values byte by byte.
-        codes = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=False, pack=4)
-        codes = codes.to(tl.float32 if q.dtype == tl.float32 else tl.float16)
+    if IS_FP8:
+        codes = _four_by_four(codes.to(tl.uint8, bitcast=True), q, FROM_E4M3)
+    elif codes.dtype == tl.uint8:
+        codes = _four_by_four(codes, q, FROM_E4M3_BYTES)
+    elif codes.dtype == tl.int8:
+        codes = _four_by_four(codes.to(tl.uint8, bitcast=True), q, FROM_INT8)
     return codes
+
+
+@triton.jit
+def _four_by_four(codes, q, ASM: tl.constexpr):
+    # Said to have effects, so that it stays where a tile is loaded in rows of 16 bytes. The compiler would move it
+    # behind the change to the layout of the tensor cores, and take a tile of values byte by byte.
+    numbers = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=False, pack=4)
+    return numbers.to(tl.float32 if q.dtype == tl.float32 else tl.float16)
 
 
 @triton.jit
