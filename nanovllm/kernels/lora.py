@@ -29,6 +29,7 @@ class AdapterRows(NamedTuple):
 
     On a GPU: rows, block_slots as `moe.align` makes them of slots, "no adapter" being one more; rows None: block i is
     row i alone, and block_slots are the slots. is_fixed: sums have an order that the number of rows does not change.
+    semaphores: room for counters (`skinny_gemm.new_semaphores`), of products that run one after the other.
     On a CPU: members, (slot, its rows) for each slot in use.
     """
 
@@ -37,11 +38,14 @@ class AdapterRows(NamedTuple):
     rows: Tensor | None = None
     block_slots: Tensor | None = None
     is_fixed: bool = False
+    semaphores: Tensor | None = None
     members: Sequence[tuple[int, Tensor]] = ()
 
 
-def adapter_rows(slots: Tensor, num_slots: int, is_fixed: bool = False) -> AdapterRows:
-    """slots: as in AdapterRows."""
+def adapter_rows(
+    slots: Tensor, num_slots: int, is_fixed: bool = False, semaphores: Tensor | None = None
+) -> AdapterRows:
+    """slots, is_fixed, semaphores: as in AdapterRows."""
     if not use_triton(slots):
         return by_slot(slots, num_slots)
     num_rows = slots.shape[0]
@@ -49,7 +53,7 @@ def adapter_rows(slots: Tensor, num_slots: int, is_fixed: bool = False) -> Adapt
         return AdapterRows(slots, num_slots, None, slots, is_fixed)
     block_size = 16 if is_fixed or num_rows <= 512 else 64
     rows, block_slots = align(slots, num_slots + 1, block_size)
-    return AdapterRows(slots, num_slots, rows, block_slots, is_fixed)
+    return AdapterRows(slots, num_slots, rows, block_slots, is_fixed, semaphores)
 
 
 def by_slot(slots: Tensor, num_slots: int) -> AdapterRows:
@@ -89,25 +93,6 @@ def expand(
 
         return expand_triton(outputs, shrunk, b, bias, sizes, rows, activation)
     return expand_reference(outputs, shrunk, b, bias, sizes, rows, activation, linear)
-
-
-def linear_and_expand(
-    x: Tensor,
-    weight: Tensor,
-    linear_bias: Tensor | None,
-    shrunk: Tensor,
-    b: Tensor,
-    bias: Tensor,
-    sizes: Sequence[int],
-    rows: AdapterRows,
-    activation: str | None = None,
-) -> Tensor | None:
-    """expand(x W^T + linear_bias, ...) in one kernel, for one row alone; None, and nothing done, where they are two."""
-    if not use_triton(x) or rows.rows is not None:
-        return None
-    from nanovllm.kernels.triton.lora import linear_and_expand_triton
-
-    return linear_and_expand_triton(x, weight, linear_bias, shrunk, b, bias, sizes, rows, activation)
 
 
 def shrink_reference(x: Tensor, a: Tensor, rows: AdapterRows, linear: Linear = F.linear) -> Tensor:

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.kernels.lora import AdapterRows, Linear, expand, linear_and_expand, shrink
-from nanovllm.layers.fused_linear import FusedLinear
+from nanovllm.kernels.lora import AdapterRows, Linear, expand, shrink
 from nanovllm.layers.linear_method import Gate, LinearMethod, LinearSpec, Norm, filler
 from nanovllm.layers.weight_specs import WeightSpec
 
@@ -29,13 +28,14 @@ class StepAdapters:
     """tokens: of the rows that run now; None: no adapter, or nothing runs. slot: that is being filled, if one is, and
     filled: which matrices have been.
 
-    linear: the product of few rows, where it is the same to the bit in any batch.
+    linear: the product of few rows, where it is the same to the bit in any batch. semaphores: as in AdapterRows.
     """
 
     tokens: AdapterRows | None = None
     slot: int | None = None
     filled: "list[tuple[AdapterLinear, int]]" = field(default_factory=list)
     linear: Linear = F.linear
+    semaphores: Tensor | None = None
 
 
 class AdapterLinear(LinearMethod):
@@ -146,12 +146,6 @@ class AdapterLinear(LinearMethod):
 
     def _adapted(self, x: Tensor, bias: Tensor | None, rows: AdapterRows, gate: Gate | None = None) -> Tensor:
         shrunk = shrink(x, self.a, rows, self.step.linear)
-        if isinstance(self.base, FusedLinear):
-            activation = None if gate is None else gate.activation
-            to = self.b, self.b_bias, self.sizes, rows
-            fused = linear_and_expand(x, self.base.weight, bias, shrunk, *to, activation)
-            if fused is not None:
-                return fused
         return self._expanded(self.base.multiply(x, bias), shrunk, rows, gate)
 
     def _expanded(self, product: Tensor, shrunk: Tensor, rows: AdapterRows, gate: Gate | None = None) -> Tensor:

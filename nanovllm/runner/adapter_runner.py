@@ -28,6 +28,10 @@ class Adapters:
     def __init__(self, config: ResolvedConfig, model: Any, device: torch.device, tp: TensorParallel) -> None:
         with device:
             self.store = AdapterStore(model, config.max_loras, config.max_lora_rank, tp, config.deterministic)
+        if device.type == "cuda":
+            from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores
+
+            self.store.step.semaphores = new_semaphores(device)
 
     def runner(self, *given: Any) -> ModelRunner:
         return AdapterRunner(*given, store=self.store)
@@ -96,4 +100,5 @@ class AdapterRunner(ModelRunner):
 
     def _take(self, rows: Tensor) -> None:
         """What runs next has these rows."""
-        self.store.step.tokens = adapter_rows(self._slots[rows], self.store.num_slots, self.store.is_fixed)
+        step = self.store.step
+        step.tokens = adapter_rows(self._slots[rows], self.store.num_slots, self.store.is_fixed, step.semaphores)

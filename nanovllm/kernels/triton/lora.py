@@ -1,8 +1,9 @@
 """Low-rank adapters in Triton: both products for blocks of rows that share an adapter.
 
 Owns how they run on a GPU. What costs is not arithmetic but that two more kernels stand between others. So the first
-product splits the inputs until every multiprocessor has some, and leaves its parts for the second to add up in order;
-the second adds to the layer's outputs in place, or applies the gate on the way. Invariant: no sum depends on timing.
+product splits the inputs until every multiprocessor has some. Its parts are added up in order: by whoever is last to
+leave one, or, of few rows, by each program of the second product. That adds to the layer's outputs in place, or applies
+the gate on the way. Invariant: no sum depends on timing.
 """
 
 from __future__ import annotations
@@ -17,13 +18,10 @@ from torch import Tensor
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
-from nanovllm.kernels.triton.linear.skinny_gemv import GemvAdapter, GemvConfig, launch_gemv
-from nanovllm.kernels.triton.linear.skinny_linear import choose
 
 CHUNK = 256  # inputs at a time
-EXPAND_TILE, EXPAND_WARPS = 128, 4
 # Parts of the inputs, by how many rows there are: few rows leave most multiprocessors to others' parts.
-SPLITS = [(8, 16), (64, 8), (512, 4)]
+SPLITS = [(8, 16), (512, 8)]
 MAX_PARTS = 8192  # floats that a program of the second product adds up: splits * rows * rank
 
 
@@ -32,6 +30,8 @@ def _shrink_kernel(
     x_ptr,
     a_ptr,
     out_ptr,
+    sums_ptr,
+    semaphores_ptr,
     rows_ptr,
     block_slots_ptr,
     num_rows,
@@ -41,15 +41,19 @@ def _shrink_kernel(
     RANKS: tl.constexpr,
     SPAN: tl.constexpr,
     SORTED: tl.constexpr,
+    SUMMED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[split, row, ranks] = a[slot, ranks, SPAN inputs] x[row, the same]. A program: a block, a tile, a split."""
-    if PDL:  # in this order: what follows reads slots before it waits
-        tl.extra.cuda.gdc_wait()
+    """out[split, row, ranks] = a[slot, ranks, SPAN inputs] x[row, the same]. A program: a block, a tile, a split.
+
+    SUMMED: whoever is last to leave a part of a block and tile adds them up, into sums [row, ranks].
+    """
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     block, split = tl.program_id(0), tl.program_id(2)
     slot = tl.load(block_slots_ptr + block)
     if SORTED:
@@ -70,7 +74,19 @@ def _shrink_kernel(
             a = tl.load(a_ptrs + col[None, :], mask=is_input, other=0.0)
             acc = tl.dot(x, tl.trans(a), acc, input_precision="ieee")
         mask = is_row[:, None] & (rank < RANKS)[None, :]
-        tl.store(out_ptr + row[:, None] * RANKS + rank[None, :], acc, mask=mask)
+        place = row[:, None] * RANKS + rank[None, :]
+        tl.store(out_ptr + place, acc, mask=mask)
+        if SUMMED:
+            tl.debug_barrier()  # every warp's stores come before the one thread's release
+            PARTS: tl.constexpr = (INPUTS + SPAN - 1) // SPAN
+            semaphore_ptr = semaphores_ptr + block * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(semaphore_ptr, 1, sem="acq_rel") == PARTS - 1:
+                tl.store(semaphore_ptr, 0)
+                parts_ptr = out_ptr - split.to(tl.int64) * num_rows * RANKS + place
+                total = tl.load(parts_ptr, mask=mask, other=0.0, cache_modifier=".cg")  # past this one's L1 cache
+                for part in tl.static_range(1, PARTS):
+                    total += tl.load(parts_ptr + part * num_rows * RANKS, mask=mask, other=0.0, cache_modifier=".cg")
+                tl.store(sums_ptr + place, total, mask=mask)
     else:
         sums = tl.zeros([TILE, CHUNK], tl.float32)
         for i in range(SPAN // CHUNK):
@@ -144,6 +160,7 @@ def _expand_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     WIDTH: tl.constexpr = FIRST + SECOND + THIRD
     block = tl.program_id(1)
     slot = tl.load(block_slots_ptr + block)
@@ -172,8 +189,6 @@ def _expand_kernel(
     b = _load_b(b_ptr, output, valid & has_adapter, 0, RANK, RANK_BLOCK)
     if GATED:
         up_b = _load_b(b_ptr, output + FIRST, valid & has_adapter, 0, RANK, RANK_BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if (slot < 0) | (not GATED and not has_adapter):
         return
 
@@ -212,13 +227,17 @@ def shrink_triton(x: Tensor, a: Tensor, rows: AdapterRows) -> Tensor:
     out = torch.empty((num_splits, num_rows, num_ranks), dtype=torch.float32, device=x.device)
     num_blocks, block_size = _blocks(rows)
     tile = 16 if num_ranks % 32 or num_rows <= 32 else 32
+    num_tiles, semaphores, sums = cdiv(num_ranks, tile), rows.semaphores, None
+    is_sorted = rows.rows is not None
+    if is_sorted and num_splits > 1 and semaphores is not None and num_blocks * num_tiles <= len(semaphores):
+        sums = torch.empty((1, num_rows, num_ranks), dtype=torch.float32, device=x.device)
     launch(
-        _shrink_kernel, (num_blocks, cdiv(num_ranks, tile), num_splits), x.device,
-        x, a, out, rows.rows, rows.block_slots, num_rows, rows.num_slots, x.stride(0),
-        INPUTS=num_inputs, RANKS=num_ranks, SPAN=span, SORTED=rows.rows is not None,
+        _shrink_kernel, (num_blocks, num_tiles, num_splits), x.device,
+        x, a, out, sums, semaphores, rows.rows, rows.block_slots, num_rows, rows.num_slots, x.stride(0),
+        INPUTS=num_inputs, RANKS=num_ranks, SPAN=span, SORTED=is_sorted, SUMMED=sums is not None,
         BLOCK=block_size, TILE=tile, CHUNK=CHUNK, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out
+    return out if sums is None else sums
 
 
 def _span(num_inputs: int, num_rows: int, rows: AdapterRows) -> int:
@@ -251,7 +270,7 @@ def expand_triton(
     out = torch.empty((num_rows, sizes[0]), dtype=outputs.dtype, device=outputs.device) if is_gated else outputs
     first, second, third = (*sizes, 0, 0)[:3]
     num_blocks, block_size = _blocks(rows)
-    tile = EXPAND_TILE
+    tile, num_warps = (256, 8) if rows.rows is not None and num_rows <= SPLITS[-1][0] else (128, 4)
     splits_padded = next_power_of_2(num_splits)
     rank_block = 16
     while rank % (2 * rank_block) == 0 and splits_padded * block_size * 2 * rank_block <= MAX_PARTS:
@@ -262,29 +281,6 @@ def expand_triton(
         outputs, shrunk, b, bias, out, rows.rows, rows.block_slots, num_rows, rows.num_slots,
         FIRST=first, SECOND=second, THIRD=third, RANKS=shrunk.shape[2], RANK=rank, RANK_BLOCK=rank_block,
         SPLITS=num_splits, SPLITS_PADDED=splits_padded, GATED=is_gated, GELU=activation == "gelu_tanh",
-        SORTED=rows.rows is not None, BLOCK=block_size, TILE=tile, num_warps=EXPAND_WARPS,
+        SORTED=rows.rows is not None, BLOCK=block_size, TILE=tile, num_warps=num_warps,
     )  # fmt: skip
-    return out
-
-
-def linear_and_expand_triton(
-    x: Tensor,
-    weight: Tensor,
-    linear_bias: Tensor | None,
-    shrunk: Tensor,
-    b: Tensor,
-    bias: Tensor,
-    sizes: Sequence[int],
-    rows: AdapterRows,
-    activation: str | None = None,
-) -> Tensor | None:
-    """See `lora.linear_and_expand`."""
-    is_gated = activation is not None
-    config = choose(x, weight, gated=is_gated)
-    if x.shape[0] > 1 or not isinstance(config, GemvConfig) or any(size % config.outputs for size in sizes):
-        return None
-    out = torch.empty((1, sizes[0] if is_gated else weight.shape[0]), dtype=x.dtype, device=x.device)
-    adapter = GemvAdapter(shrunk, b, bias, rows.slots, rows.num_slots, sizes)
-    gelu = activation == "gelu_tanh"
-    launch_gemv(x, None, None, 0.0, weight, linear_bias, out, None, config, is_gated, gelu, adapter)
     return out

@@ -12,8 +12,6 @@ kernel so launched keeps:
 4. Attention of decodes is the exception to rule 2: it reads the step's plan at once, and where decodes are few lengths,
    blocks, and older keys and values as well. All of them were written before the attention of an earlier layer, which
    triggers only after it has waited itself: by then, all that came before that kernel is done and seen by all.
-5. So are the products behind an adapter's first one (`lora.py`): they read which slot a row has, and the adapter's
-   weights. That first one triggers only after it has waited, and slots are of the step's beginning.
 
 Invariant: where the answer is no, kernels are compiled without these instructions and launched in turn, and compute the
 same bits. A CUDA graph keeps what it was captured with.

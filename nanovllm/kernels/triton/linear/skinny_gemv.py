@@ -9,9 +9,7 @@ in an order that the sizes alone determine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -35,17 +33,6 @@ class GemvConfig:
     chunk: int = 256
 
 
-class GemvAdapter(NamedTuple):
-    """What the row's adapter adds: see `lora.expand`. sizes: of the layer's matrices, multiples of a program's."""
-
-    shrunk: Tensor
-    b: Tensor
-    bias: Tensor
-    slots: Tensor
-    num_slots: int
-    sizes: Sequence[int]
-
-
 @triton.jit
 def _multiply_add(sums, w, xs, ROWS: tl.constexpr):
     """One sum for each row: the tile of weights times that row's tile of inputs."""
@@ -53,22 +40,6 @@ def _multiply_add(sums, w, xs, ROWS: tl.constexpr):
     for r in tl.static_range(ROWS):
         added = added + (sums[r] + w.to(tl.float32) * xs[r].to(tl.float32),)
     return added
-
-
-@triton.jit
-def load_b(b_ptr, bias_ptr, place, mask, RANK: tl.constexpr):
-    """What an adapter has for some outputs: b [OUTPUTS, RANK], bias [OUTPUTS]."""
-    rank = tl.arange(0, triton.next_power_of_2(RANK))[None, :]
-    b = tl.load(b_ptr + place[:, None] * RANK + rank, mask=mask[:, None] & (rank < RANK), other=0.0)
-    return b, tl.load(bias_ptr + place, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_shrunk(ptr, mask, WIDTH: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr):
-    """A x of one row [RANK], whose parts lie WIDTH apart."""
-    rank = tl.arange(0, triton.next_power_of_2(RANK))[None, :]
-    split = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
-    return tl.sum(tl.load(ptr + split * WIDTH + rank, mask=mask & (split < SPLITS) & (rank < RANK), other=0.0), axis=0)
 
 
 @triton.jit
@@ -80,19 +51,10 @@ def _gemv_kernel(
     bias_ptr,
     out_ptr,
     total_ptr,
-    shrunk_ptr,
-    b_ptr,
-    b_bias_ptr,
-    slots_ptr,
-    num_slots,
     num_outputs,
     x_stride,
     residual_stride,
     eps,
-    RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
     NORM: tl.constexpr,
@@ -109,8 +71,6 @@ def _gemv_kernel(
     """Every tile of weights is [OUTPUTS, CHUNK], and a chunk one load per lane. Short inputs: a warp has whole outputs
     to itself, no data passes between warps, and a row of x is repeated for each output, so that all lies where the
     weights do. Long inputs: warps share outputs and lie along the chunk, and so does a row of x as it is (SHARED = 1).
-
-    RANK > 0: of one row, with what its adapter adds, as `lora.expand`; FIRST, SECOND: outputs of the first matrices.
     """
     CHUNKS: tl.constexpr = (INPUTS + CHUNK - 1) // CHUNK
     if PDL:
@@ -130,27 +90,8 @@ def _gemv_kernel(
     if NORM:
         for i in tl.static_range(CHUNKS):
             norm_weights = norm_weights + (load_chunk(norm_weight_ptr, repeat, col, i, INPUTS, CHUNK),)
-    if RANK > 0:
-        slot = tl.load(slots_ptr)
-        has_adapter = slot < num_slots
-        b_place = tl.where(has_adapter, slot, 0).to(tl.int64) * (num_outputs * (2 if GATED else 1)) + output
-        b, b_bias = load_b(b_ptr, b_bias_ptr, b_place, (output < num_outputs) & has_adapter, RANK)
-        if GATED:
-            up_b, up_b_bias = load_b(
-                b_ptr, b_bias_ptr, b_place + num_outputs, (output < num_outputs) & has_adapter, RANK
-            )
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if RANK > 0:
-        MATRICES: tl.constexpr = 2 if GATED else 1 + (FIRST > 0) + (SECOND > 0)
-        matrix = 0
-        if not GATED:
-            begin = tl.program_id(0) * OUTPUTS
-            matrix = ((FIRST > 0) & (begin >= FIRST)).to(tl.int32)
-            matrix += ((SECOND > 0) & (begin >= FIRST + SECOND)).to(tl.int32)
-        shrunk = load_shrunk(shrunk_ptr + matrix * RANK, has_adapter, MATRICES * RANK, RANK, SPLITS)
-        if GATED:
-            up_shrunk = load_shrunk(shrunk_ptr + RANK, has_adapter, MATRICES * RANK, RANK, SPLITS)
 
     totals = ()
     scales = ()
@@ -192,15 +133,8 @@ def _gemv_kernel(
             up_sums = _multiply_add(up_sums, up_weights[i], xs, ROWS)
     valid = output < num_outputs
     for r in tl.static_range(ROWS):
-        first = tl.sum(sums[r], axis=1)
-        second = tl.sum(up_sums[r], axis=1)
-        if RANK > 0:
-            first += tl.sum(b.to(tl.float32) * shrunk.to(b.dtype).to(tl.float32)[None, :], axis=1) + b_bias
-            if GATED:
-                second += tl.sum(up_b.to(tl.float32) * up_shrunk.to(b.dtype).to(tl.float32)[None, :], axis=1)
-                second += up_b_bias
         result = finish(
-            first, second, bias_ptr,
+            tl.sum(sums[r], axis=1), tl.sum(up_sums[r], axis=1), bias_ptr,
             output, valid, num_outputs, out_ptr.dtype.element_ty, GATED, GELU, BIAS,
         )  # fmt: skip
         tl.store(out_ptr + r * num_outputs + output, result, mask=valid)
@@ -218,19 +152,14 @@ def launch_gemv(
     config: GemvConfig,
     gated: bool,
     gelu: bool,
-    adapter: GemvAdapter | None = None,
 ) -> None:
-    """Writes out [num_rows, outputs], and x + residual into total if there is a residual. adapter: of the one row."""
+    """Writes out [num_rows, outputs], and x + residual into total if there is a residual."""
     num_rows, num_outputs = out.shape
-    tensors = (None, None, None, None, 0) if adapter is None else (*adapter[:4], adapter.num_slots)
-    first, second = (0, 0) if adapter is None else (*adapter.sizes[:-1], 0, 0)[:2]
     launch(
         _gemv_kernel, (cdiv(num_outputs, config.outputs),), x.device,
-        x, residual, norm_weight, weight, bias, out, total, *tensors, num_outputs,
+        x, residual, norm_weight, weight, bias, out, total, num_outputs,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        RANK=0 if adapter is None else adapter.b.shape[2], SPLITS=1 if adapter is None else adapter.shrunk.shape[0],
-        FIRST=first, SECOND=second, ROWS=num_rows,
-        INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,
+        ROWS=num_rows, INPUTS=weight.shape[1], NORM=norm_weight is not None, ADD=residual is not None, GATED=gated,
         GELU=gelu, BIAS=bias is not None, OUTPUTS=config.outputs, SHARED=config.outputs if config.chunk == 256 else 1,
         CHUNK=config.chunk, AHEAD=config.ahead, num_warps=config.num_warps,
     )  # fmt: skip
