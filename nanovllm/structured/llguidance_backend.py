@@ -104,10 +104,7 @@ class GrammarCompiler:
             schema = json.dumps({"type": "string", "format": name})
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
             matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
-            self._ends = np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.uint32)  # a mask of the EOS tokens
-        for token_id in self._eos_token_ids:
-            self._ends[token_id // 32] |= np.uint32(1 << token_id % 32)
-        self._known_formats[name] = not matcher.is_error()
+            self._known_formats[name] = not matcher.is_error()
         return self._known_formats[name]
 
     def _with_token_ids(self, grammar: str) -> str:
