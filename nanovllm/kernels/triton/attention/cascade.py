@@ -26,6 +26,7 @@ from nanovllm.kernels.triton.attention.tiles import (
     num_multiprocessors,
     tile_descriptor,
 )
+from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
@@ -56,6 +57,8 @@ def cascade_config(cache: LayerCache) -> CascadeConfig:
     fits."""
     if cache.data.dtype == torch.float32 or cache.data.shape[4] > 128:
         return CascadeConfig(num_stages=1, occupancy=1, tile_loads=False)
+    if cache.scales is not None and not has_large_shared_memory(cache.data.device):  # queries may be float32
+        return CascadeConfig(num_stages=1, occupancy=1)
     return CascadeConfig()
 
 
