@@ -1,7 +1,8 @@
 """Tests that need a CUDA device are skipped, with the reason, where there is none. SIGINT is as at a terminal.
 
 Hypothesis takes no time: on a busy machine all of it may pass between two examples. Processes that run tests side by
-side have a cache of Triton's kernels each: in a cold one that they shared, kernels got each other's launchers.
+side have a cache of Triton's kernels each: in a cold one that they shared, kernels got each other's launchers. PyTorch
+compiles into a cache for each width of vectors that is asked for: what it keeps does not say for which it was made.
 """
 
 import os
@@ -18,6 +19,10 @@ settings.load_profile("any machine")
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and "TRITON_CACHE_DIR" not in os.environ:
     os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"nanovllm_tests_triton_{os.getuid()}_{worker}")
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = Path(tempfile.gettempdir()) / f"nanovllm_tests_inductor_{os.getuid()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
