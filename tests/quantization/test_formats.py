@@ -291,6 +291,7 @@ def test_experts(tmp_path: Path, name: str) -> None:
 
 
 def test_experts_in_different_forms_are_refused(tmp_path: Path) -> None:
+    needs("int4, groups")
     quantized, _ = save_quantized(
         tmp_path, FORMATS["int4, groups"], dense=["mlp.gate.", "experts.1."], architecture="Qwen3MoeForCausalLM",
         **{"hidden_size": 64, "moe_intermediate_size": 64},
