@@ -58,12 +58,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+ON_FOUR = ["LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"]
 OTHERS = [*DENSE_FAMILIES, *STATE_FAMILIES, "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"]
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in OTHERS])
+@pytest.mark.parametrize(
+    ("ranks", "architecture"),
+    [(2, name) for name in ARCHITECTURES if name not in OTHERS] + [(4, name) for name in ON_FOUR],
+    indirect=["ranks"],
+)
 def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architecture: str) -> None:
-    """With two key/value heads for four ranks; cold and cached prefixes, chunks, preemption, overlap."""
+    """Cold and cached prefixes, chunks, preemption, overlap; two key/value heads for four ranks, each kind of model."""
     folder, (greedy, sampled) = checkpoint(architecture)
     *tokens, metrics = ranks.generate(folder, {}, [GREEDY_ROUND, SAMPLED_ROUND])
     assert tokens == [greedy, sampled]

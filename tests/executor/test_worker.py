@@ -2,6 +2,8 @@
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from nanovllm.executor import worker
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.weight_specs import WeightSpec
 from tests.tiny_models import save_random
+
+SIZES: Any = (SimpleNamespace(max_num_seqs=4), SimpleNamespace(hidden_size=64, vocab_size=128, dtype="bfloat16"))
 
 
 def test_ranks_that_cannot_map_memory_leave_sums_to_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,13 +28,13 @@ def test_ranks_that_cannot_map_memory_leave_sums_to_the_group(monkeypatch: pytes
     monkeypatch.setattr(worker, "share_memory", share_memory)
     tp = TensorParallel(rank=1, size=2)
     with pytest.warns(RuntimeWarning, match="no peer access"):
-        assert worker._with_one_shot(tp, torch.device("cpu")) is tp
+        assert worker._with_kernels(tp, torch.device("cpu"), *SIZES) is tp
     assert asked == [True, False], "the other ranks must hear of it"
 
 
 def test_one_rank_sums_nothing() -> None:
     tp = TensorParallel()
-    assert worker._with_one_shot(tp, torch.device("cpu")) is tp
+    assert worker._with_kernels(tp, torch.device("cpu"), *SIZES) is tp
 
 
 def test_weights_in_another_form_are_not_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

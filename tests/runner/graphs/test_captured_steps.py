@@ -100,7 +100,7 @@ def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 20}, {"num_gpu_blocks_override": 9}])
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 20, "num_gpu_blocks_override": 9}])
 def test_captured_steps_give_the_tokens_of_the_eager_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
