@@ -15,11 +15,13 @@ trap 'exit 130' INT
 
 num_workers=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 tests=(env OMP_NUM_THREADS=1 python -m pytest -q -n "$num_workers" --dist worksteal) # a process per core, a thread in each
-# Left out of the fast ones: other processes, a server, Hugging Face's models beside ours, kernels, commands, and long matrices.
+# Left out of the fast ones: other processes, a server, Hugging Face's models beside ours, kernels, commands, long matrices, and
+# what stands in rooms of its own (drafts, adapters, new weights, fewer bits).
 fast=(-m "not slow and not demo_model")
 for left_out in models executor kernels bench cli batch demo integrations server weights/test_gguf_models.py \
     engine/test_interruptions.py test_data_parallel.py test_features_pairwise.py test_llm_deterministic.py \
-    test_llm_equality.py test_llm_resources.py; do
+    test_llm_equality.py test_llm_resources.py live lora rl quantization test_adapters.py test_llm_speculation.py \
+    test_llm_draft_model.py test_llm_eagle3.py test_llm_dflash.py test_llm_kv_cache_dtype.py layers/test_rotary.py; do
     fast+=(--ignore="tests/$left_out")
 done
 interpreter=(tests/kernels/triton tests/runner/graphs/test_captured_steps.py)
