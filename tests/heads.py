@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
-from tests.test_llm_outputs import check_nothing_is_left
+from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random
 
 HIDDEN, INNER, HEADS, KV_HEADS, SIZE = 32, 48, 4, 2, 8
@@ -25,6 +25,19 @@ LAYER = {
 
 def save_target(folder: Path) -> Path:
     return save_random(folder, vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, head_dim=SIZE)
+
+
+def layer_shapes(layer: int, inputs: int = HIDDEN) -> dict[str, tuple[int, int]]:
+    """Of a head's layer whose attention reads so many numbers."""
+    return {
+        f"layers.{layer}.self_attn.q_proj": (HEADS * SIZE, inputs),
+        f"layers.{layer}.self_attn.k_proj": (KV_HEADS * SIZE, inputs),
+        f"layers.{layer}.self_attn.v_proj": (KV_HEADS * SIZE, inputs),
+        f"layers.{layer}.self_attn.o_proj": (HIDDEN, HEADS * SIZE),
+        f"layers.{layer}.mlp.gate_proj": (INNER, HIDDEN),
+        f"layers.{layer}.mlp.up_proj": (INNER, HIDDEN),
+        f"layers.{layer}.mlp.down_proj": (HIDDEN, INNER),
+    }
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

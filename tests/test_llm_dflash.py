@@ -12,13 +12,13 @@ from torch import Tensor
 from tests.heads import (
     HEADS,
     HIDDEN,
-    INNER,
     KV_HEADS,
     LAYER,
     SIZE,
     PlainTarget,
     check_drafts,
     check_small,
+    layer_shapes,
     norm,
     rotated,
     run,
@@ -36,15 +36,7 @@ def save_head(folder: Path, vocab_size: int = VOCAB_WITH_TOKENIZER, **config: An
     shapes = {"fc": (HIDDEN, 2 * HIDDEN)}
     norms = {"norm": HIDDEN, "hidden_norm": HIDDEN}
     for i in range(NUM_LAYERS):
-        shapes |= {
-            f"layers.{i}.self_attn.q_proj": (HEADS * SIZE, HIDDEN),
-            f"layers.{i}.self_attn.k_proj": (KV_HEADS * SIZE, HIDDEN),
-            f"layers.{i}.self_attn.v_proj": (KV_HEADS * SIZE, HIDDEN),
-            f"layers.{i}.self_attn.o_proj": (HIDDEN, HEADS * SIZE),
-            f"layers.{i}.mlp.gate_proj": (INNER, HIDDEN),
-            f"layers.{i}.mlp.up_proj": (INNER, HIDDEN),
-            f"layers.{i}.mlp.down_proj": (HIDDEN, INNER),
-        }
+        shapes |= layer_shapes(i)
         norms |= dict.fromkeys((f"layers.{i}.input_layernorm", f"layers.{i}.post_attention_layernorm"), HIDDEN)
         norms |= dict.fromkeys((f"layers.{i}.self_attn.q_norm", f"layers.{i}.self_attn.k_norm"), SIZE)
     if vocab_size != VOCAB_WITH_TOKENIZER:

@@ -15,13 +15,13 @@ from torch import Tensor
 from tests.heads import (
     HEADS,
     HIDDEN,
-    INNER,
     KV_HEADS,
     LAYER,
     SIZE,
     PlainTarget,
     check_drafts,
     check_small,
+    layer_shapes,
     norm,
     rotated,
     run,
@@ -36,17 +36,7 @@ VOCAB = 100
 def save_head(folder: Path, kind: str = "llama", **config: Any) -> Path:
     folder.mkdir()
     generator = torch.Generator().manual_seed(3)
-    shapes = {
-        "fc": (HIDDEN, 3 * HIDDEN),
-        "layers.0.self_attn.q_proj": (HEADS * SIZE, 2 * HIDDEN),
-        "layers.0.self_attn.k_proj": (KV_HEADS * SIZE, 2 * HIDDEN),
-        "layers.0.self_attn.v_proj": (KV_HEADS * SIZE, 2 * HIDDEN),
-        "layers.0.self_attn.o_proj": (HIDDEN, HEADS * SIZE),
-        "layers.0.mlp.gate_proj": (INNER, HIDDEN),
-        "layers.0.mlp.up_proj": (INNER, HIDDEN),
-        "layers.0.mlp.down_proj": (HIDDEN, INNER),
-        "lm_head": (VOCAB, HIDDEN),
-    }
+    shapes = {"fc": (HIDDEN, 3 * HIDDEN), **layer_shapes(0, 2 * HIDDEN), "lm_head": (VOCAB, HIDDEN)}
     norms = dict.fromkeys(("input_layernorm", "hidden_norm", "post_attention_layernorm"), HIDDEN)
     if kind == "qwen3":
         norms |= {"self_attn.q_norm": SIZE, "self_attn.k_norm": SIZE}

@@ -1,6 +1,5 @@
 """Sleep: what may be asked for when, what is there afterwards, and the memory that is given back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,6 @@ from nanovllm import LLM, SamplingParams
 from tests.live.new_weights import GREEDY, PROMPTS, generate, make_llm, save_two, tensors_of
 
 LONG = SamplingParams(temperature=0, max_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_two(tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def expected(folders: list[Path]) -> list[Any]:
-    results = []
-    for folder in folders:
-        with make_llm(folder) as llm:
-            results.append(generate(llm))
-    return results
-
-
-@pytest.fixture
-def llm(folders: list[Path]) -> Iterator[LLM]:
-    with make_llm(folders[0]) as llm:
-        yield llm
 
 
 def assert_refused(llm: LLM, match: str) -> None:

@@ -14,27 +14,6 @@ LONG = SamplingParams(temperature=0, max_tokens=40)
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return save_two(tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def expected(folders: list[Path]) -> list[Any]:
-    results = []
-    for folder in folders:
-        with make_llm(folder) as llm:
-            results.append(generate(llm))
-    assert results[0] != results[1]
-    return results
-
-
-@pytest.fixture
-def llm(folders: list[Path]) -> Iterator[LLM]:
-    with make_llm(folders[0]) as llm:
-        yield llm
-
-
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [

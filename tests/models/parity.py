@@ -1,4 +1,4 @@
-"""An engine beside Hugging Face: the two checks that every family's checkpoints go through."""
+"""An engine beside Hugging Face: the checks that every family's checkpoints go through."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.tiny_models import hugging_face_greedy, hugging_face_logits, random_prompts, record_logits
+from tests.llm_checks import check_nothing_is_left
+from tests.tiny_models import (
+    hugging_face_greedy,
+    hugging_face_logits,
+    load_hugging_face,
+    random_prompts,
+    record_logits,
+)
 
 NUM_OUTPUT = 12
 ONE = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT)
@@ -48,3 +55,28 @@ def check_greedy_tokens(
     assert (metrics["num_preemptions"] > 0) == preempts
     if options.get("enable_prefix_caching", True):
         assert metrics["num_prompt_tokens_cached"] > 0
+
+
+def check_every_way_of_running(
+    folder: Path, prompts: list[list[int]], *, max_num_batched_tokens: int, num_blocks: int, num_cached: int
+) -> None:
+    """Greedy tokens as a batch, from a warm prefix cache, in chunks, and preempted; logits of prompt and output.
+
+    num_blocks: of 8 tokens, too few for all prompts at once. num_cached: least tokens that the warm cache must give.
+    """
+    hugging_face = load_hugging_face(folder)
+    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=max_num_batched_tokens, block_size=16) as llm:
+        outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)]
+        check_greedy_outputs(hugging_face, prompts, outputs)
+        cached = llm.get_metrics()["num_prompt_tokens_cached"]
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
+        assert llm.get_metrics()["num_prompt_tokens_cached"] >= cached + num_cached
+        check_nothing_is_left(llm)
+    options = {"num_gpu_blocks_override": num_blocks, "block_size": 8, "overlap_depth": 2}
+    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=19, enable_prefix_caching=False, **options) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
+        assert llm.get_metrics()["num_preemptions"] > 0
+        logits = record_logits(llm)
+        llm.generate(prompts[:1], ONE, use_tqdm=False)
+    expected = hugging_face_logits(hugging_face, prompts[0] + outputs[0][:-1])
+    torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)

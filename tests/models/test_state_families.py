@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
-from tests.llm_checks import check_nothing_is_left
-from tests.models.parity import ONE, check_greedy_outputs, make_llm
+from tests.models.parity import ONE, check_every_way_of_running, make_llm
 from tests.runner.fake_graphs import fake_graphs
-from tests.tiny_models import hugging_face_logits, load_hugging_face, random_prompts, record_logits, save_random
+from tests.tiny_models import random_prompts, save_random
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
@@ -55,27 +53,11 @@ CASES |= {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:
-    """Logits of prompt and output; greedy tokens as a batch, from a warm prefix cache, in chunks, and preempted."""
     architecture, config = CASES[case]
     folder = save_random(tmp_path, architecture, **config)
-    hugging_face = load_hugging_face(folder)
     prompts = random_prompts([70, 1, 17])
     prompts.append(prompts[0][:48] + prompts[2])  # shares whole blocks with another one
-    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=128, block_size=16) as llm:
-        outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)]
-        check_greedy_outputs(hugging_face, prompts, outputs)
-        cached = llm.get_metrics()["num_prompt_tokens_cached"]
-        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
-        assert llm.get_metrics()["num_prompt_tokens_cached"] >= cached + 64 + 16 + 48
-        check_nothing_is_left(llm)
-    options = {"num_gpu_blocks_override": 12, "block_size": 8, "overlap_depth": 2, "enable_prefix_caching": False}
-    with make_llm(folder, max_num_seqs=4, max_num_batched_tokens=19, **options) as llm:
-        assert [output.outputs[0].token_ids for output in llm.generate(prompts, ONE, use_tqdm=False)] == outputs
-        assert llm.get_metrics()["num_preemptions"] > 0
-        logits = record_logits(llm)
-        llm.generate(prompts[:1], ONE, use_tqdm=False)
-    expected = hugging_face_logits(hugging_face, prompts[0] + outputs[0][:-1])
-    torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
+    check_every_way_of_running(folder, prompts, max_num_batched_tokens=128, num_blocks=12, num_cached=64 + 16 + 48)
 
 
 @pytest.mark.parametrize("case", ["lfm2", "qwen3.5"])

@@ -96,6 +96,13 @@ class Client:
         scope = {"type": "http", "path": "/v1/completions", "state": state}
         return asyncio.ensure_future(self.stream(scope, self._receive, self._send))
 
+    async def ask(self) -> "tuple[asyncio.Task[None], Request]":
+        """`begin`, and the engine's request for its only prompt."""
+        task = self.begin()
+        await _settle()
+        (request,) = self.served.requests
+        return task, request
+
 
 async def _settle() -> None:
     for _ in range(20):
@@ -105,9 +112,7 @@ async def _settle() -> None:
 def test_events_are_written_past_send_once_the_head_is_out() -> None:
     async def run() -> None:
         client = Client()
-        task = client.begin()
-        await _settle()
-        (request,) = client.served.requests
+        task, request = await client.ask()
         for text in ("a", "b", "c."):
             request.say(text)
             await _settle()
@@ -122,9 +127,7 @@ def test_events_are_written_past_send_once_the_head_is_out() -> None:
 def test_what_comes_while_a_socket_is_full_is_one_event_and_in_order() -> None:
     async def run() -> None:
         client = Client()
-        task = client.begin()
-        await _settle()
-        (request,) = client.served.requests
+        task, request = await client.ask()
         request.say("a")
         await _settle()
         client.can_write = False
@@ -177,9 +180,7 @@ def test_a_client_that_goes_before_its_first_token_leaves_nothing() -> None:
 def test_an_error_in_a_stream_that_has_begun_is_its_last_event() -> None:
     async def run() -> None:
         client = Client()
-        task = client.begin()
-        await _settle()
-        (request,) = client.served.requests
+        task, request = await client.ask()
         request.say("a")
         await _settle()
         request.fail()
