@@ -50,7 +50,8 @@ class LiveWeights:
 
     @property
     def _live(self) -> LiveState:
-        state: LiveState = vars(self).setdefault("_live_state", LiveState())
+        own = vars(self)
+        state: LiveState = own["_live_state"] if "_live_state" in own else own.setdefault("_live_state", LiveState())
         return state
 
     @property
@@ -124,6 +125,10 @@ class LiveWeights:
             update.commit(version, mode)
             live.version = version
             live.missing -= names
+        except BaseException:
+            if not update.is_half_written:
+                update.drop()
+            raise
         finally:
             if update.is_half_written:
                 live.missing |= names
@@ -249,11 +254,15 @@ class LiveWeights:
 
             def fall_asleep() -> None:
                 pause(session, mode)
+                live.asleep, live.missing = {"weights", "kv_cache"}, live.missing | filled
                 everywhere(session, FallAsleep(keeps_weights))
 
-            live.asleep, live.missing = {"weights", "kv_cache"}, live.missing | filled
             session.get_ready = self._get_ready
-            session.exclusively(fall_asleep)
+            try:
+                session.exclusively(fall_asleep)
+            except BaseException:
+                self._follow()
+                raise
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
         """Take memory back: for "weights", "kv_cache", or, by default, both.

@@ -67,6 +67,7 @@ class Update:
         self._session = session
         self._incoming = Incoming(table)
         self._here: list[Named] = []
+        self._num_bytes = 0  # of these
         self.is_half_written = False  # writing has begun, and has not come to its end
         self._is_remote = table.process != os.getpid()
 
@@ -77,7 +78,6 @@ class Update:
 
     def take(self, weights: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
         """Check these and keep them, or send them. Raises TypeError, ValueError or NotImplementedError."""
-        num_bytes = 0
         for item in weights.items() if isinstance(weights, Mapping) else weights:
             try:
                 name, tensor = item
@@ -85,17 +85,16 @@ class Update:
                 raise TypeError(f"weights must be pairs of a name and a tensor, got {type(item).__name__}") from None
             for named in self._incoming.add(name, tensor):
                 size = tensor.nbytes
-                if self._is_remote and self._here and num_bytes + size > _BYTES_AT_ONCE:
+                if self._is_remote and self._here and self._num_bytes + size > _BYTES_AT_ONCE:
                     self._send()
-                    num_bytes = 0
                 self._here.append(named)
-                num_bytes += size
+                self._num_bytes += size
 
     def _send(self) -> None:
         from nanovllm.live.shared_tensors import portable
 
         on_workers(self._session, Hold([(name, portable(tensor)) for name, tensor in self._here]))
-        self._here = []
+        self._here, self._num_bytes = [], 0
 
     def commit(self, version: WeightsVersion, mode: str) -> None:
         """Write all that was taken, in place of the old, between two steps. mode: of `in_flight.py`."""

@@ -114,3 +114,14 @@ def test_memory_is_given_back_and_does_not_grow(tmp_path: Path) -> None:
             sizes.append(resident_bytes())
         assert generate(llm) == expected
         assert max(sizes[25:]) < max(sizes[:25]) + 0.1 * weights
+
+
+def test_a_sleep_that_is_refused_leaves_the_engine_awake(llm: LLM, expected: list[Any]) -> None:
+    llm.pause("keep")
+    llm.enqueue(PROMPTS, LONG)
+    with pytest.raises(RuntimeError, match="that a pause holds"):
+        llm.sleep(level=2, mode="wait")
+    assert not llm.is_sleeping
+    llm.resume()
+    assert {output.outputs[0].finish_reason for output in llm.wait_for_completion(use_tqdm=False)} == {"length"}
+    assert generate(llm) == expected[0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.live import update
 from tests.live.new_weights import GREEDY, PROMPTS, generate, make_llm, save_two, tensors_of
 
 LONG = SamplingParams(temperature=0, max_tokens=40)
@@ -272,3 +273,16 @@ def test_a_pause_holds_what_is_asked_for(llm: LLM, expected: list[Any]) -> None:
     assert not llm.has_unfinished_requests()
     llm.resume()
     assert generate(llm) == expected[0]
+
+
+def test_messages_to_other_processes_are_bounded_over_many_calls(
+    llm: LLM, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    tensors = tensors_of(folders[1])
+    monkeypatch.setattr(update, "_BYTES_AT_ONCE", 2 * max(tensor.nbytes for tensor in tensors.values()))
+    elsewhere = update.Update(llm._session, update.table_of(llm._session)._replace(process=-1))
+    monkeypatch.setattr(update, "on_workers", lambda session, hold: sent.append(len(hold.tensors)))
+    for named in tensors.items():
+        elsewhere.take([named])
+    assert len(sent) > 1 and sum(sent) < len(tensors)

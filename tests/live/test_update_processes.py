@@ -70,3 +70,13 @@ def test_all_processes_have_the_new_weights_or_none(llm: LLM, folders: list[Path
     assert {output.outputs[0].finish_reason for output in llm.wait_for_completion(use_tqdm=False)} == {"abort"}
     llm.resume()
     assert generate(llm) == expected[0]
+
+    # Refused when all of it had been sent: nothing of it is written with the next one.
+    llm.pause("keep")
+    llm.enqueue(PROMPTS, LONG)
+    with pytest.raises(RuntimeError, match="that a pause holds"):
+        llm.update_weights(tensors, mode="wait")
+    llm.resume()
+    llm.wait_for_completion(use_tqdm=False)
+    llm.update_weights({"model.norm.weight": tensors_of(folders[0])["model.norm.weight"]})
+    assert generate(llm) == expected[0]
