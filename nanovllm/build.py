@@ -7,6 +7,7 @@ before the weights are read.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -163,7 +164,7 @@ def _start_engine(
     executor, times = _start_executor(_of_workers(config, model_config), model_config, checkpoint, device)
     cache = _cache_manager(config, model_config, executor.num_blocks, device)
     if config.has_tiers:
-        executor, cache = _with_tiers(config, model_config, executor)
+        executor, cache = _with_tiers(config, model_config, executor, checkpoint.path)
     scheduler = make_scheduler(
         cache,
         max_num_seqs=config.max_num_seqs,
@@ -232,13 +233,15 @@ def _cache_manager(
     return GroupedCache(num_blocks, config.block_size, config.enable_prefix_caching, groups.specs, **limits)
 
 
-def _with_tiers(config: ResolvedConfig, model_config: ModelConfig, executor: Executor) -> tuple[Executor, CacheManager]:
+def _with_tiers(
+    config: ResolvedConfig, model_config: ModelConfig, executor: Executor, model: Path
+) -> tuple[Executor, CacheManager]:
     from nanovllm.tiers.host_slots import HostSlots  # a room
     from nanovllm.tiers.store import PrefixStore, open_folders
     from nanovllm.tiers.tiered_cache import TieredCache, TieredExecutor
 
     host = HostSlots(num_host_slots(config, model_config)) if config.kv_offload_gb else None
-    store = None if config.prefix_store is None else PrefixStore(open_folders(config))
+    store = None if config.prefix_store is None else PrefixStore(open_folders(config, model))
     cache = TieredCache(executor.num_blocks, config.block_size, host, store)
     return TieredExecutor(executor, cache), cache
 

@@ -122,7 +122,8 @@ def build_runner(
     if config.has_tiers:
         from nanovllm.tiers.mover import with_tiers  # a room
 
-        runner = with_tiers(runner, eager.kv_caches, config, num_host_slots(config, model_config), tp.rank)
+        num_slots = num_host_slots(config, model_config)
+        runner = with_tiers(runner, eager.kv_caches, config, checkpoint.path, num_slots, tp.rank)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
 

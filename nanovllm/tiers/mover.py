@@ -184,10 +184,12 @@ class TierMover:
 
 
 def with_tiers(
-    runner: Any, caches: Sequence[LayerCache], config: ResolvedConfig, num_slots: int, rank: int
+    runner: Any, caches: Sequence[LayerCache], config: ResolvedConfig, model: Path, num_slots: int, rank: int
 ) -> "MovingRunner":
-    """caches: of each layer. num_slots: blocks of host memory. rank: this worker's, which its folder is named by."""
-    folder = None if config.prefix_store is None else open_folders(config)[rank]
+    """caches: of each layer. model: where its checkpoint is. num_slots: blocks of host memory. rank: this worker's,
+    which its folder is named by.
+    """
+    folder = None if config.prefix_store is None else open_folders(config, model)[rank]
     store_bytes = int(config.prefix_store_gb * 2**30)
     return MovingRunner(runner, TierMover(caches, num_slots, folder, store_bytes, runner.device))
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
-from nanovllm.config import ResolvedConfig
+from nanovllm.config import NamedModule, ResolvedConfig
 from nanovllm.model_files.identity import identify
 from nanovllm.tiers.block_file import is_good
 
@@ -26,11 +26,17 @@ _NUM_THREADS = 16  # that check files: reading and adding up leave the interpret
 _PATIENCE_SECONDS = 0.002  # that a plan waits for them
 
 
-def open_folders(config: ResolvedConfig) -> list[Path]:
-    """The folder of each rank's blocks, made if it is not there. config.model: a path. Raises OSError."""
+def open_folders(config: ResolvedConfig, model: Path) -> list[Path]:
+    """The folder of each rank's blocks, made if it is not there. model: where the checkpoint is, whatever its name.
+
+    Raises OSError; and ValueError for a model of this process, which no file need say anything of.
+    """
+    if isinstance(config.model, NamedModule):
+        raise ValueError("prefix_store knows a model by its files, and one of this process has none: leave it out")
     about = {
         "format": _FORMAT,
-        "model": identify(Path(config.model)),
+        "model": identify(model),
+        "seed": config.seed if config.load_format == "dummy" else None,
         "quantization": config.quantization,
         "dtype": config.dtype,
         "kv_cache_dtype": config.kv_cache_dtype,

@@ -67,12 +67,12 @@ class TieredCache(CacheManager):
         self.pool = TieredPool(self.pool.num_blocks, self._evict, self._is_below, self._forget)
         self._moves = BlockMoves()
         self.is_looking = False  # into the store, for the request at the head of the queue
-        # Blocks to keep, with their hashes: of plans before the newest, and of the newest, whose step may fill them.
-        self._found: list[tuple[int, bytes]] = []
-        self._found_now: list[tuple[int, bytes]] = []
         self._forget()
 
     def _forget(self) -> None:
+        # Blocks to keep, with their hashes: of plans before the newest, and of the newest, whose step may fill them.
+        self._found: list[tuple[int, bytes]] = []
+        self._found_now: list[tuple[int, bytes]] = []
         if self._host is not None:
             self._host.clear()
 

@@ -23,7 +23,8 @@ from nanovllm.tiers.block_file import is_good, read_block, write_block
 from nanovllm.tiers.block_files import BlockFiles
 from nanovllm.tiers.mover import TierMover
 from nanovllm.tiers.store import PrefixStore, path_of
-from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
+from nanovllm.tiers.tiered_cache import TieredCache
+from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, load_hugging_face, save_random, save_tokenizer
 
 ABOUT = {"block": "00"}
 SYSTEM = "You are a careful assistant who answers in one short sentence. "
@@ -192,7 +193,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers(model: Path, prompts: list[str], **options: Any) -> tuple[list[list[int]], dict[str, float]]:
+def answers(model: Path | str, prompts: list[str], **options: Any) -> tuple[list[list[int]], dict[str, float]]:
     """One prompt after the other, with blocks for little more than one of them."""
     defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "num_gpu_blocks_override": 16}
     with LLM(str(model), **{**defaults, **options}) as llm:
@@ -228,6 +229,34 @@ def test_a_later_process_finds_the_prefix_and_another_model_does_not(model: Path
     _, metrics = answers(other, shared[:1], prefix_store=store)
     assert not metrics["num_blocks_from_store"] and metrics["num_prompt_tokens_cached"] == 0
     assert len({json.loads(path.read_text())["model"] for path in store.glob("*/about.json")}) == 2
+
+
+def test_models_are_told_apart_by_their_files_whatever_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name from the Hub, or a folder below the home directory, says nothing of what is in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for seed in range(2):
+        folder = save_random(tmp_path / f"model{seed}", vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS, seed=seed)
+        save_tokenizer(folder)
+    store = tmp_path / "store"
+    for name in ("~/model0", "~/model1"):
+        answers(name, [SYSTEM + word for word in ("one", "two")], prefix_store=store)
+    assert len({json.loads(path.read_text())["model"] for path in store.glob("*/about.json")}) == 2
+
+
+def test_a_sleep_takes_what_was_to_be_kept(model: Path) -> None:
+    """Blocks are written a plan later than they are found to be of use, and hold nothing when they wake."""
+    cache = TieredCache(8, 8, None, PrefixStore([model]))
+    cache._found, cache._found_now = [(1, b"a")], [(2, b"b")]
+    cache.pool.forget_cached()
+    assert cache.take_moves() is None and cache.take_moves() is None
+
+
+def test_a_model_of_this_process_has_no_files(model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokenizer": str(model), "device": "cpu", "prefix_store": tmp_path / "store"}
+    with pytest.raises(ValueError, match="prefix_store knows a model by its files"):
+        LLM(load_hugging_face(model), **options)
 
 
 def test_what_cannot_have_a_tier_is_refused(model: Path, tmp_path: Path) -> None:
