@@ -280,7 +280,8 @@ def test_a_thousand_loads_and_removals_under_load(folder: Path) -> None:
         assert len(results) > 5 and all(result == want for result in results)
         assert llm.list_loras() == {stays.lora_int_id}
         llm.remove_lora("stays")
-        assert not inner_model(llm).adapters._known
+        store = inner_model(llm).adapters
+        assert not store._known and not store.step.filled
         check_nothing_is_left(llm)
 
 
@@ -294,10 +295,16 @@ def test_what_is_refused_changes_nothing(folder: Path, llm: LLM, tmp_path: Path)
     name = next(iter(good))
     unknown = {n.replace("q_proj", "x_proj"): t for n, t in good.items()}
     of_experts = {n.replace("self_attn.q_proj", "mlp.experts"): t for n, t in good.items()}
+    table = make_tensors(hf, "embed_tokens")
     for tensors, rank, words in [
         (unknown, 4, "'bad' is for model.layers.0.self_attn.x_proj, and the model has no such layer"),
         (of_experts, 4, "adapters of experts are not supported"),
         ({**good, name: good[name][:, :5]}, 4, r"a of model.layers.0.self_attn.q_proj is \(4, 5\), not rank x 32"),
+        (
+            {"base_model.model.model.embed_tokens.lora_B.bias": torch.zeros(32), **table},
+            4,
+            "a table, which takes none",
+        ),
         (make_tensors(hf, "q_proj", rank=17), 17, "has rank 17, and max_lora_rank is 16"),
         ({**good, "base_model.model.model.layers.0.self_attn.q_proj.bias": torch.zeros(512)}, 4, "which has none"),
     ]:

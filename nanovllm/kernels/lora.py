@@ -112,9 +112,9 @@ def expand_reference(
     activation: str | None = None,
     linear: Linear = F.linear,
 ) -> Tensor:
-    rank = b.shape[2]
+    rank, summed = b.shape[2], shrunk.sum(0)
     for slot, index in rows.members:
-        parts = shrunk.sum(0)[index].to(b.dtype).split(rank, dim=1)
+        parts = summed[index].to(b.dtype).split(rank, dim=1)
         added = [linear(part, matrix) for part, matrix in zip(parts, b[slot].split(list(sizes)), strict=True)]
         outputs[index] += torch.cat(added, dim=1) + bias[slot]
     return outputs if activation is None else _GATES[activation](outputs)

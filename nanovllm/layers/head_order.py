@@ -54,14 +54,15 @@ def reordered_specs(
     Codes of quantized weights may lie in words of several rows, or share scales with them: then the rows stay where
     they are, and what they give is put in order after each product.
     """
-    if order is None or isinstance(layer.method, ReorderedOutputs):
+    if order is None:
         return named
     sizes, values = dict(zip(layer.spec.names, layer.spec.sizes, strict=True)), layer.spec.names[2]
     by_layer = [(name.rpartition(".")[0], spec) for name, spec in named]
     if all(spec.outputs == 0 and spec.shape[0] == sizes[of] for of, spec in by_layer):
         pairs = zip(named, by_layer, strict=True)
         return [part if of == values else reordered_spec(part, order) for part, (of, _) in pairs]
-    layer.method = ReorderedOutputs(layer.method, order)
+    if not any(isinstance(method, ReorderedOutputs) for method in layer.method.modules()):
+        layer.method = ReorderedOutputs(layer.method, order)
     return named
 
 

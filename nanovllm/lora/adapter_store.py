@@ -41,6 +41,7 @@ class AdapterStore:
                 kind = AdapterTable if isinstance(layer, Embedding) else AdapterLinear
                 layer.method = kind(layer.method, layer.spec, num_slots, max_rank, self.step)
                 self._layers[layer.method] = layer
+        self._places: dict[int, dict[str, WeightSpec]] = {}  # by slot: a model takes milliseconds to list them
         self._parts = self._find_parts()
         model.adapters = self
 
@@ -79,6 +80,8 @@ class AdapterStore:
         outputs, inputs = sum(layer.spec.sizes[part] for _, part in parts), layer.spec.in_features
         if isinstance(layer, Embedding):
             outputs, inputs = inputs, outputs
+            if tensors.bias is not None:
+                raise ValueError(f"adapter {name!r} has a bias for {module}, a table, which takes none")
         expected = {"a": (None, inputs), "b": (outputs, None), "bias": (outputs,), "base_bias": (outputs,)}
         for field, shape in expected.items():
             tensor = getattr(tensors, field)
@@ -125,6 +128,8 @@ class AdapterStore:
 
     def _specs(self, slot: int) -> dict[str, WeightSpec]:
         """The places of an adapter's tensors in a slot, by the names of their modules and "lora_B" or "lora_bias"."""
+        if slot in self._places:
+            return self._places[slot]
         self.step.slot = slot
         try:
             specs = dict(self._model.weights())
@@ -132,7 +137,8 @@ class AdapterStore:
                 specs.update(LinearBase.weights(self._model.lm_head))
         finally:
             self.step.slot = None
-        return specs
+        self._places[slot] = {name: spec for name, spec in specs.items() if name.endswith((".lora_B", ".lora_bias"))}
+        return self._places[slot]
 
     # --- slots ---------------------------------------------------------------------------------
 
@@ -147,6 +153,7 @@ class AdapterStore:
         specs = self._specs(slot)
         for module, tensors in modules.items():
             self._fill(slot, module if module in self._parts else f"model.{module}", tensors, specs)
+        self.step.filled.clear()  # which `_find_parts` alone asks for
         self._slots[slot] = key
 
     def _fill(self, slot: int, module: str, tensors: ModuleWeights, specs: dict[str, WeightSpec]) -> None:
