@@ -70,10 +70,6 @@ class OpenAILinesJob:
         return status, json.loads(b"".join(parts))
 
 
-def is_openai_line(first: Mapping[str, Any]) -> bool:
-    return {"custom_id", "url", "body"} <= first.keys()
-
-
 def _read(row: Row) -> tuple[str, dict[str, Any]]:
     if row.problem is not None:
         raise ValueError(row.problem)

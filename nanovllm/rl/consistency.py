@@ -49,18 +49,20 @@ def compare_logprobs(llm: LLM, model: Any, prompts: Sequence[Any], params: Sampl
     outputs = llm.generate(list(prompts), drawing, use_tqdm=False)
     token_ids = [list(output.outputs[0].token_ids) for output in outputs]
     prompt_ids = [list(output.prompt_token_ids) for output in outputs]
-    own = [_own(output.outputs[0].logprobs, ids) for output, ids in zip(outputs, token_ids, strict=True)]
+    own = [own_logprobs(ids, output.outputs[0].logprobs) for output, ids in zip(outputs, token_ids, strict=True)]
     scoring = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     scored = llm.generate([a + b for a, b in zip(prompt_ids, token_ids, strict=True)], scoring, use_tqdm=False)
     again = [
-        _own((output.prompt_logprobs or [])[-len(ids) :], ids) for output, ids in zip(scored, token_ids, strict=True)
+        own_logprobs(ids, (output.prompt_logprobs or [])[-len(ids) :])
+        for output, ids in zip(scored, token_ids, strict=True)
     ]
     theirs = [_of_model(model, first, ids) for first, ids in zip(prompt_ids, token_ids, strict=True)]
     return Mismatch(token_ids, own, _less(theirs, own), _less(again, own))
 
 
-def _own(entries: Any, token_ids: Sequence[int]) -> list[float]:
-    return [entry[token_id].logprob for token_id, entry in zip(token_ids, entries, strict=True)]
+def own_logprobs(token_ids: Sequence[int], entries: Any) -> list[float]:
+    """Of each token, its own log-probability among those that came with it."""
+    return [entry[token_id].logprob for token_id, entry in zip(token_ids, entries or (), strict=True)]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanovllm.llm import LLM
+from nanovllm.rl.consistency import own_logprobs
 from nanovllm.sampling_params import SamplingParams
 
 _DEFAULT_MEMORY = 0.3  # of a GPU, beside a trainer; as TRL's own default for vLLM
@@ -41,10 +42,7 @@ class Rollout:
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [list(one.token_ids) for one in completions],
-            "logprobs": [
-                [entry[token_id].logprob for token_id, entry in zip(one.token_ids, one.logprobs or (), strict=True)]
-                for one in completions
-            ],
+            "logprobs": [own_logprobs(one.token_ids, one.logprobs) for one in completions],
         }
 
     def _current(self, trainer: Any) -> LLM:

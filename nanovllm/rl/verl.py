@@ -17,7 +17,7 @@ from verl import DataProto
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput
+from nanovllm.rl.consistency import own_logprobs
 from nanovllm.sampling_params import SamplingParams
 
 NAME = "nanovllm"
@@ -92,7 +92,9 @@ class NanoRollout(BaseRollout):  # type: ignore[misc]
             "prompts": ids,
             "responses": responses,
             "input_ids": torch.cat((ids, responses), dim=1),
-            "rollout_log_probs": _padded([_logprobs(one) for one in completions], length, -1.0),
+            "rollout_log_probs": _padded(
+                [own_logprobs(one.token_ids, one.logprobs) for one in completions], length, -1.0
+            ),
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
         }
@@ -116,10 +118,6 @@ class NanoRollout(BaseRollout):  # type: ignore[misc]
             logprobs=0,
             detokenize=False,
         )
-
-
-def _logprobs(output: CompletionOutput) -> list[float]:
-    return [entry[token_id].logprob for token_id, entry in zip(output.token_ids, output.logprobs or (), strict=True)]
 
 
 def _padded(rows: Sequence[Sequence[float]], length: int, pad: float) -> Tensor:
