@@ -5,6 +5,7 @@ building this takes milliseconds, so `--help` never waits for torch.
 """
 
 import argparse
+from pathlib import Path
 
 from nanovllm.cli.options import add_engine_options
 from nanovllm.cli.parsers import MODEL_HELP, Commands, add_command
@@ -68,6 +69,7 @@ examples:
   nanovllm bench throughput --batch-sizes 1 16 64 --compare hf
   nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload offline
   nanovllm bench throughput --num-prompts 64 --output-len 128 --mixed
+  nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload groups context_32768 --before ../nanovllm-last-week
 """,
     )
     size = throughput.add_mutually_exclusive_group()
@@ -81,7 +83,8 @@ examples:
         metavar="NAME",
         help="fixed workloads: offline and offline_1024 are 256 and 1024 prompts of 100 to 1024 tokens with 100 to "
         "1024 output tokens each at temperature 0.6; long_prompts; groups and two_levels share prompts and prefixes; "
-        "generate_256 beside stream_256, logprobs_256, penalty_256, bias_256, grammar_256; also those of other kinds",
+        "generate_256 beside stream_256, logprobs_256, penalty_256, bias_256, grammar_256; also those of other kinds, "
+        "measured in their way",
     )
     throughput.add_argument(
         "--mixed", action="store_true", help="draw lengths between a quarter of the given ones and all of it"
@@ -410,6 +413,18 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ENGINE",
         help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm, nano-vllm",
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="FOLDER",
+        help="also measure another checkout of this repository, in the same call with the same options",
+    )
+    parser.add_argument(
+        "--warm-up-len",
+        type=int,
+        metavar="N",
+        help="output tokens of a request in the run that warms up, at most (default: as many as in the others)",
     )
     parser.add_argument(
         "--nano-vllm-python", metavar="PATH", help="the Python of the environment that nano-vllm is installed in"

@@ -74,7 +74,7 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
     spread = (row["slowest"], row["fastest"]) if "slowest" in row else None
     if kind == "latency" and "first_token_ms" in row and row.get("num_prompts") == 1:
         yield "first token, ms (less is better)", Bar(row["first_token_ms"], None)
-    if kind in ("latency", "parallel") and "step_ms" in row:
+    if kind in ("latency", "parallel", "throughput") and "step_ms" in row:
         batch = re.fullmatch(r"decode_(\d+)|(\d+) x 128\+512", workload)  # two names of one workload
         name = f"batch {batch[1] or batch[2]}" if batch else workload
         yield f"decode, {name}, ms a step (less is better)", Bar(row["step_ms"], spread)
@@ -92,7 +92,7 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
         for name, caches in (("cold_seconds", "nothing cached"), ("warm_seconds", "caches warm")):
             if name in row:
                 yield f"start, {caches}, s (less is better)", Bar(row[name], None)
-    elif workload == "prefill" or kind == "prefill":
+    elif workload in ("prefill", "long_prompts") or kind == "prefill":
         rates = [row["num_prompt_tokens"] / seconds for seconds in row.get("seconds", ())]
         value = row.get("prompt_tokens_per_second") or median(rates)
         yield f"{workload}, prompt tok/s", Bar(value, (min(rates), max(rates)) if rates else None)

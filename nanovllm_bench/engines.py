@@ -1,16 +1,14 @@
 """The engines that can be measured, behind one call: run this workload, come back when every token is there.
 
-Owns how each engine is set up fairly: the same checkpoint, dtype and device, greedy or sampled alike, EOS ignored.
+Owns how each is set up fairly: the same checkpoint, dtype and device, greedy or sampled alike, EOS ignored. Those in a
+process of their own are in `elsewhere.py`.
 Invariant: `run` returns the seconds in which exactly `max_tokens` output tokens came to exist for every prompt, or
 raises; a prefix cache holds nothing then but the workload's own prefix.
 """
 
 import gc
-import json
-import subprocess
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -24,7 +22,7 @@ from nanovllm.roofline.model_size import model_size
 from nanovllm.roofline.roofline import ModelSize
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.weights.checkpoint import open_checkpoint
-from nanovllm_bench.workload import Workload
+from nanovllm_bench.workload import Workload, check_counts
 
 
 class BenchEngine(Protocol):
@@ -87,7 +85,7 @@ class NanoVLLM:
             counts = [len(one.token_ids) for output in outputs for one in output.outputs]
         seconds = perf_counter() - start
         self._counters.update({name: value - before[name] for name, value in self._llm.get_metrics().items()})
-        _check_counts(self.name, workload, counts)
+        check_counts(self.name, workload, counts)
         return seconds
 
     def _streamed(self, workload: Workload, params: list[SamplingParams]) -> list[int]:
@@ -139,7 +137,7 @@ class HuggingFace:
         num_made = output.cpu().shape[1] - longest
         seconds = perf_counter() - start
         counts = [min(num_made, count) for count in workload.max_tokens]
-        _check_counts(self.name, workload, counts)
+        check_counts(self.name, workload, counts)
         return seconds
 
     def close(self) -> None:
@@ -188,52 +186,12 @@ class VLLM:
         start = perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = perf_counter() - start
-        _check_counts(self.name, workload, [len(output.outputs[0].token_ids) for output in outputs])
+        check_counts(self.name, workload, [len(output.outputs[0].token_ids) for output in outputs])
         return seconds
 
     def close(self) -> None:
         del self._llm
         gc.collect()
-
-
-class OriginalNanoVLLM:
-    """nano-vllm in a Python of its own, through `nano_vllm_worker.py`; `model` must be a folder that it can load."""
-
-    name = "nano-vllm"
-
-    def __init__(self, model: str, options: dict[str, Any], python: str) -> None:
-        shared = {name: options[name] for name in ("max_model_len", "max_num_seqs", "enforce_eager") if name in options}
-        worker = Path(__file__).with_name("nano_vllm_worker.py")
-        self._process = subprocess.Popen(
-            [python, str(worker), model, json.dumps(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.version = self._read()["version"]
-
-    def run(self, workload: Workload) -> float:
-        runs = [(workload.prompts, workload.max_tokens)]
-        if workload.prefix:
-            runs.insert(0, ([workload.prefix], [1]))
-        for prompts, max_tokens in runs:
-            # Greedy decoding is not offered there: temperature 1 costs it the same.
-            job = {"prompts": prompts, "max_tokens": max_tokens, "temperature": workload.temperature or 1.0}
-            assert self._process.stdin is not None
-            print(json.dumps(job), file=self._process.stdin, flush=True)
-            answer = self._read()
-        _check_counts(self.name, workload, answer["counts"])
-        return float(answer["seconds"])
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()  # the worker ends
-        self._process.wait()
-        self._process.stdout.close()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):  # whatever else the engine prints is not for us
-                return dict(json.loads(line))
-        raise RuntimeError(f"nano-vllm ended with status {self._process.wait()}; its own message is above")
 
 
 def load_hugging_face(config: EngineConfig, dtype: str) -> Any:
@@ -249,8 +207,3 @@ def load_hugging_face(config: EngineConfig, dtype: str) -> Any:
             raise ValueError(f"{config.model}: Hugging Face's model misses {missing} and does not know {unexpected}")
         model.tie_weights()
     return model.eval()
-
-
-def _check_counts(name: str, workload: Workload, counts: list[int]) -> None:
-    if counts != [count for count in workload.max_tokens for _ in range(workload.n)]:
-        raise RuntimeError(f"{name} made {sum(counts)} tokens where the workload asks for {workload.num_output_tokens}")

@@ -1,13 +1,13 @@
 """`nanovllm bench throughput`, `prefill`, `prefix` and `latency`: workloads, timed on one engine after the other.
 
 Owns what is timed and how often. Invariant: every engine runs the same workloads, one engine after the other in one
-process, each with one warm-up run that is not counted; figures are medians, and the spread of the runs stands beside
+call, each with one warm-up run that is not counted; figures are medians, and the spread of the runs stands beside
 them. Where our own counters are known, the host's share of the time and the share of the physical floor are too.
 """
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from statistics import median
@@ -16,17 +16,16 @@ from typing import Any
 from nanovllm.cli.options import engine_options
 from nanovllm.roofline.ceilings import measure_ceilings
 from nanovllm.roofline.roofline import Ceilings, Work, report
-from nanovllm_bench.engines import VLLM, BenchEngine, HuggingFace, NanoVLLM, OriginalNanoVLLM, check_installed
+from nanovllm_bench.elsewhere import EarlierBuild, OriginalNanoVLLM, check_checkout
+from nanovllm_bench.engines import VLLM, BenchEngine, HuggingFace, NanoVLLM, check_installed
 from nanovllm_bench.mixed import run_mixed
 from nanovllm_bench.report import print_record, print_table
 from nanovllm_bench.workload import Workload, named, shared_prefix, uniform
 
 _Row = dict[str, Any]
-_SCORES = {"prefill": "prompt_tokens_per_second"}  # what engines are compared by, if not the output tokens a second
 _FIRST_COLUMNS = {"engine": "engine", "workload": "workload"}
-_MIDDLE_COLUMNS = {
-    "throughput": {"output tok/s": "output_tokens_per_second"},
-    "prefix": {"output tok/s": "output_tokens_per_second"},
+_FIGURES = {  # by what a workload is about
+    "output": {"output tok/s": "output_tokens_per_second"},
     "prefill": {"prompt tok/s": "prompt_tokens_per_second"},
     "latency": {"first token ms": "first_token_ms", "ms/step": "step_ms"},
 }
@@ -47,6 +46,10 @@ def run(args: Namespace) -> int:
     workloads = _workloads(args)
     for name in args.compare:
         check_installed(name, args.nano_vllm_python)
+    if args.before is not None:
+        check_checkout(args.before)
+    if args.warm_up_len is not None and args.warm_up_len < 1:
+        raise ValueError(f"--warm-up-len must be at least 1, got {args.warm_up_len}")
     if args.compare and (special := [workload.name for workload in workloads if not workload.is_plain]):
         raise ValueError(f"--workload {' '.join(special)} asks for what not every engine offers: leave out --compare")
     needs_tokenizer = any("structured_outputs" in workload.asks for workload in workloads)
@@ -55,10 +58,13 @@ def run(args: Namespace) -> int:
     settings = {"dtype": ours.dtype, "device": ours.device, "repeats": args.repeats, **engine_options(args)}
     vocab_size = ours.vocab_size
     rows: list[_Row] = []
-    for engine in _engines(args, ours):
-        with closing(engine):
-            measure = measure_latency if args.kind == "latency" else measure_throughput
-            rows += [measure(engine, workload, args, vocab_size) for workload in workloads]
+    about = {workload.name: _about(workload, args) for workload in workloads}
+    with closing(_engines(args, ours, needs_tokenizer)) as engines:
+        for engine in engines:
+            with closing(engine):
+                for workload in workloads:
+                    measure = measure_latency if about[workload.name] == "latency" else measure_throughput
+                    rows.append(measure(engine, workload, args.repeats, vocab_size, args.warm_up_len))
     one = measure_ceilings(ours.device, ours.dtype)  # now that the engines have given their memory back
     ceilings = Ceilings(
         bytes_per_second=one.bytes_per_second * num_devices, flops_per_second=one.flops_per_second * num_devices
@@ -67,17 +73,33 @@ def run(args: Namespace) -> int:
         if "work" in row:
             row["roofline"] = report(Work(**row["work"]), size, ceilings, sum(row["seconds"]))
     rows.sort(key=lambda row: [workload.name for workload in workloads].index(row["workload"]))
-    _add_speedups(rows, _SCORES.get(args.kind, "output_tokens_per_second"))
-    print_table([_shown(row) for row in rows], {**_FIRST_COLUMNS, **_MIDDLE_COLUMNS[args.kind], **_LAST_COLUMNS})
+    _add_speedups(rows, about)
+    figures = {title: key for name in _FIGURES if name in about.values() for title, key in _FIGURES[name].items()}
+    print_table(
+        [_shown(row, figures.values(), _FIGURES[about[row["workload"]]].values()) for row in rows],
+        {**_FIRST_COLUMNS, **figures, **_LAST_COLUMNS},
+    )
     record = {"settings": settings, "ceilings": asdict(ceilings), "model_size": asdict(size), "results": rows}
     print_record(args, record)
     return 0
 
 
-def _engines(args: Namespace, ours: NanoVLLM) -> Iterator[BenchEngine]:
+def _about(workload: Workload, args: Namespace) -> str:
+    if args.kind == "latency" or workload.is_latency:
+        return "latency"
+    return "prefill" if workload.is_prefill else "output"
+
+
+def _engines(args: Namespace, ours: NanoVLLM, needs_tokenizer: bool) -> Generator[BenchEngine]:
     """One after the other: each is loaded when the one before it has been closed and its memory is free."""
-    yield ours
     options = engine_options(args)
+    if args.before is None:
+        yield ours
+    else:
+        with closing(EarlierBuild(args.before)) as earlier:
+            yield ours
+            earlier.load(args.model, options, needs_tokenizer)
+            yield earlier
     for name in dict.fromkeys(args.compare):
         if name == "hf":
             yield HuggingFace(args.model, options, ours.dtype, ours.device)
@@ -111,10 +133,12 @@ def _is_custom(args: Namespace) -> bool:
     return any(getattr(args, name) != default for name, default in args.workload_defaults.items())
 
 
-def measure_throughput(engine: BenchEngine, workload: Workload, args: Namespace, vocab_size: int) -> _Row:
-    runs = _time_runs(engine, workload, args.repeats, vocab_size)
+def measure_throughput(
+    engine: BenchEngine, workload: Workload, repeats: int, vocab_size: int, warm_up_len: int | None = None
+) -> _Row:
+    runs = _time_runs(engine, workload, repeats, vocab_size, warm_up_len)
     seconds = runs["seconds"]
-    num_tokens = workload.num_prompt_tokens if args.kind in _SCORES else workload.num_output_tokens
+    num_tokens = workload.num_prompt_tokens if workload.is_prefill else workload.num_output_tokens
     rates = [num_tokens / s for s in seconds]
     return {
         **_describe(engine, workload),
@@ -127,17 +151,19 @@ def measure_throughput(engine: BenchEngine, workload: Workload, args: Namespace,
     }
 
 
-def measure_latency(engine: BenchEngine, workload: Workload, args: Namespace, vocab_size: int) -> _Row:
+def measure_latency(
+    engine: BenchEngine, workload: Workload, repeats: int, vocab_size: int, warm_up_len: int | None = None
+) -> _Row:
     """A step's time is (all output tokens - one output token) / (their number - 1), from runs of both kinds in turn."""
-    repeats, num_prompts = args.repeats, len(workload.prompts)
-    firsts = _time_runs(engine, workload.with_max_tokens(1), repeats, vocab_size)
+    num_prompts = len(workload.prompts)
+    firsts = _time_runs(engine, workload.with_max_tokens(1), repeats, vocab_size, warm_up_len)
     first_ms = [1000 * s for s in firsts["seconds"]]
     num_steps = workload.max_tokens[0] - 1
     row = {**_describe(engine, workload), "first_token_ms": median(first_ms)}
     if num_steps == 0:
         rate = 1000 * num_prompts / median(first_ms)
         return {**row, "output_tokens_per_second": rate, "slowest": max(first_ms), "fastest": min(first_ms), **firsts}
-    runs = _time_runs(engine, workload, repeats, vocab_size, first_variant=repeats + 1)
+    runs = _time_runs(engine, workload, repeats, vocab_size, warm_up_len, first_variant=repeats + 1)
     steps = [(1000 * s - median(first_ms)) / num_steps for s in runs["seconds"]]
     return {
         **row,
@@ -151,13 +177,19 @@ def measure_latency(engine: BenchEngine, workload: Workload, args: Namespace, vo
 
 
 def _time_runs(
-    engine: BenchEngine, workload: Workload, repeats: int, vocab_size: int, first_variant: int = 0
+    engine: BenchEngine,
+    workload: Workload,
+    repeats: int,
+    vocab_size: int,
+    warm_up_len: int | None,
+    first_variant: int = 0,
 ) -> dict[str, Any]:
     """Seconds of each run; for our own engine also what all of them did and the host's share of their time.
 
     The warm-up takes the last variant; the first measured run is the workload itself.
     """
-    engine.run(workload.variant(first_variant + repeats, vocab_size))
+    warm_up = workload.variant(first_variant + repeats, vocab_size)
+    engine.run(warm_up if warm_up_len is None else warm_up.at_most(warm_up_len))
     before = engine.counters() if isinstance(engine, NanoVLLM) else {}
     seconds = []
     for number in range(repeats):
@@ -182,16 +214,18 @@ def _describe(engine: BenchEngine, workload: Workload) -> _Row:
     }
 
 
-def _add_speedups(rows: Sequence[_Row], score: str) -> None:
+def _add_speedups(rows: Sequence[_Row], about: Mapping[str, str]) -> None:
     """How many times the tokens a second of each other engine nanovllm makes; a step of latency is a token a prompt."""
-    ours = {row["workload"]: row[score] for row in rows if row["engine"] == NanoVLLM.name}
+    scores = {name: f"{'prompt' if kind == 'prefill' else 'output'}_tokens_per_second" for name, kind in about.items()}
+    ours = {row["workload"]: row[scores[row["workload"]]] for row in rows if row["engine"] == NanoVLLM.name}
     for row in rows:
         if row["engine"] != NanoVLLM.name:
-            row["nanovllm_speedup"] = ours[row["workload"]] / row[score]
+            row["nanovllm_speedup"] = ours[row["workload"]] / row[scores[row["workload"]]]
 
 
-def _shown(row: _Row) -> _Row:
-    """A row as the table has it: rates in units that fit, shares in per cent."""
+def _shown(row: _Row, figures: Collection[str], own: Collection[str]) -> _Row:
+    """A row as the table has it: of all `figures` its own ones, rates in units that fit, shares in per cent."""
+    row = {name: value for name, value in row.items() if name in own or name not in figures}
     roofline = row.get("roofline")
     if roofline is None:
         return row

@@ -108,7 +108,7 @@ def _measure(args: Namespace, layout: Layout, workloads: list[Workload]) -> list
             # A step can be timed where all prompts want equally many tokens, and more than one.
             is_decode = len(set(workload.max_tokens)) == 1 and workload.max_tokens[0] > 1
             measure = measure_latency if is_decode else measure_throughput
-            row = measure(engine, workload, args, engine.vocab_size)
+            row = measure(engine, workload, args.repeats, engine.vocab_size)
             if is_decode and layout.tensor_parallel_size > 1:
                 row["collectives_ms"] = max(engine.llm.apply_model(partial(time_collectives, len(workload.prompts))))
             rows.append({"layout": layout.name, **layout._asdict(), **row})

@@ -62,6 +62,16 @@ class Workload:
         return self.n == 1 and not self.asks and not self.streams
 
     @property
+    def is_prefill(self) -> bool:
+        """Does it end with the first token?"""
+        return max(self.max_tokens) == 1
+
+    @property
+    def is_latency(self) -> bool:
+        """Is it about the time of a step, or of the first token of a single request?"""
+        return self.name.startswith(("decode_", "context_", "ttft"))
+
+    @property
     def max_model_len(self) -> int:
         """The shortest model length in which every request fits."""
         return max(len(prompt) + count for prompt, count in zip(self.prompts, self.max_tokens, strict=True))
@@ -77,6 +87,10 @@ class Workload:
 
     def with_max_tokens(self, count: int) -> "Workload":
         return replace(self, max_tokens=[count] * len(self.prompts))
+
+    def at_most(self, count: int) -> "Workload":
+        """The same with outputs cut to `count` tokens."""
+        return replace(self, max_tokens=[min(count, own) for own in self.max_tokens])
 
 
 def uniform(num_prompts: int, input_len: int, output_len: int, *, mixed: bool = False) -> Workload:
@@ -118,6 +132,12 @@ def named(name: str) -> Workload:
         f"there is no workload {name!r}; there are {', '.join(_NAMED)}, decode_N for N prompts and context_N for one "
         "of N tokens"
     )
+
+
+def check_counts(name: str, workload: Workload, counts: list[int]) -> None:
+    """Raises RuntimeError where the engine of this name made other numbers of tokens than the workload asks for."""
+    if counts != [count for count in workload.max_tokens for _ in range(workload.n)]:
+        raise RuntimeError(f"{name} made {sum(counts)} tokens where the workload asks for {workload.num_output_tokens}")
 
 
 def _offline(num_prompts: int, seed: int) -> Workload:

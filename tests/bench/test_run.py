@@ -3,15 +3,18 @@
 import json
 import sys
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import nanovllm
 from nanovllm.cli.main import main
+from nanovllm.llm import LLM
+from nanovllm_bench.earlier_build_worker import run_job
 from nanovllm_bench.engines import NanoVLLM
-from nanovllm_bench.workload import uniform
+from nanovllm_bench.workload import check_counts, uniform
 from tests.tiny_models import save_random
 
 SMALL = [
@@ -126,6 +129,42 @@ def test_nano_vllm_runs_in_a_python_of_its_own(
     assert theirs["nanovllm_speedup"] == ours["output_tokens_per_second"] / theirs["output_tokens_per_second"]
     assert main(argv) == 2
     assert "--nano-vllm-python" in capsys.readouterr().err
+
+
+def test_an_earlier_build_is_measured_in_the_same_call(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here the earlier build is this checkout itself. A workload is measured in its own way, whatever the kind."""
+    checkout = str(Path(__file__).parents[2])
+    argv = ["bench", "throughput", "--model", model, "--workload", "ttft", "--before", checkout, *SMALL[:4]]
+    assert main([*argv, "--repeat", "1", "--warm-up-len", "1"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    ours, before = json.loads(line)["results"]
+    assert (ours["engine"], before["engine"]) == ("nanovllm", "before") and before["version"] not in ("", "before")
+    assert before["nanovllm_speedup"] == pytest.approx(before["first_token_ms"] / ours["first_token_ms"])
+    assert "first token ms" in table[0] and "output tok/s" not in table[0]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 2, "temperature": 0.6, "asks": {"logit_bias": {5: 1.0}}},
+        {"n": 2, "temperature": 0.6, "streams": True, "asks": {"logprobs": 1, "presence_penalty": 0.5}},
+        {"prefix": [1, 2, 3]},
+    ],
+)
+def test_an_earlier_build_is_told_all_that_a_workload_asks_for(model: str, more: dict[str, Any]) -> None:
+    workload = replace(uniform(2, 6, 4, mixed=True), **more).variant(0, 50)
+    job = json.loads(json.dumps(asdict(workload)))
+    with LLM(model, skip_tokenizer_init=True, device="cpu", kv_cache_memory_bytes=10_000_000) as llm:
+        seconds, counts = run_job(nanovllm, llm, job)
+    check_counts("before", workload, counts)
+    assert seconds > 0
+
+
+def test_a_folder_that_holds_no_build_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["bench", "throughput", "--model", model, "--before", str(tmp_path), *SMALL]) == 2
+    assert f"--before {tmp_path} is no checkout of this repository" in capsys.readouterr().err
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_measuring(
