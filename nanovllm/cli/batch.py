@@ -39,7 +39,7 @@ _LOG_SECONDS = 60.0  # how often a log, where there is no terminal, hears of the
 _HOW_MUCH = (
     "data_parallel_size", "distributed_executor_backend", "distributed_timeout_seconds", "engine_process",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "kv_offload_gb", "max_num_batched_tokens", "max_num_seqs",
-    "num_gpu_blocks_override", "overlap_depth", "prefix_store", "prefix_store_gb", "trace",
+    "num_gpu_blocks_override", "overlap_depth", "prefix_store", "prefix_store_gb", "prefix_store_warm_gb", "trace",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """TierMover: a worker's blocks between its KV cache, host memory and files, before each step.
 
-Owns the host's memory and the buffers on the way; files are `block_files.py`'s. What moves is the plan's
-(`tiered_cache.py`). Invariant: everything on the device happens in the order of the stream that steps run on, or behind
-an event of it; so no step reads a block before it is whole, and none writes one before it has been copied.
+Owns what the host keeps and the buffers on the way; files are `block_files.py`'s and `warm_blocks.py`'s. What moves is
+the plan's (`tiered_cache.py`). Invariant: everything on the device happens in the order of the stream that steps run
+on, or behind an event of it; so no step reads a block before it is whole, and none writes one before it is copied.
 
 On a GPU bytes travel on a stream of their own, through a few buffers of `_BUFFER_BYTES`: they come from the host while
 the step before still runs, and are then spread over the layers in the order of steps. A block's bytes lie together:
@@ -24,7 +24,9 @@ from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import BlockMoves, SchedulerOutput
 from nanovllm.kernels.attention_types import LayerCache
 from nanovllm.tiers.block_files import BlockFiles
+from nanovllm.tiers.host_memory import host_blocks
 from nanovllm.tiers.store import open_folders
+from nanovllm.tiers.warm_blocks import WarmBlocks
 
 _BUFFER_BYTES = 64 * 2**20
 _NUM_BUFFERS = 4
@@ -66,16 +68,24 @@ def _as_words(tensor: Tensor) -> Tensor:
 
 
 class TierMover:
-    """folder: of this rank's files, None without a store; its files have store_bytes at most, for a while."""
+    """num_slots: blocks of host memory. folder: of this rank's files, None without a store; its files have store_bytes
+    at most, for a while. warm_bytes: of host memory for those that were used last.
+    """
 
     def __init__(
-        self, caches: Sequence[LayerCache], num_slots: int, folder: Path | None, store_bytes: int, device: torch.device
+        self,
+        caches: Sequence[LayerCache],
+        num_slots: int,
+        folder: Path | None,
+        store_bytes: int,
+        warm_bytes: int,
+        device: torch.device,
     ) -> None:
         self._parts = Parts(caches)
         self._device = device
         self._on_gpu = device.type == "cuda"
         num_bytes = self._parts.num_bytes
-        self._slots = torch.empty(num_slots, num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu and num_slots > 0)
+        self._slots = host_blocks(num_slots, num_bytes, device)
         self._at_once = max(1, _BUFFER_BYTES // num_bytes)
         count = _NUM_BUFFERS if self._on_gpu else 1
         self._buffers = [torch.empty(self._at_once, num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
@@ -83,11 +93,12 @@ class TierMover:
         if self._on_gpu:
             self._side = torch.cuda.Stream(device)
             self._is_free = [torch.cuda.Event() for _ in self._buffers]
-        self._files = None
+        self._files, self._warm = None, None
         if folder is not None:
-            shape = count, self._at_once, num_bytes
-            self._read = torch.empty(shape, dtype=torch.uint8, pin_memory=self._on_gpu)
+            self._read = [host_blocks(self._at_once, num_bytes, device) for _ in range(count)]
             self._files = BlockFiles(folder, store_bytes)
+            if warm_bytes >= num_bytes:
+                self._warm = WarmBlocks(folder, num_bytes, warm_bytes, device)
 
     def move(self, moves: BlockMoves) -> None:
         for some in self._some(moves.keeps):
@@ -96,7 +107,8 @@ class TierMover:
             self._copy_out([block_id for block_id, _ in some], [self._slots[slot] for _, slot in some])
         for some in self._some(moves.loads):
             self._copy_in([block_id for block_id, _ in some], [self._slots[slot] for _, slot in some])
-        self._fetch(moves.fetches)
+        if moves.fetches:
+            self._fetch(moves.fetches)
 
     def _some(self, moves: Sequence[Any]) -> Iterator[Sequence[Any]]:
         """As many at a time as a buffer holds."""
@@ -156,31 +168,43 @@ class TierMover:
         self._files.write([block_hash for _, block_hash in some], copy, arrived)
 
     def _fetch(self, fetches: Sequence[tuple[int, bytes]]) -> None:
-        """Threads read files into the host's memory, some buffers ahead of what is copied to the device."""
-        parts = list(self._some(fetches))
+        """What is in host memory goes first; threads read files meanwhile, some buffers ahead of what is copied."""
+        warm = [None if self._warm is None else self._warm.find(block_hash) for _, block_hash in fetches]
+        cold = [fetch for fetch, row in zip(fetches, warm, strict=True) if row is None]
+        ready = [(block_id, row) for (block_id, _), row in zip(fetches, warm, strict=True) if row is not None]
+        parts = list(self._some(cold))
         reads: list[list[Future[None]]] = []
         copied: list[torch.cuda.Event] = []
-        for number, part in enumerate(parts):
+
+        def read_ahead(number: int) -> None:
             while len(reads) < min(len(parts), number + len(self._read)):
                 if len(reads) >= len(self._read) and self._on_gpu:
                     copied[len(reads) - len(self._read)].synchronize()  # its buffer is read into again
                 reads.append(self._begin_reading(parts[len(reads)], self._read[len(reads) % len(self._read)]))
+
+        read_ahead(0)
+        for some in self._some(ready):
+            self._copy_in([block_id for block_id, _ in some], [row for _, row in some])
+        for number, part in enumerate(parts):
+            read_ahead(number)
             for read in reads[number]:
                 read.result()
-            self._copy_in([block_id for block_id, _ in part], list(self._read[number % len(self._read)]))
+            self._copy_in([block_id for block_id, _ in part], self._read[number % len(self._read)])
             if self._on_gpu:
                 copied.append(self._side.record_event())
 
-    def _begin_reading(self, part: Sequence[tuple[int, bytes]], into: Tensor) -> "list[Future[None]]":
+    def _begin_reading(self, part: Sequence[tuple[int, bytes]], into: Sequence[Tensor]) -> "list[Future[None]]":
         assert self._files is not None
         return [
-            self._files.begin_reading(block_hash, row) for (_, block_hash), row in zip(part, into.numpy(), strict=False)
+            self._files.begin_reading(block_hash, row.numpy()) for (_, block_hash), row in zip(part, into, strict=False)
         ]
 
     def close(self) -> None:
         """Return when all is written that was to be kept."""
         if self._files is not None:
             self._files.close()
+        if self._warm is not None:
+            self._warm.close()
 
 
 def with_tiers(
@@ -190,8 +214,10 @@ def with_tiers(
     which its folder is named by.
     """
     folder = None if config.prefix_store is None else open_folders(config, model)[rank]
-    store_bytes = int(config.prefix_store_gb * 2**30)
-    return MovingRunner(runner, TierMover(caches, num_slots, folder, store_bytes, runner.device))
+    store_bytes, warm_bytes = int(config.prefix_store_gb * 2**30), int(config.prefix_store_warm_gb * 2**30)
+    if runner.device.type != "cuda":
+        warm_bytes = 0  # the page cache is as near
+    return MovingRunner(runner, TierMover(caches, num_slots, folder, store_bytes, warm_bytes, runner.device))
 
 
 class MovingRunner:

@@ -56,6 +56,16 @@ def path_of(folder: Path, block_hash: bytes) -> Path:
     return folder / f"{block_hash.hex()}.kv"
 
 
+def newest(folder: Path) -> list[bytes]:
+    """The hashes of a folder's blocks, those that were used last first."""
+    found = []
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".kv"):
+            with suppress(OSError, ValueError):  # gone meanwhile, or not ours
+                found.append((entry.stat().st_mtime_ns, bytes.fromhex(entry.name.removesuffix(".kv"))))
+    return [block_hash for _, block_hash in sorted(found, reverse=True)]
+
+
 def _exists(folder: Path, block_hash: bytes) -> bool:
     return os.path.exists(f"{folder}/{block_hash.hex()}.kv")  # asked for each block of a prompt, and so no Path
 
@@ -98,19 +108,12 @@ class PrefixStore:
 
     def _check_ahead(self) -> None:
         """What was used last comes first, so yesterday's prompts are known by the time they are asked for."""
-        found = []
-        for entry in os.scandir(self._folders[0]):
-            if entry.name.endswith(".kv"):
-                with suppress(OSError):
-                    found.append((entry.stat().st_mtime, entry.name))
-        for _, name in sorted(found, reverse=True):
+        for block_hash in newest(self._folders[0]):
             if self._is_closed:
                 return
-            with suppress(ValueError):
-                block_hash = bytes.fromhex(name.removesuffix(".kv"))
-                if block_hash not in self._good and self._check(block_hash):
-                    self._good.add(block_hash)
-                    self._kept.add(block_hash)
+            if block_hash not in self._good and self._check(block_hash):
+                self._good.add(block_hash)
+                self._kept.add(block_hash)
 
     def _check(self, block_hash: bytes) -> bool:
         about = {"block": block_hash.hex()}

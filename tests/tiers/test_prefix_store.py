@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler_output import BlockMoves
 from nanovllm.kernels.attention_types import LayerCache
-from nanovllm.tiers import block_files, mover
+from nanovllm.tiers import block_files, host_memory, mover
 from nanovllm.tiers.block_file import is_good, read_block, write_block
 from nanovllm.tiers.block_files import BlockFiles
 from nanovllm.tiers.mover import TierMover
@@ -161,25 +161,52 @@ def test_blocks_travel_whole_between_the_cache_the_host_and_files(
     before = [[tensor.clone().float() for tensor in cache] for cache in caches]
     num_bytes = 3 * (2 * 2 * 4 * 8 + 2 * 4 * 2 * 2)
     monkeypatch.setattr(mover, "_BUFFER_BYTES", 2 * num_bytes)
-    moving = TierMover(caches, 5, tmp_path, 10**9, cpu)
+    moving = TierMover(caches, 5, tmp_path, 10**9, 0, cpu)
     moving.move(BlockMoves(saves=[(block, 4 - block) for block in range(5)], keeps=[(6, b"six"), (7, b"seven")]))
     moving.close()
     for cache in caches:
         for tensor in cache:
             tensor.zero_()
-    moving = TierMover(caches, 5, tmp_path, 10**9, cpu)
-    moving._slots = moving._slots.zero_()
+    moving = TierMover(caches, 5, tmp_path, 10**9, 0, cpu)
     moving.move(BlockMoves(fetches=[(0, b"seven"), (3, b"six")]))
     for (data, scales), (old_data, old_scales) in zip(caches, before, strict=True):
         data = data.float()
         assert (data[:, 0] == old_data[:, 7]).all() and (data[:, 3] == old_data[:, 6]).all()
         assert (scales[0] == old_scales[7]).all() and (scales[3] == old_scales[6]).all()
         assert not data[:, [1, 2, 4, 5, 6, 7]].any()
+    for slot in moving._slots:
+        slot.zero_()
     moving.move(BlockMoves(saves=[(0, 0), (3, 1)]))
     moving.move(BlockMoves(loads=[(4, 1), (5, 0), (6, 1)]))
     for (data, scales), (old_data, old_scales) in zip(caches, before, strict=True):
         assert (data.float()[:, 4] == old_data[:, 6]).all() and (data.float()[:, 5] == old_data[:, 7]).all()
         assert (scales[6] == old_scales[6]).all()
+    moving.close()
+
+
+def test_blocks_used_last_are_in_memory_before_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there is room for; the others, and one that has lost a part, are read from their files."""
+    cpu = torch.device("cpu")
+    cache = LayerCache(torch.zeros(2, 6, 2, 4, 8), None)
+    num_bytes = 2 * 2 * 4 * 8 * 4
+    names = [b"four", b"three", b"two", b"one"]
+    for age, name in enumerate(names):
+        block = torch.full((num_bytes // 4,), float(age + 1))
+        write_block(path_of(tmp_path, name), block.numpy().view(np.uint8), {"block": name.hex()})
+        os.utime(path_of(tmp_path, name), (1000 - age,) * 2)
+    harmed = path_of(tmp_path, b"three")
+    harmed.write_bytes(harmed.read_bytes()[:-1])
+    os.utime(harmed, (999,) * 2)
+    monkeypatch.setattr(host_memory, "_PIECE_BYTES", 2 * num_bytes)
+    moving = TierMover([cache], 0, tmp_path, 10**9, 3 * num_bytes, cpu)
+    assert moving._warm is not None
+    moving._warm._thread.join()
+    assert [name for name in names if moving._warm.find(name) is not None] == [b"four", b"two"]
+    path_of(tmp_path, b"four").unlink()
+    moving.move(BlockMoves(fetches=[(1, b"four"), (3, b"one"), (2, b"two")]))
+    assert cache.data[:, :, 0, 0, 0].tolist() == [[0, 1, 3, 4, 0, 0]] * 2
     moving.close()
 
 
