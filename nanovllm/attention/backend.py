@@ -20,13 +20,19 @@ class AttentionBackend(Protocol):
         """Called once a step; what it returns is handed to every layer's `forward`."""
         ...
 
-    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: Any) -> Tensor:
-        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache."""
+    def forward(
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: Any, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [num_tokens, num_heads, head_dim] -> the same shape; this step's keys and values are in the cache.
+
+        sinks: see `kernels.paged_attention`.
+        """
         ...
 
     def forward_qkv(
-        self, shape: AttentionShape, qkv: Tensor, heads: HeadInputs, cache: LayerCache, prepared: Any
-    ) -> Tensor | None:
+        self, shape: AttentionShape, qkv: Tensor, heads: HeadInputs, cache: LayerCache, prepared: Any,
+        sinks: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """`kernels.qkv_rope_store`, then `forward`, in one; None, and nothing done, where the two are apart."""
         return None
 

@@ -17,7 +17,7 @@ from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, 
 from nanovllm.kernels.cpu.cpu_kernels import CpuKernels
 from nanovllm.kernels.paged_attention import paged_attention_reference
 
-DecodeAttention = Callable[[Tensor, LayerCache, AttentionMetadata, AttentionShape], Tensor]
+DecodeAttention = Callable[[Tensor, LayerCache, AttentionMetadata, AttentionShape, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class BatchInvariantBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
 
-    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
+    def forward(
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
+    ) -> Tensor:
         num_tokens = q.shape[0]
         if num_tokens not in prepared.decodes:
             prepared.decodes[num_tokens] = _as_decodes(prepared.meta, num_tokens)
-        return self._decode_attention(q, cache, prepared.decodes[num_tokens], shape)
+        return self._decode_attention(q, cache, prepared.decodes[num_tokens], shape, sinks)
 
 
 def _as_decodes(meta: AttentionMetadata, num_tokens: int) -> AttentionMetadata:
@@ -67,11 +69,13 @@ def _as_decodes(meta: AttentionMetadata, num_tokens: int) -> AttentionMetadata:
 def cpp_or_reference(native: CpuKernels | None) -> DecodeAttention:
     """The C++ kernel where it applies, else one request at a time in plain PyTorch: right, and slow."""
 
-    def decode_attention(q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape) -> Tensor:
+    def decode_attention(
+        q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, sinks: Tensor | None = None
+    ) -> Tensor:
         if native is not None:
-            out = native.decode_attention(q, cache, meta.block_table, meta.seq_lens, shape)
+            out = native.decode_attention(q, cache, meta.block_table, meta.seq_lens, shape, sinks)
             if out is not None:
                 return out
-        return paged_attention_reference(q, cache, meta, shape)
+        return paged_attention_reference(q, cache, meta, shape, sinks)
 
     return decode_attention

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.attention.softmax_variants import softmax_with
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.cache_codes import cells
 
@@ -38,7 +39,9 @@ class DecodePlan:
     offsets: Tensor  # where each request begins in `members`
 
 
-def batched_decode(shape: AttentionShape, q: Tensor, cache: LayerCache, plan: DecodePlan) -> Tensor:
+def batched_decode(
+    shape: AttentionShape, q: Tensor, cache: LayerCache, plan: DecodePlan, sinks: Tensor | None = None
+) -> Tensor:
     (n, num_heads, head_dim), num_kv_heads, block_size = q.shape, shape.num_kv_heads, cache.block_size
     keys, values = cells(cache, plan.blocks).to(q.dtype).flatten(1, 2)  # each [P * num_kv_heads, block_size, head_dim]
     q_pairs = (q.reshape(n, -1) * shape.scale).index_select(0, plan.owners)
@@ -46,10 +49,10 @@ def batched_decode(shape: AttentionShape, q: Tensor, cache: LayerCache, plan: De
     scores = torch.bmm(q_pairs, keys.transpose(1, 2)).view(-1, block_size)  # [P * num_heads, block_size]
     if shape.softcap is not None:
         scores = scores.div_(shape.softcap).tanh_().mul_(shape.softcap)
-    weights = []
+    weights, column = [], None if sinks is None else sinks[:, None]
     for bucket in plan.buckets:
         rows = scores.index_select(0, bucket.rows).view(bucket.mask.shape[0], num_heads, -1)
-        weights.append(rows.add_(bucket.mask).softmax(-1).view(-1, block_size))
+        weights.append(softmax_with(rows.add_(bucket.mask), column).reshape(-1, block_size))
     sorted_weights = weights[0] if len(weights) == 1 else torch.cat(weights)
     pair_weights = sorted_weights.index_select(0, plan.unsort).view(*q_pairs.shape[:2], block_size)
     partial = torch.bmm(pair_weights, values).view(-1, num_heads * head_dim)  # [P, num_heads * head_dim]

@@ -8,7 +8,6 @@ never with the longest request of the batch. PyTorch's operations take two paths
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.attention.capped import capped_attention
 from nanovllm.attention.cpu_batched_decode import DecodePlan, batched_decode, plan_decodes
+from nanovllm.attention.softmax_variants import attention_with
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.cache_codes import cells
 from nanovllm.kernels.cpu.cpu_kernels import CpuKernels
@@ -44,11 +43,13 @@ class CpuPagedBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
 
-    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
+    def forward(
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
+    ) -> Tensor:
         """A contiguous cache is fastest. A soft-cap takes PyTorch's paths."""
         meta, window = prepared.meta, shape.window
         outputs, start = [], 0
-        decoded = self._decode_natively(shape, q, cache, meta)
+        decoded = self._decode_natively(shape, q, cache, meta, sinks)
         if decoded is not None:
             if meta.num_decodes == meta.num_reqs:
                 return decoded
@@ -58,37 +59,32 @@ class CpuPagedBackend(AttentionBackend):
             start = meta.num_decodes
             if window not in prepared.decode_plans:
                 prepared.decode_plans[window] = plan_decodes(meta, shape, cache, q.dtype)
-            outputs.append(batched_decode(shape, q[:start], cache, prepared.decode_plans[window]))
+            outputs.append(batched_decode(shape, q[:start], cache, prepared.decode_plans[window], sinks))
         lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
         for (query_len, seq_len), group in groupby(list(enumerate(lens))[start:], key=lambda item: item[1]):
             requests = [i for i, _ in group]
             stop = start + len(requests) * query_len
             table = meta.block_table[requests[0] : requests[-1] + 1]
             mask = _mask(prepared, query_len, seq_len, window)
-            outputs.append(_attend(shape, q[start:stop], cache, table, query_len, seq_len, mask))
+            outputs.append(_attend(shape, q[start:stop], cache, table, query_len, seq_len, mask, sinks))
             start = stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode_natively(
-        self, shape: AttentionShape, q: Tensor, cache: LayerCache, meta: AttentionMetadata
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, meta: AttentionMetadata, sinks: Tensor | None
     ) -> Tensor | None:
         n, table, seq_lens = meta.num_decodes, meta.block_table, meta.seq_lens
         if self._native is None or n == 0:
             return None
         if n < meta.num_reqs:
             q, table, seq_lens = q[:n], table[:n], seq_lens[:n]
-        return self._native.decode_attention(q, cache, table, seq_lens, shape)
+        return self._native.decode_attention(q, cache, table, seq_lens, shape, sinks)
 
 
 def _attend(
-    shape: AttentionShape,
-    q: Tensor,
-    cache: LayerCache,
-    table: Tensor,
-    query_len: int,
-    seq_len: int,
-    mask: Tensor | None,
-) -> Tensor:
+    shape: AttentionShape, q: Tensor, cache: LayerCache, table: Tensor, query_len: int, seq_len: int,
+    mask: Tensor | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Requests of equal lengths, together: q [n * query_len, num_heads, head_dim]; mask [query_len, seq_len]."""
     window = seq_len if shape.window is None else shape.window
     first = max(0, seq_len - query_len - window + 1) // cache.block_size  # blocks before it are seen by no query
@@ -98,9 +94,8 @@ def _attend(
     n, copied = table.shape[0], cells(cache, blocks, heads_first=True).to(q.dtype)
     context = copied.view(*copied.shape[:2], n, -1, copied.shape[4])[:, :, :, :seq_len]
     keys, values = context.transpose(1, 2)  # each [n, num_kv_heads, seq_len, head_dim]
-    attention = F.scaled_dot_product_attention
-    if shape.softcap is not None:
-        attention = partial(capped_attention, softcap=shape.softcap)
+    plain = shape.softcap is None and sinks is None
+    attention = F.scaled_dot_product_attention if plain else attention_with(shape.softcap, sinks)
     if query_len == 1:  # the heads that share keys stand in for queries
         grouped = q.reshape(n, keys.shape[1], -1, q.shape[2])
         return attention(grouped, keys, values, attn_mask=mask, scale=shape.scale).reshape(q.shape)

@@ -31,24 +31,29 @@ class BatchInvariantTritonBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
 
-    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
-        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, prepared.plans)
+    def forward(
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
+    ) -> Tensor:
+        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, prepared.plans, sinks)
 
 
 class TritonBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> PreparedStep:
         return PreparedStep(meta)
 
-    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep) -> Tensor:
-        return paged_attention_triton(q, cache, prepared.meta, shape, prepared.plans)
+    def forward(
+        self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
+    ) -> Tensor:
+        return paged_attention_triton(q, cache, prepared.meta, shape, prepared.plans, sinks)
 
     def forward_qkv(
-        self, shape: AttentionShape, qkv: Tensor, heads: HeadInputs, cache: LayerCache, prepared: PreparedStep
-    ) -> Tensor | None:
+        self, shape: AttentionShape, qkv: Tensor, heads: HeadInputs, cache: LayerCache, prepared: PreparedStep,
+        sinks: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """One kernel where a few requests decode and nothing else."""
         if not takes_qkv(prepared.meta, shape.window):
             return None
-        return decode_qkv_triton(qkv, heads, cache, prepared.meta, shape, prepared.plans)
+        return decode_qkv_triton(qkv, heads, cache, prepared.meta, shape, prepared.plans, sinks)
 
     def num_cascade_programs(self, cache: LayerCache) -> int:
         return num_programs(cache)

@@ -15,10 +15,14 @@ from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, 
 from nanovllm.kernels.cache_codes import cells
 
 
-def paged_attention_reference(q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape) -> Tensor:
+def paged_attention_reference(
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, sinks: Tensor | None = None
+) -> Tensor:
     """q [num_tokens, num_heads, head_dim] -> the same shape and dtype.
 
-    The keys and values of this step are in the cache already. Consecutive query heads share a KV head.
+    The keys and values of this step are in the cache already. Consecutive query heads share a KV head. sinks
+    [num_heads] float32: of each head the score of a key that every query sees and whose value is 0 (Xiao et al., 2024),
+    so that its weights sum to less than 1; a scale or a soft-cap does not apply to it.
     """
     out = torch.zeros_like(q)
     group, window, softcap = shape.num_heads // shape.num_kv_heads, shape.window, shape.softcap
@@ -39,6 +43,9 @@ def paged_attention_reference(q: Tensor, cache: LayerCache, meta: AttentionMetad
         scores = q[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * shape.scale  # [num_heads, query_len, seq_len]
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, query_len, 1)), dim=-1)
+        weights = scores.softmax(-1)[..., :seq_len]
         out[rows] = (weights @ values).transpose(0, 1).to(q.dtype)
     return out

@@ -18,6 +18,7 @@ class Attention:
         self.layer_idx = layer_idx
         self.shape = shape
         self.ops = ops
+        self.sinks: Tensor | None = None  # set by the families that have some
 
     def __call__(
         self, qkv: Tensor, cos_sin: Tensor | None, ctx: ForwardContext, q_norm: RMSNorm | None, k_norm: RMSNorm | None
@@ -28,8 +29,8 @@ class Attention:
         heads = HeadInputs(cos_sin, slot_mapping)
         if q_norm is not None and k_norm is not None:
             heads = HeadInputs(cos_sin, slot_mapping, q_norm.weight, k_norm.weight, q_norm.eps)
-        out = ctx.backend.forward_qkv(self.shape, qkv, heads, cache, prepared)
+        out = ctx.backend.forward_qkv(self.shape, qkv, heads, cache, prepared, self.sinks)
         if out is None:
             q = self.ops.qkv_rope_store(qkv, heads, cache, self.shape)
-            out = ctx.backend.forward(self.shape, q, cache, prepared)
+            out = ctx.backend.forward(self.shape, q, cache, prepared, self.sinks)
         return out.flatten(1)

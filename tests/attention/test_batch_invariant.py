@@ -18,12 +18,12 @@ def test_it_equals_the_reference_and_a_chunk_equals_its_tokens(
     """Close to attention over whole prompts; to the bit, the same for a chunk and for its last token as a decode."""
     case = make_case(query_lens, seq_lens, layout="heads outside")
     backend = BatchInvariantBackend(cpp_or_reference(load_cpu_kernels() if is_cpp else None))
-    shape = case.shape(0.3, window)
-    out = backend.forward(shape, case.q, case.cache, backend.prepare(case.meta))
-    expected = paged_attention_reference(case.q, case.cache, case.meta, shape)
+    shape, sinks = case.shape(0.3, window), torch.linspace(-3, 2, 6) if window else None
+    out = backend.forward(shape, case.q, case.cache, backend.prepare(case.meta), sinks)
+    expected = paged_attention_reference(case.q, case.cache, case.meta, shape, sinks)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     decode = cpp_or_reference(load_cpu_kernels() if is_cpp else None)
     ends = torch.tensor(query_lens).cumsum(0) - 1
     starts = torch.arange(len(ends) + 1)
-    last = decode(case.q[ends], case.cache, replace(case.meta, query_start_loc=starts), shape)
+    last = decode(case.q[ends], case.cache, replace(case.meta, query_start_loc=starts), shape, sinks)
     assert torch.equal(out[ends], last)

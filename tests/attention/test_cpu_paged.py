@@ -17,14 +17,20 @@ from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case, make_meta
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
-def check(case: PagedCase, window: int | None, tolerance: float, softcap: float | None = None) -> None:
+def check(
+    case: PagedCase,
+    window: int | None,
+    tolerance: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
     shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
-    expected = paged_attention_reference(case.q, case.cache, case.meta, shape)
+    expected = paged_attention_reference(case.q, case.cache, case.meta, shape, sinks)
     for native in (None, load_cpu_kernels()) if HAS_COMPILER else (None,):
         backend = CpuPagedBackend(native)
         prepared = backend.prepare(case.meta)
         for _layer in range(2):  # the second layer reuses the first one's indices
-            out = backend.forward(shape, case.q, case.cache, prepared)
+            out = backend.forward(shape, case.q, case.cache, prepared, sinks)
             assert out.shape == case.q.shape and out.dtype == case.q.dtype
             torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
@@ -44,6 +50,7 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     lens=batches(),
     window=st.sampled_from([None, 1, 7, 40]),
     softcap=st.sampled_from([None, 0.8]),
+    has_sinks=st.booleans(),
     layout=st.sampled_from(LAYOUTS),
     block_size=st.sampled_from([8, 16]),
     kind=st.sampled_from([None, *CODES]),
@@ -53,12 +60,14 @@ def test_ragged_batches(
     lens: tuple[list[int], list[int]],
     window: int,
     softcap: float | None,
+    has_sinks: bool,
     layout: str,
     block_size: int,
     kind: str | None,
     seed: int,
 ) -> None:
-    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed).coded(kind), window, 1e-5, softcap)
+    sinks = torch.linspace(-3, 2, 6) if has_sinks else None
+    check(make_case(*lens, layout=layout, block_size=block_size, seed=seed).coded(kind), window, 1e-5, softcap, sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -48,6 +48,24 @@ def test_soft_cap(window: int | None) -> None:
     torch.testing.assert_close(loose, unpaged(case, 0.7, window), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_sink_is_a_key_without_a_value(window: int | None) -> None:
+    """Of its weight alone the others lack something; far below the scores it changes nothing."""
+    case, sinks = make_case([1, 1, 4, 17], [1, 9, 4, 40]), torch.linspace(-2, 3, 6)
+    got = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.7, window), sinks)
+    start = 0
+    for i, (keys, values) in enumerate(context.repeat_interleave(3, 1).double() for context in case.contexts):
+        query_len, seq_len = case.meta.query_lens_host[i], case.meta.seq_lens_host[i]
+        for position, q in enumerate(case.q[start : start + query_len].double(), seq_len - query_len):
+            seen = slice(0 if window is None else max(0, position - window + 1), position + 1)
+            weights = ((keys[:, seen] @ q[:, :, None]).squeeze(2) * 0.7).exp()
+            want = (weights[:, None] @ values[:, seen]).squeeze(1) / (weights.sum(1) + sinks.double().exp())[:, None]
+            torch.testing.assert_close(got[start].double(), want, atol=1e-5, rtol=1e-5)
+            start += 1
+    far = paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.7, window), torch.full((6,), -1e4))
+    torch.testing.assert_close(far, unpaged(case, 0.7, window), atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 64), (7, 1, 80), (14, 2, 96), (4, 4, 128)])
 def test_head_shapes(heads: int, kv_heads: int, dim: int) -> None:
     case = make_case([1, 3], [12, 5], num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)

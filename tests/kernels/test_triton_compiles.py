@@ -94,6 +94,7 @@ def attend(
     prompt_len: int = 40,
     dtype: torch.dtype = torch.bfloat16,
     kind: str | None = None,
+    has_sinks: bool = False,
 ) -> None:
     """Decodes beside a prompt, in two layers, and tokens one by one."""
     case = make_case(
@@ -102,10 +103,10 @@ def attend(
     )  # fmt: skip
     case = coded(case, kind)
     shape, q, cache, meta = case.shape(0.1, window, softcap), case.q, case.cache, case.meta
-    plans = ATTENTION.StepPlans()
+    plans, sinks = ATTENTION.StepPlans(), torch.zeros(8) if has_sinks else None
     for _ in range(2):
-        ATTENTION.paged_attention_triton(q, cache, meta, shape, plans)
-    MODULES["batch_invariant.attention"].batch_invariant_attention_triton(q, cache, meta, shape)
+        ATTENTION.paged_attention_triton(q, cache, meta, shape, plans, sinks)
+    MODULES["batch_invariant.attention"].batch_invariant_attention_triton(q, cache, meta, shape, sinks=sinks)
 
 
 def attend_on_hopper(num_heads: int, head_dim: int, block_size: int) -> None:
@@ -115,7 +116,8 @@ def attend_on_hopper(num_heads: int, head_dim: int, block_size: int) -> None:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ATTENTION, "has_hopper_gluon", lambda device: driver.active.get_current_target().arch == 90)
-        ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.1))
+        sinks = torch.zeros(num_heads) if head_dim == 64 else None
+        ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.1), sinks=sinks)
 
 
 def decode_many(num_reqs: int, kind: str | None = None) -> None:
@@ -141,7 +143,9 @@ def decode_cascade(
     words = torch.from_numpy(cut([SharedPrefix(0, 3, 0, 64)], 20, 2, 4, 8))
     meta, plans = replace(case.meta, cascade=cascade_inputs(words, 20)), ATTENTION.StepPlans()
     for _ in range(2):
-        ATTENTION.paged_attention_triton(case.q, case.cache, meta, case.shape(0.1, softcap=softcap), plans)
+        ATTENTION.paged_attention_triton(
+            case.q, case.cache, meta, case.shape(0.1, softcap=softcap), plans, torch.zeros(8) if softcap else None
+        )
 
 
 def decode_from_qkv(
@@ -162,7 +166,8 @@ def decode_from_qkv(
     norm = torch.randn(head_dim).to(dtype) if has_more else None
     heads, plans = HeadInputs(cos_sin, meta.slot_mapping, norm, norm, 1e-6), ATTENTION.StepPlans()
     for _ in range(2):
-        ATTENTION.decode_qkv_triton(qkv, heads, case.cache, meta, shape, plans)
+        sinks = None if has_more else torch.zeros(8)
+        ATTENTION.decode_qkv_triton(qkv, heads, case.cache, meta, shape, plans, sinks)
 
 
 def rotate_and_store(has_norm: bool, has_rotation: bool, kind: str | None = None) -> None:
@@ -360,22 +365,22 @@ CALLS: dict[str, Callable[[], Any]] = {
         1,
     ),
     "attention": lambda: attend(None, None, 128, 64),
-    "attention, window": lambda: attend(100, None, 64, 64),
+    "attention, window, sinks": lambda: attend(100, None, 64, 64, has_sinks=True),
     "attention, softcap, odd sizes": lambda: attend(None, 50.0, 80, 24),
     "attention, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 64),
     "attention of a long prompt": lambda: attend(None, None, 128, 64, 1100),
     "attention of a long prompt, window": lambda: attend(100, None, 128, 64, 1100),
     "attention of long prompts on Hopper": lambda: attend_on_hopper(8, 128, 64),
-    "attention of long prompts on Hopper, small heads and blocks": lambda: attend_on_hopper(14, 64, 16),
+    "attention of long prompts on Hopper, small heads and blocks, sinks": lambda: attend_on_hopper(14, 64, 16),
     "attention, float32": lambda: attend(None, None, 128, 64, dtype=torch.float32),
     "attention of many decodes": lambda: decode_many(20),
     "attention of shared prefixes": lambda: decode_cascade(None, 128, 64),
-    "attention of shared prefixes, softcap, odd sizes": lambda: decode_cascade(50.0, 80, 16),
+    "attention of shared prefixes, softcap, odd sizes, sinks": lambda: decode_cascade(50.0, 80, 16),
     "attention of shared prefixes, wide heads": lambda: decode_cascade(None, 256, 64),
     "attention of shared prefixes, float32": lambda: decode_cascade(None, 128, 64, torch.float32),
     "attention from the QKV product": lambda: decode_from_qkv(None, None, 128, 64),
     "attention from the QKV product, window, softcap, wide heads": lambda: decode_from_qkv(100, 50.0, 256, 64),
-    "attention from the QKV product, odd sizes": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
+    "attention from the QKV product, odd sizes, sinks": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
     "attention from the QKV product, float32": lambda: decode_from_qkv(None, None, 128, 64, dtype=torch.float32),
     **{
         f"{name}, {kind}": partial(function, *arguments, kind=kind)

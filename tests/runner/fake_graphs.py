@@ -73,8 +73,15 @@ class ReferenceBackend(AttentionBackend):
     def prepare(self, meta: AttentionMetadata) -> AttentionMetadata:
         return meta
 
-    def forward(self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: AttentionMetadata) -> Tensor:
-        return paged_attention_reference(q, cache, prepared, shape)
+    def forward(
+        self,
+        shape: AttentionShape,
+        q: Tensor,
+        cache: LayerCache,
+        prepared: AttentionMetadata,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        return paged_attention_reference(q, cache, prepared, shape, sinks)
 
 
 def sample_on_cpu(sampler: Sampler, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

@@ -229,11 +229,12 @@ void attend(Head* heads, const T* const* keys, const Scales* scales, int64_t val
   if (d < dim) add_values<T, G, 1>(heads, weights, keys, values, count, d);
 }
 
-// table [n, table_stride]; window 0: none. All heads that share a KV head go through it together, so it is read once.
+// table [n, table_stride]; sinks [num_heads] may be null; window 0: none. All heads that share a KV head go through it
+// together, so it is read once.
 template <class T, class C>
 void decode_attention(const T* q, const C* cache, const bf16* scales, const int32_t* table, const int32_t* seq_lens,
-                      T* out, int64_t n, int64_t num_heads, int64_t kv_heads, int64_t dim, int64_t num_blocks,
-                      int64_t block_size, int64_t table_stride, int64_t window, float scale) {
+                      const float* sinks, T* out, int64_t n, int64_t num_heads, int64_t kv_heads, int64_t dim,
+                      int64_t num_blocks, int64_t block_size, int64_t table_stride, int64_t window, float scale) {
   const int64_t group = num_heads / kv_heads, head_stride = block_size * dim, block_stride = kv_heads * head_stride;
   const int64_t values = num_blocks * block_stride;  // from a key to its value
   int64_t work = 0;
@@ -244,7 +245,7 @@ void decode_attention(const T* q, const C* cache, const bf16* scales, const int3
     const int64_t first_row = (request * num_heads + kv_head * group) * dim;
     Head heads[MAX_GROUP];
     for (int64_t g = 0; g < group; g++) {
-      heads[g].top = -INFINITY, heads[g].total = 0;
+      heads[g].top = sinks ? sinks[kv_head * group + g] : -INFINITY, heads[g].total = sinks ? 1 : 0;
       for (int64_t d = 0; d < dim; d += W) {
         store(heads[g].q + d, load(q + first_row + g * dim + d) * scale);
         store(heads[g].acc + d, f32{});

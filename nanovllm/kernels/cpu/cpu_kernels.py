@@ -50,7 +50,7 @@ _SIGNATURES = {
     "silu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
     "gelu_and_mul": ctypes.CFUNCTYPE(None, *[_POINTER] * 2, *[_INT] * 2),
     "qkv_rope_store": ctypes.CFUNCTYPE(None, *[_POINTER] * 8, *[_INT] * 6, _FLOAT),
-    "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 6, *[_INT] * 8, _FLOAT),
+    "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 8, _FLOAT),
     "causal_conv": ctypes.CFUNCTYPE(None, *[_POINTER] * 9, *[_INT] * 6),
     "delta_net": ctypes.CFUNCTYPE(None, *[_POINTER] * 13, *[_INT] * 8, _FLOAT),
     "skinny_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 4, *[_INT] * 4),
@@ -171,8 +171,9 @@ class CpuKernels(StateKernels):
         return q
 
     def decode_attention(
-        self, q: Tensor, cache: LayerCache, block_table: Tensor, seq_lens: Tensor, shape: AttentionShape
-    ) -> Tensor | None:
+        self, q: Tensor, cache: LayerCache, block_table: Tensor, seq_lens: Tensor, shape: AttentionShape,
+        sinks: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """Attention of one query token per request: q [n, num_heads, head_dim] -> the same shape, contiguous.
 
         block_table [n, max_blocks], seq_lens [n] int32; a length of 0 gives zeros. Scores and weights stay in float32,
@@ -191,13 +192,14 @@ class CpuKernels(StateKernels):
             and num_heads <= _MAX_GROUP * num_kv_heads
             and _is_packed(block_table, n * max_blocks, torch.int32)
             and _is_packed(seq_lens, n, torch.int32)
+            and (sinks is None or _is_packed(sinks, num_heads, torch.float32))
         ):
             return None
         q = q.contiguous()
         out = torch.empty_like(q)
         run(
             q.data_ptr(), cache.data.data_ptr(), None if cache.scales is None else cache.scales.data_ptr(),
-            block_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
+            block_table.data_ptr(), seq_lens.data_ptr(), None if sinks is None else sinks.data_ptr(), out.data_ptr(),
             n, num_heads, num_kv_heads, head_dim, num_blocks, block_size, max_blocks,
             shape.window or 0, shape.scale,
         )  # fmt: skip

@@ -164,18 +164,15 @@ def cascade_attention(
 
 
 @triton.jit
-def start_from_parts(
-    out_ptr, log_sum_ptr, num_parts, num_reqs, req, head,
+def take_in_parts(
+    top, norm, acc, out_ptr, log_sum_ptr, num_parts, num_reqs, req, head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of a request's queries under one KV head, with all that items left for it taken in."""
+    """The online softmax of a request's queries under one KV head, and all that items left for it taken in."""
     row = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
     row_mask = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    top = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
-    norm = tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
     for part in range(num_parts):
         place = ((part * num_reqs + req) * NUM_KV_HEADS + head) * GROUP + row
         log_sum = tl.load(log_sum_ptr + place, mask=row < GROUP, other=LOWEST)

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
-from nanovllm.kernels.triton.attention.cascade import cascade_attention, start_from_parts
+from nanovllm.kernels.triton.attention.cascade import cascade_attention, take_in_parts
 from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.decode_plan import (
     DecodePlan,
@@ -45,6 +45,7 @@ from nanovllm.kernels.triton.attention.tiles import (
     blocks_of_tile,
     launch_options,
     layer_arguments,
+    start_softmax,
 )
 from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
@@ -57,6 +58,7 @@ def _decode_kernel(
     q_ptr,
     cache_ptr,
     pairs_ptr,
+    sinks_ptr,
     out_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -116,15 +118,13 @@ def _decode_kernel(
         q_offset = req.to(tl.int64) * q_stride_token + (head * GROUP + row) * q_stride_head
         q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=row_mask, other=0.0)
 
-        top = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
-        norm = tl.zeros([BLOCK_GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        top, norm, acc = start_softmax(sinks_ptr, head * GROUP + row, (row < GROUP) & (tile == 0), BLOCK_DIM)
         if shared_lens_ptr is not None:  # noqa: SIM102  (decided when the kernel is compiled, the second when it runs)
             if tile == 0:
                 # Whoever has a request's first tile takes in what its shared prefixes came to.
                 num_parts = tl.load(num_parts_ptr + req)
-                top, norm, acc = start_from_parts(
-                    shared_out_ptr, shared_log_sum_ptr, num_parts, num_reqs, req, head,
+                top, norm, acc = take_in_parts(
+                    top, norm, acc, shared_out_ptr, shared_log_sum_ptr, num_parts, num_reqs, req, head,
                     NUM_KV_HEADS, GROUP, BLOCK_GROUP, HEAD_DIM, BLOCK_DIM,
                 )  # fmt: skip
         top, norm, acc = attend_tiles(
@@ -239,12 +239,13 @@ def decode_attention(
     meta: AttentionMetadata,
     plan: DecodePlan,
     shape: AttentionShape,
+    sinks: Tensor | None = None,
     is_settled: bool = False,
 ) -> None:
     """Writes rows 0 .. n - 1 of the contiguous `out` for the n requests planned; query i belongs to request i.
 
-    is_settled: an earlier call of this or of `fused_decode` used the plan, so that this one may read it before it waits
-    for the kernel ahead.
+    sinks: see `kernels.paged_attention`. is_settled: an earlier call of this or of `fused_decode` used the plan, so
+    that this one may read it before it waits for the kernel ahead.
     """
     config = plan.config
     data, block_table = data_of(cache), meta.block_table
@@ -254,7 +255,7 @@ def decode_attention(
         shared = plan.cascade.shared_lens, plan.cascade.num_parts, plan.results.out, plan.results.log_sum
     launch(
         _decode_kernel, (plan.starts.shape[0],), q.device,
-        q, data, pairs_of(cache), out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
+        q, data, pairs_of(cache), sinks, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, *shared, plan.num_reqs,
         block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
         **decode_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0,

@@ -33,6 +33,7 @@ from nanovllm.kernels.triton.attention.tiles import (
     blocks_of_tile,
     launch_options,
     load_tile,
+    start_softmax,
 )
 from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.linear.parts import normalize
@@ -81,6 +82,7 @@ def _fused_decode_kernel(
     qkv_ptr,
     cache_ptr,
     pairs_ptr,
+    sinks_ptr,
     out_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -193,9 +195,9 @@ def _fused_decode_kernel(
         score = apply_softcap(tl.sum(q.to(tl.float32) * new_k, axis=1), scale, SOFTCAP)
         score = tl.where(takes_new, score * (1.0 if SOFTCAP > 0.0 else scale), LOWEST)
 
-        top = tl.full([BLOCK_GROUP], LOWEST, tl.float32)
-        norm = tl.zeros([BLOCK_GROUP], tl.float32)
-        acc = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        query = tl.arange(0, BLOCK_GROUP)
+        is_first = (query < GROUP) & (tile == 0)
+        top, norm, acc = start_softmax(sinks_ptr, head * GROUP + query, is_first, BLOCK_DIM)
         whole_from, whole_to = tl.cdiv(lowest, TILE), known // TILE
         top, norm, acc = attend_tile(
             top, norm, acc, q, k, v, pairs, t, known - 1, whole_from, whole_to, scale, TILE, KNOWN_WINDOW, SOFTCAP
@@ -239,6 +241,7 @@ def fused_decode(
     meta: AttentionMetadata,
     plan: DecodePlan,
     shape: AttentionShape,
+    sinks: Tensor | None,
     is_settled: bool,
 ) -> None:
     """Writes the contiguous out [n, num_heads, head_dim], and the new keys and values, for the n requests planned.
@@ -251,7 +254,7 @@ def fused_decode(
     cos_sin, slots, q_weight, k_weight, eps = heads
     launch(
         _fused_decode_kernel, (plan.starts.shape[0],), qkv.device,
-        qkv, data, pairs_of(cache), out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
+        qkv, data, pairs_of(cache), sinks, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, cos_sin, slots, q_weight, k_weight, plan.num_reqs,
         block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4],
         eps=eps, ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,

@@ -30,8 +30,9 @@ class StepPlans:
 
 
 def paged_attention_triton(
-    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans | None = None
-) -> Tensor:
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `paged_attention.paged_attention_reference`. plans: of this step, whose layers differ in windows alone.
 
     The last dimension of `q` and of the cache is contiguous. Rows of q that belong to no request give zeros.
@@ -41,15 +42,16 @@ def paged_attention_triton(
     out = (torch.empty if covered == q.shape[0] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     if meta.num_decodes:
         plan, is_settled = _decode_plan(plans, meta, out, cache, shape.window)
-        decode_attention(q, cache, out, meta, plan, shape, is_settled)
+        decode_attention(q, cache, out, meta, plan, shape, sinks, is_settled)
     if meta.num_reqs > meta.num_decodes:
-        _attend_prompts(q, cache, out, meta, shape, plans)
+        _attend_prompts(q, cache, out, meta, shape, plans, sinks)
     return out
 
 
 def _attend_prompts(
-    q: Tensor, cache: LayerCache, out: Tensor, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans
-) -> None:
+    q: Tensor, cache: LayerCache, out: Tensor, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
     attend, config, is_for_hopper = prefill_attention, None, False
     if has_hopper_gluon(q.device):
         from nanovllm.kernels.triton.attention import prefill_hopper
@@ -62,7 +64,7 @@ def _attend_prompts(
         plans.prefill[is_for_hopper] = plan_prefill(
             meta.query_start_loc, meta.seq_lens, meta.num_decodes, q, cache, config
         )
-    attend(q, cache, out, meta, plans.prefill[is_for_hopper], shape)
+    attend(q, cache, out, meta, plans.prefill[is_for_hopper], shape, sinks)
 
 
 def _decode_plan(
@@ -91,6 +93,7 @@ def decode_qkv_triton(
     meta: AttentionMetadata,
     shape: AttentionShape,
     plans: StepPlans,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`qkv_rope_store.qkv_rope_store`, then `paged_attention_triton`, in one kernel; where `takes_qkv` says so.
 
@@ -98,5 +101,5 @@ def decode_qkv_triton(
     """
     out = torch.empty((qkv.shape[0], shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
     plan, is_settled = _decode_plan(plans, meta, out, cache, shape.window)
-    fused_decode(qkv, heads, cache, out, meta, plan, shape, is_settled)
+    fused_decode(qkv, heads, cache, out, meta, plan, shape, sinks, is_settled)
     return out

@@ -21,12 +21,12 @@ from torch import Tensor
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.tiles import (
-    LOWEST,
     attend_tiles,
     blocks_of_tile,
     fence_tile_loads,
     launch_options,
     layer_arguments,
+    start_softmax,
     tile_descriptor,
 )
 from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
@@ -160,6 +160,7 @@ def _prefill_kernel(
     cache_ptr,
     pairs_ptr,
     cache_desc,
+    sinks_ptr,
     out_ptr,
     query_start_ptr,
     seq_lens_ptr,
@@ -214,9 +215,7 @@ def _prefill_kernel(
     end = tl.cdiv(tl.minimum(first_position + TOKENS, seq_len), TILE)
     table_ptr += req.to(tl.int64) * table_stride
 
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    top, norm, acc = start_softmax(sinks_ptr, query_head, row < TOKENS * GROUP, BLOCK_DIM)
     begin, whole_from, whole_to = 0, 0, tl.maximum(first_position + 1, 0) // TILE
     if WINDOW:
         begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE
@@ -247,13 +246,14 @@ def prefill_attention(
     meta: AttentionMetadata,
     plan: PrefillPlan,
     shape: AttentionShape,
+    sinks: Tensor | None = None,
 ) -> None:
-    """Writes the rows of the requests planned in the contiguous `out`."""
+    """Writes the rows of the requests planned in the contiguous `out`. sinks: see `kernels.paged_attention`."""
     config, data, block_table = plan.config, data_of(cache), meta.block_table
     launch(
         _prefill_kernel, (plan.order.shape[0] * shape.num_kv_heads,), q.device,
-        q, data, pairs_of(cache), tile_descriptor(data, config.tile) if config.tile_loads else None, out,
-        meta.query_start_loc, meta.seq_lens, block_table, plan.order, block_table.stride(0),
+        q, data, pairs_of(cache), tile_descriptor(data, config.tile) if config.tile_loads else None, sinks,
+        out, meta.query_start_loc, meta.seq_lens, block_table, plan.order, block_table.stride(0),
         q.stride(0), q.stride(1), *data.stride()[:4],
         **layer_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=shape.window or 0,
         ROWS=_rows_of_program(config, shape.num_heads // shape.num_kv_heads),

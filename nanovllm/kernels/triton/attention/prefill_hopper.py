@@ -39,6 +39,7 @@ CONFIG = PrefillConfig(rows=128, tile=128)  # for `plan_prefill`
 STAGES = 2  # places for tiles of keys, and as many for values
 
 LOWEST = gl.constexpr(-1.0e30)  # as in `tiles.py`
+LOG2_OF_E = gl.constexpr(LOG2_E)
 ROWS = gl.constexpr(64)  # of a consumer
 TILE = gl.constexpr(128)
 COLUMN = gl.constexpr(64)  # elements of 2 bytes: as wide as shared memory is swizzled
@@ -198,7 +199,7 @@ def _consume(
     consumer: gl.constexpr, q_memory, keys, values, turns, cleaned, work,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
-    out_ptr, first_token, first_position, seq_len, num_tiles, head, scale = work
+    out_ptr, sinks_ptr, first_token, first_position, seq_len, num_tiles, head, scale = work
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     row = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
@@ -208,6 +209,9 @@ def _consume(
 
     top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, s_layout))
     norm = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+    if sinks_ptr is not None:  # as `tiles.start_softmax`
+        top = gl.load(sinks_ptr + head * GROUP + row % GROUP) * LOG2_OF_E
+        norm += 1.0
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
     scores = warpgroup_mma_wait(0, deps=[_start_scores(q, keys, 0, HEAD_DIM, s_layout)])
     _release(keys, 0)
@@ -248,6 +252,7 @@ def _offsets(row, first_token, first_position, seq_len, head, stride_token, stri
 def _prefill_hopper_kernel(
     q_ptr,
     cache_desc,
+    sinks_ptr,
     out_ptr,
     query_start_ptr,
     seq_lens_ptr,
@@ -298,7 +303,7 @@ def _prefill_hopper_kernel(
         fence_async_shared()
         mbarrier.arrive(turns.index(0))
 
-        work = (out_ptr, first_token, first_position, seq_len, num_tiles, head, scale)
+        work = (out_ptr, sinks_ptr, first_token, first_position, seq_len, num_tiles, head, scale)
         key_row = head * BLOCK_SIZE
         where = (table_ptr + req.to(gl.int64) * table_stride, gl.cdiv(seq_len, BLOCK_SIZE), key_row,
                  key_row + value_row, NUM_KV_HEADS * BLOCK_SIZE)  # fmt: skip
@@ -338,14 +343,15 @@ def prefill_attention_hopper(
     meta: AttentionMetadata,
     plan: PrefillPlan,
     shape: AttentionShape,
+    sinks: Tensor | None = None,
 ) -> None:
     """As `prefill.prefill_attention`; plan: by CONFIG, for what `is_for_hopper`."""
     num_kv_heads, head_dim, data = shape.num_kv_heads, shape.head_dim, cache.data
     launch(
         _prefill_hopper_kernel, (plan.order.shape[0] * num_kv_heads,), q.device,
-        q, TensorDescriptor.from_tensor(data.view(-1, head_dim), [cache.block_size, COLUMN.value], SHARED.value), out,
-        meta.query_start_loc, meta.seq_lens, meta.block_table, plan.order, meta.block_table.stride(0), q.stride(0),
-        q.stride(1), data.stride(0) // head_dim, shape.scale * LOG2_E,
+        q, TensorDescriptor.from_tensor(data.view(-1, head_dim), [cache.block_size, COLUMN.value], SHARED.value),
+        sinks, out, meta.query_start_loc, meta.seq_lens, meta.block_table, plan.order,
+        meta.block_table.stride(0), q.stride(0), q.stride(1), data.stride(0) // head_dim, shape.scale * LOG2_E,
         NUM_KV_HEADS=num_kv_heads, GROUP=shape.num_heads // num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_SIZE=cache.block_size, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from nanovllm.kernels.triton.common.sizes import next_power_of_2
 LOG2_E = 1.4426950408889634
 # A running maximum starts here rather than at -inf, so that differences of maxima are never inf - inf.
 LOWEST = tl.constexpr(-1.0e30)
+LOG2_OF_E = tl.constexpr(LOG2_E)
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -109,6 +110,22 @@ def fence_tile_loads():
 
 
 # --- softmax --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def start_softmax(sinks_ptr, query_head, mask, BLOCK_DIM: tl.constexpr):
+    """Maximum, sum and output of rows before their first key: of nothing, or of their sinks. query_head [ROWS].
+
+    mask: of the rows whose sinks are taken in here. A sink is a key like others, but without a value; who has the first
+    keys of a row has it.
+    """
+    ROWS: tl.constexpr = query_head.shape[0]
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    if sinks_ptr is not None:
+        top = tl.load(sinks_ptr + query_head, mask=mask, other=LOWEST) * LOG2_OF_E
+        norm = mask.to(tl.float32)
+    return top, norm, tl.zeros([ROWS, BLOCK_DIM], tl.float32)
 
 
 @triton.jit

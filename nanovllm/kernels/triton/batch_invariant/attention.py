@@ -15,8 +15,9 @@ from nanovllm.kernels.triton.attention.prefill import LONG_PROMPT, plan_prefill,
 
 
 def batch_invariant_attention_triton(
-    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans | None = None
-) -> Tensor:
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `paged_attention.paged_attention_reference`. plans: as of `paged_attention_triton`."""
     plans = plans or StepPlans()
     if False not in plans.prefill:
@@ -24,5 +25,5 @@ def batch_invariant_attention_triton(
         plans.prefill[False] = plan_prefill(meta.query_start_loc, meta.seq_lens, 0, q, cache, config)
     covered = sum(meta.query_lens_host)
     out = (torch.empty if covered == q.shape[0] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    prefill_attention(q, cache, out, meta, plans.prefill[False], shape)
+    prefill_attention(q, cache, out, meta, plans.prefill[False], shape, sinks)
     return out

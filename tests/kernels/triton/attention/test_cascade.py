@@ -11,6 +11,7 @@ from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.runner.cascade_items import cut
 from tests.attention.paged_cases import PagedCase, make_case
+from tests.kernels.triton.attention.test_paged_attention import sinks_of
 from tests.kernels.twins import DEVICE, DTYPES, TOLERANCE, load_twin, relative_error, twin_test
 
 twin = load_twin("attention.paged_attention")
@@ -64,10 +65,11 @@ def test_shared_prefixes(
     words = torch.from_numpy(cut(prefixes, 7, num_kv_heads, num_heads // num_kv_heads, num_programs)).to(DEVICE)
     meta, shape = replace(case.meta, cascade=cascade_inputs(words, 7)), case.shape(0.2, softcap=softcap)
     q, cache = case.q.float(), LayerCache(case.kv_cache.float())
-    want = paged_attention_reference(q, cache, meta, shape)
+    sinks = sinks_of(shape) if tree == "two levels" else None
+    want = paged_attention_reference(q, cache, meta, shape, sinks)
     plans = twin.StepPlans()
     for _ in range(2):  # the second time, as a later layer
-        got = twin.paged_attention_triton(case.q, case.cache, meta, shape, plans)
+        got = twin.paged_attention_triton(case.q, case.cache, meta, shape, plans, sinks)
         assert relative_error(got, want) < TOLERANCE[dtype]
     assert not got[6].any()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.kernels.attention_types import HeadInputs, LayerCache
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from tests.attention.paged_cases import LAYOUTS, PagedCase, make_case
@@ -71,20 +71,26 @@ def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) ->
     return plans
 
 
+def sinks_of(shape: AttentionShape) -> torch.Tensor:
+    return torch.linspace(-3, 4, shape.num_heads, device=DEVICE)
+
+
 def check(
     case: PagedCase,
     window: int | None,
     dtype: torch.dtype,
     softcap: float | None = None,
     configs: tuple[Any, Any] | None = None,
+    has_sinks: bool = False,
 ) -> None:
     case = on_device(case)
     poison_unused(case)
     shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
     plans = planned(case, window, *configs) if configs else None
-    got = twin.paged_attention_triton(case.q, case.cache, case.meta, shape, plans)
+    sinks = sinks_of(shape) if has_sinks else None
+    got = twin.paged_attention_triton(case.q, case.cache, case.meta, shape, plans, sinks)
     cache = LayerCache(case.kv_cache.float()) if case.scales is None else case.cache
-    want = paged_attention_reference(case.q.float(), cache, case.meta, shape)
+    want = paged_attention_reference(case.q.float(), cache, case.meta, shape, sinks)
     assert got.shape == case.q.shape and got.dtype == dtype
     assert relative_error(got, want) < TOLERANCE[dtype]
 
@@ -128,6 +134,16 @@ def test_soft_caps(dtype: torch.dtype, window: int | None, head_dim: int, softca
     check(case, window, dtype, softcap)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 3.0)])
+def test_sinks(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+    """Once for each head, also where a request is cut into parts, in decodes and in prompts of several tiles."""
+    case = make_case(
+        [1, 1, 1, 90, 7], [1, 90, 700, 130, 7], num_heads=6, num_kv_heads=2, head_dim=64, block_size=16, dtype=dtype
+    )
+    check(case, window, dtype, softcap, has_sinks=True)
+
+
 @pytest.mark.parametrize(
     ("window", "softcap", "has_norm", "has_rotation"),
     [(None, None, True, True), (2, None, False, True), (40, None, True, False), (None, 3.0, False, False)],
@@ -158,11 +174,12 @@ def test_decodes_from_the_qkv_product(
     want_cache = case.kv_cache.clone()
     shape, heads = case.shape(0.2, window, softcap), HeadInputs(cos_sin, case.meta.slot_mapping, *norms, 1e-6)
     q = qkv_rope_store_reference(qkv, heads, LayerCache(want_cache), shape)
-    want = paged_attention_reference(q.float(), LayerCache(want_cache.float()), case.meta, shape)
+    sinks = sinks_of(shape) if window == 40 or not has_rotation else None
+    want = paged_attention_reference(q.float(), LayerCache(want_cache.float()), case.meta, shape, sinks)
 
     plans = twin.StepPlans()
     for _ in range(2):  # the second time, as a later layer
-        got = twin.decode_qkv_triton(qkv, heads, case.cache, case.meta, shape, plans)
+        got = twin.decode_qkv_triton(qkv, heads, case.cache, case.meta, shape, plans, sinks)
         assert relative_error(got, want) < TOLERANCE[dtype]
         stored, wanted = (c[:, slots // block_size, :, slots % block_size] for c in (case.kv_cache, want_cache))
         assert relative_error(stored, wanted.float()) < TOLERANCE[dtype]

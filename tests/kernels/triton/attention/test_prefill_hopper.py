@@ -63,11 +63,12 @@ def test_rows_are_those_of_the_reference(
         used[table.long()[token // block_size], token % block_size] = True
     kv_cache = case.kv_cache.masked_fill(~used[None, :, None, :, None], float("nan"))
     shape = case.shape(head_dim**-0.5)
-    want = paged_attention_reference(case.q.float(), LayerCache(kv_cache.float()), case.meta, shape)
+    sinks = torch.linspace(-3, 4, num_heads) if block_size == 64 else None
+    want = paged_attention_reference(case.q.float(), LayerCache(kv_cache.float()), case.meta, shape, sinks)
     tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
     meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
-    plans = paged.StepPlans()
-    got = paged.paged_attention_triton(case.q.to(DEVICE), LayerCache(kv_cache.to(DEVICE)), meta, shape, plans)
+    plans, sinks = paged.StepPlans(), None if sinks is None else sinks.to(DEVICE)
+    got = paged.paged_attention_triton(case.q.to(DEVICE), LayerCache(kv_cache.to(DEVICE)), meta, shape, plans, sinks)
     assert list(plans.prefill) == [True]
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
 

@@ -32,19 +32,22 @@ def test_twin_equals_the_reference_and_a_token_is_the_same_in_any_batch(
     """To the bit: a prompt whole, in chunks and one token at a time, beside others and alone."""
     case = make_case(QUERY_LENS, SEQ_LENS, dtype=dtype, block_size=block_size, head_dim=head_dim)
     shape = case.shape(0.3, window, softcap)
-    expected = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
+    sinks = torch.linspace(-3, 2, 6, device=DEVICE) if window else None
+    expected = paged_attention_reference(
+        case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape, None if sinks is None else sinks.cpu()
+    )
     q, cache, table = case.q.to(DEVICE), LayerCache(case.kv_cache.to(DEVICE)), case.meta.block_table.to(DEVICE)
-    out = twin.batch_invariant_attention_triton(q, cache, batch(QUERY_LENS, SEQ_LENS, table), shape)
+    out = twin.batch_invariant_attention_triton(q, cache, batch(QUERY_LENS, SEQ_LENS, table), shape, sinks=sinks)
     assert relative_error(out.cpu(), expected) < TOLERANCE[dtype]
 
-    alone = twin.batch_invariant_attention_triton(q[5:], cache, batch([43], [70], table[3:]), shape)
+    alone = twin.batch_invariant_attention_triton(q[5:], cache, batch([43], [70], table[3:]), shape, sinks=sinks)
     assert torch.equal(alone, out[5:])
     lens = [9, 1, 1, 32]
     ends = [27 + sum(lens[: i + 1]) for i in range(4)]
     chunks = batch(lens, ends, table[3:].expand(4, -1))
-    assert torch.equal(twin.batch_invariant_attention_triton(q[5:], cache, chunks, shape), out[5:])
+    assert torch.equal(twin.batch_invariant_attention_triton(q[5:], cache, chunks, shape, sinks=sinks), out[5:])
     some, requests = [0, 1, 4, 5, 26, 47], [0, 1, 2, 3, 3, 3]
     each = batch([1] * 6, [40, 3, 40, 28, 49, 70], table[requests])
-    assert torch.equal(twin.batch_invariant_attention_triton(q[some], cache, each, shape), out[some])
+    assert torch.equal(twin.batch_invariant_attention_triton(q[some], cache, each, shape, sinks=sinks), out[some])
     each.seq_lens[3] = 0
-    assert not twin.batch_invariant_attention_triton(q[some], cache, each, shape)[3].any(), "padding"
+    assert not twin.batch_invariant_attention_triton(q[some], cache, each, shape, sinks=sinks)[3].any(), "padding"
