@@ -8,10 +8,13 @@ compiles into a cache for each width of vectors that is asked for: what it keeps
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.forked_children import Subprocess
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -49,3 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, name in marked:
         if num_devices < needed[name]:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed[name]} CUDA device(s), found {num_devices}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_children() -> Iterator[None]:
+    """See tests/forked_children.py."""
+    stand_in = Subprocess()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanovllm.executor.children.subprocess", stand_in)
+        yield
+    stand_in.server.close()

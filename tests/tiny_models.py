@@ -5,8 +5,10 @@ that recites a given text, so that tests of stop strings and streaming know ever
 adds a byte-level tokenizer in which each byte is a token.
 """
 
+import gc
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,15 @@ def _new_model(architecture: str, **config: Any) -> Any:
     expert_sizes = {name: size for name, size in _EXPERT_SIZES.items() if hasattr(config_class, name)}
     fields = {**_SIZES, **expert_sizes, **_OWN_FIELDS.get(architecture, {}), **config}
     model = model_class(config_class(**fields, attn_implementation="eager"))
+    _freeze_imports()
     return model.float().eval()
+
+
+@cache
+def _freeze_imports() -> None:
+    """What transformers imports for its first model is not looked at by the collection in each engine's close()."""
+    gc.collect()
+    gc.freeze()
 
 
 def save_tokenizer(folder: Path) -> None:

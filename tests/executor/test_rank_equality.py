@@ -33,11 +33,20 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    ranks = Ranks(request.param)
-    yield ranks
-    ranks.close()
+@pytest.fixture(scope="module")
+def started() -> Iterator[dict[int, Ranks]]:
+    """By their number: a fixture with parameters would start them anew for each list of parameters that has one."""
+    started: dict[int, Ranks] = {}
+    yield started
+    for ranks in started.values():
+        ranks.close()
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request: pytest.FixtureRequest, started: dict[int, Ranks]) -> Ranks:
+    if request.param not in started:
+        started[request.param] = Ranks(request.param)
+    return started[request.param]
 
 
 @pytest.fixture(scope="module")
