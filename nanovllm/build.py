@@ -30,7 +30,7 @@ from nanovllm.engine.state_cache import StateCache
 from nanovllm.executor.external import join_launched_ranks, num_ranks_here
 from nanovllm.executor.inline import InlineExecutor
 from nanovllm.executor.mp import MultiprocessExecutor
-from nanovllm.executor.worker import RunnerTimes, build_runner, num_host_slots, with_quantization
+from nanovllm.executor.worker import RunnerTimes, build_runner, captures_steps, num_host_slots, with_quantization
 from nanovllm.kernels.cascade import TILE
 from nanovllm.kernels.delta_net import CHUNK
 from nanovllm.layers.ops import PLAIN
@@ -194,7 +194,8 @@ def _planner_and_loop(
 
         is_one_of_many = config.distributed_executor_backend == "external_launcher"  # who must plan the same steps
         clock = None if is_one_of_many else perf_counter
-        planner, options = speculative_planner(config.speculative_config, model_config.vocab_size, clock)
+        given = config.speculative_config, model_config.vocab_size, clock
+        planner, options = speculative_planner(*given, captures_steps(config, model_config, device))
     if config.trace is None:
         return partial(planner, **options), Engine
     from nanovllm.tracing.device_clock import choose_clock

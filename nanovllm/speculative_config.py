@@ -108,6 +108,15 @@ class SpeculativeConfig:
         return self.prompt_lookup_min or self.prompt_lookup_max or 2, longest
 
 
+def num_unseen(config: SpeculativeConfig) -> int:
+    """Most tokens that a model of `MODEL_METHODS` has not seen when its last draft was verified just before.
+
+    A draft model has not computed the last token of its draft, nor what was drawn behind it; a head computes all that
+    was accepted anew, by the target's states.
+    """
+    return 2 if config.method == "draft_model" else 1 + config.num_speculative_tokens
+
+
 def read_speculative_config(value: Any) -> SpeculativeConfig | None:
     """None for what asks for nothing."""
     if value is None or isinstance(value, SpeculativeConfig):

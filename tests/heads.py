@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.speculation.chained_scheduler import ChainedScheduler
 from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
+from nanovllm.runner.dflash import DFlashRunner
+from nanovllm.runner.graphs.chained_steps import Unseen
+from nanovllm.runner.graphs.draft_passes import SequentialPasses
 from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random
 
@@ -88,15 +92,31 @@ def run(target: Path, head: tuple[str, Path] | None = None, num_tokens: int = 4,
     return [output.outputs[0].token_ids for output in outputs]
 
 
+Seen = list[tuple[list[int], list[int]]]  # tokens so far, and what was drafted behind them
+
+
 def check_drafts(
     target: Path,
     head: tuple[str, Path],
     expected: list[list[int]],
     draft: Callable[[list[int], int], list[int]],
     monkeypatch: pytest.MonkeyPatch,
+    captured: bool,
 ) -> None:
-    """Tokens are those expected, and drafts those of the plain form `draft`: (tokens so far, how many) -> tokens."""
-    seen: list[tuple[list[int], list[int]]] = []
+    """Tokens are those expected, and drafts those of the plain form `draft`: (tokens so far, how many) -> tokens.
+
+    captured: in chained steps as well, the next of which is planned before the host knows what one brought.
+    """
+    seen = note_drafts(monkeypatch)
+    chained = note_chained(monkeypatch, dict(zip(map(tuple, PROMPTS), expected, strict=True)))
+    assert run(target, head, overlap_depth=1 + captured) == expected
+    assert len(chained if captured else seen) > 30
+    for token_ids, drafted in [*seen[::4], *chained[::4]]:
+        assert drafted == draft(token_ids, len(drafted))
+
+
+def note_drafts(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    seen: Seen = []
     make_drafts = DraftModelScheduler._make_drafts
 
     def noted(scheduler: DraftModelScheduler) -> Any:
@@ -105,10 +125,39 @@ def check_drafts(
         return drafts
 
     monkeypatch.setattr(DraftModelScheduler, "_make_drafts", noted)
-    assert run(target, head) == expected
-    assert len(seen) > 60
-    for token_ids, drafted in seen[::4]:
-        assert drafted == draft(token_ids, len(drafted))
+    return seen
+
+
+def note_chained(monkeypatch: pytest.MonkeyPatch, outputs: dict[tuple[int, ...], list[int]]) -> Seen:
+    """outputs: by prompt, since the host does not know where a chained step begins."""
+    seen: Seen = []
+    histories: dict[int, list[int]] = {}
+    plan_chained = ChainedScheduler._plan_chained
+
+    def noted_plan(scheduler: ChainedScheduler) -> Any:
+        plan = plan_chained(scheduler)
+        for request in scheduler.running:
+            prompt = request.token_ids[: request.num_prompt_tokens]
+            histories[request.row] = prompt + outputs[tuple(prompt)]
+        return plan
+
+    def noted(passes: type) -> Any:
+        make = passes.draft  # type: ignore[attr-defined]
+
+        def draft(self: Any, unseen: Unseen, num_computed: Tensor, length: int) -> Tensor:
+            lengths = num_computed.tolist()
+            drafted: Tensor = make(self, unseen, num_computed, length)
+            for row, limit, tokens in zip(unseen.rows.tolist(), unseen.limits.tolist(), drafted.tolist(), strict=True):
+                if row >= 0 and limit == length:
+                    seen.append((histories[row][: lengths[row] + 1], tokens))
+            return drafted
+
+        return draft
+
+    monkeypatch.setattr(ChainedScheduler, "_plan_chained", noted_plan)
+    for passes in (SequentialPasses, DFlashRunner):
+        monkeypatch.setattr(passes, "draft", noted(passes))
+    return seen
 
 
 def check_small(target: Path, head: tuple[str, Path]) -> None:

@@ -103,7 +103,7 @@ def test_drafts_are_those_of_the_plain_head_and_tokens_those_without_it(
     expected = run(target)
     if captured:
         fake_graphs(monkeypatch)
-    check_drafts(target, ("dflash", head), expected, PlainHead(target, head).draft, monkeypatch)
+    check_drafts(target, ("dflash", head), expected, PlainHead(target, head).draft, monkeypatch, captured)
 
 
 def test_in_chunks_and_after_a_preemption_tokens_are_the_same(target: Path, tmp_path: Path) -> None:

@@ -65,7 +65,10 @@ class SchedulerOutput:
     num_samples: how many tokens to sample for each request: none in mid-prompt, one behind its last token; 1 + k where
     the last k of its tokens are a draft, num_draft_tokens of all requests together. These tokens count as the request's
     as far as they are what is sampled before them. num_draft_steps: not 0 in a step of the draft model, which samples
-    so many tokens, one after the other, for each request that samples.
+    so many tokens, one after the other, for each request that samples. With num_draft_tokens as well, the step verifies
+    what it drafts itself, and only the device knows where it begins: num_computed_tokens are upper bounds, until it is
+    known what the step before brought; unseen_tokens: for rows of which the device does not know what the draft model
+    has not seen yet, these tokens, the last one among them.
     token_ids is flat over the requests; -1 stands for the one token that only the device knows (its last sampled one).
     num_computed_tokens counts what stands before this step's tokens. new_blocks: (row, index in the block table,
     block). prompt_logprobs: (index into rows, position, count): score the prompt tokens after so many positions.
@@ -90,6 +93,7 @@ class SchedulerOutput:
     shared_prefixes: list[SharedPrefix] = field(default_factory=list)
     num_draft_tokens: int = 0
     num_draft_steps: int = 0
+    unseen_tokens: Mapping[int, list[int]] = field(default_factory=dict)
     moves: BlockMoves | None = None
 
     def select(self, indices: Sequence[int]) -> "SchedulerOutput":

@@ -109,16 +109,20 @@ def build_runner(
     eager = make_runner(config, num_blocks, zeros if sleeper is None else sleeper.zeros)
     drafter: Any = None if draft is None else draft.runner(eager, backend)  # before steps of `eager` are captured
     runner: Runner = eager
-    if can_capture(device) and not config.enforce_eager and model_config.length_dependent_from is None:
+    graphs = None
+    if captures_steps(config, model_config, device):
         from nanovllm.runner.graphs.graph_runner import GraphRunner
 
-        runner = (GraphRunner if adapters is None else adapters.graph_runner)(eager, config, model_config)
+        runner = graphs = (GraphRunner if adapters is None else adapters.graph_runner)(eager, config, model_config)
     if draft is not None:
-        from nanovllm.runner.drafting import DraftingRunner
+        from nanovllm.runner.drafting import DraftingRunner, chained_steps
 
-        if runner is not eager and not draft.in_one_pass:
-            drafter = GraphRunner(drafter, draft.config, draft.model_config, splits_prompts=draft.head is None)
-        runner = DraftingRunner(runner, drafter, draft)
+        chain = None
+        if graphs is not None:
+            chain = chained_steps(config, draft, drafter, eager, graphs)
+            if not draft.in_one_pass:
+                drafter = GraphRunner(drafter, draft.config, draft.model_config, splits_prompts=draft.head is None)
+        runner = DraftingRunner(runner, drafter, draft, chain)
     if config.has_tiers:
         from nanovllm.tiers.mover import with_tiers  # a room
 
@@ -153,6 +157,11 @@ def num_host_slots(config: ResolvedConfig, model_config: ModelConfig) -> int:
 
 def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def captures_steps(config: ResolvedConfig, model_config: ModelConfig, device: torch.device) -> bool:
+    """Do steps run as CUDA graphs, wherever one fits?"""
+    return can_capture(device) and not config.enforce_eager and model_config.length_dependent_from is None
 
 
 def _with_kernels(

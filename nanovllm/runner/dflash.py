@@ -14,8 +14,10 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend, ForwardContext, GroupInputs
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
+from nanovllm.kernels.draft_places import Places, prepare_places
 from nanovllm.models.dflash import DFlashHead
 from nanovllm.runner.extras import NO_EXTRAS
+from nanovllm.runner.graphs.chained_steps import Unseen
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
 from nanovllm.sampling.rows import upload
 
@@ -66,6 +68,30 @@ class DFlashRunner:
         ids = self._head.compute_logits(hidden[upload(masks, device)]).argmax(-1).int()
         pending = runner.read_back((ids + self._head.offsets[ids.long()]).view(-1, length))
         return PendingBlocks(pending.tokens, pending.event, NO_EXTRAS)
+
+    def draft(self, unseen: Unseen, num_computed: Tensor, length: int) -> Tensor:
+        """See `DraftPasses`: the same pass inside a captured step."""
+        rows, limits, token_ids = unseen
+        runner, (n, width) = self._target, token_ids.shape
+        offsets = torch.arange(-width, 1 + length, dtype=torch.int32, device=rows.device).expand(n, -1)
+        is_known = offsets < 0
+        given = torch.full_like(offsets, self._mask_token_id)
+        given[:, width] = token_ids[:, -1]
+        has_place = torch.cat((token_ids >= 0, offsets[:, width:] <= limits[:, None]), dim=1)
+        places_rows = torch.where(has_place, rows[:, None], -1).flatten()
+        tables = runner.state.block_tables[:, : runner.state.max_blocks]
+        places = Places(places_rows, offsets.flatten(), given.flatten(), given.flatten())
+        inputs = prepare_places(places, num_computed, tables, runner.block_size, tables.shape[1])
+        ends = (num_computed[rows.clamp(min=0)] + 1 + limits)[:, None]
+        seq_lens = torch.where(has_place & ~is_known, ends, inputs.seq_lens.view(n, -1)).flatten()
+        max_len = tables.shape[1] * runner.block_size
+        context = self._context(
+            inputs.slot_mapping, seq_lens, tables[places_rows.clamp(min=0)], [max_len] * len(seq_lens)
+        )
+        hidden = self._head(inputs.input_ids, inputs.positions, is_known.flatten(), context)
+        masks = hidden.view(n, -1, hidden.shape[-1])[:, width + 1 :]
+        ids = self._head.compute_logits(masks.flatten(0, 1)).argmax(-1).int()
+        return (ids + self._head.offsets[ids.long()]).view(n, length)
 
     def _lay_out(self, plan: SchedulerOutput, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows, positions, tokens, whether states are known, and lengths, int32 [5, n]; where the masks are [m]."""

@@ -7,7 +7,7 @@ block has the same number in both caches. Invariant: the target's tokens, cache 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,8 +26,13 @@ from nanovllm.models.registry import read_model_config
 from nanovllm.runner.dflash import DFlashRunner
 from nanovllm.runner.kv_cache import KVCacheSpec
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.speculative_config import num_unseen
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.weights.loader import fill_random, load_weights, places
+
+if TYPE_CHECKING:
+    from nanovllm.runner.graphs.chained_steps import ChainedSteps
+    from nanovllm.runner.graphs.graph_runner import GraphRunner
 
 
 def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, ModelConfig]:
@@ -207,11 +212,25 @@ def _cache_spec(config: ResolvedConfig, model_config: ModelConfig, tp: TensorPar
     )
 
 
+def chained_steps(
+    config: ResolvedConfig, draft: DraftModel, drafter: Any, target: ModelRunner, graphs: "GraphRunner"
+) -> "ChainedSteps":
+    """Steps of the target's graphs that draft and verify. drafter: the draft's own runner, without graphs."""
+    from nanovllm.runner.graphs.chained_steps import ChainedSteps, DraftPasses
+    from nanovllm.runner.graphs.draft_passes import SequentialPasses
+
+    assert config.speculative_config is not None
+    passes: DraftPasses = drafter if draft.in_one_pass else SequentialPasses(drafter, draft.head)
+    most, unseen = config.speculative_config.num_speculative_tokens, num_unseen(config.speculative_config)
+    return ChainedSteps(graphs, target, passes, most, unseen, config.dependent_launch)
+
+
 class DraftingRunner:
     """target, draft: with or without CUDA graphs. of: what the draft's runner runs."""
 
-    def __init__(self, target: Any, draft: Any, of: DraftModel) -> None:
-        self._target, self._draft, self._in_one_pass = target, draft, of.in_one_pass
+    def __init__(self, target: Any, draft: Any, of: DraftModel, chain: "ChainedSteps | None" = None) -> None:
+        """chain: where drafts and their verification can be one step."""
+        self._target, self._draft, self._in_one_pass, self._chain = target, draft, of.in_one_pass, chain
         self._head = of.head if isinstance(of.head, Eagle3Head) else None
         self._offsets = None if self._head is None else self._head.offsets.tolist()
         self.model, self.device, self.num_blocks = target.model, target.device, target.num_blocks
@@ -220,6 +239,9 @@ class DraftingRunner:
         """Queue one step, or a whole chain of the draft model's."""
         if not plan.num_draft_steps:
             return self._target.execute(plan)  # type: ignore[no-any-return]
+        if plan.num_draft_tokens:
+            assert self._chain is not None
+            return self._chain.execute(plan)
         if self._in_one_pass:
             return self._draft.execute(plan)  # type: ignore[no-any-return]
         if self._head is not None:

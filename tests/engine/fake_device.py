@@ -6,6 +6,7 @@ A slot that is stale, foreign, unwritten or overwritten changes the token, and t
 the whole history that it sums up, and changes the token likewise.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,7 @@ from nanovllm.engine.speculation.build import speculative_planner
 from nanovllm.engine.speculation.proposer import Proposer
 from nanovllm.engine.state_cache import StateCache
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.speculative_config import SpeculativeConfig
+from nanovllm.speculative_config import SpeculativeConfig, num_unseen
 
 VOCAB_SIZE = 97
 
@@ -113,9 +114,16 @@ class FakeDevice:
         self.last_token = [-1] * max_num_seqs
         self.num_tokens_per_step: list[int] = []
         self.plans: list[SchedulerOutput] = []
+        self.drafter: FakeDrafter | None = None
 
     def execute(self, plan: SchedulerOutput) -> Done:
         self.plans.append(plan)
+        if plan.num_draft_steps:
+            assert self.drafter is not None
+            for row, index, block_id in plan.new_blocks:
+                self.tables[row][index] = block_id
+            self.num_tokens_per_step.append(len(plan.token_ids))
+            return Done(self.drafter.execute(plan))
         for new in plan.new_rows:
             self.num_computed[new.row] = new.num_computed_tokens
             self.tables[new.row] = dict(enumerate(new.block_ids))
@@ -138,7 +146,7 @@ class FakeDevice:
             if num_samples:
                 table = {**self.tables[row], **shared.get(row, {})}
                 draft = plan.token_ids[end - num_samples + 1 : end]
-                sampled.append(self._sample(row, table, draft))
+                sampled.append(self.sample(row, table, draft))
         self.num_tokens_per_step.append(len(plan.token_ids))
         return Done(
             sampled,
@@ -155,13 +163,13 @@ class FakeDevice:
             ],
         )
 
-    def _sample(self, row: int, table: dict[int, int], draft: list[int]) -> list[int]:
+    def sample(self, row: int, table: dict[int, int], draft: list[int]) -> list[int]:
         """The row's next tokens, as far as each was right about the next; what is computed is cut to these."""
         computed = self.num_computed[row] - len(draft)
         sampled: list[int] = []
         while len(sampled) <= len(draft) and sampled == draft[: len(sampled)]:
             context = [
-                self.slots[self._slot(table, position, group)]
+                self.slots[self.slot(table, position, group)]
                 for group, spec in enumerate(self.specs)
                 for position in seen(spec, computed + len(sampled))
             ]
@@ -193,20 +201,29 @@ class FakeDevice:
                 token_id = next(tokens)
                 writes.append((position, row, self.last_token[row] if token_id < 0 else token_id))
         for position, row, token_id in sorted(writes):
+            self._store(row, position, token_id)
             table = self.tables[row]
-            for group in range(len(self.specs)):
-                previous = self.slots[self._slot(table, position - 1, group)] if position else b""
-                self.slots[self._slot(table, position, group)] = extend_hash(previous, token_id)
             if self.has_states:
                 self.states[row] = extend_hash(self.states[row], token_id)
                 snapshot = table.get(self._snapshot(position))
                 if (position + 1) % self.block_size == 0 and snapshot is not None:
                     self.states[snapshot] = self.states[row]
 
+    def write(self, row: int, token_ids: Sequence[int]) -> None:
+        """The row's next tokens."""
+        for position, token_id in enumerate(token_ids, self.num_computed[row]):
+            self._store(row, position, token_id)
+
+    def _store(self, row: int, position: int, token_id: int) -> None:
+        table = self.tables[row]
+        for group in range(len(self.specs)):
+            previous = self.slots[self.slot(table, position - 1, group)] if position else b""
+            self.slots[self.slot(table, position, group)] = extend_hash(previous, token_id)
+
     def _snapshot(self, position: int) -> int:
         return len(self.specs) * self.table_width + position // self.block_size
 
-    def _slot(self, table: dict[int, int], position: int, group: int) -> int:
+    def slot(self, table: dict[int, int], position: int, group: int) -> int:
         place = group * self.table_width + position // self.block_size
         return table[place] * self.block_size + position % self.block_size
 
@@ -228,6 +245,84 @@ class FakeDevice:
         pass
 
 
+class FakeDrafter:
+    """A model that drafts on the device: right as far as a coin says.
+
+    Of its keys it remembers, by slot, the hash of the history up to the token that was read there; and, of a head that
+    reads tokens ahead, whether the target's states were there then. It insists on right ones for every token that is
+    known whenever it drafts.
+    """
+
+    def __init__(self, device: FakeDevice, reads_ahead: int, num_unseen: int, seed: int) -> None:
+        self._device, self._reads_ahead, self._num_unseen = device, reads_ahead, num_unseen
+        self._slots: dict[int, tuple[bytes, bool]] = {}
+        self._drawn: dict[int, list[int]] = {}  # by row, what its last chained step drew
+        self._rng = random.Random(seed)
+        self.num_chained = self.num_begun_unread = 0  # chained steps; those that began before the host knew where
+
+    def execute(self, plan: SchedulerOutput) -> list[list[int]]:
+        return self._chained(plan) if plan.num_draft_tokens else self._drafted(plan)
+
+    def _drafted(self, plan: SchedulerOutput) -> list[list[int]]:
+        drafts, tokens = [], iter(plan.token_ids)
+        columns = plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, plan.num_samples
+        for row, start, count, is_last in zip(*columns, strict=True):
+            first = start + self._reads_ahead
+            token_ids = [next(tokens) for _ in range(count)]
+            self._read(row, first, token_ids)
+            if is_last:
+                self._device.last_token[row] = token_ids[-1]
+                drafts.append(self._draft(row, plan.num_draft_steps, plan.num_draft_steps))
+        return drafts
+
+    def _chained(self, plan: SchedulerOutput) -> list[list[int]]:
+        device, sampled = self._device, []
+        self.num_chained += 1
+        for row, most, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
+            assert device.num_computed[row] <= most, "the host's counters are upper bounds"
+            self.num_begun_unread += device.num_computed[row] < most
+            unseen = plan.unseen_tokens.get(row) or self._drawn[row][-self._num_unseen :]
+            assert len(unseen) <= self._num_unseen and device.last_token[row] in (-1, unseen[-1])
+            device.last_token[row] = unseen[-1]
+            self._read(row, device.num_computed[row] - len(unseen) + 1, unseen)
+            draft = self._draft(row, plan.num_draft_steps, count - 1)[: count - 1]
+            device.write(row, [device.last_token[row], *draft])
+            device.num_computed[row] += count
+            self._drawn[row] = device.sample(row, device.tables[row], draft)
+            sampled.append(self._drawn[row])
+        return sampled
+
+    def _read(self, row: int, first: int, token_ids: Sequence[int]) -> None:
+        """Tokens of the history from index `first` on."""
+        for index, token_id in enumerate(token_ids, first):
+            history = extend_hash(self._history(row, index - 1), token_id)
+            self._slots[self._slot(row, index - self._reads_ahead)] = history, True
+
+    def _history(self, row: int, index: int) -> bytes:
+        device = self._device
+        return device.slots[device.slot(device.tables[row], index, 0)] if index >= 0 else b""
+
+    def _slot(self, row: int, position: int) -> int:
+        return self._device.slot(self._device.tables[row], position, 0)
+
+    def _draft(self, row: int, num_tokens: int, num_with_blocks: int) -> list[int]:
+        device, num_computed = self._device, self._device.num_computed[row]
+        history = [self._history(row, index) for index in range(num_computed)]
+        history.append(extend_hash(history[-1], device.last_token[row]))
+        for index in range(self._reads_ahead, num_computed + 1):
+            if index % device.block_size or not self._reads_ahead:
+                assert self._slots[self._slot(row, index - self._reads_ahead)] == (history[index], True)
+        draft: list[int] = []
+        for ahead in range(1, num_tokens + 1):
+            is_right = self._rng.random() < 0.7
+            draft.append(next_token(history) if is_right else self._rng.randrange(VOCAB_SIZE))
+            history.append(extend_hash(history[-1], draft[-1]))
+            if ahead < num_tokens and ahead <= num_with_blocks:
+                slot = self._slot(row, num_computed + ahead - self._reads_ahead)
+                self._slots[slot] = history[-1], not self._reads_ahead
+        return draft
+
+
 def make_engine(
     *,
     num_blocks: int = 64,
@@ -244,10 +339,13 @@ def make_engine(
     worth_a_step: int = 8,
     unit: int = 1,
     proposer: Proposer | None = None,
+    drafter: str | None = None,
     num_speculative_tokens: int = 4,
     clock: Callable[[], float] | None = None,
 ) -> tuple[Engine, FakeDevice]:
-    """num_snapshots: of a model some of whose layers keep a state; None: there are no such layers."""
+    """num_snapshots: of a model some of whose layers keep a state; None: there are no such layers. drafter: the method
+    of a model that drafts on the device, in chained steps where it can.
+    """
     is_grouped, has_states = list(specs) != [PagedKV()], num_snapshots is not None
     cache = CacheManager(num_blocks, block_size, enable_prefix_caching)
     options = {"max_model_len": max_model_len, "max_step_tokens": max_num_batched_tokens}
@@ -264,6 +362,11 @@ def make_engine(
         config = SpeculativeConfig(num_speculative_tokens=num_speculative_tokens, **fields)
         planner, parts = speculative_planner(config, VOCAB_SIZE, clock)
         make_scheduler = partial(planner, **parts)
+    elif drafter is not None:
+        adaptive, num = clock is not None, num_speculative_tokens
+        config = SpeculativeConfig(method=drafter, model="m", num_speculative_tokens=num, adaptive=adaptive)
+        planner, parts = speculative_planner(config, VOCAB_SIZE, clock, is_captured=True)
+        make_scheduler = partial(planner, **parts)
     scheduler = make_scheduler(
         cache,
         max_num_seqs=max_num_seqs,
@@ -275,6 +378,8 @@ def make_engine(
         cache.waiting = lambda: scheduler.waiting
     width = -(-max_model_len // block_size)
     device = FakeDevice(num_blocks, block_size, max_num_seqs, specs, width, has_states)
+    if drafter is not None:
+        device.drafter = FakeDrafter(device, int(drafter != "draft_model"), num_unseen(config), num_blocks)
     engine = Engine(scheduler, device, OutputProcessor(None), overlap_depth)
     scheduler.catch_up = engine.catch_up
     return engine, device

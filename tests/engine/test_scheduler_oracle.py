@@ -69,10 +69,11 @@ class Guesser:
 
 
 def run_random_workload(
-    seed: int, specs: Sequence[PagedKV] = (PagedKV(),), has_states: bool = False, drafts: bool = False
+    seed: int, specs: Sequence[PagedKV] = (PagedKV(),), has_states: bool = False, drafts: str | None = None
 ) -> tuple[int, int, dict[str, float]]:
     """Returns how often it preempted, how many tokens of prompts the cache held, and all counters. specs: of the groups
-    of layers; has_states: and other layers keep a state. drafts: requests guess tokens ahead, rightly or wrongly.
+    of layers; has_states: and other layers keep a state. drafts: by which method requests guess tokens ahead, rightly
+    or wrongly.
     """
     rng, how = random.Random(seed), random.Random(seed)
     block_size = rng.choice([2, 4, 8])
@@ -89,7 +90,8 @@ def run_random_workload(
         num_snapshots=how.choice([0, 1, 2, 4, 8, 30]) if has_states else None,
         stride=how.choice([1, 4, 16]),
         worth_a_step=how.choice([1, 8, 1000]),
-        proposer=Guesser(seed, specs) if drafts else None,
+        proposer=Guesser(seed, specs) if drafts == "custom_class" else None,
+        drafter=drafts if drafts != "custom_class" else None,
         num_speculative_tokens=how.randint(1, 6),
     )
     groups = CacheGroups(tuple(specs), ((0,),) * len(specs))
@@ -135,7 +137,7 @@ def run_random_workload(
         assert all(r.num_uncomputed_tokens <= 1 for r in engine.scheduler.running[:-1]), "only the newest is cut"
         for request in holders:
             for spec, table in zip(specs, request.block_ids, strict=True):
-                num_tokens = request.num_tokens + 6 * drafts  # which may have been rejected
+                num_tokens = request.num_tokens + 21 * bool(drafts)  # which may have been rejected
                 most = spec.num_blocks(num_tokens, engine.scheduler.max_num_batched_tokens, block_size)
                 assert sum(block_id >= 0 for block_id in table) <= most
     assert not engine.has_work(), "the engine does not come to an end"
@@ -179,9 +181,21 @@ def test_random_workloads_with_states_equal_the_oracle(start: int) -> None:
 @pytest.mark.parametrize("windows", [(None,), (None, 6)], ids=str)
 def test_random_workloads_with_drafts_equal_the_oracle(windows: tuple[int | None, ...]) -> None:
     """A rejected draft leaves wrong keys behind: where they could be found, or read, they would show."""
-    results = [run_random_workload(seed, [PagedKV(window) for window in windows], drafts=True) for seed in range(80)]
+    specs = [PagedKV(window) for window in windows]
+    results = [run_random_workload(seed, specs, drafts="custom_class") for seed in range(80)]
     assert sum(preemptions for preemptions, _, _ in results) > 20, "the workloads must preempt"
     assert sum(cached for _, cached, _ in results) > 100, "the workloads must hit the prefix cache"
+    drafted, accepted = (
+        sum(counters[f"spec_decode_num_{name}_tokens"] for _, _, counters in results) for name in ("draft", "accepted")
+    )
+    assert 0.2 * drafted < accepted < 0.8 * drafted, "the workloads must accept, and reject"
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_random_workloads_with_chained_drafts_equal_the_oracle(method: str) -> None:
+    """Steps that draft and verify are planned by upper bounds; what drafts has right keys of all that is known."""
+    results = [run_random_workload(seed, drafts=method) for seed in range(80)]
+    assert sum(preemptions for preemptions, _, _ in results) > 20, "the workloads must preempt"
     drafted, accepted = (
         sum(counters[f"spec_decode_num_{name}_tokens"] for _, _, counters in results) for name in ("draft", "accepted")
     )

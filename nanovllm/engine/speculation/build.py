@@ -6,17 +6,20 @@ Owns the choice of parts. Invariant: nothing is planned or measured here.
 from collections.abc import Callable
 from typing import Any
 
+from nanovllm.engine.speculation.chained_scheduler import ChainedScheduler
 from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
 from nanovllm.engine.speculation.pace import Pace
 from nanovllm.engine.speculation.proposer import make_proposals
 from nanovllm.engine.speculation.scheduler import SpeculativeScheduler
-from nanovllm.speculative_config import MODEL_METHODS, SpeculativeConfig
+from nanovllm.speculative_config import MODEL_METHODS, SpeculativeConfig, num_unseen
 
 
 def speculative_planner(
-    config: SpeculativeConfig, vocab_size: int, clock: Callable[[], float] | None
+    config: SpeculativeConfig, vocab_size: int, clock: Callable[[], float] | None, is_captured: bool = False
 ) -> tuple[type[SpeculativeScheduler], dict[str, Any]]:
-    """A Scheduler, and its arguments beside those of all schedulers. clock: as in `Pace`."""
+    """A Scheduler, and its arguments beside those of all schedulers. clock: as in `Pace`. is_captured: steps are, so
+    that one can draft and verify.
+    """
     is_on_device = config.method in MODEL_METHODS
     parts: dict[str, Any] = {
         "proposals": None if is_on_device else make_proposals(config, vocab_size),
@@ -25,4 +28,7 @@ def speculative_planner(
     }
     if not is_on_device:
         return SpeculativeScheduler, parts
-    return DraftModelScheduler, {**parts, "reads_ahead": int(config.method != "draft_model")}
+    parts["reads_ahead"] = int(config.method != "draft_model")
+    if not is_captured:
+        return DraftModelScheduler, parts
+    return ChainedScheduler, {**parts, "num_unseen": num_unseen(config)}

@@ -13,7 +13,7 @@ from nanovllm.engine.ends import FindStopString, no_stop_string
 from nanovllm.engine.request import End, Request
 from nanovllm.engine.scheduler import PlannedStep
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, SchedulerOutput
-from nanovllm.engine.speculation.scheduler import SpeculativeScheduler, can_draft
+from nanovllm.engine.speculation.scheduler import SpeculativeScheduler, VerifyingStep, can_draft
 from nanovllm.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0)
@@ -46,7 +46,7 @@ class DraftModelScheduler(SpeculativeScheduler):
     def schedule(self) -> SchedulerOutput | None:
         if self._asked is not None:
             return None
-        if not self._ready and not self._in_flight and self._is_drafting():
+        if not self._ready and not self._is_verifying() and self._is_drafting():
             if self._planned:
                 return None
             plan = self._plan_drafts()
@@ -68,8 +68,7 @@ class DraftModelScheduler(SpeculativeScheduler):
             return None
         budget, chosen = self.max_num_batched_tokens, []
         for request in drafting:
-            num_missing = len(request.token_ids) - self._reads_ahead - self._num_drafted.get(request, 0)
-            num_new = min(num_missing, budget)
+            num_new = min(self._num_missing(request), budget)
             if num_new and len(request.token_ids) + length < request.max_total_tokens:
                 blocks = self.cache.allocate(request, 1 + length)
                 if blocks is not None:
@@ -102,6 +101,10 @@ class DraftModelScheduler(SpeculativeScheduler):
                 self._asked.append(request)
         return plan
 
+    def _num_missing(self, request: Request) -> int:
+        """Of the request's tokens that the host knows, how many the draft model has not seen."""
+        return len(request.token_ids) - self._reads_ahead - self._num_drafted.get(request, 0)
+
     # -- its result, and that of the step that verifies --
 
     def update(self, output: ModelRunnerOutput, find_stop_string: FindStopString = no_stop_string) -> list[Request]:
@@ -113,11 +116,12 @@ class DraftModelScheduler(SpeculativeScheduler):
         return []
 
     def _take_in(self, step: PlannedStep, output: ModelRunnerOutput, find_stop_string: FindStopString) -> list[Request]:
-        for request, token_ids in zip(step.sampled, output.token_ids, strict=True):
-            draft = self._in_flight.get(request)
-            if draft is not None and request in self._num_drafted and not self._reads_ahead:
-                # The model has keys of the draft but for its last token.
-                self._num_drafted[request] += min(len(token_ids) - 1, len(draft) - 1)
+        if isinstance(step, VerifyingStep) and not step.plan.num_draft_steps and not self._reads_ahead:
+            for request, token_ids in zip(step.sampled, output.token_ids, strict=True):
+                num_drafted = step.num_drafted.get(request)
+                if num_drafted is not None and request in self._num_drafted:
+                    # The model has keys of the draft but for its last token.
+                    self._num_drafted[request] += min(len(token_ids), num_drafted) - 1
         return super()._take_in(step, output, find_stop_string)
 
 

@@ -6,11 +6,13 @@ random numbers of its own position. It keeps those before the first that differs
 
     token_ids ... t | d1 d2 d3      drawn behind t, d1 and d2:  d1 d2 x      x is not d3: d3's KV will be overwritten
 
-Invariants: until the result is there the counters are upper bounds, and nothing else is planned; blocks that others may
-find hold accepted tokens only; a request never gives up a block, or its place in a step, for somebody's draft.
+Invariants: until the result is there the counters are upper bounds, and nothing is planned that needs to know more;
+blocks that others may find hold accepted tokens only; a request never gives up a block, or its place in a step, for
+somebody's draft.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.engine.cache_manager import CacheManager
@@ -22,6 +24,13 @@ from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, Schedule
 from nanovllm.engine.speculation.pace import Pace
 from nanovllm.engine.speculation.proposer import Proposals
 from nanovllm.engine.speculation.stats import SpeculationStats
+
+
+@dataclass(slots=True, kw_only=True)
+class VerifyingStep(PlannedStep):
+    """num_drafted: of requests for which the step samples, how many tokens of a draft it verifies."""
+
+    num_drafted: Mapping[Request, int]
 
 
 class SpeculativeScheduler(Scheduler):
@@ -46,7 +55,6 @@ class SpeculativeScheduler(Scheduler):
     def _clear(self) -> None:
         super()._clear()
         self._drafts: Mapping[Request, list[int]] = {}  # for the step that is being planned
-        self._in_flight: dict[Request, list[int]] = {}  # of the one step that verifies any
         self._is_catching_up = False  # did its drafts take more work than such drafts do?
         if self._proposals is not None:
             self._proposals.clear()
@@ -62,7 +70,7 @@ class SpeculativeScheduler(Scheduler):
 
     def schedule(self) -> SchedulerOutput | None:
         """None also while the host has to see more before drafts can be made."""
-        if self._in_flight:
+        if self._is_verifying():
             return None
         if self._is_drafting():
             if self._planned:
@@ -74,6 +82,9 @@ class SpeculativeScheduler(Scheduler):
         self._drafts = {}
         return plan
 
+    def _is_verifying(self) -> bool:
+        return any(isinstance(step, VerifyingStep) for step in self._planned)
+
     def _is_drafting(self) -> bool:
         num_running = len(self.running)
         return 0 < num_running <= self._most_requests and self._pace.decide(num_running) and not self._has_prompts()
@@ -82,8 +93,9 @@ class SpeculativeScheduler(Scheduler):
         """Will the next step compute prompts? Beside these drafts gain little, and the mixture is not captured."""
         if not self._pace.is_adaptive:
             return False
-        if self.running[-1].num_uncomputed_tokens > 1:
-            return True
+        return self.running[-1].num_uncomputed_tokens > 1 or self._has_room_for_more()
+
+    def _has_room_for_more(self) -> bool:
         room = self.cache.pool.num_free_blocks * self.cache.block_size
         return bool(self.waiting and self._free_rows and self.waiting[0].num_tokens <= room)
 
@@ -145,14 +157,18 @@ class SpeculativeScheduler(Scheduler):
         plan.num_draft_tokens = sum(map(len, draft_of_row.values()))
         of_row = {request.row: request for request in step.sampled}
         sampled = [of_row[row] for row, count in zip(plan.rows, plan.num_samples, strict=True) if count]
-        self._planned[-1] = PlannedStep(sampled, plan, step.extras)
-        self._in_flight = {request: draft for request, draft in drafts.items() if draft}
-        for request, draft in self._in_flight.items():
-            request.num_computed_tokens += len(draft)
-            request.num_pending_tokens += len(draft)
-        self.stats.num_tokens_computed += plan.num_draft_tokens
-        self._steady = None
+        num_drafted = {request: len(draft) for request, draft in drafts.items() if draft}
+        self._planned[-1] = VerifyingStep(sampled, plan, step.extras, num_drafted=num_drafted)
+        self._count_drafts(num_drafted)
         return plan
+
+    def _count_drafts(self, num_drafted: Mapping[Request, int]) -> None:
+        """The step just planned computes as many tokens more, and may sample as many."""
+        for request, num in num_drafted.items():
+            request.num_computed_tokens += num
+            request.num_pending_tokens += num
+        self.stats.num_tokens_computed += sum(num_drafted.values())
+        self._steady = None
 
     # -- after a step --
 
@@ -161,7 +177,6 @@ class SpeculativeScheduler(Scheduler):
         is_decode = len(plan.token_ids) == sum(plan.num_samples) and not self._is_catching_up
         self._is_catching_up = False
         changed = super().update(output, find_stop_string)
-        self._in_flight = {}
         if len(plan.rows) <= self._most_requests:
             num_emitted = sum(map(len, output.token_ids))
             self._pace.note_step(len(plan.rows), len(plan.token_ids), num_emitted, is_decode)
@@ -172,27 +187,35 @@ class SpeculativeScheduler(Scheduler):
         return changed
 
     def _take_in(self, step: PlannedStep, output: ModelRunnerOutput, find_stop_string: FindStopString) -> list[Request]:
-        if not self._in_flight:
+        if not isinstance(step, VerifyingStep):
             return super()._take_in(step, output, find_stop_string)
         ended = []
         for index, (request, token_ids) in enumerate(zip(step.sampled, output.token_ids, strict=True)):
-            draft = self._in_flight.get(request)
-            if draft is None:
+            num_drafted = step.num_drafted.get(request)
+            if num_drafted is None:
                 continue
             num_accepted = len(token_ids) - 1
-            request.num_pending_tokens -= len(draft)
-            if request.is_running:
-                request.num_computed_tokens -= len(draft) - num_accepted
-            self.stats.count_draft(len(draft), num_accepted)
+            self._correct(request, num_drafted, num_accepted)
+            self.stats.count_draft(num_drafted, num_accepted)
             self.stats.num_tokens_sampled += num_accepted
-            self._pace.note_draft(request, len(draft), num_accepted)
+            self._pace.note_draft(request, num_drafted, num_accepted)
             if index in output.failures:
                 ended += self._take_before_failure(request, token_ids[:-1], find_stop_string)
         changed = super()._take_in(step, output, find_stop_string)
-        for request in self._in_flight:
+        for request in step.num_drafted:
             if request.is_finished:  # maybe by a token before the last
                 del request.logprobs[len(request.token_ids) - request.num_prompt_tokens :]
         return changed + ended
+
+    def _correct(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+        """The counters, which were upper bounds; also those of steps that have been planned by them."""
+        num_rejected = num_drafted - num_accepted
+        request.num_pending_tokens -= num_drafted
+        if request.is_running:
+            request.num_computed_tokens -= num_rejected
+        for later in list(self._planned)[1:]:
+            for index in [i for i, row in enumerate(later.plan.rows) if num_rejected and row == request.row]:
+                later.plan.num_computed_tokens[index] -= num_rejected
 
     def _take_before_failure(
         self, request: Request, token_ids: list[int], find_stop_string: FindStopString

@@ -4,6 +4,7 @@ Owns the choice, the graphs, and what is queued behind a replay for rows that as
 tokens are those of the ModelRunner alone, whose model, cache and rows the graphs use.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture, warm_up_behind
-from nanovllm.runner.graphs.cuda_graphs import GraphPool, StepGraphs
+from nanovllm.runner.graphs.cuda_graphs import GraphPool, Inputs, Layout, Size, StepGraphs
 from nanovllm.runner.graphs.layouts import (
     CascadeLayout,
     DecodeInputs,
@@ -82,13 +83,19 @@ class GraphRunner:
         cascade = None
         if self._runner.cascade_items is not None:
             cascades = CascadeLayout(self._decodes, self._runner.cascade_items)
-            cascade = StepGraphs(steps.decode_cascade, cascades, most, *self._how)
+            cascade = self.graphs_of(steps.decode_cascade, cascades, most)
         return Graphs(
-            StepGraphs(steps.decode, self._decodes, most, *self._how),
-            StepGraphs(steps.prompts, self._prompts, self._prompts.largest, *self._how),
-            StepGraphs(self._verify.step, self._verifies, self._verifies.sizes[-1], *self._how),
+            self.graphs_of(steps.decode, self._decodes, most),
+            self.graphs_of(steps.prompts, self._prompts, self._prompts.largest),
+            self.graphs_of(self._verify.step, self._verifies, self._verifies.sizes[-1]),
             cascade,
         )
+
+    def graphs_of(
+        self, step: Callable[[Inputs], tuple[Tensor, Tensor]], layout: Layout[Size, Inputs], largest: Size
+    ) -> StepGraphs[Size, Inputs]:
+        """Of one more kind of step, in the memory of all of them."""
+        return StepGraphs(step, layout, largest, *self._how)
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens | PendingParts:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.attention_types import AttentionMetadata
 from nanovllm.kernels.draft_places import Places, accept_drafts, prepare_places
+from nanovllm.kernels.prepare_inputs import StepInputs
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
@@ -73,33 +74,34 @@ class PendingReplay(PendingTokens):
         return ModelRunnerOutput(token_ids=token_ids)
 
 
+def places_metadata(prepared: StepInputs, runner: ModelRunner) -> AttentionMetadata:
+    """Of a captured step in which each token is a decode of its own, and reads what others of the step store."""
+    size, max_len = len(prepared.positions), runner.state.max_blocks * runner.block_size
+    return AttentionMetadata(
+        query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=runner.device),
+        seq_lens=prepared.seq_lens,
+        block_table=prepared.block_table,
+        slot_mapping=prepared.slot_mapping,
+        num_decodes=size,
+        num_reqs=size,
+        max_query_len=1,
+        max_seq_len=max_len,
+        query_lens_host=[1] * size,
+        seq_lens_host=[max_len] * size,
+        reads_step=True,
+    )
+
+
 class VerifySteps:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._layout = VerifyLayout()
-        self._places = torch.arange(self._layout.sizes[-1] + 1, dtype=torch.int32, device=runner.device)
 
     def step(self, inputs: Places) -> tuple[Tensor, Tensor]:
         """What is captured: `PendingReplay.tokens` and logits."""
-        runner, size = self._runner, inputs.rows.shape[0]
-        starts = self._places[: size + 1]
-        max_blocks, block_size = runner.state.max_blocks, runner.block_size
+        runner, max_blocks = self._runner, self._runner.state.max_blocks
         state = runner.state.num_computed, runner.state.block_tables[:, :max_blocks]
-        prepared = prepare_places(inputs, *state, block_size, max_blocks)
-        meta = AttentionMetadata(
-            query_start_loc=starts,
-            seq_lens=prepared.seq_lens,
-            block_table=prepared.block_table,
-            slot_mapping=prepared.slot_mapping,
-            num_decodes=size,
-            num_reqs=size,
-            max_query_len=1,
-            max_seq_len=max_blocks * block_size,
-            query_lens_host=[1] * size,
-            seq_lens_host=[max_blocks * block_size] * size,
-            reads_step=True,
-        )
-        hidden = runner.run_model(inputs.rows, prepared, meta)
+        prepared = prepare_places(inputs, *state, runner.block_size, max_blocks)
+        hidden = runner.run_model(inputs.rows, prepared, places_metadata(prepared, runner))
         logits = runner.compute_logits(hidden, inputs.rows)
         tokens = runner.sampler.sample_captured(logits, inputs.rows, prepared.seq_lens)
         remembered = runner.state.num_computed, runner.sampler.columns.last_token
