@@ -56,9 +56,17 @@ class StateShape(NamedTuple):
     def num_floats(self) -> int:
         return self.conv_channels * (self.conv_width - 1) + self.num_heads * self.key_dim * self.value_dim
 
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of the two vectors that are convolved beside the values; consecutive heads of matrices share one."""
+        return (self.conv_channels - self.num_heads * self.value_dim) // (2 * self.key_dim) if self.key_dim else 0
+
     def part(self, num_ranks: int) -> "StateShape":
-        """Of one of so many ranks."""
-        return self._replace(conv_channels=self.conv_channels // num_ranks, num_heads=self.num_heads // num_ranks)
+        """Of one of so many ranks; what all heads share, each of them holds."""
+        shared = 2 * self.key_dim if self.num_key_heads == 1 else 0
+        return self._replace(
+            conv_channels=(self.conv_channels - shared) // num_ranks + shared, num_heads=self.num_heads // num_ranks
+        )
 
 
 class StateMemory(NamedTuple):

@@ -50,8 +50,12 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "Glm4ForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), _DELTA_NET),
+    "NemotronHForCausalLM": {
+        **{"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"], "head_dim": 16},
+        **{"mamba_num_heads": 4, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
+    },
     "GraniteMoeHybridForCausalLM": {
-        **{"num_local_experts": 0, "layer_types": ["attention"] * 2, "mamba_n_heads": 4},
+        **{"num_local_experts": 0, "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_state": 12},
         **{"position_embedding_type": "rope", "shared_intermediate_size": 48, "attention_multiplier": 0.3},
     },
 }
@@ -84,6 +88,8 @@ def usual_value(architecture: str, name: str) -> float:
     """About what a vector of a trained model holds: so states last, and norms that add 1 add it to something small."""
     if name.endswith("A_log"):
         return -3.0
+    if name.endswith("dt_bias"):
+        return -1.0
     adds_one = architecture.startswith(("Qwen3_5", "Qwen3Next")) and "linear_attn.norm" not in name
     return 0.0 if name.endswith("bias") or adds_one else 1.0
 

@@ -28,6 +28,7 @@ from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear, one_
 from nanovllm.kernels.causal_conv import short_conv
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.delta_net import delta_net
+from nanovllm.kernels.mamba2 import mamba2
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -58,6 +59,7 @@ class Ops(NamedTuple):
     linear_method: Callable[[LinearSpec], LinearMethod] = DenseLinear
     short_conv: Callable[..., Tensor] = short_conv
     delta_net: Callable[..., Tensor] = delta_net
+    mamba2: Callable[..., Tensor] = mamba2
     experts_method: Callable[..., Any] | None = None  # (spec, layer, names) -> how experts are held; None: dense
     by_row: Callable[..., Tensor] = lambda function, *tensors: function(*tensors)
 
@@ -76,7 +78,9 @@ def _on_gpu(device: torch.device) -> Ops:
     from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores
 
     semaphores = new_semaphores(device)  # one for the model: its products run one after the other
-    return BY_DEVICE._replace(linear_method=partial(FusedLinear, semaphores=semaphores))
+    return BY_DEVICE._replace(
+        linear_method=partial(FusedLinear, semaphores=semaphores), mamba2=partial(mamba2, semaphores=semaphores)
+    )
 
 
 def _on_cpu() -> Ops:
@@ -107,7 +111,7 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
         ops = choose_ops(device, compilation)
         if device.type == "cuda":
             experts = partial(fused_experts, block_size=64)
-            ops = ops._replace(delta_net=partial(delta_net, is_exact=True))
+            ops = ops._replace(delta_net=partial(delta_net, is_exact=True), mamba2=partial(mamba2, is_exact=True))
         else:
             experts = partial(fused_experts_reference, linear=batch_invariant_linear, gate=ops.silu_and_mul)
             ops = ops._replace(by_row=one_row_at_a_time)

@@ -30,10 +30,6 @@ def _in_windows_if_any(hf: Fields, layer_type: str, parameters: Fields) -> Field
     return parameters if hf["sliding_window"] is None else _in_windows(hf, layer_type, parameters)
 
 
-def _if_positions_are_rotated(hf: Fields, layer_type: str, parameters: Fields) -> Fields | None:
-    return parameters if hf["position_embedding_type"] == "rope" else None
-
-
 def _with_alpha(hf: Fields, layer_type: str, parameters: Fields) -> Fields:
     """Hunyuan's "dynamic" does not look at the length, if it has an alpha: it is a larger base, and nothing else."""
     kind = parameters.get("rope_type") or parameters.get("type")
@@ -76,11 +72,6 @@ HUNYUAN_ATTENTION: Mapping[str, Any] = {  # arguments of `Architecture`
 }
 GRANITE_MULTIPLIERS: Mapping[str, Any] = dict.fromkeys(
     ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0
-)
-_GRANITE_UNREAD = (
-    *("init_method", "normalization_function", "time_step_limit"),
-    *("mamba_chunk_size", "mamba_conv_bias", "mamba_d_conv", "mamba_d_head", "mamba_d_state", "mamba_expand"),
-    *("mamba_n_groups", "mamba_n_heads", "mamba_proj_bias"),
 )
 _GLM = {
     **{"attention_bias": True, "head_dim": 128, "num_key_value_heads": 2},
@@ -207,19 +198,6 @@ DENSE_FAMILIES: Mapping[str, Architecture] = {
             "norm_names": {"before_attention": "attention_layernorm", "before_mlp": "feedforward_layernorm"},
         },
         mlp="nanovllm.models.ungated:XIELUMLP",
-    ),
-    "GraniteMoeHybridForCausalLM": Architecture(
-        serves="Granite 4 without Mamba layers and experts",
-        proof=_PROOF,
-        fields={
-            **GRANITE_MULTIPLIERS,
-            **{"attention_bias": False, "intermediate_size": 11008, "shared_intermediate_size": 1024},
-            **{"layer_types": None, "num_local_experts": 8, "num_experts_per_tok": 2, "position_embedding_type": None},
-            **dict.fromkeys(_GRANITE_UNREAD),
-        },
-        switches={"intermediate_size": lambda hf: integer(hf, "shared_intermediate_size")},
-        rope=_if_positions_are_rotated,
-        mlp="nanovllm.models.granite_hybrid:SharedMLP",
     ),
     "Ministral3ForCausalLM": Architecture(
         serves="Ministral 3",

@@ -16,6 +16,7 @@ from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import DENSE_FAMILIES, GRANITE_MULTIPLIERS
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
+from nanovllm.models.mamba_families import MAMBA_FAMILIES
 from nanovllm.models.mixture_families import MIXTURE_FAMILIES
 from nanovllm.models.state_families import STATE_FAMILIES
 
@@ -139,6 +140,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
     **MIXTURE_FAMILIES,
     **DENSE_FAMILIES,
     **STATE_FAMILIES,
+    **MAMBA_FAMILIES,
 }
 
 # Multimodal checkpoints, of which the text model is run. Some leave out of its config what is transformers' default.

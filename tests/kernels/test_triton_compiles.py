@@ -33,6 +33,7 @@ from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import PagedCase, make_case
 from tests.kernels.state_cases import make_states_case
 from tests.kernels.test_delta_net import make_inputs
+from tests.kernels.test_mamba2 import make_inputs as make_mamba2_inputs
 from tests.kernels.test_moe import random_ids
 from tests.kernels.test_routing import RULES, rule_inputs
 from tests.kernels.twins import INTERPRETED
@@ -346,6 +347,12 @@ def run_delta_net(lens: list[int], is_exact: bool, dtype: torch.dtype = torch.bf
     MODULES["delta_net"].delta_net_triton(*inputs, case.step, is_exact)
 
 
+def run_mamba2(lens: list[int], is_exact: bool, dtype: torch.dtype = torch.bfloat16, **options: bool) -> None:
+    case = make_states_case(lens, [3] * len(lens))
+    inputs = make_mamba2_inputs(case, (2, 4, 128, 64), dtype, **options)
+    MODULES["mamba2"].mamba2_triton(*inputs, case.step, is_exact)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "all_reduce by words": lambda: add_up(2, 1, torch.bfloat16),
     "all_reduce in bulk, 4 ranks": lambda: add_up(4, 100, torch.bfloat16),
@@ -457,6 +464,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "short_conv of decodes": lambda: convolve([1, 1, 1], is_gated=True, has_bias=False),
     "short_conv": lambda: convolve([1, 40], is_gated=True, has_bias=True),
     "conv_silu": lambda: convolve([1, 40], is_gated=False, has_bias=False),
+    "mamba2 of decodes": lambda: run_mamba2([1, 1], is_exact=False),
+    "mamba2 of decodes, norm apart": lambda: run_mamba2([1, 1], is_exact=False, has_norm=False, has_bias=False),
+    "mamba2 of prompts": lambda: run_mamba2([1, 70], is_exact=False),
+    "mamba2, exact, float32": lambda: run_mamba2([1, 70], is_exact=True, dtype=torch.float32),
     "delta_net of decodes": lambda: run_delta_net([1, 1], is_exact=False),
     "delta_net of many decodes": lambda: run_delta_net([1] * 9, is_exact=False),
     "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),

@@ -3,11 +3,8 @@
 from typing import Any
 
 import pytest
-import torch
 
-from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.layers.ops import PLAIN
-from nanovllm.models.registry import model_class, read_model_config
+from nanovllm.models.registry import read_model_config
 from tests.models.test_hf_config import read
 
 
@@ -79,8 +76,6 @@ def test_fields_that_change_nothing() -> None:
         ("Starcoder2ForCausalLM", "use_bias", "yes"),
         ("Cohere2ForCausalLM", "logit_scale", 0),
         ("CohereForCausalLM", "use_qk_norm", True),
-        ("GraniteMoeHybridForCausalLM", "layer_types", ["mamba"] * 8),
-        ("GraniteMoeHybridForCausalLM", "shared_intermediate_size", 0),
         ("Ministral3ForCausalLM", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4}),
         ("LlamaForCausalLM", "rope_scaling", {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}),
     ],
@@ -89,14 +84,6 @@ def test_values_that_would_be_run_wrongly_are_refused_by_name(architecture: str,
     shown = {"rope_parameters": "llama_4_scaling_beta", "rope_scaling": "alpha"}.get(name, name)
     with pytest.raises(ValueError, match=shown):
         read(architecture, **{name: value})
-
-
-@pytest.mark.parametrize("fields", [{"layer_types": ["attention"] * 8}, {"num_local_experts": 0}])
-def test_hybrid_granite_is_refused(fields: dict[str, Any]) -> None:
-    """Experts, which it has by default; Mamba layers, which all are by default."""
-    config = read("GraniteMoeHybridForCausalLM", **fields)
-    with torch.device("meta"), pytest.raises(NotImplementedError, match=r"num_local_experts=.* layer_types="):
-        model_class(config.architecture)(config, 8, torch.float32, TensorParallel(), PLAIN)
 
 
 def test_which_text_model_is_in_a_whole() -> None:

@@ -50,21 +50,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.7, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
-    "granite4": (
-        "GraniteMoeHybridForCausalLM",
-        {
-            **{"num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["attention"] * 2},
-            **{"shared_intermediate_size": 56, "position_embedding_type": "rope", "attention_multiplier": 0.3},
-            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 5.0, "mamba_n_heads": 4},
-        },
-    ),
-    "granite4-no-rotation": (
-        "GraniteMoeHybridForCausalLM",
-        {
-            **{"num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 4},
-            **{"position_embedding_type": None, "attention_bias": True, "tie_word_embeddings": True},
-        },
-    ),
 }
 
 

@@ -86,6 +86,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 48,
         },
     ),
+    "granite4-moe": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "residual_multiplier": 0.5},
+            **{"mamba_n_heads": 8, "mamba_d_state": 48, "num_local_experts": 8, "intermediate_size": 48},
+        },
+    ),
+    "nemotron-h": (
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+            **{"mamba_num_heads": 6, "mamba_head_dim": 80, "ssm_state_size": 32, "n_groups": 3, "head_dim": 64},
+        },
+    ),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}  # heads of 64 where the family has no head_dim
 WAYS: dict[str, dict[str, Any]] = {

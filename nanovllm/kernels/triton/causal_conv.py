@@ -29,6 +29,43 @@ def conv_input(x_ptr, position, channel, x_stride, mask, CHANNELS: tl.constexpr,
         return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def convolved(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, had_tokens, channel, mask,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the convolution of some channels of one token, float32, rounded as the reference rounds it."""
+    newest = tl.load(x_ptr + channel, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + (WIDTH - 1) * CHANNELS + channel, mask=mask, other=0.0)
+    y = newest.to(tl.float32) * weight.to(tl.float32)
+    for j in tl.static_range(WIDTH - 1):
+        older = tl.load(state_ptr + j * CHANNELS + channel, mask=mask & had_tokens, other=0.0)
+        y += older * tl.load(weight_ptr + j * CHANNELS + channel, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    return (y / (1.0 + tl.exp(-y))).to(newest.dtype).to(tl.float32)
+
+
+@triton.jit
+def advance(
+    x_ptr, state_ptr, slot_stride, row, snapshot, had_tokens, channel, mask,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Move the state of some channels of a row on by one token, and copy it if there is a snapshot to fill.
+
+    Several threads may have the same channel, so all of them have read before one writes.
+    """
+    own = state_ptr + row * slot_stride + channel
+    inputs = (tl.load(x_ptr + channel, mask=mask, other=0.0).to(tl.float32),)  # newest first
+    for j in tl.static_range(WIDTH - 2, 0, -1):
+        inputs += (tl.load(own + j * CHANNELS, mask=mask & had_tokens, other=0.0),)  # type: ignore[assignment]
+    tl.debug_barrier()
+    for j in tl.static_range(WIDTH - 1):
+        tl.store(own + j * CHANNELS, inputs[WIDTH - 2 - j], mask=mask)
+        kept = state_ptr + snapshot * slot_stride + channel + j * CHANNELS
+        tl.store(kept, inputs[WIDTH - 2 - j], mask=mask & (snapshot >= 0))
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def _causal_conv_kernel(
     x_ptr,

@@ -1,0 +1,73 @@
+"""Nemotron-H (NVIDIA, 2025): Mamba-2 and attention layers, behind most of which stands an MLP without a gate.
+
+Its checkpoints count each of these as a layer with a norm of its own; here what stands behind a mixer is its layer's
+MLP. Owns that order, and the names of the family's tensors. Invariant: called and loaded as the blocks of `llama.py`,
+whose decoder is the same.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.config import ModelConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers.norm import NoNorm, RMSNorm
+from nanovllm.layers.ops import Ops
+from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.models.hf_fields import flag
+from nanovllm.models.llama import LlamaForCausalLM, SelfAttention
+from nanovllm.models.mamba2 import Mamba2Mixer
+from nanovllm.models.mamba_families import nemotron_layers
+from nanovllm.models.ungated import UngatedMLP
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|input_layernorm|mlp|post_attention_layernorm)\.(.+)")
+
+
+class NoMLP(nn.Module):
+    """What stands where a mixer is followed by the next one."""
+
+    def forward(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return x, residual
+
+    def weights(self, name: str) -> WeightSpecs:
+        yield from ()
+
+
+def mixer(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    if config.windows[layer_idx] is None:
+        return SelfAttention(config, layer_idx, dtype, tp, ops)
+    biases = {"conv_bias": flag(config.extra, "use_conv_bias"), "bias": flag(config.extra, "use_bias")}
+    return Mamba2Mixer(config, layer_idx, dtype, tp, ops, **biases)
+
+
+def mlp(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    if nemotron_layers(config.extra)[layer_idx].mlp is None:
+        return NoMLP()
+    return UngatedMLP(config, layer_idx, dtype, tp, ops)
+
+
+class NemotronHForCausalLM(LlamaForCausalLM):
+    def __init__(self, config: ModelConfig, *args: Any, **parts: Any) -> None:
+        super().__init__(config, *args, **parts)
+        self.numbers = nemotron_layers(config.extra)
+
+    def weights(self) -> WeightSpecs:
+        """By transformers' names, and by those of released checkpoints."""
+        for own_name, spec in super().weights():
+            name = self._name(own_name)
+            if name is None:  # the norm before an MLP that is not there
+                continue
+            replaced = tuple(filter(None, map(self._name, spec.instead_of)))
+            yield name, spec._replace(instead_of=replaced)
+            if name.startswith("model."):
+                yield name.replace("model.", "backbone.", 1), spec._replace(instead_of=replaced or (name,))
+
+    def _name(self, name: str) -> str | None:
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return name.replace(".embed_tokens.", ".embeddings.").replace("model.norm.", "model.norm_f.")
+        layer, block, rest = self.numbers[int(match[1])], match[2], match[3]
+        number = layer.mixer if block in ("self_attn", "input_layernorm") else layer.mlp
+        return None if number is None else f"model.layers.{number}.{'norm' if 'norm' in block else 'mixer'}.{rest}"
