@@ -45,13 +45,14 @@ class LinearBase(nn.Module):
             self.method = self.make_method(self.spec)
         for part, name in enumerate(self.spec.names):
             for suffix, weight_spec in self.method.weights(part):
-                yield f"{name}.{suffix}", weight_spec
+                yield f"{name}.{suffix}", weight_spec._replace(layer=self)
             if self.bias is not None:
                 yield f"{name}.bias", self._bias_spec(part, self.bias.data[self.spec.rows(part)])
 
     def _bias_spec(self, part: int, target: Tensor) -> WeightSpec:
         held = self.spec.parts[part]
-        return WeightSpec((self.spec.sizes[part],), lambda tensor: target.copy_(tensor[held.start : held.stop]))
+        shape = (self.spec.sizes[part],)
+        return WeightSpec(shape, lambda tensor: target.copy_(tensor[held.start : held.stop]), layer=self)
 
     def finish(self) -> None:
         """Called when the weights are in place."""

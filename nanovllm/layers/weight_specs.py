@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,6 +20,7 @@ class WeightSpec(NamedTuple):
     dtypes: that the tensor may have. outputs: which of its dimensions is the layer's outputs, as the first one of a
     dense matrix; None where they share it.
     place: the parameter itself where it is the tensor, number by number: they may be written there instead of `fill`.
+    layer: the `LinearBase`, or the `LinearMethod` beside one, that may hold it in a form of its own.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +29,7 @@ class WeightSpec(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = FLOATS
     outputs: int | None = 0
     place: Tensor | None = None
+    layer: nn.Module | None = None
 
 
 WeightSpecs = Iterator[tuple[str, WeightSpec]]  # (name in the checkpoint, spec)

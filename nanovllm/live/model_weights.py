@@ -6,15 +6,16 @@ so whatever remembers addresses, as captured graphs do, goes on.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.layers.embedding import LMHead
 from nanovllm.layers.linear import LinearBase
+from nanovllm.layers.linear_method import LinearMethod
 from nanovllm.layers.renewal import reopen
 from nanovllm.layers.weight_specs import WeightSpec
 
@@ -42,10 +43,8 @@ class ModelWeights:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.held: list[Named] = []
-        linears = [module for module in model.modules() if isinstance(module, LinearBase)]
-        self._linear_of = {name: linear for linear in linears for name in linear.spec.names}
         self._head = model.lm_head
-        self._moves = any(linear.method.moves for linear in linears)
+        self._moves = any(module.method.moves for module in model.modules() if isinstance(module, LinearBase))
         self._specs: dict[str, WeightSpec] | None = None  # kept where nothing moves: to list them takes milliseconds
 
     @property
@@ -61,15 +60,12 @@ class ModelWeights:
         return specs
 
     def table(self) -> Table:
+        specs = self.specs()
         slots = {
-            name: Slot(spec.shape, spec.dtypes, spec.instead_of, self._frozen(spec.instead_of or (name,)))
-            for name, spec in self.specs().items()
+            name: Slot(spec.shape, spec.dtypes, spec.instead_of, _frozen(layers_of(name, specs)))
+            for name, spec in specs.items()
         }
         return Table(slots, self.is_tied, os.getpid())
-
-    def _frozen(self, names: Iterable[str]) -> str | None:
-        linears = (self._linear_of.get(name.rpartition(".")[0]) for name in names)
-        return next((linear.method.frozen for linear in linears if linear is not None and linear.method.frozen), None)
 
     @torch.no_grad()
     def write(self, tensors: Sequence[Named]) -> None:
@@ -94,15 +90,25 @@ class ModelWeights:
 
     def _open(self, tensors: Sequence[Named]) -> list[LinearBase]:
         """Make the layers that these are for ready to be filled."""
-        specs = self._model.weights()
-        parts = {name: spec.instead_of for name, spec in specs if spec.instead_of}
-        names = {part.rpartition(".")[0] for name, _ in tensors for part in parts.get(name, (name,))}
-        opened = dict.fromkeys(self._linear_of[name] for name in names if name in self._linear_of)
+        specs = dict(self._model.weights())
+        layers = dict.fromkeys(layer for name, _ in tensors for layer in layers_of(name, specs))
+        opened = {layer: None for layer in layers if isinstance(layer, LinearBase)}
         if self.is_tied and self._model.embed_tokens in opened:
             opened[self._head] = None
         for linear in opened:
             reopen(linear, self._model.embed_tokens if self.is_tied and linear is self._head else None)
         return list(opened)
+
+
+def layers_of(name: str, specs: Mapping[str, WeightSpec]) -> list[nn.Module]:
+    """Those that the tensor fills, with others or alone, and that may hold it in a form of their own."""
+    layers = (specs[part].layer for part in specs[name].instead_of or (name,))
+    return [layer for layer in layers if layer is not None]
+
+
+def _frozen(layers: Iterable[nn.Module]) -> str | None:
+    methods = (layer.method if isinstance(layer, LinearBase) else layer for layer in layers)
+    return next((method.frozen for method in methods if isinstance(method, LinearMethod) and method.frozen), None)
 
 
 def weights_of(runner: Any) -> ModelWeights:

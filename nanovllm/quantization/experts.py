@@ -65,7 +65,7 @@ class QuantizedExperts(nn.Module):
         for stack in (self.gate_up, self.down):
             for part, name in enumerate(stack.spec.names):
                 for tensor, spec in stack.weights(part):
-                    yield f"{name}.{tensor}", spec
+                    yield f"{name}.{tensor}", spec._replace(layer=stack)
 
     def finish(self) -> None:
         for stack in (self.gate_up, self.down):

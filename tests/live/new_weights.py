@@ -42,8 +42,9 @@ class Generated:
         return self.token_ids == other.token_ids and self.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-def generate(llm: LLM, params: Any = GREEDY) -> Generated:
-    outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+def generate(llm: LLM, params: Any = GREEDY, lora_request: Any = None) -> Generated:
+    results = llm.generate(PROMPTS, params, use_tqdm=False, lora_request=lora_request)
+    outputs = [output.outputs[0] for output in results]
     return Generated(
         [output.token_ids for output in outputs],
         [entry[i].logprob for one in outputs for i, entry in zip(one.token_ids, one.logprobs or [], strict=False)],

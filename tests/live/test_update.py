@@ -1,5 +1,6 @@
 """New weights under an engine that runs: what it computes then, what becomes of requests in flight, and of failures."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.live import update
 from tests.live.new_weights import GREEDY, PROMPTS, generate, make_llm, save_two, tensors_of
+from tests.quantization.checkpoints import save_quantized
+from tests.quantization.formats import FORMATS
+from tests.tiny_models import edit_json
 
 LONG = SamplingParams(temperature=0, max_tokens=40)
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
@@ -23,6 +27,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
         ("Qwen3MoeForCausalLM", {}),
         ("GlmForCausalLM", {"attention_bias": True}),
         ("Olmo2ForCausalLM", {}),
+        ("Lfm2MoeForCausalLM", {}),
     ],
 )
 def test_an_updated_engine_is_as_a_new_one(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
@@ -145,6 +150,31 @@ def test_what_was_quantized_at_load_is_quantized_again(tmp_path: Path, quantizat
         assert generate(llm) != generate(fresh)
         llm.update_weights(tensors_of(new))
         assert generate(llm) == generate(fresh)
+
+
+def test_what_the_checkpoint_has_quantized_is_refused_by_name(tmp_path: Path) -> None:
+    """Also experts, and by the names of the dense tensors that a trainer has."""
+    layers = "model.layers.0.mlp.experts.1.up_proj", "model.layers.1.self_attn.o_proj"
+    mixture = {"architecture": "Qwen3MoeForCausalLM", "hidden_size": 64, "moe_intermediate_size": 64}
+    folder, _ = save_quantized(tmp_path, FORMATS["AWQ"], dense=["mlp.gate."], **mixture)
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(
+        folder / "config.json",
+        quantization_config={**config["quantization_config"], "modules_to_not_convert": ["lm_head", "mlp.gate"]},
+    )
+    tensors = tensors_of(folder)
+    with make_llm(folder) as llm:
+        before = generate(llm)
+        for layer in layers:
+            for name in (f"{layer}.qweight", f"{layer}.weight"):
+                given = {"model.norm.weight": torch.zeros(64), name: tensors[f"{layer}.qweight"]}
+                with pytest.raises(NotImplementedError, match=f"'{name}' cannot be updated: .* as the checkpoint has"):
+                    llm.update_weights(given)
+        with pytest.raises(NotImplementedError, match=r"could not be given again: .*; use sleep\(level=1\)"):
+            llm.sleep(level=2)
+        assert generate(llm) == before and llm.weights_version == 0
+        llm.update_weights({"model.norm.weight": torch.zeros(64)})
+        assert generate(llm) != before, "what is dense can be updated"
 
 
 # -- requests in flight --
