@@ -86,6 +86,8 @@ def build_runner(
         from nanovllm.runner.adapter_runner import Adapters  # a room: most engines have none
 
         adapters = Adapters(config, model, device, tp)
+        if sleeper is not None:
+            sleeper.hold_slots(adapters.store.stacks)
     draft = None
     if config.speculative_config is not None:  # of those that need a model
         from nanovllm.runner.drafting import DraftModel, HeadDraft  # a room, too
@@ -95,19 +97,22 @@ def build_runner(
 
         kind = DraftModel if config.speculative_config.method == "draft_model" else HeadDraft
         draft = kind(config, model_config, model, device, tp, load)
+        if sleeper is not None:
+            sleeper.hold_weights(draft.model, are_updated=False)
     times.append(perf_counter())
     spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
     backend = _choose_backend(device, config.compilation, config.deterministic)
 
     def make_runner(config: ResolvedConfig, num_blocks: int, make: MakeZeros = zeros) -> ModelRunner:
         caches = spec.allocate(num_blocks, device, make)
-        given = config, model_config, model, caches, backend, device, tp, spec.groups
+        given = config, model_config, model, caches, backend, device, tp, spec.groups, make
         return ModelRunner(*given) if adapters is None else adapters.runner(*given)
 
     num_blocks = tp.smallest(plan_num_blocks(config, model_config, spec, device, tp, make_runner), device)
     times.append(perf_counter())
-    eager = make_runner(config, num_blocks, zeros if sleeper is None else sleeper.zeros)
-    drafter: Any = None if draft is None else draft.runner(eager, backend)  # before steps of `eager` are captured
+    make = zeros if sleeper is None else sleeper.zeros
+    eager = make_runner(config, num_blocks, make)
+    drafter: Any = None if draft is None else draft.runner(eager, backend, make)  # before steps of `eager` are captured
     runner: Runner = eager
     graphs = None
     if captures_steps(config, model_config, device):
@@ -127,7 +132,7 @@ def build_runner(
         from nanovllm.tiers.mover import with_tiers  # a room
 
         num_slots = num_host_slots(config, model_config)
-        runner = with_tiers(runner, eager.kv_caches, config, checkpoint.path, num_slots, tp.rank)
+        runner = with_tiers(runner, eager.kv_caches, config, checkpoint.path, num_slots, tp.rank, make)
     times.append(perf_counter())
     return runner, RunnerTimes(*(end - start for start, end in pairwise(times)))
 

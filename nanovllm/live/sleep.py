@@ -50,6 +50,8 @@ class GiveBack:
     keeps_weights: bool
 
     def __call__(self, runner: Any) -> None:
+        if hasattr(runner.model, "adapters"):
+            runner.model.adapters.forget_slots()
         runner.model.sleeper.sleep(self.keeps_weights)
 
 

@@ -248,9 +248,10 @@ class LiveWeights:
                 raise RuntimeError("an update has been started: finish_weight_update() before sleep()")
             filled = set() if keeps_weights else self._names()
             if "weights" in live.asleep:
-                if keeps_weights or live.missing >= filled:
+                if not keeps_weights and not live.missing >= filled:
+                    raise RuntimeError("the engine sleeps already, at level 1: wake_up() before sleep(level=2)")
+                if "kv_cache" in live.asleep:
                     return
-                raise RuntimeError("the engine sleeps already, at level 1: wake_up() before sleep(level=2)")
 
             def fall_asleep() -> None:
                 pause(session, mode)

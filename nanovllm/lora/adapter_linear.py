@@ -115,6 +115,10 @@ class AdapterLinear(LinearMethod):
                 stack[slot].zero_()
             self._filled.remove(slot)
 
+    def forget(self) -> None:
+        """All slots are zero."""
+        self._filled.clear()
+
     def begin(self, slot: int) -> bool:
         """The slot will be filled; whether that makes a difference to which layers steps have to ask."""
         self._filled.add(slot)

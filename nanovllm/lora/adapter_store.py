@@ -43,12 +43,18 @@ class AdapterStore:
                 self._layers[layer.method] = layer
         self._places: dict[int, dict[str, WeightSpec]] = {}  # by slot: a model takes milliseconds to list them
         self._parts = self._find_parts()
+        self._places.clear()  # the stacks may be put elsewhere yet
         model.adapters = self
 
     @property
     def num_bytes(self) -> int:
         """Of all slots."""
-        return sum(stack.nbytes for method in self._layers for stack in (method.a, method.b, method.b_bias))
+        return sum(stack.nbytes for stack in self.stacks)
+
+    @property
+    def stacks(self) -> list[Tensor]:
+        """The memory of all slots."""
+        return [stack for method in self._layers for stack in (method.a, method.b, method.b_bias)]
 
     @property
     def has_head(self) -> bool:
@@ -155,6 +161,12 @@ class AdapterStore:
             self._fill(slot, module if module in self._parts else f"model.{module}", tensors, specs)
         self.step.filled.clear()  # which `_find_parts` alone asks for
         self._slots[slot] = key
+
+    def forget_slots(self) -> None:
+        """Their memory is about to be given back, and reads as zero once it is there again."""
+        self._slots = [None] * self.num_slots
+        for method in self._layers:
+            method.forget()
 
     def _fill(self, slot: int, module: str, tensors: ModuleWeights, specs: dict[str, WeightSpec]) -> None:
         parts = self._parts[module]

@@ -81,10 +81,10 @@ class HiddenStateStore:
     keys; the last row is padding's. Noted while the target runs, so in its CUDA graphs as well.
     """
 
-    def __init__(self, target: Any, aux_layers: tuple[int, ...], num_slots: int, like: Tensor) -> None:
-        """like: of the dtype and on the device of the target's states."""
-        self._size, self._padding = like.shape[-1], num_slots
-        self.states = torch.zeros(num_slots + 1, len(aux_layers) * self._size, dtype=like.dtype, device=like.device)
+    def __init__(self, target: Any, aux_layers: tuple[int, ...], states: Tensor) -> None:
+        """states: zeros, of the dtype and on the device of the target's."""
+        self.states = states
+        self._size, self._padding = states.shape[1] // len(aux_layers), states.shape[0] - 1
         for place, index in enumerate(aux_layers):
             columns = slice(place * self._size, (place + 1) * self._size)
             if index == len(target.layers):

@@ -24,7 +24,7 @@ from nanovllm.models.dflash import DFlashConfig, DFlashHead, read_dflash_config
 from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, HiddenStateStore, read_eagle3_config
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.dflash import DFlashRunner
-from nanovllm.runner.kv_cache import KVCacheSpec
+from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.speculative_config import num_unseen
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -130,9 +130,9 @@ class DraftModel:
     def bytes_per_block(self) -> int:
         return self._spec.bytes_per_block
 
-    def runner(self, target: ModelRunner, backend: AttentionBackend) -> ModelRunner:
-        """With a cache of as many blocks as the target's, and the target's block tables."""
-        caches = self._spec.allocate(target.num_blocks, self._device)
+    def runner(self, target: ModelRunner, backend: AttentionBackend, make: MakeZeros) -> ModelRunner:
+        """With a cache, which `make` makes, of as many blocks as the target's, and the target's block tables."""
+        caches = self._spec.allocate(target.num_blocks, self._device, make)
         runner = ModelRunner(self.config, self.model_config, self.model, caches, backend, self._device, self._tp)
         runner.state.block_tables = target.state.block_tables
         runner._first_tables = target._first_tables
@@ -185,13 +185,13 @@ class HeadDraft(DraftModel):
         states = len(self._aux_layers) * self.model_config.hidden_size * self._spec.dtype.itemsize
         return self._spec.bytes_per_block + self._spec.block_size * states
 
-    def runner(self, target: ModelRunner, backend: AttentionBackend) -> Any:
-        num_slots = target.num_blocks * target.block_size
-        like = torch.empty(0, self.model_config.hidden_size, dtype=self._spec.dtype, device=self._device)
-        self.head.store = HiddenStateStore(self._target, self._aux_layers, num_slots, like)
+    def runner(self, target: ModelRunner, backend: AttentionBackend, make: MakeZeros) -> Any:
+        num_slots, width = target.num_blocks * target.block_size, len(self._aux_layers) * self.model_config.hidden_size
+        states = make((num_slots + 1, width), self._spec.dtype, self._device)
+        self.head.store = HiddenStateStore(self._target, self._aux_layers, states)
         if not isinstance(self._head_config, DFlashConfig):
-            return super().runner(target, backend)
-        caches = self._spec.allocate(target.num_blocks, self._device)
+            return super().runner(target, backend, make)
+        caches = self._spec.allocate(target.num_blocks, self._device, make)
         return DFlashRunner(self.head, self._head_config.mask_token_id, caches, target, backend)
 
 

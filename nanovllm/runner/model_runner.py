@@ -23,6 +23,7 @@ from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.cascade_items import CascadeItems
 from nanovllm.runner.extras import NO_EXTRAS, PendingExtras, run_with_hidden_states
 from nanovllm.runner.input_batch import InputBatch, InputStager
+from nanovllm.runner.kv_cache import MakeZeros, zeros
 from nanovllm.runner.layer_groups import LayerGroups
 from nanovllm.runner.rope_lens import rope_lens
 from nanovllm.runner.stateful_rows import StatefulRows
@@ -65,9 +66,10 @@ class ModelRunner:
         device: torch.device,
         tp: TensorParallel | None = None,
         groups: CacheGroups | None = None,
+        make: MakeZeros = zeros,
     ) -> None:
         """kv_caches as `runner/kv_cache.py` allocates them; tp: the ranks that share the model; groups: of its layers,
-        one if not given.
+        one if not given. make: what the layers keep beside them.
         """
         self.model = model
         self.kv_caches = kv_caches
@@ -80,7 +82,7 @@ class ModelRunner:
         self.state = BatchState(config.max_num_seqs, max_blocks, device, num_groups)
         self.layer_groups: LayerGroups | StatefulRows | None = None
         if groups is not None and groups.state_layers:
-            self.state = self.layer_groups = StatefulRows(config, model_config, groups, self.num_blocks, device)
+            self.state = self.layer_groups = StatefulRows(config, model_config, groups, self.num_blocks, device, make)
         elif groups is not None and num_groups > 1:
             self.layer_groups = LayerGroups(groups, self.state.block_tables, self.block_size)
         self._one_group = [0] * len(kv_caches)
@@ -176,16 +178,12 @@ class ModelRunner:
     ) -> Tensor:
         """Hidden states [num_tokens, hidden_size]. rows, inputs: as `prepare` takes and returns them."""
         if self.layer_groups is None:
-            groups, group_of_layer = [GroupInputs(self.backend.prepare(meta), inputs.slot_mapping)], self._one_group
+            groups, of_layer = [GroupInputs(self.backend.prepare(meta), inputs.slot_mapping)], self._one_group
         else:
             groups = self.layer_groups.inputs(rows, inputs.positions, meta, self.backend)
-            group_of_layer = self.layer_groups.group_of_layer
+            of_layer = self.layer_groups.group_of_layer
         ctx = ForwardContext(
-            kv_caches=self.kv_caches,
-            backend=self.backend,
-            groups=groups,
-            group_of_layer=group_of_layer,
-            rope_lens=rope_lens,
+            kv_caches=self.kv_caches, backend=self.backend, groups=groups, group_of_layer=of_layer, rope_lens=rope_lens
         )
         return self.model(inputs.input_ids, inputs.positions, ctx)
 

@@ -16,7 +16,7 @@ from nanovllm.config import ModelConfig, ResolvedConfig
 from nanovllm.kernels.attention_types import AttentionMetadata
 from nanovllm.kernels.state_types import LayerState, StepStates
 from nanovllm.runner.batch_state import BatchState
-from nanovllm.runner.kv_cache import zeros
+from nanovllm.runner.kv_cache import MakeZeros, zeros
 
 
 class StatefulRows(BatchState):
@@ -27,15 +27,16 @@ class StatefulRows(BatchState):
         groups: CacheGroups,
         num_blocks: int,
         device: torch.device,
+        make: MakeZeros = zeros,
     ) -> None:
-        """num_blocks: of the KV cache, by which there are so many snapshots."""
+        """num_blocks: of the KV cache, by which there are so many snapshots. make: the states."""
         max_blocks = -(-config.max_model_len // config.block_size)
         super().__init__(config.max_num_seqs, max_blocks, device, groups.num_tables)
         memory = model_config.state_memory(config)
         assert memory is not None and model_config.state is not None and len(groups.specs) == 1
         shape = model_config.state.part(config.tensor_parallel_size)
         slots = memory.slots(config.max_num_seqs, num_blocks)
-        self.states = zeros((len(groups.state_layers), slots.stop, shape.num_floats), torch.float32, device)
+        self.states = make((len(groups.state_layers), slots.stop, shape.num_floats), torch.float32, device)
         self.group_of_layer = [int(layer in groups.state_layers) for layer in range(groups.num_layers)]
         self._snapshots = self.block_tables[:, max_blocks:]
         self._snapshots.fill_(-1)

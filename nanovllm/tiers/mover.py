@@ -23,6 +23,7 @@ from nanovllm.config import ResolvedConfig
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import BlockMoves, SchedulerOutput
 from nanovllm.kernels.attention_types import LayerCache
+from nanovllm.runner.kv_cache import MakeZeros, zeros
 from nanovllm.tiers.block_files import BlockFiles
 from nanovllm.tiers.host_memory import host_blocks
 from nanovllm.tiers.store import open_folders
@@ -69,7 +70,7 @@ def _as_words(tensor: Tensor) -> Tensor:
 
 class TierMover:
     """num_slots: blocks of host memory. folder: of this rank's files, None without a store; its files have store_bytes
-    at most, for a while. warm_bytes: of host memory for those that were used last.
+    at most, for a while. warm_bytes: of host memory for those that were used last. make: the device's memory.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TierMover:
         store_bytes: int,
         warm_bytes: int,
         device: torch.device,
+        make: MakeZeros = zeros,
     ) -> None:
         self._parts = Parts(caches)
         self._device = device
@@ -88,7 +90,7 @@ class TierMover:
         self._slots = host_blocks(num_slots, num_bytes, device)
         self._at_once = max(1, _BUFFER_BYTES // num_bytes)
         count = _NUM_BUFFERS if self._on_gpu else 1
-        self._buffers = [torch.empty(self._at_once, num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._buffers = [make((self._at_once, num_bytes), torch.uint8, device) for _ in range(count)]
         self._next = 0
         if self._on_gpu:
             self._side = torch.cuda.Stream(device)
@@ -208,16 +210,23 @@ class TierMover:
 
 
 def with_tiers(
-    runner: Any, caches: Sequence[LayerCache], config: ResolvedConfig, model: Path, num_slots: int, rank: int
+    runner: Any,
+    caches: Sequence[LayerCache],
+    config: ResolvedConfig,
+    model: Path,
+    num_slots: int,
+    rank: int,
+    make: MakeZeros,
 ) -> "MovingRunner":
     """caches: of each layer. model: where its checkpoint is. num_slots: blocks of host memory. rank: this worker's,
-    which its folder is named by.
+    which its folder is named by. make: as of `TierMover`.
     """
     folder = None if config.prefix_store is None else open_folders(config, model)[rank]
     store_bytes, warm_bytes = int(config.prefix_store_gb * 2**30), int(config.prefix_store_warm_gb * 2**30)
     if runner.device.type != "cuda":
         warm_bytes = 0  # the page cache is as near
-    return MovingRunner(runner, TierMover(caches, num_slots, folder, store_bytes, warm_bytes, runner.device))
+    sizes = num_slots, folder, store_bytes, warm_bytes
+    return MovingRunner(runner, TierMover(caches, *sizes, runner.device, make))
 
 
 class MovingRunner:

@@ -11,6 +11,8 @@ import torch
 
 from nanovllm import LLM
 from tests.live.new_weights import generate, save_two, tensors_of
+from tests.lora.random_adapters import make_tensors, request
+from tests.tiny_models import load_hugging_face
 
 pytestmark = pytest.mark.gpu
 
@@ -51,15 +53,35 @@ def test_memory_goes_back_to_the_device_and_graphs_stay(folders: list[Path]) -> 
     with LLM(str(folders[0]), **options, enable_sleep_mode=True) as llm:
         expected = generate(llm)
         awake = torch.cuda.mem_get_info()[0]
+        cache = 4000 * 64 * 2 * 2 * 2 * 64 * 2
         for level in (1, 2, 2):
             llm.sleep(level)
-            cache = 4000 * 64 * 2 * 2 * 2 * 64 * 2
+            assert torch.cuda.mem_get_info()[0] - awake > 0.9 * cache
+            llm.wake_up(["kv_cache"])
+            assert torch.cuda.mem_get_info()[0] - awake < 0.5 * cache
+            llm.sleep(level)
             assert torch.cuda.mem_get_info()[0] - awake > 0.9 * cache
             llm.wake_up()
             assert generate(llm).token_ids == expected.token_ids
         assert abs(torch.cuda.mem_get_info()[0] - awake) < 0.1 * cache
     with LLM(str(folders[0]), **OPTIONS) as llm, pytest.raises(ValueError, match="enable_sleep_mode=True"):
         llm.sleep()
+
+
+def test_what_lies_beside_weights_and_cache_sleeps_too(folders: list[Path]) -> None:
+    """Slots of adapters, a draft with its cache, buffers of a tier: graphs that read them go on."""
+    draft = {"method": "draft_model", "model": str(folders[1]), "num_speculative_tokens": 2}
+    adapter = request("a", make_tensors(load_hugging_face(folders[0])))
+    for options, given in (
+        ({"enable_lora": True}, [adapter, None] * 2),
+        ({"speculative_config": draft, "kv_offload_gb": 0.01}, None),
+    ):
+        with LLM(str(folders[0]), **OPTIONS, **options, enable_sleep_mode=True) as llm:
+            expected = generate(llm, lora_request=given)
+            for level in (1, 2):
+                llm.sleep(level)
+                llm.wake_up()
+                assert generate(llm, lora_request=given).token_ids == expected.token_ids
 
 
 def test_another_process_lends_its_tensors() -> None:

@@ -36,6 +36,21 @@ def test_a_light_sleep_keeps_the_weights(llm: LLM, expected: list[Any]) -> None:
     assert llm.get_metrics()["num_prompt_tokens_cached"] == before, "the KV cache is empty"
 
 
+def test_a_cache_that_woke_alone_goes_back_to_sleep(llm: LLM, expected: list[Any]) -> None:
+    (sleeper,) = llm.apply_model(lambda model: model.sleeper)
+    for level in (1, 2):
+        llm.sleep(level)
+        llm.wake_up(["kv_cache"])
+        sleeper._caches[0].fill_(1)
+        if level == 1:
+            with pytest.raises(RuntimeError, match="sleeps already, at level 1"):
+                llm.sleep(2)
+        llm.sleep(level)
+        assert not sleeper._caches[0].any(), "its pages were given back"
+        llm.wake_up()
+        assert generate(llm) == expected[0]
+
+
 def test_a_deep_sleep_asks_for_all_weights_again(llm: LLM, folders: list[Path], expected: list[Any]) -> None:
     tensors = list(tensors_of(folders[1]).items())
     llm.update_weights(tensors_of(folders[0]))
