@@ -40,6 +40,21 @@ class PagedKV:
         return min(num_blocks, -(-(self.window + num_step_tokens - 1) // block_size) + 1)
 
 
+class LatentShape(NamedTuple):
+    """Sizes of multi-head latent attention (DeepSeek-V2, 2024). A token's cache holds a latent of `rank` numbers, from
+    which each head's key of nope_dim and value of value_dim numbers would be made, and rope_dim numbers more of the
+    key, which carry the position and are the same for all heads.
+
+    query_rank: of the latent that queries are made from; None where they are made from the hidden state.
+    """
+
+    rank: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    query_rank: int | None = None
+
+
 class StateShape(NamedTuple):
     """What a layer with a state keeps of a request, in float32: the last inputs of a causal convolution, and matrices.
 

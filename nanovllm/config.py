@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.cache_specs import StateMemory, StateShape
+from nanovllm.cache_specs import LatentShape, StateMemory, StateShape
 from nanovllm.options import check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
 from nanovllm.speculative_config import SpeculativeConfig, read_speculative_config
@@ -276,6 +276,11 @@ class EngineConfig:
                 f"speculative_config does not cover {model_config.architecture} yet: its layers keep states, and what "
                 "a rejected token did to one cannot be taken back; leave it off"
             )
+        if self.kv_cache_dtype != "auto" and model_config.latent is not None:
+            raise NotImplementedError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} does not cover {model_config.architecture} yet, whose cache "
+                "holds latents; leave it at 'auto'"
+            )
         if self.deterministic and model_config.length_dependent_from is not None:
             raise ValueError("deterministic=True does not cover dynamic RoPE scaling; leave it off")
         on_gpu = device_type == "cuda"
@@ -367,7 +372,8 @@ class ModelConfig:
     i + rotated / 2 together; otherwise 2i and 2i + 1.
     attention_scale: of q k^T. Soft-caps: x -> cap tanh(x / cap). residual_scale: of what a layer adds to the residual.
     extra: the config.json fields that this architecture has beyond those of all decoders. quantization: its
-    quantization_config, read by `quantization/scheme.py`.
+    quantization_config, read by `quantization/scheme.py`. latent: where all attention is over latents; num_kv_heads is
+    1 then, and head_dim what the cache holds of a token.
     """
 
     architecture: str
@@ -402,6 +408,17 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
     state: StateShape | None = None
+    latent: LatentShape | None = None
+
+    @property
+    def rope_dim(self) -> int:
+        """Of a head's dimensions, those that a rotation is made for; it may leave some of them as they are."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def num_cache_planes(self) -> int:
+        """Keys and values; or keys alone, whose first numbers are the values."""
+        return 2 if self.latent is None else 1
 
     @property
     def num_attention_layers(self) -> int:
@@ -410,7 +427,7 @@ class ModelConfig:
     def kv_bytes_per_token(self, kv_cache_dtype: str) -> int:
         """kv_cache_dtype: as in `EngineConfig`; a scale of 8-bit codes takes 2 bytes."""
         row = self.head_dim * (4 if self.dtype == "float32" else 2) if kv_cache_dtype == "auto" else self.head_dim + 2
-        return self.num_attention_layers * 2 * self.num_kv_heads * row
+        return self.num_attention_layers * self.num_cache_planes * self.num_kv_heads * row
 
     @property
     def bytes_per_state(self) -> int:

@@ -17,7 +17,9 @@ class AttentionShape(NamedTuple):
     """One layer's attention, for the heads of this rank. num_heads is a multiple of num_kv_heads.
 
     scale: of the scores, positive. window: how many of the last keys a query sees, its own token's among them; None for
-    all. softcap: a score s, times `scale`, becomes softcap * tanh(s / softcap) before the softmax.
+    all. softcap: a score s, times `scale`, becomes softcap * tanh(s / softcap) before the softmax. value_dim: values
+    are the first so many numbers of the keys, of one KV head (`latent_store.py`); None where they are cached beside
+    them.
     """
 
     num_heads: int
@@ -26,10 +28,12 @@ class AttentionShape(NamedTuple):
     scale: float
     window: int | None = None
     softcap: float | None = None
+    value_dim: int | None = None
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer: data [2, num_blocks, num_kv_heads, block_size, head_dim], with any strides.
+    """Keys and values of one layer: data [2, num_blocks, num_kv_heads, block_size, head_dim], with any strides; or keys
+    alone, [1, ...], that hold the values (`AttentionShape.value_dim`).
 
     scales [num_blocks, num_kv_heads, block_size, 2] bfloat16: what a token's codes of key and of value are multiplied
     by when they are read (`cache_codes.py`); data is contiguous then, and so are they. None where data are numbers.

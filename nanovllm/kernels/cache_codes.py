@@ -30,9 +30,9 @@ def cache_dtype(kv_cache_dtype: str, dtype: str) -> torch.dtype:
     return CODES.get(kv_cache_dtype, getattr(torch, dtype))
 
 
-def cell_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """That the key and the value of one token and head take in a cache of this dtype."""
-    return 2 * (head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype in LARGEST else 0))
+def row_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """That the key, or the value, of one token and head takes in a cache of this dtype."""
+    return head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype in LARGEST else 0)
 
 
 def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,8 @@ def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def cells(cache: LayerCache, blocks: slice | Tensor, heads_first: bool = False) -> Tensor:
-    """Keys and values of these blocks as numbers: [2, blocks, num_kv_heads, block_size, head_dim]; codes as float32.
+    """Keys and values of these blocks as numbers: [2, blocks, num_kv_heads, block_size, head_dim] or [1, ...], as the
+    cache has them; codes as float32.
 
     heads_first: [2, num_kv_heads, blocks, block_size, head_dim]. A slice of a cache without codes is a view.
     """

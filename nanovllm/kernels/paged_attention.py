@@ -18,13 +18,13 @@ from nanovllm.kernels.cache_codes import cells
 def paged_attention_reference(
     q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, sinks: Tensor | None = None
 ) -> Tensor:
-    """q [num_tokens, num_heads, head_dim] -> the same shape and dtype.
+    """q [num_tokens, num_heads, head_dim] -> the same shape and dtype; with a value_dim, [.., value_dim].
 
     The keys and values of this step are in the cache already. Consecutive query heads share a KV head. sinks
     [num_heads] float32: of each head the score of a key that every query sees and whose value is 0 (Xiao et al., 2024),
     so that its weights sum to less than 1; a scale or a soft-cap does not apply to it.
     """
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], shape.value_dim or shape.head_dim)
     group, window, softcap = shape.num_heads // shape.num_kv_heads, shape.window, shape.softcap
     starts = meta.query_start_loc.tolist()
     for i, seq_len in enumerate(meta.seq_lens.tolist()):
@@ -35,8 +35,9 @@ def paged_attention_reference(
         num_blocks = -(-seq_len // cache.block_size)
         blocks = meta.block_table[i, :num_blocks].long()
         context = cells(cache, blocks).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
-        # [2, num_kv_heads, seq_len, head_dim]
-        keys, values = context.float().repeat_interleave(group, dim=1)
+        # [1 or 2, num_kv_heads, seq_len, head_dim]
+        planes = context.float().repeat_interleave(group, dim=1)
+        keys, values = planes[0], planes[-1][..., : shape.value_dim]
         positions = torch.arange(seq_len - query_len, seq_len, device=q.device)[:, None]
         distance = positions - torch.arange(seq_len, device=q.device)  # [query_len, seq_len]
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)

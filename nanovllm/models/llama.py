@@ -175,7 +175,7 @@ class LlamaForCausalLM(nn.Module):
         for rope in config.ropes:
             if rope is not None and rope not in distinct:
                 distinct.append(rope)
-        self.rotaries = nn.ModuleList(RotaryEmbedding(config.head_dim, max_len, rope) for rope in distinct)
+        self.rotaries = nn.ModuleList(RotaryEmbedding(config.rope_dim, max_len, rope) for rope in distinct)
         self.rotary_of_layer = [None if rope is None else distinct.index(rope) for rope in config.ropes]
         tied_to = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, tied_to, tp, ops)

@@ -209,6 +209,7 @@ def _cache_spec(config: ResolvedConfig, model_config: ModelConfig, tp: TensorPar
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         dtype=getattr(torch, model_config.dtype),
+        num_planes=model_config.num_cache_planes,
     )
 
 

@@ -1,8 +1,8 @@
 """The KV cache's tensors: how many blocks fit into a budget of bytes, and their layout.
 
-Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values),
-contiguous: the tokens of a block lie side by side under each head, so that a head reads a block in one piece. A cache
-of codes has as many scales beside it.
+Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values; or
+keys alone, which hold the values), contiguous: the tokens of a block lie side by side under each head, so that a head
+reads a block in one piece. A cache of codes has as many scales beside it.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.cache_specs import CacheGroups, StateMemory
 from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import LayerCache
-from nanovllm.kernels.cache_codes import LARGEST, cell_bytes
+from nanovllm.kernels.cache_codes import LARGEST, row_bytes
 
 MakeZeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
@@ -34,7 +34,7 @@ class KVCacheSpec:
     """What one device's cache holds per layer, and how layers share blocks.
 
     states: of the whole model, where some layers keep one; num_ranks: that share it. bytes_beside: what another
-    model keeps for each block, in a cache of its own.
+    model keeps for each block, in a cache of its own. num_planes: keys and values; or keys alone, which hold them.
     """
 
     groups: CacheGroups
@@ -45,11 +45,12 @@ class KVCacheSpec:
     states: StateMemory | None = None
     num_ranks: int = 1
     bytes_beside: int = 0
+    num_planes: int = 2
 
     @property
     def bytes_per_block(self) -> int:
-        num_cells = self.groups.num_places * self.num_kv_heads * self.block_size
-        return num_cells * cell_bytes(self.head_dim, self.dtype) + self.bytes_beside
+        num_rows = self.num_planes * self.groups.num_places * self.num_kv_heads * self.block_size
+        return num_rows * row_bytes(self.head_dim, self.dtype) + self.bytes_beside
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Beside their snapshots, if layers keep states."""
@@ -68,7 +69,7 @@ class KVCacheSpec:
         A block is of one group at a time, so layers that have the same place in their groups have one tensor. Layers
         with a state read none of them; one stands there in their place. make: the tensors.
         """
-        shape = (2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+        shape = (self.num_planes, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         places = [LayerCache(make(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
         if self.dtype in LARGEST:
             pairs = (*shape[1:4], 2)

@@ -177,14 +177,16 @@ class CpuKernels(StateKernels):
         """Attention of one query token per request: q [n, num_heads, head_dim] -> the same shape, contiguous.
 
         block_table [n, max_blocks], seq_lens [n] int32; a length of 0 gives zeros. Scores and weights stay in float32,
-        as in `kernels.paged_attention`. None where the C++ does not apply: a soft-cap, another dtype, a cache that is
-        not contiguous, a head_dim that is not a multiple of 16, more than 16 query heads to a KV head.
+        as in `kernels.paged_attention`. None where the C++ does not apply: a soft-cap, values in the keys, another
+        dtype, a cache that is not contiguous, a head_dim that is not a multiple of 16, more than 16 query heads to a
+        KV head.
         """
         (n, num_heads, head_dim), dtype = q.shape, q.dtype
         _, num_blocks, num_kv_heads, block_size, cache_dim = cache.data.shape
         run, max_blocks = self._decode_attention.get((dtype, cache.data.dtype)), block_table.shape[1]
         if run is None or not (
             shape.softcap is None
+            and shape.value_dim is None
             and _is_whole(cache)
             and cache_dim == head_dim <= _MAX_HEAD_DIM
             and head_dim % 16 == 0
