@@ -22,8 +22,8 @@ class Routing(NamedTuple):
     """top_k: experts of a token. renormalize: their weights sum to one, before they are multiplied by `scale`.
 
     has_bias: scores are compared with a number added for each expert. num_groups: of equal size, of neighbouring
-    experts; only those of the `top_groups` groups with the best two experts are compared. least_sum: what
-    renormalizing divides by at least.
+    experts; only those of the `top_groups` best groups are compared. group_judges: how many of its best experts say,
+    together, how good a group is: 1 or 2. least_sum: what renormalizing divides by at least.
     """
 
     top_k: int
@@ -32,6 +32,7 @@ class Routing(NamedTuple):
     has_bias: bool = False
     num_groups: int = 1
     top_groups: int = 1
+    group_judges: int = 2
     scale: float = 1.0
     least_sum: float = 0.0
 
@@ -70,8 +71,9 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def _in_best_groups(compared: Tensor, routing: Routing) -> Tensor:
-    """-inf for the experts of all other groups. A group is as good as its two best experts together."""
+    """-inf for the experts of all other groups."""
     groups = compared.unflatten(-1, (routing.num_groups, -1))
-    best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(routing.top_groups, dim=-1).indices
+    goodness = groups.topk(routing.group_judges, dim=-1).values.sum(dim=-1)
+    best = goodness.topk(routing.top_groups, dim=-1).indices
     is_left_out = torch.ones(groups.shape[:-1], dtype=torch.bool, device=compared.device).scatter_(1, best, False)
     return groups.masked_fill(is_left_out[..., None], float("-inf")).flatten(-2)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SharedPrefix
 from nanovllm.kernels import triton as twins
-from nanovllm.kernels.attention_types import AttentionShape, HeadInputs
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.lora import AdapterRows
@@ -291,6 +291,32 @@ def route_tokens(name: str) -> None:
     MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
 
 
+def attend_latents(block_size: int, num_heads: int = 16, rank: int = 512, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Decodes beside a prompt, in two layers, and tokens one by one."""
+    module = MODULES["attention.latent_attention"]
+    case = make_case(
+        [1, 1, 40], [90, 7, 60], num_heads=num_heads, num_kv_heads=1, head_dim=rank + 64, block_size=block_size,
+        dtype=dtype,
+    )  # fmt: skip
+    shape, cache, plans = case.shape(0.1)._replace(value_dim=rank), LayerCache(case.kv_cache[:1]), module.LatentPlans()
+    for _ in range(2):
+        module.latent_attention_triton(case.q, cache, case.meta, shape, plans)
+    module.latent_attention_triton(case.q, cache, case.meta, shape, module.LatentPlans(), is_exact=True)
+
+
+def store_latents(is_neox: bool, has_rotation: bool) -> None:
+    cache, slots = LayerCache(bf16(1, 3, 1, 64, 576)), torch.arange(5, dtype=torch.int32)
+    heads = HeadInputs(torch.randn(5, 64) if has_rotation else None, slots, k_norm_weight=bf16(512), eps=1e-6)
+    q, queries, kv = bf16(5, 16, 192)[..., 128:], bf16(5, 16, 576), bf16(5, 3648)[:, 3072:]
+    MODULES["attention.latent_store"].latent_store_triton(queries, q, kv, heads, cache, is_neox)
+
+
+def multiply_by_head(num_rows: int, dtype: torch.dtype) -> None:
+    MODULES["linear.head_linear"].head_linear_triton(
+        bf16(num_rows, 16, 128).to(dtype), bf16(16, 128, 512).to(dtype), None
+    )
+
+
 def add_up_and_norm(size: int, num_rows: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(num_rows, 4096).to(dtype), torch.randn(4096).to(dtype)
     memories, calls = torch.zeros(size, dtype=torch.int64), torch.zeros(128, dtype=torch.int32)
@@ -406,6 +432,16 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention from the QKV product, fp8, float32": lambda: decode_from_qkv(
         None, None, 128, 64, dtype=torch.float32, kind="fp8"
     ),
+    "latent attention": lambda: attend_latents(64),
+    "latent attention, small blocks, few heads": lambda: attend_latents(16, num_heads=4),
+    "latent attention, many heads": lambda: attend_latents(64, num_heads=128),
+    "latent attention, a rank of 40": lambda: attend_latents(64, rank=40),
+    "latent attention, float32": lambda: attend_latents(64, dtype=torch.float32),
+    "latent_store": lambda: store_latents(is_neox=False, has_rotation=True),
+    "latent_store, halves": lambda: store_latents(is_neox=True, has_rotation=False),
+    "head_linear": lambda: multiply_by_head(3, torch.bfloat16),
+    "head_linear of many rows": lambda: multiply_by_head(70, torch.bfloat16),
+    "head_linear, float32": lambda: multiply_by_head(3, torch.float32),
     "qkv_rope_store": lambda: rotate_and_store(has_norm=False, has_rotation=False),
     "qkv_rope_store, norm, rotation": lambda: rotate_and_store(has_norm=True, has_rotation=True),
     "rms_norm of heads": lambda: MODULES["rms_norm"].rms_norm_triton(bf16(5, 8, 128), bf16(128), 1e-6),

@@ -27,6 +27,7 @@ def _route_kernel(
     SIZE: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
+    GROUP_JUDGES: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -55,9 +56,10 @@ def _route_kernel(
     left = tl.where(is_expert, compared, -float("inf"))
     if TOP_GROUPS < GROUPS:
         by_group = tl.reshape(left, [GROUPS_PADDED, SIZE_PADDED])
-        best, index = tl.max(by_group, axis=1, return_indices=True)
-        is_best = tl.arange(0, SIZE_PADDED)[None, :] == index[:, None]
-        totals = best + tl.max(tl.where(is_best, -float("inf"), by_group), axis=1)
+        totals, index = tl.max(by_group, axis=1, return_indices=True)
+        if GROUP_JUDGES == 2:
+            is_best = tl.arange(0, SIZE_PADDED)[None, :] == index[:, None]
+            totals += tl.max(tl.where(is_best, -float("inf"), by_group), axis=1)
         group = tl.arange(0, GROUPS_PADDED)
         totals = tl.where(group < GROUPS, totals, -float("inf"))
         is_kept = group < 0
@@ -96,7 +98,7 @@ def route_triton(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple
             _route_kernel, (num_tokens,), logits.device,
             logits, bias, weights, expert_ids, logits.stride(0),
             GROUPS=groups, GROUPS_PADDED=next_power_of_2(groups), SIZE=size, SIZE_PADDED=next_power_of_2(size),
-            TOP_GROUPS=routing.top_groups if groups > 1 else 1,
+            TOP_GROUPS=routing.top_groups if groups > 1 else 1, GROUP_JUDGES=routing.group_judges,
             TOP_K=routing.top_k, TOP_K_PADDED=next_power_of_2(routing.top_k),
             SIGMOID=routing.scores == "sigmoid", RENORMALIZE=routing.renormalize,
             LEAST_SUM=routing.least_sum, SCALE=routing.scale, num_warps=1,

@@ -139,7 +139,7 @@ def plan_prefill(
     num_reqs = seq_lens.shape[0]
     config = config or prefill_config(q, cache.data, (q.shape[0] - first_req) // (num_reqs - first_req))
     group = q.shape[1] // cache.data.shape[2]
-    tokens = _rows_of_program(config, group) // group
+    tokens = rows_of_program(config, group) // group
     num_programs = (q.shape[0] - first_req) // tokens + num_reqs - first_req  # a tile less than full for each request
     order = torch.empty((num_programs, 2), dtype=torch.int32, device=q.device)
     launch(
@@ -150,7 +150,7 @@ def plan_prefill(
     return PrefillPlan(order, first_req, config)
 
 
-def _rows_of_program(config: PrefillConfig, group: int) -> int:
+def rows_of_program(config: PrefillConfig, group: int) -> int:
     return max(config.rows, next_power_of_2(group))
 
 
@@ -256,6 +256,6 @@ def prefill_attention(
         out, meta.query_start_loc, meta.seq_lens, block_table, plan.order, block_table.stride(0),
         q.stride(0), q.stride(1), *data.stride()[:4],
         **layer_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=shape.window or 0,
-        ROWS=_rows_of_program(config, shape.num_heads // shape.num_kv_heads),
+        ROWS=rows_of_program(config, shape.num_heads // shape.num_kv_heads),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip

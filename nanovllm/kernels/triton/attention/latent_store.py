@@ -1,0 +1,106 @@
+"""Norm, rotation and the cache row of latent attention in Triton, in one kernel.
+
+Owns how that sequence runs on a GPU: a program takes one token, its latent and the rotated parts of all heads.
+Invariant: rounds exactly where the reference rounds.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.attention_types import HeadInputs, LayerCache
+from nanovllm.kernels.triton.common.launch import launch
+from nanovllm.kernels.triton.common.sizes import next_power_of_2
+
+
+@triton.jit
+def _latent_store_kernel(
+    queries_ptr,
+    q_ptr,
+    kv_ptr,
+    cos_sin_ptr,
+    weight_ptr,
+    slot_ptr,
+    cache_ptr,
+    queries_stride_token,
+    queries_stride_head,
+    q_stride_token,
+    q_stride_head,
+    kv_stride,
+    cos_sin_stride,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
+    eps,
+    HAS_ROPE: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    rank = tl.arange(0, BLOCK_RANK)
+    weight = tl.load(weight_ptr + rank, mask=rank < RANK, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        # Only now: what starts next may read what was written before the kernel ahead of this one ended.
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slot_ptr + token).to(tl.int64)
+    row_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + (slot % BLOCK_SIZE) * STRIDE_TOKEN
+    latent = tl.load(kv_ptr + token * kv_stride + rank, mask=rank < RANK, other=0.0)
+    dtype = latent.dtype
+    value = latent.to(tl.float32)
+    normed = (value * tl.rsqrt(tl.sum(value * value, axis=0) / RANK + eps)).to(dtype)
+    normed = (normed.to(tl.float32) * weight.to(tl.float32)).to(dtype)
+    tl.store(row_ptr + rank, normed.to(cache_ptr.dtype.element_ty), mask=(rank < RANK) & (slot >= 0))
+
+    # The heads' rotated parts, and behind them the key's.
+    head, col = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    is_query = (head < NUM_HEADS) & (col < HALF)
+    is_key = (head == NUM_HEADS) & (col < HALF)
+    q_ptr += token * q_stride_token + head * q_stride_head
+    key_ptr = kv_ptr + token * kv_stride + RANK + head * 0
+    if IS_NEOX:
+        first, second = col, HALF + col
+    else:
+        first, second = 2 * col, 2 * col + 1
+    a = tl.load(q_ptr + first, mask=is_query, other=0.0).to(tl.float32)
+    a += tl.load(key_ptr + first, mask=is_key, other=0.0).to(tl.float32)
+    b = tl.load(q_ptr + second, mask=is_query, other=0.0).to(tl.float32)
+    b += tl.load(key_ptr + second, mask=is_key, other=0.0).to(tl.float32)
+    if HAS_ROPE:
+        cos = tl.load(cos_sin_ptr + token * cos_sin_stride + col, mask=col < HALF, other=0.0)
+        sin = tl.load(cos_sin_ptr + token * cos_sin_stride + HALF + col, mask=col < HALF, other=0.0)
+        a, b = a * cos - b * sin, b * cos + a * sin
+    a, b = a.to(dtype), b.to(dtype)
+    out_ptr = queries_ptr + token * queries_stride_token + head * queries_stride_head + RANK + col
+    tl.store(out_ptr, a, mask=is_query)
+    tl.store(out_ptr + HALF, b, mask=is_query)
+    is_stored = is_key & (slot >= 0)
+    key_out_ptr = row_ptr + RANK + col + head * 0
+    tl.store(key_out_ptr, a.to(cache_ptr.dtype.element_ty), mask=is_stored)
+    tl.store(key_out_ptr + HALF, b.to(cache_ptr.dtype.element_ty), mask=is_stored)
+
+
+def latent_store_triton(
+    queries: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
+) -> None:
+    """See `latent_store.latent_store`."""
+    cos_sin, slot_mapping, _, norm_weight, eps = heads
+    assert norm_weight is not None
+    num_tokens, num_heads, rope_dim = q_rope.shape
+    if not num_tokens:
+        return
+    launch(
+        _latent_store_kernel, (num_tokens,), kv.device,
+        queries, q_rope, kv, cos_sin, norm_weight, slot_mapping, cache.data, queries.stride(0), queries.stride(1),
+        q_rope.stride(0), q_rope.stride(1), kv.stride(0), 0 if cos_sin is None else cos_sin.stride(0),
+        cache.data.stride(1), cache.data.stride(3), eps,
+        HAS_ROPE=cos_sin is not None, IS_NEOX=is_neox_style, NUM_HEADS=num_heads, RANK=norm_weight.shape[0],
+        HALF=rope_dim // 2, BLOCK_SIZE=cache.block_size, BLOCK_HEADS=next_power_of_2(num_heads + 1),
+        BLOCK_RANK=next_power_of_2(norm_weight.shape[0]), BLOCK_HALF=next_power_of_2(rope_dim // 2), num_warps=4,
+    )  # fmt: skip

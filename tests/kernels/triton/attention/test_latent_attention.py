@@ -1,0 +1,129 @@
+"""Attention over latents in Triton, its products and the store before it, against their references."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanovllm.kernels.attention_types import HeadInputs, LayerCache
+from nanovllm.kernels.head_linear import head_linear
+from nanovllm.kernels.latent_store import latent_store_reference
+from nanovllm.kernels.paged_attention import paged_attention_reference
+from tests.attention.paged_cases import PagedCase, make_case
+from tests.kernels.twins import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    TOLERANCE,
+    in_each_dtype,
+    load_twin,
+    randn,
+    relative_error,
+    twin_test,
+)
+
+attention, store, product = (
+    load_twin(name) for name in ("attention.latent_attention", "attention.latent_store", "linear.head_linear")
+)
+pytestmark = twin_test
+
+
+def latents(query_lens: list[int], seq_lens: list[int], num_heads: int, head_dim: int, **sizes: object) -> PagedCase:
+    """A cache of rows that are keys, whose first numbers are values; NaN wherever no token is."""
+    case = make_case(query_lens, seq_lens, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, **sizes)  # type: ignore[arg-type]
+    used = torch.zeros(case.kv_cache.shape[1], case.kv_cache.shape[3], dtype=torch.bool)
+    for table, seq_len in zip(case.meta.block_table, seq_lens, strict=True):
+        token = torch.arange(seq_len)
+        used[table.long()[token // used.shape[1]], token % used.shape[1]] = True
+    cache = case.kv_cache[:1].masked_fill(~used[None, :, None, :, None], float("nan"))
+    tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
+    meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
+    return PagedCase(case.q.to(DEVICE), cache.to(DEVICE), meta, [])
+
+
+def reference(case: PagedCase, rank: int) -> torch.Tensor:
+    shape = case.shape(0.2)._replace(value_dim=rank)
+    return paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "rank", "rope_dim", "block_size", "dtype"),
+    in_each_dtype([(4, 32, 16, 32), (20, 48, 8, 16), (40, 16, 16, 64)] + ([] if INTERPRETED else [(16, 512, 64, 64)])),
+)
+def test_mixed_batches(num_heads: int, rank: int, rope_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    """Padding; more heads than one program takes; sizes that are no powers of two; two layers with one plan."""
+    case = latents(
+        [1, 1, 1, 1, 30, 2], [1, block_size + 1, 9, 80, 30, 45], num_heads, rank + rope_dim, block_size=block_size,
+        dtype=dtype,
+    )  # fmt: skip
+    case.meta.seq_lens[2] = 0
+    case.meta.block_table[2] = 1_000_000
+    shape, plans = case.shape(0.2)._replace(value_dim=rank), attention.LatentPlans()
+    want = reference(case, rank)
+    for _ in range(2):  # the second time, as a later layer
+        got = attention.latent_attention_triton(case.q, case.cache, case.meta, shape, plans)
+        assert got.shape == want.shape and got.dtype == dtype
+        assert relative_error(got, want) < TOLERANCE[dtype]
+        assert not got[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[-1:])
+def test_exact_attention_has_the_same_bits_alone(dtype: torch.dtype) -> None:
+    """A decode, and a chunk of a prompt, beside others and by themselves."""
+    case = latents([1, 1, 20], [70, 9, 41], 4, 48, block_size=16, dtype=dtype)
+    shape = case.shape(0.2)._replace(value_dim=32)
+    got = attention.latent_attention_triton(
+        case.q, case.cache, case.meta, shape, attention.LatentPlans(), is_exact=True
+    )
+    assert relative_error(got, reference(case, 32)) < TOLERANCE[dtype]
+    for req, rows, query_len in ((0, slice(0, 1), 1), (2, slice(15, 22), 7)):
+        alone = replace(
+            case.meta,
+            query_start_loc=torch.tensor([0, query_len], dtype=torch.int32, device=DEVICE),
+            seq_lens=case.meta.seq_lens[req : req + 1],
+            block_table=case.meta.block_table[req : req + 1],
+            num_decodes=int(query_len == 1),
+            num_reqs=1,
+            query_lens_host=[query_len],
+        )
+        one = attention.latent_attention_triton(
+            case.q[rows], case.cache, alone, shape, attention.LatentPlans(), is_exact=True
+        )
+        assert torch.equal(one, got[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("is_neox", "has_rotation"), [(False, True), (True, True), (True, False)])
+def test_store_equals_reference(dtype: torch.dtype, is_neox: bool, has_rotation: bool) -> None:
+    """Also: rows of padding, and everything else in the cache and in the queries, stay as they were."""
+    num_tokens, num_heads, rank, rope_dim = 5, 3, 40, 16
+    queries, cache = randn(num_tokens, num_heads, rank + rope_dim, dtype=dtype), randn(1, 3, 1, 8, 56, dtype=dtype)
+    want_queries, want_cache = queries.clone(), cache.clone()
+    q_rope = randn(num_tokens, num_heads, 12 + rope_dim, dtype=dtype)[..., 12:]
+    kv = randn(num_tokens, 7 + rank + rope_dim, dtype=dtype)[:, 7:]
+    cos_sin = randn(num_tokens, rope_dim, dtype=torch.float32) if has_rotation else None
+    slots = torch.tensor([3, -1, 20, 7, -1], dtype=torch.int32, device=DEVICE)
+    heads = HeadInputs(cos_sin, slots, k_norm_weight=randn(rank, dtype=dtype), eps=1e-6)
+    store.latent_store_triton(queries, q_rope, kv, heads, LayerCache(cache), is_neox)
+    latent_store_reference(want_queries, q_rope, kv, heads, LayerCache(want_cache), is_neox)
+    assert relative_error(queries, want_queries) < TOLERANCE[dtype]
+    assert relative_error(cache, want_cache) < TOLERANCE[dtype]
+    assert torch.equal(queries[..., :rank], want_queries[..., :rank])
+    assert torch.equal(cache[0, 1], want_cache[0, 1])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_product_for_each_head(dtype: torch.dtype, num_tokens: int) -> None:
+    """A matrix either way round; rows of inputs and of results that lie apart; each row with the bits it has alone."""
+    x, weight = randn(num_tokens, 3, 2, 40, dtype=dtype)[:, :, 1], randn(3, 40, 72, dtype=dtype)
+    wide = torch.zeros(num_tokens, 3, 80, dtype=dtype, device=DEVICE)
+    assert product.head_linear_triton(x, weight, wide[..., :72]).data_ptr() == wide.data_ptr()
+    assert not wide[..., 72:].any()
+    want = head_linear(x.cpu().float(), weight.cpu().float()).to(DEVICE)
+    turned = product.head_linear_triton(x, weight.transpose(1, 2).contiguous().transpose(1, 2), None)
+    for got in (wide[..., :72], turned):
+        assert got.shape == want.shape
+        assert num_tokens == 0 or relative_error(got, want) < TOLERANCE[dtype]
+    if num_tokens:
+        assert torch.equal(product.head_linear_triton(x[-1:], weight, None), wide[-1:, :, :72])
