@@ -250,11 +250,12 @@ def _with_tiers(
 def _shared_prefixes(config: ResolvedConfig, model_config: ModelConfig, device: torch.device) -> SharedPrefixes | None:
     """Where a kernel reads at once what decodes share. Its sums have another order, so no bit would be promised.
 
-    It reads one block table for all layers.
+    It reads one block table for all layers, and keys with values beside them.
     """
     if device.type == "cpu" or config.deterministic or config.disable_cascade_attn:
         return None
-    if not group_layers(model_config.windows, config.max_model_len).keep_everything:
+    keeps_all = group_layers(model_config.windows, config.max_model_len).keep_everything
+    if not keeps_all or model_config.latent is not None:
         return None
     return SharedPrefixes(TILE, config.block_size)
 

@@ -39,6 +39,10 @@ _DELTA_NET: dict[str, Any] = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
     **{"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
 }
+_LATENT: dict[str, Any] = {
+    **{"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+    **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
+}
 # What an architecture's config has no default for, or one that does not fit a model as small.
 _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "MinistralForCausalLM": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
@@ -54,6 +58,9 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         **{"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"], "head_dim": 16},
         **{"mamba_num_heads": 4, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
     },
+    "DeepseekV2ForCausalLM": _LATENT,
+    "DeepseekV3ForCausalLM": {**_LATENT, "n_group": 4, "topk_group": 2},
+    "Glm4MoeLiteForCausalLM": {name: value for name, value in _LATENT.items() if name != "first_k_dense_replace"},
     "GraniteMoeHybridForCausalLM": {
         **{"num_local_experts": 0, "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_state": 12},
         **{"position_embedding_type": "rope", "shared_intermediate_size": 48, "attention_multiplier": 0.3},

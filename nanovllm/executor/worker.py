@@ -101,7 +101,7 @@ def build_runner(
             sleeper.hold_weights(draft.model, are_updated=False)
     times.append(perf_counter())
     spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
-    backend = _choose_backend(device, config.compilation, config.deterministic)
+    backend = _choose_backend(device, config.compilation, config.deterministic, model_config.latent is not None)
 
     def make_runner(config: ResolvedConfig, num_blocks: int, make: MakeZeros = zeros) -> ModelRunner:
         caches = spec.allocate(num_blocks, device, make)
@@ -150,6 +150,7 @@ def cache_spec(
         states=model_config.state_memory(config),
         num_ranks=tp.size,
         bytes_beside=bytes_beside,
+        num_planes=model_config.num_cache_planes,
     )
 
 
@@ -253,7 +254,13 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
     return ops._replace(linear_method=linear_method, experts_method=partial(experts_by, scheme))
 
 
-def _choose_backend(device: torch.device, compilation: str, is_deterministic: bool) -> AttentionBackend:
+def _choose_backend(
+    device: torch.device, compilation: str, is_deterministic: bool, has_latents: bool = False
+) -> AttentionBackend:
+    if has_latents and device.type == "cuda":
+        from nanovllm.attention.triton_latent import TritonLatentBackend
+
+        return TritonLatentBackend(is_deterministic)
     if is_deterministic and device.type == "cuda":
         from nanovllm.attention.triton_paged import BatchInvariantTritonBackend
 
@@ -264,7 +271,12 @@ def _choose_backend(device: torch.device, compilation: str, is_deterministic: bo
         from nanovllm.attention.triton_paged import TritonBackend
 
         return TritonBackend()
-    return CpuPagedBackend(load_cpu_kernels() if compilation != "none" else None)
+    native = load_cpu_kernels() if compilation != "none" else None
+    if has_latents:
+        from nanovllm.attention.cpu_latent import CpuLatentBackend  # a leaf: most models cache keys and values
+
+        return CpuLatentBackend(native)
+    return CpuPagedBackend(native)
 
 
 def plan_num_blocks(

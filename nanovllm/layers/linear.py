@@ -19,6 +19,8 @@ from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 class LinearBase(nn.Module):
     """y = x W^T + b on this rank's part: x [num_rows, inputs] -> [num_rows, outputs]."""
 
+    takes_adapters = True  # of LoRA
+
     def __init__(self, spec: LinearSpec, bias: bool, ops: Ops) -> None:
         super().__init__()
         self.spec = spec

@@ -37,7 +37,7 @@ class AdapterStore:
         self._known: dict[bytes, AdapterWeights] = {}
         self._slots: list[bytes | None] = [None] * num_slots
         for layer in model.modules():
-            if isinstance(layer, LinearBase) and layer.spec.names:
+            if isinstance(layer, LinearBase) and layer.takes_adapters and layer.spec.names:
                 kind = AdapterTable if isinstance(layer, Embedding) else AdapterLinear
                 layer.method = kind(layer.method, layer.spec, num_slots, max_rank, self.step)
                 self._layers[layer.method] = layer
@@ -80,7 +80,8 @@ class AdapterStore:
     def _check(self, name: str, module: str, tensors: ModuleWeights) -> None:
         parts = self._parts_of(module)
         if not parts:
-            what = "adapters of experts are not supported" if ".experts" in module else "the model has no such layer"
+            none = "the model has no layer of that name that takes one"
+            what = "adapters of experts are not supported" if ".experts" in module else none
             raise ValueError(f"adapter {name!r} is for {module}, and {what}")
         layer = self._layers[parts[0][0]]
         outputs, inputs = sum(layer.spec.sizes[part] for _, part in parts), layer.spec.in_features

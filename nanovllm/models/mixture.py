@@ -129,6 +129,35 @@ def deepseek_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Te
     return _experts(config, size, "n_routed_experts", routing, ExpertNames(), dtype, tp, ops, shared)
 
 
+def deepseek_v2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    """As in DeepSeek-V2: softmax scores, which weigh as they are; a group, if there are any, is as good as its best."""
+    fields = config.extra
+    for name, supported in (("scoring_func", "softmax"), ("norm_topk_prob", False)):
+        if fields[name] != supported:
+            raise ValueError(f"config.json of {config.architecture}: {name}={fields[name]!r} is not supported")
+    if layer_idx < integer(fields, "first_k_dense_replace", low=0):
+        return MLP(config, layer_idx, dtype, tp, ops)
+    groups: dict[str, int] = {}
+    if fields["topk_method"] == "group_limited_greedy":
+        groups = {**_groups(fields, "n_routed_experts", least=1), "group_judges": 1}
+    elif fields["topk_method"] != "greedy":
+        raise ValueError(
+            f"config.json of {config.architecture}: topk_method={fields['topk_method']!r} is not supported; supported "
+            "are 'greedy' and 'group_limited_greedy'"
+        )
+    routing = Routing(
+        integer(fields, "num_experts_per_tok"),
+        renormalize=False,
+        scores="softmax",
+        has_bias=False,
+        scale=number(fields, "routed_scaling_factor"),
+        **groups,
+    )
+    size = integer(fields, "moe_intermediate_size")
+    shared = _shared_experts(config, size, "n_shared_experts", dtype, tp, ops)
+    return _experts(config, size, "n_routed_experts", routing, ExpertNames(), dtype, tp, ops, shared)
+
+
 def ernie_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
     """Experts in every `moe_layer_interval`-th layer between a start and an end, of which -1 is the last layer."""
     fields = config.extra
@@ -184,11 +213,12 @@ def _is_sparse_in_qwen(config: ModelConfig, layer_idx: int) -> bool:
     return layer_idx not in (plain or ()) and (layer_idx + 1) % integer(fields, "decoder_sparse_step") == 0
 
 
-def _groups(fields: Mapping[str, Any], count_name: str) -> dict[str, int]:
+def _groups(fields: Mapping[str, Any], count_name: str, least: int = 2) -> dict[str, int]:
+    """least: experts of a group."""
     num_experts, top_k = integer(fields, count_name, high=MAX_EXPERTS), integer(fields, "num_experts_per_tok")
     num_groups, top_groups = integer(fields, "n_group"), integer(fields, "topk_group")
     size = num_experts // num_groups
-    if top_groups > num_groups or num_experts % num_groups or size < 2 or top_k > top_groups * size:
+    if top_groups > num_groups or num_experts % num_groups or size < least or top_k > top_groups * size:
         raise ValueError(
             f"config.json: n_group={num_groups} with topk_group={top_groups} does not fit {count_name}={num_experts} "
             f"and num_experts_per_tok={top_k}"

@@ -16,6 +16,7 @@ from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import DENSE_FAMILIES, GRANITE_MULTIPLIERS
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
+from nanovllm.models.latent_families import LATENT_FAMILIES
 from nanovllm.models.mamba_families import MAMBA_FAMILIES
 from nanovllm.models.mixture_families import MIXTURE_FAMILIES
 from nanovllm.models.state_families import STATE_FAMILIES
@@ -141,6 +142,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
     **DENSE_FAMILIES,
     **STATE_FAMILIES,
     **MAMBA_FAMILIES,
+    **LATENT_FAMILIES,
 }
 
 # Multimodal checkpoints, of which the text model is run. Some leave out of its config what is transformers' default.

@@ -33,7 +33,9 @@ class Fp8Scheme:
         read_fields(fields, "quantization_config of FP8", known | dict.fromkeys(others))
         size = fields.get("weight_block_size")
         self._method = Fp8(None if size is None else (size[0], size[1]), fields.get("activation_scheme") == "static")
-        self._dense = ("lm_head", "embed_tokens", *(name for key in lists for name in fields.get(key) or ()))
+        # Routers are no linear layers to transformers: DeepSeek-V3's stay as they are, and its config names none.
+        named = (name for key in lists for name in fields.get(key) or ())
+        self._dense = ("lm_head", "embed_tokens", "mlp.gate", *named)
 
     def method_of(self, name: str) -> "Fp8 | None":
         return None if is_named(name, self._dense) else self._method

@@ -10,6 +10,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.dense_families import DENSE_FAMILIES
+from nanovllm.models.latent_families import LATENT_FAMILIES
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.models.state_families import STATE_FAMILIES
 from nanovllm.weights.checkpoint import SafetensorsCheckpoint
@@ -68,7 +69,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 ON_FOUR = ["LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"]
-OTHERS = [*DENSE_FAMILIES, *STATE_FAMILIES, "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"]
+OF_TWO = [*DENSE_FAMILIES, *STATE_FAMILIES, *LATENT_FAMILIES]
+OTHERS = [*OF_TWO, "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_ranks_give_the_tokens_of_one(ranks: Ranks, checkpoint: Any, architectur
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-@pytest.mark.parametrize("architecture", [*DENSE_FAMILIES, *STATE_FAMILIES])
+@pytest.mark.parametrize("architecture", OF_TWO)
 def test_two_ranks_of_the_other_families(ranks: Ranks, tmp_path: Path, architecture: str) -> None:
     """What they change, names, norms and blocks, does not depend on how many ranks there are."""
     folder = save_random(tmp_path, architecture)

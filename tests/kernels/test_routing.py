@@ -17,6 +17,7 @@ RULES: dict[str, tuple[int, Routing]] = {
         Routing(4, False, scores="sigmoid", has_bias=True, num_groups=3, top_groups=2, scale=1.5),
     ),
     "softmax-groups-of-two": (8, Routing(2, num_groups=4, top_groups=1)),
+    "softmax-best-of-a-group": (12, Routing(3, False, num_groups=4, top_groups=2, group_judges=1, scale=16.0)),
     "all-groups": (6, Routing(2, scores="sigmoid", has_bias=True, num_groups=2, top_groups=2)),
     "softmax-bias": (7, Routing(7, has_bias=True, least_sum=1e-12)),
 }
@@ -37,7 +38,7 @@ def route_token(logits: list[float], bias: list[float], routing: Routing) -> dic
     compared = [score + more for score, more in zip(scores, bias, strict=True)]
     size = len(logits) // routing.num_groups
     groups = [range(first, first + size) for first in range(0, len(logits), size)]
-    groups.sort(key=lambda group: -sum(sorted(compared[expert] for expert in group)[-2:]))
+    groups.sort(key=lambda group: -sum(sorted(compared[expert] for expert in group)[-routing.group_judges :]))
     among = [expert for group in groups[: routing.top_groups] for expert in group]
     chosen = sorted(among, key=lambda expert: -compared[expert])[: routing.top_k]
     total = sum(scores[expert] for expert in chosen) if routing.renormalize else 1.0
