@@ -21,7 +21,8 @@ from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import choose_ops
 from nanovllm.models.dflash import DFlashConfig, DFlashHead, read_dflash_config
-from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, HiddenStateStore, read_eagle3_config
+from nanovllm.models.draft_heads import HiddenStateStore, SteppedHead
+from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, read_eagle3_config
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.dflash import DFlashRunner
 from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros
@@ -232,7 +233,7 @@ class DraftingRunner:
     def __init__(self, target: Any, draft: Any, of: DraftModel, chain: "ChainedSteps | None" = None) -> None:
         """chain: where drafts and their verification can be one step."""
         self._target, self._draft, self._in_one_pass, self._chain = target, draft, of.in_one_pass, chain
-        self._head = of.head if isinstance(of.head, Eagle3Head) else None
+        self._head = of.head if isinstance(of.head, SteppedHead) else None
         self._offsets = None if self._head is None else self._head.offsets.tolist()
         self.model, self.device, self.num_blocks = target.model, target.device, target.num_blocks
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.draft_places import Places, prepare_places
-from nanovllm.models.eagle3 import Eagle3Head
+from nanovllm.models.draft_heads import SteppedHead
 from nanovllm.runner.graphs.chained_steps import Unseen
 from nanovllm.runner.graphs.verify_steps import places_metadata
 from nanovllm.runner.model_runner import ModelRunner
 
 
 class SequentialPasses:
-    def __init__(self, runner: ModelRunner, head: Eagle3Head | None) -> None:
+    def __init__(self, runner: ModelRunner, head: SteppedHead | None) -> None:
         """runner: the draft model's, with the target's block tables. head: what it runs, where that is one."""
         self._runner, self._head = runner, head
         self._reads_ahead = 0 if head is None else 1  # a head reads a token at the position before it
