@@ -80,5 +80,5 @@ def run_with_hidden_states(runner: "ModelRunner", plan: SchedulerOutput) -> "Pen
     if plan.num_draft_tokens:
         from nanovllm.runner.verify import verify  # a room: only engines that speculate have drafts
 
-        return verify(runner, plan, batch, hidden, seq_lens, extras)
+        return verify(runner, plan, hidden, extras)
     return runner.sample(plan, batch, hidden, seq_lens, extras)

@@ -12,7 +12,6 @@ decoded these tokens one by one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,6 @@ from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.runner.extras import PendingExtras
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
 from nanovllm.sampling.rows import SampledRows, upload
-
-if TYPE_CHECKING:
-    from nanovllm.runner.input_batch import InputBatch
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,7 @@ class PendingDraws(PendingTokens):
         return output
 
 
-def verify(
-    runner: ModelRunner,
-    plan: SchedulerOutput,
-    batch: "InputBatch",
-    hidden: Tensor,
-    seq_lens: Tensor,
-    extras: PendingExtras,
-) -> PendingDraws:
+def verify(runner: ModelRunner, plan: SchedulerOutput, hidden: Tensor, extras: PendingExtras) -> PendingDraws:
     """As `ModelRunner.sample`, for a plan with drafts."""
     draws = find_draws(plan)
     sources, rows = upload(np.stack((draws.sources, draws.rows)), hidden.device)
@@ -158,11 +147,11 @@ def _draw_in_turn(
         accepted[going_on] += 1
         if not len(going_on):
             break
-    kept = np.concatenate([np.arange(f, f + a + 1) for f, a in zip(draws.firsts, accepted, strict=True)])
     tokens = upload(drawn, logits.device)
     logprobs: list[tuple[np.ndarray, Tensor]] = []
-    index = upload(kept, logits.device)
     if (pipeline.num_logprobs[draws.rows] >= 0).any():
+        kept = np.concatenate([np.arange(f, f + a + 1) for f, a in zip(draws.firsts, accepted, strict=True)])
+        index = upload(kept, logits.device)
         for members, top in pipeline.logprobs(logits[index], tokens[index], rows.select(kept)):
             logprobs.append((members, runner.to_host(top)))
     extras = replace(extras, logprobs=logprobs, failures=failures)

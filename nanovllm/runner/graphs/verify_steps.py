@@ -117,8 +117,7 @@ class VerifySteps:
             pending = runner.read_back(words)
             return PendingReplay(pending.tokens, pending.event, NO_EXTRAS, plan.num_scheduled_tokens)
         draws = find_draws(plan)
-        _, firsts = np.unique(draws.requests, return_index=True)
         ends = np.add(plan.num_computed_tokens, plan.num_scheduled_tokens)
-        rows, ends = upload(np.stack((draws.rows[firsts], ends)), runner.device)
+        rows, ends = upload(np.stack((draws.rows[draws.firsts], ends)), runner.device)
         runner.state.num_computed[rows] = ends.int()  # as `draw` expects it
         return draw(runner, draws, logits[: len(draws.rows)], NO_EXTRAS)
