@@ -26,7 +26,6 @@ from contextlib import suppress
 from typing import Any
 
 MODULES = ("nanovllm.executor.worker_process", "nanovllm.replica", "tests.executor.rank_process")
-_ABOVE = 200  # where descriptors wait that a child is to get under numbers of the process that runs tests
 
 
 class ForkServer:
@@ -155,11 +154,11 @@ def serve(connection: socket.socket, parent: int) -> dict[str, Any] | None:
 
 def become(request: dict[str, Any], fds: Sequence[int], parent: int) -> None:
     """This process, just forked, is to look as if `parent` had started it."""
-    held = [fcntl.fcntl(fd, fcntl.F_DUPFD, _ABOVE) for fd in fds]
+    numbers = 1, 2, *request["numbers"]  # in the process that runs tests
+    held = [fcntl.fcntl(fd, fcntl.F_DUPFD, max(numbers) + 1) for fd in fds]
     for fd in fds:
         os.close(fd)
-    for fd, number in zip(held, (1, 2, *request["numbers"]), strict=True):
-        assert number < _ABOVE
+    for fd, number in zip(held, numbers, strict=True):
         os.dup2(fd, number)
         os.close(fd)
     os.environ.clear()
