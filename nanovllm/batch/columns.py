@@ -93,22 +93,34 @@ class ColumnsJob:
         """The row's own parameters over those of all rows; without a seed, that of the row's number."""
         own = row.fields.get(PARAMS_COLUMN) or {}
         own = _from_json(PARAMS_COLUMN, own) if isinstance(own, str) else own
-        if not isinstance(own, Mapping):
-            raise TypeError(f"{PARAMS_COLUMN} must be an object, got {brief(own)}")
-        own = {name: value for name, value in own.items() if value is not None}  # Parquet has every name in every row
-        for name in _NOT_IN_A_COLUMN:
-            if name in own:
-                raise ValueError(f"{PARAMS_COLUMN} has {name!r}, which has no column for its result")
-        if isinstance(own.get("logit_bias"), Mapping):
-            own["logit_bias"] = {int(token_id): bias for token_id, bias in own["logit_bias"].items()}
-        if isinstance(own.get("structured_outputs"), Mapping):
-            own["structured_outputs"] = StructuredOutputsParams(**own["structured_outputs"])
-        own.setdefault("seed", row_seed(self._engine, row))
-        given = {name: value for name, value in vars(self._params).items() if name not in own}
-        return SamplingParams(**given, **own)
+        return params_over(self._params, read_params(own), row_seed(self._engine, row))
 
     def merge(self, row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
         return {**row.fields, **result}
+
+
+def read_params(given: Any) -> dict[str, Any]:
+    """What a row's column of parameters says, as it comes from JSON or Arrow. Raises TypeError, ValueError."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{PARAMS_COLUMN} must be an object, got {brief(given)}")
+    own = {name: value for name, value in given.items() if value is not None}  # Arrow has every name in every row
+    for name in _NOT_IN_A_COLUMN:
+        if name in own:
+            raise ValueError(f"{PARAMS_COLUMN} has {name!r}, which has no column for its result")
+    if isinstance(own.get("logit_bias"), Mapping):
+        own["logit_bias"] = {int(token_id): bias for token_id, bias in own["logit_bias"].items() if bias is not None}
+    if isinstance(own.get("structured_outputs"), Mapping):
+        forms = {name: form for name, form in own["structured_outputs"].items() if form is not None}
+        own["structured_outputs"] = StructuredOutputsParams(**forms)
+    return own
+
+
+def params_over(params: SamplingParams, own: Mapping[str, Any], seed: int) -> SamplingParams:
+    """own: what a row says itself, over the params of all rows. seed: of a row for which neither names one."""
+    given = {name: value for name, value in vars(params).items() if name not in own}
+    if own.get("seed", given.get("seed")) is None:
+        given["seed"] = seed
+    return SamplingParams(**given, **own)
 
 
 def row_seed(engine: AsyncLLM, row: Row) -> int:

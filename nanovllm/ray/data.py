@@ -16,7 +16,8 @@ from hashlib import blake2b
 from typing import Any
 
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.errors import RequestError, brief
+from nanovllm.batch.columns import PARAMS_COLUMN, params_over, read_params
+from nanovllm.errors import RequestError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -93,15 +94,10 @@ class NanoBatch:
         return row[name]
 
     def _params_of(self, row: Mapping[str, Any], prompt: Any) -> SamplingParams:
-        own = row.get("sampling_params") or {}
-        if not isinstance(own, Mapping):
-            raise TypeError(f"sampling_params must be an object, got {brief(own)}")
-        own = {name: value for name, value in own.items() if value is not None}  # Arrow has every name in every row
-        if self._params.seed is None and "seed" not in own:
-            told = repr(prompt if self._id_column is None else row[self._id_column])
-            seed = f"{self._engine.llm.config.seed} {told}".encode(errors="surrogatepass")
-            own["seed"] = int.from_bytes(blake2b(seed, digest_size=7).digest(), "little")
-        return replace(self._params, **own) if own else self._params
+        told = repr(prompt if self._id_column is None else row[self._id_column])
+        seed = blake2b(f"{self._engine.llm.config.seed} {told}".encode(errors="surrogatepass"), digest_size=7).digest()
+        own = read_params(row.get(PARAMS_COLUMN) or {})
+        return params_over(self._params, own, int.from_bytes(seed, "little"))
 
 
 _COLUMNS: Mapping[str, type] = {

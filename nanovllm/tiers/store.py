@@ -85,18 +85,20 @@ class PrefixStore:
     def find(self, block_hash: bytes) -> bool:
         return block_hash in self._good and _exists(self._folders[0], block_hash)
 
-    def look(self, hashes: Iterable[bytes]) -> bool:
+    def begin_checks(self, hashes: Iterable[bytes]) -> bool:
         """Check the files of these blocks, which follow each other, up to the first that has none.
 
-        Returns whether that needs more time than a plan may wait. Ask again then.
+        Returns whether any is being checked, these or earlier ones.
         """
         for block_hash in hashes:
             if block_hash not in self._good and block_hash not in self._checks:
                 if not _exists(self._folders[0], block_hash):
                     break
                 self._checks[block_hash] = self._threads.submit(self._check, block_hash)
-        if not self._checks:
-            return False
+        return bool(self._checks)
+
+    def await_checks(self) -> bool:
+        """Whether they have ended within the time that a plan may wait. Ask again if not."""
         done, pending = wait(self._checks.values(), _PATIENCE_SECONDS)
         for block_hash, check in list(self._checks.items()):
             if check in done:
@@ -104,7 +106,7 @@ class PrefixStore:
                 if check.result():
                     self._good.add(block_hash)
                     self._kept.add(block_hash)
-        return bool(pending)
+        return not pending
 
     def _check_ahead(self) -> None:
         """What was used last comes first, so yesterday's prompts are known by the time they are asked for."""

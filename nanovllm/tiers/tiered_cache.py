@@ -90,9 +90,10 @@ class TieredCache(CacheManager):
         self.is_looking = False
         if self._store is not None and request.capture is None:
             num_found, last = len(prefix[0]), (len(request.token_ids) - 1) // self.block_size
-            self.is_looking = self._store.look(request.block_hashes[num_found:last])
-            if not self.is_looking:
-                prefix = super().find_prefix(request)
+            if self._store.begin_checks(request.block_hashes[num_found:last]):
+                self.is_looking = not self._store.await_checks()
+                if not self.is_looking:
+                    prefix = super().find_prefix(request)
         return prefix
 
     def has_room(self, request: Request, prefix: BlockTables) -> bool:

@@ -6,7 +6,7 @@ untraced engine's. An engine without a trace has none of this: `build.py` takes 
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,7 +32,10 @@ class TracedScheduler(Scheduler):
         self.is_steady = False  # is it one token more for everyone in the plan before?
         self._why = NO_ROW
         self._is_planning = False
+        self._refused_for: str | None = None  # by the newest answer to one of the planner's questions
         super().__init__(*args, **options)
+        self.cache.has_room = self._noted(self.cache.has_room, self._missing_room)  # type: ignore[method-assign]
+        self._admits = self._noted(self._admits, lambda: NO_ADAPTER)
 
     def schedule(self) -> SchedulerOutput | None:
         start, steady = perf_counter(), self._steady
@@ -63,6 +66,7 @@ class TracedScheduler(Scheduler):
         new_blocks: list[tuple[int, int, int]],
     ) -> None:
         num_before = len(scheduled)
+        self._refused_for = None
         super()._schedule_waiting(budget, scheduled, new_rows, new_blocks)
         if self.waiting:
             budget -= sum(num_new for _, num_new in scheduled[num_before:])
@@ -76,9 +80,20 @@ class TracedScheduler(Scheduler):
             return NO_BUDGET
         if request.num_pending_tokens:
             return UNREAD_TOKEN
-        if not self.cache.has_room(request, self.cache.find_prefix(request)):
-            return NO_PREFIX if getattr(self.cache, "is_looking", False) else NO_BLOCKS
-        return NO_BUDGET if self._admits(request, self.running) else NO_ADAPTER
+        return self._refused_for or NO_BUDGET
+
+    def _missing_room(self) -> str:
+        return NO_PREFIX if getattr(self.cache, "is_looking", False) else NO_BLOCKS
+
+    def _noted(self, question: Callable[..., bool], reason: Callable[[], str]) -> Callable[..., bool]:
+        """The planner's question, whose answer is remembered: asking again could do something twice."""
+
+        def ask(*about: Any) -> bool:
+            answer = question(*about)
+            self._refused_for = None if answer else reason()
+            return answer
+
+        return ask
 
     def _preempt(self, request: Request) -> None:
         self._why = NO_BLOCKS

@@ -12,10 +12,12 @@ import pytest
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.batch import job
+from nanovllm.batch.columns import params_over, read_params
 from nanovllm.batch.tables import Row, open_table
 from nanovllm.cli.main import main
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, save_random, save_tokenizer
 
 OPTIONS = ["--device", "cpu", "--dtype", "float32", "--num-gpu-blocks-override", "64", "--max-num-seqs", "2"]
@@ -91,6 +93,20 @@ def test_errors_stay_with_their_row(model: str, tmp_path: Path) -> None:
     assert answers[8]["generated_text"] == "aa"
     page = (tmp_path / "out.jsonl.html").read_text()
     assert "<th>failed<td>7" in page and "<td>1<td><code>line 2 is no JSON" in page and "share of the floor" in page
+
+
+def test_a_rows_parameters_as_arrow_has_them() -> None:
+    """Each name of any row is in all of them."""
+    own = read_params(
+        {"logit_bias": {"97": 2, "98": None}, "structured_outputs": {"choice": ["a"], "regex": None}, "n": None}
+    )
+    params = params_over(SamplingParams(temperature=0.5), own, 7)
+    assert params == SamplingParams(
+        temperature=0.5, logit_bias={97: 2}, structured_outputs=StructuredOutputsParams(choice=["a"]), seed=7
+    )
+    assert params_over(SamplingParams(seed=1), {}, 7).seed == 1 and params_over(params, {"seed": 0}, 7).seed == 0
+    with pytest.raises(TypeError, match="must be an object, got 3"):
+        read_params(3)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

@@ -152,11 +152,16 @@ def test_rows_that_cannot_be_computed_say_why(ray: Any, model: str) -> None:
         {"prompt": "good", "sampling_params": {"max_tokens": 2}},
         {"prompt": "good", "sampling_params": {"max_tokens": 0}},
         {"prompt": "x" * 5000, "sampling_params": {"max_tokens": 2}},
+        {"prompt": "good", "sampling_params": {"max_tokens": 2, "logit_bias": {"97": 100}, "temperature": 0.0}},
+        {"prompt": "good", "sampling_params": {"max_tokens": 9, "structured_outputs": {"choice": ["bb"]}}},
     ]
-    good, bad, long = start(ray, model, rows, NanoBatch, should_continue_on_error=True).take_all()
+    rows = [{"id": number, **row} for number, row in enumerate(rows)]
+    answers = start(ray, model, rows, NanoBatch, should_continue_on_error=True).take_all()
+    good, bad, long, biased, chosen = sorted(answers, key=lambda row: row["id"])
     assert good["__inference_error__"] == "" and good["num_generated_tokens"] == 2
     assert "max_tokens" in bad["__inference_error__"] and bad["generated_tokens"] == []
     assert "max_model_len" in long["__inference_error__"]
+    assert (biased["generated_text"], chosen["generated_text"]) == ("aa", "bb")
 
 
 def test_the_servers_app_as_a_deployment(ray: Any, model: str) -> None:

@@ -136,7 +136,7 @@ def test_a_harmed_file_is_not_found(tmp_path: Path) -> None:
     bad = path_of(tmp_path, b"bad")
     bad.write_bytes(bad.read_bytes()[:-1] + b"?")
     store = PrefixStore([tmp_path])
-    while store.look([b"good", b"bad", b"none"]):
+    while store.begin_checks([b"good", b"bad", b"none"]) and not store.await_checks():
         pass
     assert store.find(b"good") and not store.find(b"bad") and not bad.exists()
     os.utime(path_of(tmp_path, b"good"), (1, 1))

@@ -26,17 +26,21 @@ class FakeStore:
     delay: int = 0
     known: set[bytes] = field(default_factory=set)
     asked: set[bytes] = field(default_factory=set)
+    new: set[bytes] = field(default_factory=set)
     num_looks: int = 0
 
     def find(self, block_hash: bytes) -> bool:
         return block_hash in self.known
 
-    def look(self, hashes: Iterable[bytes]) -> bool:
-        new = {one for one in takewhile(lambda one: one in self.written, hashes) if one not in self.known}
-        self.num_looks = self.num_looks + 1 if new else 0
+    def begin_checks(self, hashes: Iterable[bytes]) -> bool:
+        self.new = {one for one in takewhile(lambda one: one in self.written, hashes) if one not in self.known}
+        self.num_looks = self.num_looks + 1 if self.new else 0
+        return bool(self.new)
+
+    def await_checks(self) -> bool:
         if self.num_looks > self.delay:
-            self.known |= new
-        return bool(new) and self.num_looks <= self.delay
+            self.known |= self.new
+        return self.num_looks > self.delay
 
     def wants(self, block_hash: bytes) -> bool:
         is_new = block_hash not in self.asked
