@@ -11,7 +11,8 @@ from typing import Any
 from nanovllm.errors import brief
 from nanovllm.options import check_fields, option, takes_options
 
-MODEL_METHODS = ("draft_model", "eagle3", "dflash")  # which guess with a model of their own, on the device
+MODEL_METHODS = ("draft_model", "eagle3", "dflash", "mtp")  # which guess with a model of their own, on the device
+_NAMED = ("draft_model", "eagle3", "dflash")  # whose model is another checkpoint
 METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
 _NOT_YET = ("eagle", "medusa", "mlp_speculator", "dflash2", "dspark", "xpress", "peagle")
 MAX_DRAFT_TOKENS = 63
@@ -22,19 +23,16 @@ _OF_METHOD = {
     "suffix_decoding_max_spec_factor": ("suffix",),
     "suffix_decoding_min_token_prob": ("suffix",),
     "proposer": ("custom_class",),
-    "model": ("custom_class", *MODEL_METHODS),
-    "revision": MODEL_METHODS,
+    "model": ("custom_class", *_NAMED),
+    "revision": _NAMED,
 }
 
 
 def _read_method(method: Any) -> Any:
     if method == "[ngram]":  # vLLM's old name, which stood where the model's does
         return "ngram"
-    if isinstance(method, str) and (method == "mtp" or method.endswith("_mtp")):
-        raise NotImplementedError(
-            f"speculative_config.method={method!r}: the prediction heads of such models are not loaded; use 'ngram' or "
-            "'suffix'"
-        )
+    if isinstance(method, str) and method.endswith("_mtp"):  # vLLM's older names, one for each family
+        return "mtp"
     if method in _NOT_YET:
         raise NotImplementedError(
             f"speculative_config.method={method!r} is not supported; use 'eagle3', 'draft_model', 'ngram' or 'suffix'"
@@ -49,7 +47,8 @@ class SpeculativeConfig:
 
     method: "ngram" (what followed the last tokens where they stood before), "suffix" (the same from all places, as far
         as they agree), "draft_model" (a smaller model with the same tokens), "eagle3" or "dflash" (a
-        head in the format of the package speculators) or "custom_class" (a proposer of your own).
+        head in the format of the package speculators), "mtp" (the prediction head of the model's own checkpoint) or
+        "custom_class" (a proposer of your own).
     num_speculative_tokens: most tokens that are guessed at once for one request.
     prompt_lookup_max: most tokens that are looked up; 5 if not given.
     prompt_lookup_min: fewest tokens that are looked up; 2 if not given.
@@ -96,7 +95,7 @@ class SpeculativeConfig:
                 "speculative_config: method 'custom_class' needs either proposer=<an object with a method propose> or "
                 "model='package.module.Class'"
             )
-        if self.method in MODEL_METHODS and self.model is None:
+        if self.method in _NAMED and self.model is None:
             raise ValueError(f"speculative_config.model must name the model that drafts for method {self.method!r}")
         if self.proposer is not None and not callable(getattr(self.proposer, "propose", None)):
             raise TypeError(f"speculative_config.proposer must have a method propose, got {brief(self.proposer)}")

@@ -78,11 +78,15 @@ class PlainTarget:
         return [states[0, :-1] for states in (*found[:-1], last[0])]
 
 
-def run(target: Path, head: tuple[str, Path] | None = None, num_tokens: int = 4, **options: Any) -> list[list[int]]:
-    """Twice, the second time with prompts from the prefix cache. head: its method, and where it is."""
+def run(
+    target: Path, head: tuple[str, Path | None] | None = None, num_tokens: int = 4, **options: Any
+) -> list[list[int]]:
+    """Twice, the second time with prompts from the prefix cache. head: its method, and where it is, if not in
+    the target's checkpoint."""
     if head is not None:
-        fields = {"method": head[0], "model": str(head[1]), "num_speculative_tokens": num_tokens, "adaptive": False}
-        options["speculative_config"] = fields
+        fields = {"method": head[0], "num_speculative_tokens": num_tokens, "adaptive": False}
+        model = {} if head[1] is None else {"model": str(head[1])}
+        options["speculative_config"] = {**fields, **model}
     defaults = {"device": "cpu", "dtype": "float32", "block_size": 8, "max_num_seqs": 8, "skip_tokenizer_init": True}
     with LLM(str(target), **{**defaults, **options}) as llm:
         for _ in range(2):
@@ -97,7 +101,7 @@ Seen = list[tuple[list[int], list[int]]]  # tokens so far, and what was drafted 
 
 def check_drafts(
     target: Path,
-    head: tuple[str, Path],
+    head: tuple[str, Path | None],
     expected: list[list[int]],
     draft: Callable[[list[int], int], list[int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -160,7 +164,7 @@ def note_chained(monkeypatch: pytest.MonkeyPatch, outputs: dict[tuple[int, ...],
     return seen
 
 
-def check_small(target: Path, head: tuple[str, Path]) -> None:
+def check_small(target: Path, head: tuple[str, Path | None]) -> None:
     """In chunks, with overlap and preemption the tokens are the same."""
     small = {"max_num_batched_tokens": 11, "num_gpu_blocks_override": 11, "max_model_len": 80}
     assert run(target, head, overlap_depth=2, **small) == run(target)

@@ -25,13 +25,15 @@ def test_what_asks_for_nothing_and_what_vllm_says() -> None:
     old = read_speculative_config({"model": "[ngram]", "num_speculative_tokens": 4, "prompt_lookup_max": 3})
     assert old is not None and (old.method, old.lookup_range) == ("ngram", (3, 3))
     read_speculative_config({"method": "suffix", "num_speculative_tokens": 8, "suffix_decoding_max_cached_requests": 0})
+    old = read_speculative_config({"method": "deepseek_mtp", "num_speculative_tokens": 1})
+    assert old is not None and old.method == "mtp"
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "ngram"}, ValueError, "needs 'num_speculative_tokens'"),
     ({"num_speculative_tokens": 3}, ValueError, "needs 'method'"),
     ({"method": "magic", "num_speculative_tokens": 3}, ValueError, "method must be one of ngram, suffix"),
-    ({"method": "deepseek_mtp", "num_speculative_tokens": 1}, NotImplementedError, "prediction heads"),
+    ({"method": "mtp", "num_speculative_tokens": 1, "model": "m"}, ValueError, "is for method 'custom_class' or"),
     (
         {"method": "dflash2", "num_speculative_tokens": 8},
         NotImplementedError,

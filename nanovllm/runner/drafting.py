@@ -5,30 +5,33 @@ drafted, which stays on the device until all are drawn. Its rows are the target'
 block has the same number in both caches. Invariant: the target's tokens, cache and rows are never written by it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.cache_specs import group_layers
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import choose_ops
 from nanovllm.models.dflash import DFlashConfig, DFlashHead, read_dflash_config
 from nanovllm.models.draft_heads import HiddenStateStore, SteppedHead
 from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, read_eagle3_config
+from nanovllm.models.mtp import MTPConfig, MTPHead, read_mtp_config
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.dflash import DFlashRunner
 from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.speculative_config import num_unseen
-from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
+from nanovllm.weights.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
 from nanovllm.weights.loader import fill_random, load_weights, places
 
 if TYPE_CHECKING:
@@ -55,10 +58,16 @@ def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint,
     return checkpoint, draft
 
 
-def open_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, Eagle3Config | DFlashConfig]:
+HeadConfig = Eagle3Config | DFlashConfig | MTPConfig
+
+
+def open_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, HeadConfig]:
     """The head's checkpoint and config. Raises ValueError or NotImplementedError if it is none for this model."""
     speculative = config.speculative_config
-    assert speculative is not None and speculative.model is not None
+    assert speculative is not None
+    if speculative.method == "mtp":
+        return _open_own_head(config, target)
+    assert speculative.model is not None
     name = f"speculative_config.model={speculative.model!r}"
     checkpoint = open_checkpoint(speculative.model, load_format=config.load_format, revision=speculative.revision)
     if speculative.method == "eagle3":
@@ -73,6 +82,21 @@ def open_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, 
             f"{speculative.num_speculative_tokens}"
         )
     return checkpoint, dflash
+
+
+def _open_own_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, MTPConfig]:
+    """That of the model's own checkpoint."""
+    name = f"speculative_config.method='mtp': {config.model!r}"
+    if isinstance(config.model, NamedModule):
+        raise NotImplementedError(f"{name} is a model in this process, whose prediction head is not read")
+    checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=config.revision)
+    if not isinstance(checkpoint, SafetensorsCheckpoint):
+        raise NotImplementedError(f"{name} is a GGUF file, whose prediction head is not read")
+    head = read_mtp_config(checkpoint.config, target, name)
+    if config.load_format != "dummy" and not checkpoint.num_of_prediction_head:
+        raise ValueError(f"{name} has no tensors of a prediction head; use another method")
+    _check_layers(config, (head.layer, target), name)
+    return checkpoint, head
 
 
 def check_draft(config: ResolvedConfig, target: ModelConfig) -> None:
@@ -141,7 +165,7 @@ class DraftModel:
 
 
 class HeadDraft(DraftModel):
-    """A head on the target's states in the place of a model. It is whole on each rank, as its work is small."""
+    """A head on the target's states in the place of a model. Those of `speculators` are whole on each rank."""
 
     def __init__(
         self,
@@ -156,28 +180,32 @@ class HeadDraft(DraftModel):
         checkpoint, head_config = open_head(config, target_config)
         self.in_one_pass = isinstance(head_config, DFlashConfig)
         self._aux_layers, self._head_config = head_config.aux_layers, head_config
-        self.config = replace(_config_of_chain(config), tensor_parallel_size=1)
         self._device, self._tp, self._target = device, TensorParallel(), target
-        dtype = getattr(torch, target_config.dtype)
+        self.config = replace(_config_of_chain(config), tensor_parallel_size=1)
+        if isinstance(head_config, MTPConfig):  # as large as a layer of the target's
+            self.config, self._tp = _config_of_chain(config), tp
+        dtype, sizes = getattr(torch, target_config.dtype), (config.max_model_len, config.max_num_seqs)
         with device:
             ops = choose_ops(device, config.compilation, config.deterministic)
             if isinstance(head_config, DFlashConfig):
                 self.model_config = head_config.layers
                 self.head = DFlashHead(head_config, target, config.max_model_len, dtype, ops)
+            elif isinstance(head_config, MTPConfig):
+                self.model_config = head_config.layer
+                self.head = MTPHead(head_config, target, *sizes, dtype, tp, ops)
             else:
                 self.model_config = head_config.layer
-                sizes = config.max_model_len, config.max_num_seqs
                 self.head = Eagle3Head(head_config, target.embed_tokens, *sizes, dtype, ops)
             specs = dict(self.head.weights())  # this makes the weights
         self.model = self.head
         if config.load_format == "dummy":
             fill_random(self.head, config.seed)
         else:
-            load_weights(self.head, self.head.weights_among(checkpoint.tensors(dtype, places(specs))))
+            load_weights(self.head, self.head.weights_among(_tensors(checkpoint, head_config, dtype, places(specs))))
         del specs
         self.head.requires_grad_(False).eval()
         for module in self.head.modules():
-            if isinstance(module, LinearBase):
+            if isinstance(module, LinearBase | Experts):
                 module.finish()
         self._spec = _cache_spec(config, self.model_config, self._tp)
 
@@ -194,6 +222,14 @@ class HeadDraft(DraftModel):
             return super().runner(target, backend, make)
         caches = self._spec.allocate(target.num_blocks, self._device, make)
         return DFlashRunner(self.head, self._head_config.mask_token_id, caches, target, backend)
+
+
+def _tensors(
+    checkpoint: Checkpoint, head: HeadConfig, dtype: torch.dtype, places: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(head, MTPConfig) and isinstance(checkpoint, SafetensorsCheckpoint):
+        return checkpoint.prediction_head()
+    return checkpoint.tensors(dtype, places)
 
 
 def _config_of_chain(config: ResolvedConfig) -> ResolvedConfig:

@@ -93,14 +93,22 @@ class SafetensorsCheckpoint:
         names = _read_tensor_names(path, files)
         if self._has_other_parts:
             warn_of_other_parts(names, path)
-        warn_of_prediction_heads(sum(is_of_prediction_head(name, self.config) for name in names), path)
+        self.num_of_prediction_head = sum(is_of_prediction_head(name, self.config) for name in names)
+        warn_of_prediction_heads(self.num_of_prediction_head, path)
 
     def tensors(self, dtype: torch.dtype, places: Places = NOWHERE) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._tensors(of_prediction_head=False)
+
+    def prediction_head(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `tensors`: those that it leaves out."""
+        return self._tensors(of_prediction_head=True)
+
+    def _tensors(self, of_prediction_head: bool) -> Iterator[tuple[str, torch.Tensor]]:
         for file in self._files:
             with safe_open(file, framework="pt") as tensors:
                 for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
                     name = text_name(stored_name) if self._has_other_parts else stored_name
-                    if name is not None and not is_of_prediction_head(name, self.config):
+                    if name is not None and is_of_prediction_head(name, self.config) == of_prediction_head:
                         yield name, tensors.get_tensor(stored_name)
 
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,6 +1,8 @@
-"""Multi-token prediction (MTP; DeepSeek-V3, 2024): heads of a checkpoint for further tokens, which are left out.
+"""Multi-token prediction (MTP; DeepSeek-V3, 2024): heads of a checkpoint for further tokens, which a model is
+loaded without.
 
 Owns which tensors are of such heads. Invariant: what is left out is said; the next token's logits do not depend on it.
+`models/mtp.py` drafts with them.
 """
 
 import warnings
@@ -24,6 +26,7 @@ def warn_of_prediction_heads(count: int, path: Path) -> None:
     """count: of the tensors that are left out; nothing is said of none."""
     if count:
         warnings.warn(
-            f"{path}: {count} tensors of multi-token prediction (MTP) are left out; tokens are predicted one by one",
+            f"{path}: {count} tensors of multi-token prediction (MTP) are left out; only the method 'mtp' of "
+            "speculative_config reads them",
             stacklevel=2,
         )
