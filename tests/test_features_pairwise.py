@@ -148,12 +148,17 @@ FEATURES = {
     "quantization": Feature(model={"quantization": "int8"}),
     "kv_cache_dtype": Feature(model={"kv_cache_dtype": "fp8"}),
     "gguf": Feature(model={"quantization": "gguf"}),
-    "states": Feature(model={"model": "states"}),
+    "states": Feature(model={"model": "Qwen3_5ForCausalLM"}),
+    "latents": Feature(model={"model": "DeepseekV2ForCausalLM"}),
     # With overlap and the prefix cache, so that fewer engines have to start: each of them starts two processes.
     "tensor parallel 2": Feature(engine={"tensor_parallel_size": 2, "overlap_depth": 2, "enable_prefix_caching": True}),
 }
-# Two values of one option; and what a GGUF file has packed cannot be given anew.
-NO_PAIRS = (("quantization", "gguf"), ("new weights", "gguf"))
+# Two values of one option, or two models; what a GGUF file has packed cannot be given anew; a cache of latents in codes
+# is refused by name; the adapter is for another model than that with latents (`tests/models/test_latent_families.py`).
+NO_PAIRS = (
+    *(("quantization", "gguf"), ("new weights", "gguf"), ("states", "latents"), ("kv_cache_dtype", "latents")),
+    *(("lora_request", "latents"), ("gguf", "latents")),
+)
 # Refused by name, where layers keep states; of GGUF files there are none with such layers.
 NOT_WITH_STATES = ("speculation", "kv_offload_gb", "prefix_store", "lora_request", "gguf")
 PAIRS = [
@@ -184,20 +189,20 @@ class Engines:
             for name in ("trace", "prefix_store"):
                 if name in options:
                     options[name] = self._folder / f"{len(self._engines)}.{options[name]}"
-            model = self._with_states() if options.pop("model", None) else self._folder
+            model = self._folder_of(options.pop("model", None))
             if options.get("quantization") == "gguf":
                 defaults["tokenizer"], model = str(self._folder), self._packed()
             self._engines[key] = self._stack.enter_context(LLM(str(model), **{**defaults, **options}))
         return self._engines[key]
 
-    def tensors(self, has_states: bool) -> dict[str, Any]:
-        return load_file((self._with_states() if has_states else self._folder) / "model.safetensors")
+    def tensors(self, architecture: str | None) -> dict[str, Any]:
+        return load_file(self._folder_of(architecture) / "model.safetensors")
 
-    def _with_states(self) -> Path:
-        """Another model, most of whose layers keep a state."""
-        folder = self._folder / "states"
+    def _folder_of(self, architecture: str | None) -> Path:
+        """Of another model, if one is named."""
+        folder = self._folder / (architecture or "")
         if not folder.exists():
-            save_random(folder, "Qwen3_5ForCausalLM", vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS)
+            save_random(folder, str(architecture), vocab_size=VOCAB_WITH_TOKENIZER, eos_token_id=EOS)
             save_tokenizer(folder)
         return folder
 
@@ -258,7 +263,7 @@ def check_pair(engines: Engines, names: tuple[str, ...]) -> None:
     llm = engines.get(**{key: value for name in names for key, value in FEATURES[name].engine.items()}, **model)
     llm.reset_prefix_cache()
     if any(FEATURES[name].is_updated for name in names):
-        tensors = engines.tensors("states" in names)
+        tensors = engines.tensors(model.get("model"))
         version = llm.update_weights({name: tensor * 1.5 for name, tensor in tensors.items()})
         llm.generate(prompts, plain[0], use_tqdm=False, lora_request=None if adapter is None else adapters)
         assert llm.update_weights(tensors) == version + 1

@@ -44,7 +44,7 @@ def run(args: Namespace) -> int:
     state_bytes = config.bytes_per_state * args.max_num_seqs
     needed = weight_bytes + adapter_bytes + kv_bytes + state_bytes
     print(f"{args.model}: {config.architecture}, {config.num_layers} layers, hidden size {config.hidden_size},")
-    print(f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}, {dtype}\n")
+    print(f"{_heads_note(config)}, {dtype}\n")
     _print_row("weights", weight_bytes, f"{num_parameters / 1e6:,.1f} million parameters")
     _print_row("loading", weight_bytes + largest_tensor(config), "at most, with one tensor beside its place")
     if adapter_bytes:
@@ -102,6 +102,12 @@ def kv_bytes_of(config: ModelConfig, length: int, kv_cache_dtype: str = "auto") 
     groups = group_layers(config.windows, length)
     num_tokens = groups.num_blocks(length, num_step_tokens=1, block_size=1)  # in all groups together
     return num_tokens * groups.num_places * config.kv_bytes_per_token(kv_cache_dtype) // config.num_attention_layers
+
+
+def _heads_note(config: ModelConfig) -> str:
+    if config.latent is not None:
+        return f"{config.num_heads} query heads over latents of {config.latent.rank} + {config.latent.rope_dim}"
+    return f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}"
 
 
 def _windows_note(config: ModelConfig, length: int) -> str:

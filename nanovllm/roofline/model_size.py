@@ -36,5 +36,12 @@ def model_size(config: ModelConfig, quantization: str | None, kv_cache_dtype: st
         kv_bytes_per_token=config.kv_bytes_per_token(kv_cache_dtype),
         num_layers=config.num_layers,
         num_heads=config.num_heads,
-        head_dim=config.head_dim,
+        head_dim=_head_dim(config),
     )
+
+
+def _head_dim(config: ModelConfig) -> float:
+    """Numbers of a key that a query meets, and of a value; their mean where they differ: of latents, as they would be
+    if each head's were made."""
+    latent = config.latent
+    return config.head_dim if latent is None else (latent.nope_dim + latent.rope_dim + latent.value_dim) / 2

@@ -30,7 +30,7 @@ class ModelSize:
     kv_bytes_per_token: int
     num_layers: int
     num_heads: int
-    head_dim: int
+    head_dim: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,8 @@ def count_bytes(work: Work, size: ModelSize) -> int:
 def count_flops(work: Work, size: ModelSize) -> int:
     """Multiplications and additions of the matrix products and of attention."""
     products = work.num_tokens_computed * size.num_weights + work.num_tokens_sampled * size.num_head_weights
-    return 2 * products + 4 * work.num_query_key_pairs * size.num_heads * size.head_dim * size.num_layers
+    heads = size.num_layers * size.num_heads
+    return round(2 * products + 4 * work.num_query_key_pairs * heads * size.head_dim)
 
 
 def report(work: Work, size: ModelSize, ceilings: Ceilings, seconds: float) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import pytest
 
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.models.registry import read_model_config
-from tests.models.parity import ONE, check_every_way_of_running, make_llm
+from tests.lora.random_adapters import make_tensors, merged, request
+from tests.models.parity import ONE, check_every_way_of_running, check_greedy_outputs, make_llm
 from tests.runner.fake_graphs import fake_graphs
-from tests.tiny_models import edit_json, random_prompts, save_random
+from tests.tiny_models import edit_json, load_hugging_face, random_prompts, save_random
 
 SIZES: dict[str, Any] = {
     **{"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20, "num_key_value_heads": 4},
@@ -112,6 +113,20 @@ def test_captured_steps_drafts_and_blocks_elsewhere_change_no_token(
     fake = fake_graphs(monkeypatch)
     assert tokens(lite, prompts, overlap_depth=2) == expected
     assert fake.num_decodes > 10 and fake.num_prompts > 0
+
+
+def test_adapters_of_what_is_multiplied_as_it_stands(lite: Path, prompts: list[list[int]]) -> None:
+    """They give what merged weights give; one for the matrix that is taken apart is refused by name."""
+    hugging_face = load_hugging_face(lite)
+    tensors = make_tensors(hugging_face, "q_proj|kv_a_proj_with_mqa|o_proj")
+    taken_apart = request("other", make_tensors(hugging_face, "kv_b_proj"))
+    with make_llm(lite, max_num_seqs=5, enable_lora=True) as llm:
+        adapter = request("adapter", tensors)
+        outputs = llm.generate(prompts, ONE, use_tqdm=False, lora_request=adapter)
+        with pytest.raises(ValueError, match="kv_b_proj, and the model has no layer of that name that takes one"):
+            llm.generate(prompts, ONE, use_tqdm=False, lora_request=taken_apart)
+    found = [output.outputs[0].token_ids for output in outputs]
+    check_greedy_outputs(merged(lite, tensors, scale=2.0), prompts, found)
 
 
 def test_what_is_refused(lite: Path, tmp_path: Path) -> None:

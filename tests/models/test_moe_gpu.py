@@ -25,6 +25,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ernie-moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": 24, "moe_k": 5, "head_dim": 64}),
+    # Latent attention: sizes that are no powers of two, more heads than a program takes, groups of experts.
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            **{
+                "kv_lora_rank": 96,
+                "q_lora_rank": None,
+                "qk_rope_head_dim": 16,
+                "qk_nope_head_dim": 24,
+                "v_head_dim": 40,
+            },
+            **{"n_routed_experts": 24, "num_experts_per_tok": 5, "topk_method": "group_limited_greedy", "n_group": 4},
+            **{"topk_group": 2, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+        },
+    ),
+    "glm-4.7-flash": (
+        "Glm4MoeLiteForCausalLM",
+        {
+            **{"kv_lora_rank": 64, "q_lora_rank": 48, "qk_rope_head_dim": 32, "qk_nope_head_dim": 48, "v_head_dim": 64},
+            **{"n_routed_experts": 24, "num_attention_heads": 20, "num_key_value_heads": 20, "hidden_size": 320},
+        },
+    ),
     "olmoe": ("OlmoeForCausalLM", {"num_experts": 10, "num_experts_per_tok": 3, "num_key_value_heads": 4}),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}
@@ -46,7 +68,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module", params=CASES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, config = CASES[request.param]
-    return save_random(tmp_path_factory.mktemp(request.param), architecture, **SIZES, **config)
+    return save_random(tmp_path_factory.mktemp(request.param), architecture, **{**SIZES, **config})
 
 
 @pytest.fixture(scope="module")
