@@ -11,20 +11,50 @@ captured as a CUDA graph.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.kernels.routing import sigmoid
 from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
 
 
+class Gate(NamedTuple):
+    """How the halves of an expert's first product become one.
+
+    "silu": silu(gate) * up. "clamped" (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), of a gate of `limit` at most
+    and an up from -limit to limit.
+    """
+
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = 0.0
+
+
+SILU = Gate()
+
+
+class Biases(NamedTuple):
+    """Of all experts, in the dtype of x: gate_up [num_experts, 2 * intermediate], down [num_experts, hidden]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
 def fused_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, block_size: int | None = None
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    biases: Biases | None = None,
+    gate: Gate = SILU,
+    block_size: int | None = None,
 ) -> Tensor:
-    """The weighted sum of each token's experts: weights * down(silu(gate x) * up x).
+    """The weighted sum of each token's experts: weights * down(silu(gate x) * up x), or what `gate` says.
 
     x [num_tokens, hidden], contiguous. gate_up [num_experts, 2 * intermediate, hidden], gate first; down [num_experts,
     hidden, intermediate]; both contiguous and of x's dtype. weights, expert_ids [num_tokens, top_k] from `route`.
@@ -35,8 +65,8 @@ def fused_experts(
     if use_triton(x):
         from nanovllm.kernels.triton.moe import fused_experts_triton
 
-        return fused_experts_triton(x, gate_up, down, weights, expert_ids, block_size)
-    return fused_experts_reference(x, gate_up, down, weights, expert_ids)
+        return fused_experts_triton(x, gate_up, down, weights, expert_ids, biases, gate, block_size)
+    return fused_experts_reference(x, gate_up, down, weights, expert_ids, biases, gate)
 
 
 def fused_experts_reference(
@@ -45,20 +75,32 @@ def fused_experts_reference(
     down: Any,
     weights: Tensor,
     expert_ids: Tensor,
-    linear: Callable[[Tensor, Any], Tensor] = F.linear,
-    gate: Callable[[Tensor], Tensor] = silu_and_mul_reference,
+    biases: Biases | None = None,
+    gate: Gate = SILU,
+    linear: Callable[..., Tensor] = F.linear,
+    silu_and_mul: Callable[[Tensor], Tensor] = silu_and_mul_reference,
 ) -> Tensor:
-    """One expert after another, only those that are in use. linear, gate: the operations, in another form, for what
-    gate_up and down have for each expert."""
+    """One expert after another, only those that are in use. linear, silu_and_mul: the operations, in another form, for
+    what gate_up and down have for each expert."""
     chosen = torch.empty((*expert_ids.shape, x.shape[1]), dtype=x.dtype, device=x.device)
     for expert in expert_ids.unique().tolist():
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)
-        hidden = linear(gate(linear(x[token], gate_up[expert])), down[expert])
+        gate_up_bias, down_bias = (None, None) if biases is None else (biases.gate_up[expert], biases.down[expert])
+        both = linear(x[token], gate_up[expert], gate_up_bias)
+        gated = silu_and_mul(both) if gate.activation == "silu" else clamped_and_mul(both, gate)
+        hidden = linear(gated, down[expert], down_bias)
         chosen[token, choice] = (hidden.float() * weights[token, choice, None]).to(x.dtype)
     total = torch.zeros_like(x, dtype=torch.float32)
     for rows in chosen.unbind(1):
         total += rows
     return total.to(x.dtype)
+
+
+def clamped_and_mul(gate_up: Tensor, rule: Gate) -> Tensor:
+    """Computes in float32 and rounds once; each number has the bits that it has alone (`routing.sigmoid`)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=rule.limit), up.clamp(-rule.limit, rule.limit)
+    return (gate * sigmoid(gate * rule.alpha) * (up + 1)).to(gate_up.dtype)
 
 
 def num_blocks(num_rows: int, num_experts: int, block_size: int) -> int:

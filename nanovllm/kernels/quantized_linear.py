@@ -5,10 +5,12 @@ bits * scale + low, up to rounding to the dtype of x.
 
     codes    int4   [outputs, inputs / 2] uint8: inputs i and i + 16 of 32 in a byte, the latter in its upper half, 8
                     added to each
+             e2m1   likewise, without an addition: sign, two bits of exponent, one of mantissa
              int8   [outputs, inputs] int8
              fp8    [outputs, inputs] float8_e4m3fn
     bits            the codes as they lie there, of int4 without taking 8 off
-    scale, zero, low    [outputs, groups]: of `group_size` consecutive inputs, the last group what is left
+    scale, zero, low    [outputs, groups]: of `group_size` consecutive inputs, the last group what is left; beside
+                        e2m1, of MXFP4 (Rouhani et al., 2023), scales are e8m0 in uint8, powers of 2, and no others are
 """
 
 from functools import cache
@@ -22,19 +24,26 @@ from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the bits below the sign
 FP8_MAX = 448.0  # of float8_e4m3fn: beyond it, some versions of torch give NaN
 MAX_CPU_ROWS = 8  # that a CPU multiplies by codes; more pay for a dense copy of the matrix
 
 
 class QuantizedWeight(NamedTuple):
-    """scale: float32 or float16. zero: int8, None where all are 0. low, as scale: what a code of no bits stands for, in
-    forms that say it so; then there are no zeros."""
+    """scale: float32, float16, or uint8 for 2^(it - 127), of codes that are e2m1. zero: int8, None where all are 0.
+
+    low, as scale: what a code of no bits stands for, in forms that say it so; then there are no zeros.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     group_size: int
     low: Tensor | None = None
+
+    @property
+    def is_e2m1(self) -> bool:
+        return self.scale.dtype == torch.uint8
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -52,13 +61,16 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def dequantize_reference(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     values = (unpack_int4(weight.codes) if weight.codes.dtype == torch.uint8 else weight.codes).float()
-    offset = weight.zero
+    offset, scale = weight.zero, weight.scale.float()
+    if weight.is_e2m1:
+        numbers = torch.tensor([*E2M1, *(-number for number in E2M1)], device=values.device)
+        values, scale = numbers[(values + 8).long()], torch.exp2(scale - 127)
     if weight.low is not None:
         offset = -8 * torch.ones_like(weight.scale) if weight.codes.dtype == torch.uint8 else None
     size, num_inputs = weight.group_size, values.shape[1]
     if offset is not None:
         values = values - _by_input(offset.float(), size, num_inputs)
-    values = values * _by_input(weight.scale.float(), size, num_inputs)
+    values = values * _by_input(scale, size, num_inputs)
     if weight.low is not None:
         values = values + _by_input(weight.low.float(), size, num_inputs)
     return values.to(dtype)

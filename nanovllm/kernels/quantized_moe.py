@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.kernels.moe import fused_experts, fused_experts_reference
+from nanovllm.kernels.moe import SILU, Biases, Gate, fused_experts, fused_experts_reference
 from nanovllm.kernels.quantized_linear import QuantizedWeight, dequantize, quantized_linear
 
 Rounded = Callable[[Tensor], Tensor]
@@ -37,7 +37,14 @@ class Stack:
 
 
 def quantized_experts(
-    x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, expert_ids: Tensor, rounded: Rounded | None = None
+    x: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    weights: Tensor,
+    expert_ids: Tensor,
+    rounded: Rounded | None = None,
+    biases: Biases | None = None,
+    gate: Gate = SILU,
 ) -> Tensor:
     """See `moe.fused_experts`. rounded: what a format does with the inputs of each product first.
 
@@ -47,11 +54,12 @@ def quantized_experts(
         from nanovllm.kernels.triton.quantized_moe import quantized_experts_triton, takes
 
         if takes(x, gate_up, down, expert_ids):
-            return quantized_experts_triton(x, gate_up, down, weights, expert_ids, rounded)
+            return quantized_experts_triton(x, gate_up, down, weights, expert_ids, rounded, biases, gate)
         if rounded is None:
-            return fused_experts(x, gate_up.dense(x.dtype), down.dense(x.dtype), weights, expert_ids)
+            dense = gate_up.dense(x.dtype), down.dense(x.dtype)
+            return fused_experts(x, *dense, weights, expert_ids, biases, gate)
 
-    def linear(rows: Tensor, weight: QuantizedWeight) -> Tensor:
-        return quantized_linear(rows if rounded is None else rounded(rows), weight)
+    def linear(rows: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        return quantized_linear(rows if rounded is None else rounded(rows), weight, bias)
 
-    return fused_experts_reference(x, gate_up, down, weights, expert_ids, linear)
+    return fused_experts_reference(x, gate_up, down, weights, expert_ids, biases, gate, linear)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.moe import SILU, Biases, Gate
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
@@ -47,7 +48,11 @@ class ExpertNames(NamedTuple):
 
 
 class ExpertsSpec(NamedTuple):
-    """The experts of a layer, of which each rank holds a part. fused_experts: the operation (`kernels/moe.py`)."""
+    """The experts of a layer, of which each rank holds a part. fused_experts: the operation (`kernels/moe.py`).
+
+    is_interleaved: checkpoints hold all experts in one tensor, a gate's row before that of its up, and have biases
+    (`layers/interleaved_experts.py`).
+    """
 
     num_experts: int
     hidden_size: int
@@ -55,6 +60,8 @@ class ExpertsSpec(NamedTuple):
     dtype: torch.dtype
     tp: TensorParallel
     fused_experts: Callable[..., Tensor]
+    gate: Gate = SILU
+    is_interleaved: bool = False
 
 
 class DenseExperts(nn.Module):
@@ -64,19 +71,23 @@ class DenseExperts(nn.Module):
         super().__init__()
         self.held = spec.tp.part(spec.intermediate_size, "intermediate size of an expert")
         self.intermediate_size = spec.intermediate_size
-        self.fused_experts = spec.fused_experts
+        self.fused_experts, self.gate = spec.fused_experts, spec.gate
         part = len(self.held)
         shapes = (spec.num_experts, 2 * part, spec.hidden_size), (spec.num_experts, spec.hidden_size, part)
         self.gate_up, self.down = (
             nn.Parameter(torch.empty(shape, dtype=spec.dtype), requires_grad=False) for shape in shapes
         )
 
+    @property
+    def biases(self) -> Biases | None:
+        return None
+
     def finish(self) -> None:
         """Called when the weights are in place."""
 
     def mix(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """See `kernels.moe.fused_experts`."""
-        return self.fused_experts(x, self.gate_up, self.down, weights, expert_ids)
+        return self.fused_experts(x, self.gate_up, self.down, weights, expert_ids, self.biases, self.gate)
 
     def weights(self, layer: str, names: ExpertNames) -> WeightSpecs:
         """One tensor per expert and projection, or all experts in one. layer: what stands before their names."""
@@ -117,10 +128,19 @@ class DenseExperts(nn.Module):
             yield f"{layer}{stacked.down}", WeightSpec(shapes[1], fill_down, instead_of=tuple(down_names))
 
 
+def dense_experts(spec: ExpertsSpec) -> DenseExperts:
+    if spec.is_interleaved:
+        from nanovllm.layers.interleaved_experts import InterleavedExperts
+
+        return InterleavedExperts(spec)
+    return DenseExperts(spec)
+
+
 class Experts(nn.Module):
     """Each token goes through some of `num_experts` gated feed-forward layers, weighted by the router.
 
-    shared: what every token goes through beside them.
+    shared: what every token goes through beside them. gate, is_interleaved: as in ExpertsSpec; the router of
+    interleaved experts has a bias, too.
     """
 
     def __init__(
@@ -134,6 +154,8 @@ class Experts(nn.Module):
         tp: TensorParallel,
         ops: Ops,
         shared: SharedExpert | None = None,
+        gate: Gate = SILU,
+        is_interleaved: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -142,12 +164,14 @@ class Experts(nn.Module):
         self.tp = tp
         # A bias is trained in float32, to decide between scores that are near to each other.
         self.router_dtype = torch.float32 if routing.has_bias else dtype
-        self.router = Linear(hidden_size, num_experts, bias=False, dtype=self.router_dtype, ops=ops)
+        self.router = Linear(hidden_size, num_experts, bias=is_interleaved, dtype=self.router_dtype, ops=ops)
         self.bias: nn.Parameter | None = None
         if routing.has_bias:
             self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
-        self.spec = ExpertsSpec(num_experts, hidden_size, intermediate_size, dtype, tp, ops.fused_experts)
-        self.make_method = ops.experts_method or (lambda spec, layer, names: DenseExperts(spec))
+        self.spec = ExpertsSpec(
+            num_experts, hidden_size, intermediate_size, dtype, tp, ops.fused_experts, gate, is_interleaved
+        )
+        self.make_method = ops.experts_method or (lambda spec, layer, names: dense_experts(spec))
         self.method: Any = None  # made when its weights' names are known
         self.shared = shared
 

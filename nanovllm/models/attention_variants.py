@@ -1,15 +1,19 @@
-"""Attention blocks that treat queries and keys otherwise than `llama.SelfAttention`, before they meet.
+"""Attention blocks with a little more than `llama.SelfAttention`: another order of norm and rotation, or sinks.
 
-Owns what happens to them between the projection and the cache. Invariant: called and loaded as SelfAttention; attention
-itself, with its cache and its kernels, is the same.
+Owns what happens to queries and keys between the projection and the cache, and the sinks. Invariant: called and loaded
+as SelfAttention; attention itself, with its cache and its kernels, is the same.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
+from nanovllm.config import ModelConfig
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.rope import apply_rope_reference
 from nanovllm.layers.norm import NoNorm, RMSNorm
+from nanovllm.layers.ops import Ops
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 from nanovllm.models.llama import SelfAttention
 
 
@@ -26,3 +30,18 @@ class NormAfterRotation(SelfAttention):
             q, k = (self.attention.ops.by_row(apply_rope_reference, heads, cos_sin) for heads in (q, k))
         qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=1).flatten(1)
         return self.o_proj(self.attention(qkv, None, ctx, None, None)), residual
+
+
+class SinkAttention(SelfAttention):
+    """Each head may look at nothing (`kernels/paged_attention.py`)."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
+        super().__init__(config, layer_idx, dtype, tp, ops)
+        self.num_heads, self.heads = config.num_heads, tp.part(config.num_heads, "num_attention_heads")
+        self.sinks = nn.Parameter(torch.empty(len(self.heads), dtype=torch.float32), requires_grad=False)
+        self.attention.sinks = self.sinks
+
+    def weights(self, name: str) -> WeightSpecs:
+        yield from super().weights(name)
+        held = slice(self.heads.start, self.heads.stop)
+        yield f"{name}.sinks", WeightSpec((self.num_heads,), lambda tensor: self.sinks.copy_(tensor[held]))

@@ -13,6 +13,7 @@ from torch import nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.moe import Gate
 from nanovllm.kernels.routing import Routing
 from nanovllm.layers.experts import ExpertNames, Experts, StackedNames
 from nanovllm.layers.ops import Ops
@@ -200,6 +201,15 @@ def lfm2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Tensor
     return _experts(config, size, "num_experts", routing, _LFM2_NAMES, dtype, tp, ops)
 
 
+def gpt_oss_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    """Biases everywhere, and a gate that is clamped."""
+    fields = config.extra
+    routing = Routing(integer(fields, "num_experts_per_tok"))
+    gate = Gate("clamped", number(fields, "swiglu_alpha"), number(fields, "swiglu_limit"))
+    size, names = config.intermediate_size, ExpertNames(router="router", stacked=())
+    return _experts(config, size, "num_local_experts", routing, names, dtype, tp, ops, gate=gate, is_interleaved=True)
+
+
 def _is_sparse_in_qwen(config: ModelConfig, layer_idx: int) -> bool:
     fields = config.extra
     if fields["use_sliding_window"] and fields["max_window_layers"] and fields.get("layer_types") is None:
@@ -246,10 +256,11 @@ def _experts(
     tp: TensorParallel,
     ops: Ops,
     shared: SharedExpert | None = None,
+    **more: Any,
 ) -> Experts:
     num_experts = integer(config.extra, count_name, high=MAX_EXPERTS)
     if routing.top_k > num_experts:
         raise ValueError(f"config.json: num_experts_per_tok={routing.top_k} is more than {count_name}={num_experts}")
     if config.activation != "silu":
         raise ValueError(f"{config.architecture} with another hidden_act than 'silu' is not supported")
-    return Experts(config.hidden_size, intermediate_size, num_experts, routing, names, dtype, tp, ops, shared)
+    return Experts(config.hidden_size, intermediate_size, num_experts, routing, names, dtype, tp, ops, shared, **more)

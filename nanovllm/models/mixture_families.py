@@ -5,10 +5,11 @@ Owns their part of the table (`registry.py`). Does not own what the fields mean:
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import GRANITE_MULTIPLIERS, HUNYUAN_ATTENTION, HUNYUAN_UNREAD
-from nanovllm.models.hf_fields import flag
+from nanovllm.models.hf_fields import flag, integer
 
 _PROOF = "tests/models/test_moe_parity.py"
 _GRANITE = {**GRANITE_MULTIPLIERS, "attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -17,7 +18,24 @@ _DEEPSEEK = {
     **{"moe_intermediate_size": 1408, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 }
 
+_GPT_OSS_ROPE = {
+    **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "original_max_position_embeddings": 4096,
+}
 _PREDICTION_HEADS = {"num_nextn_predict_layers": 0}  # layers that loading leaves out
+
+
+def _gpt_oss(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """A window in every other layer, the first among them, and YaRN, where config.json does not say otherwise."""
+    layers = range(integer(hf, "num_hidden_layers"))
+    types = [("sliding_attention", "full_attention")[layer % 2] for layer in layers]
+    found: dict[str, Any] = {"layer_types": hf["layer_types"] or types}
+    if hf["num_experts"] is not None:
+        found["num_local_experts"] = hf["num_experts"]
+    if hf.get("rope_parameters") is None and hf.get("rope_scaling") is None:
+        found["rope_scaling"] = _GPT_OSS_ROPE
+    return found
+
 
 MIXTURE_FAMILIES: Mapping[str, Architecture] = {
     "Qwen3MoeForCausalLM": Architecture(
@@ -111,6 +129,19 @@ MIXTURE_FAMILIES: Mapping[str, Architecture] = {
         },
         switches={"is_neox_style": False},
         mlp="nanovllm.models.mixture:ernie_moe",
+    ),
+    "GptOssForCausalLM": Architecture(
+        serves="gpt-oss: sinks, windows in every other layer, biases of experts, MXFP4",
+        proof="tests/models/test_gpt_oss.py",
+        fields={
+            **{"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+            **{"num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 4, "experts_per_token": None},
+            **{"sliding_window": 128, "layer_types": None, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+            **{"max_position_embeddings": 131072, "rope_theta": 150000.0, "initial_context_length": None},
+        },
+        translate=_gpt_oss,
+        attention="nanovllm.models.attention_variants:SinkAttention",
+        mlp="nanovllm.models.mixture:gpt_oss_moe",
     ),
     "HunYuanMoEV1ForCausalLM": Architecture(
         serves="Hunyuan A13B: a shared expert",

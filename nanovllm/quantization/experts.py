@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from nanovllm.kernels.quantized_linear import round_rows
 from nanovllm.kernels.quantized_moe import Stack, quantized_experts
-from nanovllm.layers.experts import DenseExperts, ExpertNames, ExpertsSpec
+from nanovllm.layers.experts import ExpertNames, ExpertsSpec, dense_experts
+from nanovllm.layers.interleaved_experts import ExpertBiases
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.quantization.mxfp4 import Mxfp4Linear
 from nanovllm.quantization.quantized_linear import QuantizedLinear
 from nanovllm.quantization.scheme import MakeLinear, Scheme
 
@@ -26,10 +28,14 @@ def experts_by(scheme: Scheme, spec: ExpertsSpec, layer: str, names: ExpertNames
     down = [f"{expert}.{names.down}" for expert in of_expert]
     makes = {scheme.method_of(name) for name in (*gate_up, *down)}
     if makes == {None}:
-        return DenseExperts(spec)
+        return dense_experts(spec)
     make = makes.pop()
     if makes or make is None:
         raise NotImplementedError(f"{layer}{names.block}.experts: experts in different forms are not supported")
+    if spec.is_interleaved and make is not Mxfp4Linear:
+        raise NotImplementedError(
+            f"{layer}{names.block}.experts: with biases, experts are held as they are, or in MXFP4"
+        )
     return QuantizedExperts(spec, make, gate_up, down)
 
 
@@ -55,13 +61,22 @@ class QuantizedExperts(nn.Module):
         self._rounded = None
         if rounding is not None:
             self._rounded = partial(round_rows, kind=rounding.kind, group_size=rounding.group_size)
+        self.gate, self.of_biases = spec.gate, ExpertBiases(spec) if spec.is_interleaved else None
 
     def mix(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """See `kernels.moe.fused_experts`."""
         gate_up, down = (Stack(stack.weight, self.num_experts) for stack in (self.gate_up, self.down))
-        return quantized_experts(x, gate_up, down, weights, expert_ids, self._rounded)
+        biases = None if self.of_biases is None else self.of_biases.both
+        return quantized_experts(x, gate_up, down, weights, expert_ids, self._rounded, biases, self.gate)
 
     def weights(self, layer: str, names: ExpertNames) -> WeightSpecs:
+        if self.of_biases is not None:
+            block = f"{layer}{names.block}.experts"
+            for projection, stack in (("gate_up_proj", self.gate_up), ("down_proj", self.down)):
+                assert isinstance(stack, Mxfp4Linear)
+                yield from stack.stacked(f"{block}.{projection}", self.num_experts)
+            yield from self.of_biases.weights(block)
+            return
         for stack in (self.gate_up, self.down):
             for part, name in enumerate(stack.spec.names):
                 for tensor, spec in stack.weights(part):

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.quantized_linear import E2M1
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.quantized_linear import QuantizedLinear
 
 _GROUP = 16
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Nvfp4Linear(QuantizedLinear):
 
     def _fill_pairs(self, part: int, pairs: Tensor) -> None:
         """pairs: two inputs in a byte, the first in its lower half."""
-        values = torch.tensor((*_E2M1, *(-value for value in _E2M1)), device=pairs.device)
+        values = torch.tensor((*E2M1, *(-value for value in E2M1)), device=pairs.device)
         codes = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
         self.fill_codes(part, values.to(torch.float8_e4m3fn).view(torch.uint8)[codes.long()].view(torch.float8_e4m3fn))
 

@@ -23,7 +23,7 @@ from nanovllm.kernels.quantized_linear import (
 from nanovllm.layers.linear_method import LinearMethod, LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec
 
-_CODES = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_CODES = {"int4": torch.uint8, "e2m1": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class Rounding(NamedTuple):
@@ -38,7 +38,7 @@ class Rounding(NamedTuple):
 
 
 class QuantizedLinear(LinearMethod):
-    """kind: of the codes, "int4", "int8" or "fp8". group_size: None for one scale for all inputs of an output.
+    """kind: of the codes, "int4", "e2m1", "int8" or "fp8". group_size: None for one scale for all inputs of an output.
 
     has_order: groups may be of inputs that are not neighbours (`fill_groups`). has_low: what code 0 stands for is told
     (`fill_low`), in scale_dtype.
@@ -59,6 +59,7 @@ class QuantizedLinear(LinearMethod):
     ) -> None:
         super().__init__(spec)
         self.kind, self.rounding = kind, rounding
+        self.per_byte = 2 if _CODES[kind] == torch.uint8 else 1
         self.is_grouped = group_size is not None
         self.group_size = group_size or spec.in_features
         self.num_groups = -(-spec.in_features // self.group_size)  # of the whole matrices
@@ -68,7 +69,7 @@ class QuantizedLinear(LinearMethod):
         def room(columns: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(spec.num_outputs, columns, dtype=dtype), requires_grad=False)
 
-        self.codes = room(inputs // 2 if kind == "int4" else inputs, _CODES[kind])
+        self.codes = room(inputs // self.per_byte, _CODES[kind])
         self.scale = room(len(self.groups), scale_dtype)
         self.low = room(len(self.groups), scale_dtype) if has_low else None
         self.zero = room(len(self.groups), torch.int8) if has_zeros else None
@@ -81,8 +82,10 @@ class QuantizedLinear(LinearMethod):
 
     def _check_sizes(self, inputs: int, has_order: bool) -> None:
         spec = self.spec
-        if self.kind == "int4" and (inputs % 32 or spec.inputs.start % 32):
-            raise ValueError(f"{self._names}: {inputs} inputs (on each rank) are no multiple of 32, which 'int4' needs")
+        if self.per_byte == 2 and (inputs % 32 or spec.inputs.start % 32):
+            raise ValueError(
+                f"{self._names}: {inputs} inputs (on each rank) are no multiple of 32, which {self.kind!r} needs"
+            )
         if inputs == spec.in_features:
             return
         if has_order:
@@ -124,9 +127,9 @@ class QuantizedLinear(LinearMethod):
         return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, outputs=outputs)
 
     def fill_codes(self, part: int, codes: Tensor) -> None:
-        """codes: of the whole matrix, in the form that is kept; of "int4", two inputs in a byte."""
-        inputs, per_byte = self.spec.inputs, 2 if self.kind == "int4" else 1
-        self._fill(self.codes, part, codes, range(inputs.start // per_byte, inputs.stop // per_byte))
+        """codes: of the whole matrix, in the form that is kept; of "int4" and "e2m1", two inputs in a byte."""
+        inputs = self.spec.inputs
+        self._fill(self.codes, part, codes, range(inputs.start // self.per_byte, inputs.stop // self.per_byte))
 
     def fill_scale(self, part: int, scale: Tensor) -> None:
         """scale [outputs or 1, groups or 1] of the whole matrix."""

@@ -22,7 +22,7 @@ class Scheme(Protocol):
 
 def read_scheme(fields: Mapping[str, Any]) -> Scheme:
     """fields: `quantization_config` of a config.json. Raises NotImplementedError for what is not known."""
-    from nanovllm.quantization import awq, compressed_tensors, fp8, gguf, gptq, modelopt
+    from nanovllm.quantization import awq, compressed_tensors, fp8, gguf, gptq, modelopt, mxfp4
 
     readers: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
         "awq": awq.AwqScheme,
@@ -32,6 +32,7 @@ def read_scheme(fields: Mapping[str, Any]) -> Scheme:
         "gptq": gptq.GptqScheme,
         "modelopt": modelopt.ModelOptScheme,
         "modelopt_fp4": modelopt.ModelOptScheme,
+        "mxfp4": mxfp4.Mxfp4Scheme,
     }
     method = fields.get("quant_method")
     if method not in readers:

@@ -26,6 +26,7 @@ from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCa
 from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.lora import AdapterRows
+from nanovllm.kernels.moe import Biases, Gate
 from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.kernels.quantized_moe import Stack
 from nanovllm.runner.cascade_items import cut
@@ -247,12 +248,12 @@ def round_inputs(kind: str, group_size: int | None, scale: Tensor | None) -> Non
         twin.quantize_rows_triton(bf16(5, 1000), kind)
 
 
-def mix_experts(num_tokens: int, num_experts: int, inputs: int) -> None:
+def mix_experts(num_tokens: int, num_experts: int, inputs: int, more: tuple[Any, ...] = ()) -> None:
     twin = MODULES["moe"]
     expert_ids = random_ids(num_tokens, 2, num_experts)
     twin.align_triton(expert_ids, num_experts, 16)
     gate_up, down = bf16(num_experts, 2 * inputs, inputs), bf16(num_experts, inputs, inputs)
-    twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids)
+    twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids, *more)
 
 
 def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, **options: Any) -> None:
@@ -277,13 +278,18 @@ def mix_quantized_experts(
         return
 
     def stack(rows: int, inputs: int) -> Stack:
-        codes_dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
-        codes = torch.zeros(8 * rows, inputs // 2 if kind == "int4" else inputs, dtype=codes_dtype)
+        codes_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(kind, torch.uint8)
+        codes = torch.zeros(8 * rows, inputs // 2 if codes_dtype == torch.uint8 else inputs, dtype=codes_dtype)
+        if kind == "e2m1":
+            return Stack(QuantizedWeight(codes, torch.zeros(8 * rows, inputs // 32, dtype=torch.uint8), None, 32), 8)
         zero = torch.zeros(8 * rows, groups, dtype=torch.int8) if has_zeros else None
         return Stack(QuantizedWeight(codes, torch.rand(8 * rows, groups), zero, inputs // groups), 8)
 
-    x, ids = torch.randn(num_tokens, 256).to(dtype), random_ids(num_tokens, 2, 8)
-    twin.quantized_experts_triton(x, stack(1024, 256), stack(256, 512), torch.rand(num_tokens, 2), ids, None)
+    x, ids, more = torch.randn(num_tokens, 256).to(dtype), random_ids(num_tokens, 2, 8), ()
+    if kind == "e2m1":
+        more = Biases(*(torch.zeros(8, size, dtype=dtype) for size in (1024, 256))), Gate("clamped", 1.7, 7.0)
+        MODULES["linear.quantized_linear"].dequantize_triton(stack(1024, 256).weight, dtype)
+    twin.quantized_experts_triton(x, stack(1024, 256), stack(256, 512), torch.rand(num_tokens, 2), ids, None, *more)
 
 
 def route_tokens(name: str) -> None:
@@ -510,6 +516,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe in int4, a token": lambda: mix_quantized_experts(1, "int4", 2, True),
     "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),
     "moe in int4, float16": lambda: mix_quantized_experts(5, "int4", 1, False, torch.float16),
+    "moe in e2m1": lambda: mix_quantized_experts(5, "e2m1", 8, False),
+    "moe in e2m1, float16": lambda: mix_quantized_experts(1, "e2m1", 8, False, torch.float16),
+    "moe, biases, clamped gate": lambda: mix_experts(
+        5, 8, 256, (Biases(bf16(8, 512), bf16(8, 256)), Gate("clamped", 1.7, 7.0))
+    ),
     "moe in int8": lambda: mix_quantized_experts(5, "int8", 1, True),
     "moe in fp8": lambda: mix_quantized_experts(5, "fp8", 2, False),
     "sample": lambda: sample(is_deterministic=False),

@@ -248,7 +248,7 @@ class CpuKernels(StateKernels):
             codes.dtype in (torch.uint8, torch.int8)
             and codes.is_contiguous()
             and num_inputs % (num_groups * (32 if is_int4 else 16)) == 0
-            and scale.dtype in (torch.float32, torch.float16)
+            and scale.dtype in (torch.float32, torch.float16, *[torch.uint8] * is_int4)
             and scale.is_contiguous()
             and (zero is None or _is_packed(zero, scale.numel(), torch.int8))
             and (low is None or _is_packed(low, scale.numel(), scale.dtype))
@@ -259,7 +259,7 @@ class CpuKernels(StateKernels):
         x = None if x is None else x.contiguous()
         out = torch.empty((num_outputs, num_inputs) if x is None else (num_rows, num_outputs), dtype=dtype)
         pointers = [None if t is None else t.data_ptr() for t in (codes, scale, low, zero, x, bias, out)]
-        run(*pointers, num_rows, num_outputs, num_inputs, num_groups, 4 if is_int4 else 8, scale.dtype == torch.float16)
+        run(*pointers, num_rows, num_outputs, num_inputs, num_groups, 4 if is_int4 else 8, scale.element_size())
         return out
 
 

@@ -8,6 +8,7 @@
 // Vectors   Float32 everywhere; bfloat16 inputs in pairs, where the CPU multiplies those (AVX-512 BF16).
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -20,6 +21,10 @@ constexpr int AHEAD = 4096;   // bytes of codes that are asked for early
 struct fp16 {
   uint16_t bits;
 };
+struct e8m0 {  // 2^(bits - 127); the codes beside such scales are e2m1
+  uint8_t bits;
+};
+template <class S> constexpr bool IS_E2M1 = std::is_same<S, e8m0>::value;
 
 inline void put(float* to, float x) { *to = x; }
 inline void put(bf16* to, float x) {  // to nearest, ties to even
@@ -45,11 +50,30 @@ inline void numbers(const fp16* from, float* to, int64_t n) {
     std::memcpy(to + i, &bits, 4);
   }
 }
+inline void numbers(const e8m0* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = from_bits((uint32_t)from[i].bits << 23);
+}
+
+// Four bits each as what they stand for: integers, or e2m1 (sign, two of exponent, one of mantissa).
+template <bool E2M1> inline f32 values_of(i32 codes) {
+  if (!E2M1) return __builtin_convertvector(codes, f32);
+#if defined(__AVX512F__)
+  const __m512 table = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+  return (f32)_mm512_permutexvar_ps((__m512i)codes, table);
+#elif defined(__AVX2__)
+  const __m256 table = {0, .5f, 1, 1.5f, 2, 3, 4, 6};
+  return (f32)((u32)_mm256_permutevar8x32_ps(table, (__m256i)codes) | (u32)(codes & 8) << 28);
+#else
+  const i32 size = codes & 7, over4 = size - 4, over6 = size - 6;
+  const i32 twice = size + (over4 & (over4 > 0)) + 2 * (over6 & (over6 > 0));
+  return (f32)((u32)(__builtin_convertvector(twice, f32) * 0.5f) | (u32)(codes & 8) << 28);
+#endif
+}
 
 // --- what stands beside the codes ----------------------------------------------------------
 
 template <class S> struct Weight {
-  const uint8_t* codes;  // "int4": inputs i and i + 16 of 32 in a byte; "int8": as they are
+  const uint8_t* codes;  // "int4", "e2m1": inputs i and i + 16 of 32 in a byte; "int8": as they are
   const S* scale;        // [outputs, groups]
   const S* low;          // what code 0 stands for, or null
   const int8_t* zero;    // what is taken off a code, or null
@@ -62,7 +86,7 @@ inline void read_groups(const Weight<S>& w, int64_t output, int64_t first, int64
                         float* low) {
   const int64_t place = output * w.groups + first;
   numbers(w.scale + place, scale, n);
-  std::fill(zero, zero + n, BITS == 4 && !w.low ? 8 : 0);
+  std::fill(zero, zero + n, BITS == 4 && !w.low && !IS_E2M1<S> ? 8 : 0);
   if (w.low)
     numbers(w.low + place, low, n);
   else
@@ -108,8 +132,8 @@ template <class T> inline void load_or_zeros(const uint8_t* p, int64_t bytes, T&
 // Of 32 inputs of "int4", the place of input i among halves of bytes: byte i % 16, the lower half first.
 inline int64_t nibble(int64_t i) { return i % 16 * 2 + i % 32 / 16; }
 
-// "int4", float32: a lane has eight inputs, four bytes.
-struct Fours {
+// "int4" or "e2m1", float32: a lane has eight inputs, four bytes.
+template <bool E2M1> struct Fours {
   typedef float element;
   static constexpr int BITS = 4, LANE = 8, STEP = 8 * W;
   static constexpr float OFFSET = 0;
@@ -126,7 +150,7 @@ struct Fours {
       u32 bits;
       load_or_zeros(codes[n] + i / 2, left / 2, bits);
       for (int j = 0; j < 8; j++) {
-        const f32 values = __builtin_convertvector((i32)(bits >> (4 * j) & 15), f32);
+        const f32 values = values_of<E2M1>((i32)(bits >> (4 * j) & 15));
         for (int r = 0; r < R; r++) sums[n][r] += values * load(x[r] + i + j * W);
       }
     }
@@ -153,12 +177,19 @@ template <int SIZE> struct Eights {
 };
 
 #ifdef __AVX512BF16__
+inline __m512bh e2m1_pairs(u32 codes) {
+  const u32 sizes = {0x3f000000, 0x3fc03f80, 0x40404000, 0x40c04080}, signs = sizes | 0x80008000;
+  const u32 table = {sizes[0], sizes[1], sizes[2], sizes[3], signs[0], signs[1], signs[2], signs[3]};
+  return (__m512bh)_mm512_permutexvar_epi16((__m512i)codes, (__m512i)table);
+}
+
 // Pairs of bfloat16. Four bits below an exponent are one: 128 and they, or 2048 and 16 times they. A lane has four bytes,
-// so in turn four pairs of halves of bytes: eight inputs of "int4", or four of "int8", each in two parts.
-template <int BITS_> struct Pairs {
+// so in turn four pairs of halves of bytes: eight inputs of "int4", or four of "int8", each in two parts. "e2m1" is looked
+// up.
+template <int BITS_, bool E2M1> struct Pairs {
   typedef bf16 element;
   static constexpr int BITS = BITS_, LANE = 32 / BITS, STEP = LANE * W;
-  static constexpr float OFFSET = BITS == 4 ? 128 : 128 + 2048 + 128;  // the last: codes of 8 bits without their sign
+  static constexpr float OFFSET = E2M1 ? 0 : BITS == 4 ? 128 : 128 + 2048 + 128;  // the last: codes of 8 bits without their sign
 
   template <class X> static void prepare(const X* x, bf16* to, int64_t inputs) {
     for (int64_t i = 0; i < inputs; i++) {
@@ -174,7 +205,8 @@ template <int BITS_> struct Pairs {
       const u32 bits = (u32)_mm512_maskz_loadu_epi32(mask, codes[n] + i * BITS / 8);
       for (int j = 0; j < 4; j++) {
         const u32 exponents = u32{} + (BITS == 4 || j % 2 == 0 ? 0x43004300 : 0x45084508);
-        const __m512bh pairs = (__m512bh)((bits >> (4 * j) & 0x000f000f) ^ exponents);
+        const u32 halves = bits >> (4 * j) & 0x000f000f;
+        const __m512bh pairs = E2M1 ? e2m1_pairs(halves) : (__m512bh)(halves ^ exponents);
         for (int r = 0; r < R; r++) {
           const bf16* inputs = x[r] + i + (BITS == 4 ? j : j / 2) * 2 * W;
           sums[n][r] = (f32)_mm512_dpbf16_ps((__m512)sums[n][r], pairs, (__m512bh)_mm512_loadu_si512(inputs));
@@ -277,14 +309,14 @@ void multiply_all(const Weight<S>& w, const X* x, const X* bias, X* out, int64_t
   }
 }
 
-template <class X> struct Forms {
-  typedef Fours four_bits;
+template <class X, bool E2M1> struct Forms {
+  typedef Fours<E2M1> four_bits;
   typedef Eights<32> eight_bits;
 };
 #ifdef __AVX512BF16__
-template <> struct Forms<bf16> {
-  typedef Pairs<4> four_bits;
-  typedef Pairs<8> eight_bits;
+template <bool E2M1> struct Forms<bf16, E2M1> {
+  typedef Pairs<4, E2M1> four_bits;
+  typedef Pairs<8, false> eight_bits;
 };
 #endif
 
@@ -305,8 +337,8 @@ template <int BITS, class S, class X> void dense_rows(const Weight<S>& w, X* out
           if (BITS == 4) {
             if (i % BLOCK >= 16) continue;
             const i32 bytes = widen(codes + i / BLOCK * 16 + i % 16);
-            store(to + i, (__builtin_convertvector(bytes & 15, f32) - zero[g]) * scale[g] + low[g]);
-            store(to + i + 16, (__builtin_convertvector(bytes >> 4, f32) - zero[g]) * scale[g] + low[g]);
+            store(to + i, (values_of<IS_E2M1<S>>(bytes & 15) - zero[g]) * scale[g] + low[g]);
+            store(to + i + 16, (values_of<IS_E2M1<S>>(bytes >> 4) - zero[g]) * scale[g] + low[g]);
           } else {
             const f32 values = __builtin_convertvector(widen((const int8_t*)codes + i), f32);
             store(to + i, (values - zero[g]) * scale[g] + low[g]);
@@ -320,19 +352,22 @@ void with_scales(const Weight<S>& w, const X* x, const X* bias, X* out, int64_t 
   if (!x)
     bits == 4 ? dense_rows<4>(w, out) : dense_rows<8>(w, out);
   else if (bits == 4)
-    multiply_all<typename Forms<X>::four_bits>(w, x, bias, out, rows);
+    multiply_all<typename Forms<X, IS_E2M1<S>>::four_bits>(w, x, bias, out, rows);
   else if (w.inputs / w.groups % BLOCK)
     multiply_all<Eights<16>>(w, x, bias, out, rows);
   else
-    multiply_all<typename Forms<X>::eight_bits>(w, x, bias, out, rows);
+    multiply_all<typename Forms<X, false>::eight_bits>(w, x, bias, out, rows);
 }
 
-// bits: 4 or 8. has_halves: scale and low are float16, else float32. x null: out [outputs, inputs] becomes W itself.
+// bits: 4 or 8. scale_bytes: of scale and low, float32, float16 or, of codes in e2m1, e8m0. x null: out [outputs, inputs] becomes W itself.
 template <class X>
 void quantized_linear(const uint8_t* codes, const void* scale, const void* low, const int8_t* zero, const X* x,
                       const X* bias, X* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t groups,
-                      int64_t bits, int64_t has_halves) {
-  if (has_halves) {
+                      int64_t bits, int64_t scale_bytes) {
+  if (scale_bytes == 1) {
+    const Weight<e8m0> w = {codes, (const e8m0*)scale, nullptr, nullptr, outputs, inputs, groups};
+    with_scales(w, x, bias, out, rows, bits);
+  } else if (scale_bytes == 2) {
     const Weight<fp16> w = {codes, (const fp16*)scale, (const fp16*)low, zero, outputs, inputs, groups};
     with_scales(w, x, bias, out, rows, bits);
   } else {

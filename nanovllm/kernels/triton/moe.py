@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.moe import align, num_blocks
+from nanovllm.kernels.moe import SILU, Biases, Gate, align, num_blocks
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 
@@ -116,6 +116,7 @@ def align_triton(expert_ids: Tensor, num_experts: int, block_size: int) -> tuple
 def _grouped_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     scale_ptr,
     rows_ptr,
     block_experts_ptr,
@@ -124,14 +125,18 @@ def _grouped_kernel(
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ROWS_PER_X: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     SORTED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[row] = expert's weight times x[row // ROWS_PER_X]: with the SiLU gate if GATED, else times scale[row].
+    """out[row] = expert's weight times x[row // ROWS_PER_X]: through the gate if there is one, else times scale[row].
+
+    bias_ptr may be None. GATE: the activation of `moe.Gate`, or "".
 
     A block's tiles are neighbours in the grid, and so are the blocks of an expert: they meet in the L2 cache.
     """
@@ -152,7 +157,7 @@ def _grouped_kernel(
     row = tl.where(is_row, row, 0).to(tl.int64)
     output = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     is_output = output < OUTPUTS
-    planes: tl.constexpr = 2 if GATED else 1
+    planes: tl.constexpr = 2 if GATE != "" else 1
     x_ptrs = x_ptr + (row // ROWS_PER_X)[:, None] * INPUTS
     weight_ptrs = weight_ptr + expert.to(tl.int64) * (planes * OUTPUTS * INPUTS)
     weight_ptrs += tl.minimum(output, OUTPUTS - 1)[None, :] * INPUTS
@@ -167,7 +172,7 @@ def _grouped_kernel(
             x = tl.load(x_ptrs + col[None, :], mask=is_row[:, None] & (col < INPUTS)[None, :], other=0.0)
             weight = tl.load(weight_ptrs + col[:, None], mask=(col < INPUTS)[:, None], other=0.0)
         first = tl.dot(x, weight, first, input_precision="ieee")
-        if GATED:
+        if GATE != "":
             up_ptrs = weight_ptrs + OUTPUTS * INPUTS
             if INPUTS % CHUNK == 0:
                 up = tl.load(up_ptrs + col[:, None])
@@ -175,14 +180,28 @@ def _grouped_kernel(
                 up = tl.load(up_ptrs + col[:, None], mask=(col < INPUTS)[:, None], other=0.0)
             second = tl.dot(x, up, second, input_precision="ieee")
     dtype = out_ptr.dtype.element_ty
-    if GATED:
-        gate = first.to(dtype).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        result = silu * second.to(dtype).to(tl.float32)
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert * (planes * OUTPUTS) + tl.minimum(output, OUTPUTS - 1)[None, :]
+        first += tl.load(bias_ptrs).to(tl.float32)
+        if GATE != "":
+            second += tl.load(bias_ptrs + OUTPUTS).to(tl.float32)
+    if GATE != "":
+        result = apply_gate(first, second, dtype, GATE, ALPHA, LIMIT)
     else:
         result = first * tl.load(scale_ptr + row, mask=is_row, other=0.0)[:, None]
     mask = is_row[:, None] & is_output[None, :]
     tl.store(out_ptr + row[:, None] * OUTPUTS + output[None, :], result.to(dtype), mask=mask)
+
+
+@triton.jit
+def apply_gate(gate, up, dtype: tl.constexpr, GATE: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """The gate's and the up product's sums, float32, as `moe.Gate` says."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    if GATE == "clamped":
+        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
+    else:
+        return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
 
 
 @triton.jit
@@ -200,7 +219,14 @@ def _sum_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK:
 
 
 def fused_experts_triton(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, block_size: int | None = None
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    biases: Biases | None = None,
+    gate: Gate = SILU,
+    block_size: int | None = None,
 ) -> Tensor:
     """See `moe.fused_experts`."""
     num_tokens, top_k = expert_ids.shape
@@ -215,8 +241,9 @@ def fused_experts_triton(
         rows, block_experts = align(expert_ids, num_experts, block_size)
     gated = torch.empty((expert_ids.numel(), intermediate_size), dtype=x.dtype, device=x.device)
     chosen = torch.empty((expert_ids.numel(), hidden_size), dtype=x.dtype, device=x.device)
-    _multiply(x, gate_up, None, rows, block_experts, block_size, gated, top_k)
-    _multiply(gated, down, weights, rows, block_experts, block_size, chosen, 1)
+    gate_up_bias, down_bias = (None, None) if biases is None else biases
+    _multiply(x, gate_up, gate_up_bias, gate, None, rows, block_experts, block_size, gated, top_k)
+    _multiply(gated, down, down_bias, None, weights, rows, block_experts, block_size, chosen, 1)
     sum_choices(chosen, out)
     return out
 
@@ -233,6 +260,8 @@ def sum_choices(chosen: Tensor, out: Tensor) -> None:
 def _multiply(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
+    gate: Gate | None,
     scale: Tensor | None,
     rows: Tensor | None,
     block_experts: Tensor,
@@ -240,18 +269,23 @@ def _multiply(
     out: Tensor,
     rows_per_x: int,
 ) -> None:
-    """Launch `_grouped_kernel`; without a scale it is gated. rows None: block i is row i alone."""
+    """Launch `_grouped_kernel`, with a gate or a scale. rows None: block i is row i alone."""
     config = CONFIGS[block_size][scale is None]
     num_rows, num_outputs = out.shape
     chunk = config.chunk // x.element_size()
     stage_bytes = config.chunk * (block_size + config.tile * (2 if scale is None else 1))
     launch(
         _grouped_kernel, (block_experts.numel() * cdiv(num_outputs, config.tile),), x.device,
-        x, weight, scale, rows, block_experts, out, num_rows,
-        INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, GATED=scale is None, SORTED=rows is not None,
-        BLOCK=block_size, TILE=config.tile, CHUNK=chunk,
+        x, weight, bias, scale, rows, block_experts, out, num_rows,
+        INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, SORTED=rows is not None,
+        **gate_arguments(gate), BLOCK=block_size, TILE=config.tile, CHUNK=chunk,
         num_warps=config.num_warps, num_stages=_num_stages(x.device, config, stage_bytes),
     )  # fmt: skip
+
+
+def gate_arguments(gate: Gate | None) -> dict[str, str | float]:
+    activation, alpha, limit = gate or ("", 0.0, 0.0)
+    return {"GATE": activation, "ALPHA": alpha, "LIMIT": limit}
 
 
 def _num_stages(device: torch.device, config: GroupedConfig, stage_bytes: int) -> int:

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.moe import align
+from nanovllm.kernels.moe import SILU, Biases, Gate, align
 from nanovllm.kernels.quantized_moe import Rounded, Stack
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
-from nanovllm.kernels.triton.linear.quantized_gemm import byte_numbers, int4_numbers
-from nanovllm.kernels.triton.moe import choose_block_size, sum_choices
+from nanovllm.kernels.triton.linear.quantized_gemm import byte_numbers, e2m1_numbers, e8m0_numbers, int4_numbers
+from nanovllm.kernels.triton.moe import apply_gate, choose_block_size, gate_arguments, sum_choices
 
 TILE, STEP = 64, 128  # outputs of a program; inputs at a time, at most
 MAX_BLOCK = 64  # rows of a block; more of an expert's pay for dense numbers
@@ -26,14 +26,17 @@ MAX_BLOCK = 64  # rows of a block; more of an expert's pay for dense numbers
 @triton.jit
 def _multiply_codes(
     acc, codes_ptrs, scale_ptrs, zero_ptrs, first, second,
-    GROUPED: tl.constexpr, IS_INT4: tl.constexpr, TILE: tl.constexpr,
+    GROUPED: tl.constexpr, IS_INT4: tl.constexpr, IS_E2M1: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """acc [TILE, BLOCK], and one step's products more. first, second: inputs [BLOCK, ..], of int4 of both halves."""
     dtype: tl.constexpr = first.dtype
     NOTHING: tl.constexpr = 1024.0 if dtype == tl.float16 else 128.0
     codes = tl.load(codes_ptrs)
     sums = tl.zeros(acc.shape, tl.float32) if GROUPED else acc
-    if IS_INT4:
+    if IS_E2M1:
+        sums = tl.dot(e2m1_numbers(codes & 15, dtype), tl.trans(first), sums)
+        sums = tl.dot(e2m1_numbers(codes >> 4, dtype), tl.trans(second), sums)
+    elif IS_INT4:
         off = tl.full([TILE], NOTHING + 8.0, dtype)
         if zero_ptrs is not None:
             off += tl.load(zero_ptrs).to(dtype)
@@ -44,7 +47,13 @@ def _multiply_codes(
         if zero_ptrs is not None:
             numbers = (numbers.to(tl.float32) - tl.load(zero_ptrs).to(tl.float32)[:, None]).to(dtype)
         sums = tl.dot(numbers, tl.trans(first), sums)
-    return acc + sums * tl.load(scale_ptrs).to(tl.float32)[:, None] if GROUPED else sums
+    return acc + sums * _load_scales(scale_ptrs, IS_E2M1)[:, None] if GROUPED else sums
+
+
+@triton.jit
+def _load_scales(scale_ptrs, IS_E2M1: tl.constexpr):
+    scale = tl.load(scale_ptrs)
+    return e8m0_numbers(scale) if IS_E2M1 else scale.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -53,6 +62,7 @@ def _grouped_codes_kernel(
     codes_ptr,
     scale_ptr,
     zero_ptr,
+    bias_ptr,
     weight_ptr,
     rows_ptr,
     block_experts_ptr,
@@ -62,9 +72,12 @@ def _grouped_codes_kernel(
     OUTPUTS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS_PER_X: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     SORTED: tl.constexpr,
     IS_INT4: tl.constexpr,
+    IS_E2M1: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
@@ -92,6 +105,7 @@ def _grouped_codes_kernel(
     is_row = row < num_rows
     row = tl.where(is_row, row, 0).to(tl.int64)
     output = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    GATED: tl.constexpr = GATE != ""
     planes: tl.constexpr = 2 if GATED else 1
     weight_row = expert.to(tl.int64) * (planes * OUTPUTS) + tl.minimum(output, OUTPUTS - 1)
     col = tl.arange(0, BYTES)
@@ -108,23 +122,26 @@ def _grouped_codes_kernel(
         second = tl.load(x_ptrs + i * STEP + 16) if IS_INT4 else first
         zero_ptrs = None if zero_ptr is None else zero_ptr + group
         acc = _multiply_codes(
-            acc, codes_ptrs + i * BYTES, scale_ptr + group, zero_ptrs, first, second, GROUPED, IS_INT4, TILE
+            acc, codes_ptrs + i * BYTES, scale_ptr + group, zero_ptrs, first, second, GROUPED, IS_INT4, IS_E2M1, TILE
         )
         if GATED:
             up_zero_ptrs = None if zero_ptr is None else zero_ptr + group + OUTPUTS * GROUPS
             up = _multiply_codes(
                 up, codes_ptrs + i * BYTES + OUTPUTS * ROW_BYTES, scale_ptr + group + OUTPUTS * GROUPS, up_zero_ptrs,
-                first, second, GROUPED, IS_INT4, TILE,
+                first, second, GROUPED, IS_INT4, IS_E2M1, TILE,
             )  # fmt: skip
     if not GROUPED:
-        acc *= tl.load(scale_ptr + place).to(tl.float32)[:, None]
+        acc *= _load_scales(scale_ptr + place, IS_E2M1)[:, None]
         if GATED:
-            up *= tl.load(scale_ptr + place + OUTPUTS).to(tl.float32)[:, None]
+            up *= _load_scales(scale_ptr + place + OUTPUTS, IS_E2M1)[:, None]
     dtype = out_ptr.dtype.element_ty
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert * (planes * OUTPUTS) + tl.minimum(output, OUTPUTS - 1)[:, None]
+        acc += tl.load(bias_ptrs).to(tl.float32)
+        if GATED:
+            up += tl.load(bias_ptrs + OUTPUTS).to(tl.float32)
     if GATED:
-        gate = acc.to(dtype).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        result = silu * up.to(dtype).to(tl.float32)
+        result = apply_gate(acc, up, dtype, GATE, ALPHA, LIMIT)
     else:
         result = acc * tl.load(weight_ptr + row, mask=is_row, other=0.0)[None, :]
     mask = (output < OUTPUTS)[:, None] & is_row[None, :]
@@ -147,7 +164,14 @@ def _step(stack: Stack) -> int:
 
 
 def quantized_experts_triton(
-    x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, expert_ids: Tensor, rounded: Rounded | None
+    x: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    weights: Tensor,
+    expert_ids: Tensor,
+    rounded: Rounded | None = None,
+    biases: Biases | None = None,
+    gate: Gate = SILU,
 ) -> Tensor:
     """See `quantized_moe.quantized_experts`; for what `takes` says."""
     (num_tokens, hidden_size), top_k = x.shape, expert_ids.shape[1]
@@ -162,10 +186,11 @@ def quantized_experts_triton(
     gated, chosen = (x.new_empty(expert_ids.numel(), size) for size in (intermediate_size, hidden_size))
     if rounded is not None:
         x = rounded(x)
-    _multiply(x, gate_up, None, rows, block_experts, block_size, gated, top_k)
+    gate_up_bias, down_bias = (None, None) if biases is None else biases
+    _multiply(x, gate_up, gate_up_bias, gate, None, rows, block_experts, block_size, gated, top_k)
     if rounded is not None:
         gated = rounded(gated)
-    _multiply(gated, down, weights, rows, block_experts, block_size, chosen, 1)
+    _multiply(gated, down, down_bias, None, weights, rows, block_experts, block_size, chosen, 1)
     sum_choices(chosen, out)
     return out
 
@@ -173,6 +198,8 @@ def quantized_experts_triton(
 def _multiply(
     x: Tensor,
     stack: Stack,
+    bias: Tensor | None,
+    gate: Gate | None,
     weights: Tensor | None,
     rows: Tensor | None,
     block_experts: Tensor,
@@ -180,13 +207,13 @@ def _multiply(
     out: Tensor,
     rows_per_x: int,
 ) -> None:
-    """Without weights it is gated. rows None: block i is row i alone."""
+    """With a gate or with weights. rows None: block i is row i alone."""
     codes, scale, zero, _, _ = stack.weight
     num_rows, num_outputs = out.shape
     launch(
         _grouped_codes_kernel, (block_experts.numel() * cdiv(num_outputs, TILE),), x.device,
-        x, codes, scale, zero, weights, rows, block_experts, out, num_rows,
-        INPUTS=x.shape[1], OUTPUTS=num_outputs, GROUPS=scale.shape[1], ROWS_PER_X=rows_per_x, GATED=weights is None,
-        SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, BLOCK=block_size, TILE=TILE, STEP=_step(stack),
-        STAGES=3, num_warps=4,
+        x, codes, scale, zero, bias, weights, rows, block_experts, out, num_rows,
+        INPUTS=x.shape[1], OUTPUTS=num_outputs, GROUPS=scale.shape[1], ROWS_PER_X=rows_per_x, **gate_arguments(gate),
+        SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, IS_E2M1=stack.weight.is_e2m1, BLOCK=block_size,
+        TILE=TILE, STEP=_step(stack), STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -15,9 +15,13 @@ def random_weight(kind: str, outputs: int, inputs: int, group_size: int | None, 
     groups = inputs // (group_size or inputs)
     codes = (
         torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-        if kind == "int4"
+        if kind in ("int4", "e2m1")
         else torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     )
+    if kind == "e2m1":
+        return QuantizedWeight(
+            codes, torch.randint(112, 122, (outputs, groups), dtype=torch.uint8), None, inputs // groups
+        )
     scale, low = torch.rand(outputs, groups) / 100, torch.randn(outputs, groups) / 10
     zero = torch.randint(-8, 8, (outputs, groups), dtype=torch.int8)
     size = group_size or inputs
@@ -28,14 +32,14 @@ def random_weight(kind: str, outputs: int, inputs: int, group_size: int | None, 
 
 def check_products(kernels: CpuKernels, dtype: torch.dtype) -> None:
     """Copies to the bit but for their rounding; a row is the same whatever the others are."""
-    for kind in ("int4", "int8"):
-        for form in FORMS:
+    for kind in ("int4", "int8", "e2m1"):
+        for form in FORMS if kind != "e2m1" else FORMS[:1]:
             for outputs, inputs, group_size in SIZES:
                 weight = random_weight(kind, outputs, inputs, group_size, form)
                 parts = weight.codes, weight.scale, weight.zero, weight.low
                 dense = dequantize_reference(weight, torch.float32)
                 copy = kernels.quantized_linear(None, *parts, None, dtype)
-                if kind == "int4" and group_size == 16:
+                if kind != "int8" and group_size == 16:
                     assert copy is None
                     continue
                 assert copy is not None

@@ -42,6 +42,18 @@ def test_experts_equal_reference(dtype: torch.dtype, size: tuple[int, int, int, 
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_biases_and_a_clamped_gate(dtype: torch.dtype, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    gate_up, down = make_experts(5, 80, 40, dtype)
+    x, logits = 3 * randn(num_tokens, 80, dtype=dtype), randn(num_tokens, 5, dtype=dtype)
+    biases = moe.Biases(randn(5, 80, dtype=dtype), randn(5, 80, dtype=dtype))
+    more = *route_reference(logits, None, Routing(2)), biases, moe.Gate("clamped", 1.7, 2.0)
+    got = twin.fused_experts_triton(x, gate_up, down, *more)
+    assert relative_error(got, moe.fused_experts_reference(x, gate_up, down, *more)) < TOLERANCE[dtype]
+
+
 def test_sizes_use_every_block_size() -> None:
     used = {twin.choose_block_size(tokens * top_k, experts) for tokens, experts, top_k, _, _ in SIZES if tokens > 1}
     assert used == {16, 32, 64, 128}
@@ -78,7 +90,7 @@ def test_with_a_given_block_size_a_token_is_the_same_in_any_batch(dtype: torch.d
     weights, expert_ids = route_reference(logits, None, Routing(2))
 
     def run(tokens: slice) -> Tensor:
-        return twin.fused_experts_triton(x[tokens], gate_up, down, weights[tokens], expert_ids[tokens], 64)
+        return twin.fused_experts_triton(x[tokens], gate_up, down, weights[tokens], expert_ids[tokens], block_size=64)
 
     together = run(slice(None))
     for tokens in (slice(0, 1), slice(5, 6), slice(5, 22), slice(60, 90)):

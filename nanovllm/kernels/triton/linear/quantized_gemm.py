@@ -31,6 +31,24 @@ def int4_numbers(bits, off, dtype: tl.constexpr):
 
 
 @triton.jit
+def e2m1_numbers(bits, dtype: tl.constexpr):
+    """Four bits each as what they stand for, exact: put where the type has exponent and mantissa, and scaled by what
+    the exponents differ; a denormal is one there, too. bfloat16 is not asked to multiply denormals."""
+    if dtype == tl.float16:
+        bits = bits.to(tl.uint16)
+        return (((bits & 7) << 9) | ((bits & 8) << 12)).to(tl.float16, bitcast=True) * 16384.0
+    else:
+        bits = bits.to(tl.uint32)
+        size = ((bits & 7) << 9).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+        return tl.where(bits >= 8, -size, size).to(dtype)
+
+
+@triton.jit
+def e8m0_numbers(bits):
+    return (bits.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def byte_numbers(codes, dtype: tl.constexpr):
     if (codes.dtype == tl.int8) and (dtype == tl.bfloat16):
         # Below the exponent of 2^23, 128 added to each: an integer is slower to convert.

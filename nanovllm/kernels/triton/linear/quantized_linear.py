@@ -20,7 +20,13 @@ from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.kernels.triton.common.device_limits import has_fp8, has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
-from nanovllm.kernels.triton.linear.quantized_gemm import GemmConfig, launch_gemm, rows_of_tile
+from nanovllm.kernels.triton.linear.quantized_gemm import (
+    GemmConfig,
+    e2m1_numbers,
+    e8m0_numbers,
+    launch_gemm,
+    rows_of_tile,
+)
 from nanovllm.kernels.triton.linear.quantized_gemv import GemvConfig, launch_gemv
 from nanovllm.kernels.triton.linear.skinny_gemm import MAX_TILES
 
@@ -40,6 +46,7 @@ def choose(x: Tensor, weight: QuantizedWeight) -> Config | None:
         or num_inputs % num_groups
         or not codes.is_contiguous()
         or (codes.dtype == torch.float8_e4m3fn and not has_fp8(codes.device))
+        or weight.is_e2m1  # a mixture has a kernel for it
     ):
         return None
     group_size = num_inputs // num_groups
@@ -84,8 +91,9 @@ def quantized_linear_triton(
 @triton.jit
 def _dequantize_kernel(
     codes_ptr, scale_ptr, zero_ptr, low_ptr, out_ptr, num_inputs, num_groups, group_size,
-    IS_INT4: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    IS_INT4: tl.constexpr, IS_E2M1: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """IS_INT4: two codes in a byte; they may be e2m1."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -95,15 +103,20 @@ def _dequantize_kernel(
     if IS_INT4:
         place = output * (num_inputs // 2) + col // 32 * 16 + col % 16
         byte = tl.load(codes_ptr + place, mask=mask, other=0).to(tl.int32)
-        values = ((byte >> (col % 32 // 16 * 4)) & 15).to(tl.float32)
-        if low_ptr is None:
-            values -= 8.0
+        bits = (byte >> (col % 32 // 16 * 4)) & 15
+        if IS_E2M1:
+            values = e2m1_numbers(bits, tl.float32)
+        else:
+            values = bits.to(tl.float32)
+            if low_ptr is None:
+                values -= 8.0
     else:
         values = tl.load(codes_ptr + output * num_inputs + col, mask=mask, other=0.0).to(tl.float32)
     group = output * num_groups + col // group_size
     if zero_ptr is not None:
         values -= tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32)
-    values *= tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + group, mask=mask, other=0)
+    values *= e8m0_numbers(scale) if IS_E2M1 else scale.to(tl.float32)
     if low_ptr is not None:
         values += tl.load(low_ptr + group, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + output * num_inputs + col, values.to(out_ptr.dtype.element_ty), mask=mask)
@@ -118,7 +131,7 @@ def dequantize_triton(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     launch(
         _dequantize_kernel, (num_outputs, cdiv(num_inputs, 1024)), codes.device,
         codes, scale, zero, low, out, num_inputs, scale.shape[1], group_size if scale.shape[1] > 1 else num_inputs,
-        IS_INT4=is_int4, BLOCK=1024, num_warps=4,
+        IS_INT4=is_int4, IS_E2M1=weight.is_e2m1, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out
 
