@@ -37,7 +37,11 @@ class _Known:
 
 
 class AdapterRegistry:
-    """tell: calls a function on the model of each worker, between two steps."""
+    """tell: calls a function on the model of each worker, between two steps.
+
+    Who changes what is known holds `_changing`, also while it reads or tells. Whoever only looks holds `_lock`, and so
+    waits for nobody: an event loop may.
+    """
 
     def __init__(self, tell: Callable[[Callable[[Any], Any]], object], max_adapters: int) -> None:
         self._tell = tell
@@ -45,13 +49,21 @@ class AdapterRegistry:
         self._known: dict[str, _Known] = {}  # by name, the one that was not asked for the longest first
         self._refs: weakref.WeakValueDictionary[bytes, AdapterRef] = weakref.WeakValueDictionary()
         self._forgotten: deque[bytes] = deque()  # keys that nothing holds on to any more
-        self._lock = threading.RLock()
+        self._changing = threading.RLock()
+        self._lock = threading.Lock()
 
     def find(self, request: LoRARequest) -> AdapterRef:
         """What the request names, read if need be."""
+        if (ref := self._find_known(request)) is not None:
+            return ref
+        with self._changing:
+            ref = self._find_known(request)
+            return self.add(request) if ref is None else ref
+
+    def _find_known(self, request: LoRARequest) -> AdapterRef | None:
         with self._lock:
             if self.needs_reading(request):
-                self.add(request)
+                return None
             known = self._known[request.lora_name] = self._known.pop(request.lora_name)
             return known.ref
 
@@ -59,19 +71,16 @@ class AdapterRegistry:
         known = self._known.get(request.lora_name)
         return known is None or request.load_inplace or not known.request.has_source_of(request)
 
-    def add(self, request: LoRARequest) -> None:
+    def add(self, request: LoRARequest) -> AdapterRef:
         """Read it, and let its name stand for what was read."""
         from nanovllm.lora.adapter_files import read_adapter
         from nanovllm.lora.adapter_store import add_to
 
         _check(request)
-        with self._lock:
-            for name, known in self._known.items():
-                if known.request.lora_int_id == request.lora_int_id and name != request.lora_name:
-                    raise ValueError(
-                        f"{request.lora_name!r} has the lora_int_id {request.lora_int_id} of {name!r}; choose another"
-                    )
-            replaced = self._who_leaves(request.lora_name)
+        with self._changing:
+            with self._lock:
+                self._check_id(request)
+                self._who_leaves(request.lora_name)
             weights = read_adapter(request)
             ref = self._refs.get(weights.key)
             if ref is None:
@@ -79,10 +88,19 @@ class AdapterRegistry:
                 ref = AdapterRef(weights.key)
                 weakref.finalize(ref, self._forgotten.append, weights.key).atexit = False
                 self._refs[weights.key] = ref
-            if replaced is not None:
-                is_pinned = self._known.pop(replaced).is_pinned
-            self._known[request.lora_name] = _Known(request, ref, replaced is not None and is_pinned)
+            with self._lock:
+                replaced = self._who_leaves(request.lora_name)
+                is_pinned = replaced is not None and self._known.pop(replaced).is_pinned
+                self._known[request.lora_name] = _Known(request, ref, is_pinned)
             self._drop_forgotten()
+            return ref
+
+    def _check_id(self, request: LoRARequest) -> None:
+        for name, known in self._known.items():
+            if known.request.lora_int_id == request.lora_int_id and name != request.lora_name:
+                raise ValueError(
+                    f"{request.lora_name!r} has the lora_int_id {request.lora_int_id} of {name!r}; choose another"
+                )
 
     def _who_leaves(self, name: str) -> str | None:
         """Which name gives its place to this one: itself, if it is known, or the one that was asked for the least."""
@@ -107,11 +125,12 @@ class AdapterRegistry:
             self._tell(partial(drop_from, keys))
 
     def remove(self, adapter: int | str) -> bool:
-        with self._lock:
-            name = self._name_of(adapter)
-            if name is not None:
-                del self._known[name]
-                self._drop_forgotten()
+        with self._changing:
+            with self._lock:
+                name = self._name_of(adapter)
+                if name is not None:
+                    del self._known[name]
+            self._drop_forgotten()
             return name is not None
 
     def pin(self, adapter: int | str) -> bool:

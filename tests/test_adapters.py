@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,38 @@ def test_one_more_takes_the_place_of_the_least_recently_asked_for(
         assert a is not None and a.tensors is not None
         llm.add_lora(LoRARequest("twin", 77, tensors=a.tensors, peft_config=a.peft_config))
         assert 77 in llm.list_loras() and len(llm.list_loras()) == 3, "of the same content, and a name of its own"
+
+
+def test_who_only_looks_does_not_wait_for_one_that_is_read(
+    llm: LLM, adapters: list[LoRARequest | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event loop asks for the list, pins, and hands requests in while another adapter is read."""
+    known = adapters[0]
+    assert known is not None
+    want = tokens(llm, [PROMPTS[6]], GREEDY, known)
+    is_reading, may_end = threading.Event(), threading.Event()
+    found: list[Any] = []
+
+    def read(request: LoRARequest) -> None:
+        is_reading.set()
+        may_end.wait(60)
+        raise FileNotFoundError("it is not there")
+
+    def look() -> None:
+        found.extend([llm.list_loras(), llm.pin_lora(known.lora_name), tokens(llm, [PROMPTS[6]], GREEDY, known)])
+
+    monkeypatch.setattr("nanovllm.lora.adapter_files.read_adapter", read)
+    with ThreadPoolExecutor(2) as threads:
+        reading = threads.submit(llm.add_lora, LoRARequest("slow", "nowhere"))
+        assert is_reading.wait(60)
+        looking = threads.submit(look)
+        try:
+            looking.result(30)
+        finally:
+            may_end.set()
+        with pytest.raises(FileNotFoundError):
+            reading.result()
+    assert known.lora_int_id in found[0] and found[1:] == [True, want]
 
 
 def test_a_thousand_loads_and_removals_under_load(folder: Path) -> None:
