@@ -18,12 +18,14 @@ GLM = {
     **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2},
 }
+# Latent attention in the target's layers and in the head's.
+DEEPSEEK = {**GLM, "num_mtp_layers": 0, "num_key_value_heads": 4}
 
 
-def save_glm(folder: Path) -> Path:
+def save_glm(folder: Path, architecture: str = "Glm4MoeForCausalLM") -> Path:
     """Two layers, and a third that is the head's."""
     shape = {"vocab_size": VOCAB_WITH_TOKENIZER, "eos_token_id": EOS, "hidden_size": 32}
-    save_random(folder, "Glm4MoeForCausalLM", **shape, **GLM)
+    save_random(folder, architecture, **shape, **(GLM if architecture == "Glm4MoeForCausalLM" else DEEPSEEK))
     edit_json(folder / "config.json", num_hidden_layers=2, num_nextn_predict_layers=1)
     generator, layer = torch.Generator().manual_seed(5), "model.layers.2"
     tensors = load_file(folder / "model.safetensors")
@@ -78,6 +80,11 @@ class PlainHead:
 @pytest.fixture(scope="module")
 def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_glm(tmp_path_factory.mktemp("glm"))
+
+
+def test_drafts_of_a_head_with_latent_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_glm(tmp_path, "DeepseekV3ForCausalLM")
+    check_drafts(folder, ("mtp", None), run(folder), PlainHead(folder).draft, monkeypatch, captured=False)
 
 
 @pytest.mark.parametrize("captured", [False, True])

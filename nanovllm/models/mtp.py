@@ -114,7 +114,7 @@ class MTPHead(SteppedHead):
         parts = getattr(model_class(layer.architecture), "keywords", {})
         self.layers = nn.ModuleList([DecoderLayer(layer, 0, dtype, tp, ops, **parts)])
         rope = layer.ropes[0]
-        self.rotary = None if rope is None else RotaryEmbedding(layer.head_dim, max_len, rope)
+        self.rotary = None if rope is None else RotaryEmbedding(layer.rope_dim, max_len, rope)
         self._target = [target]  # not a part of it
 
     def given_states(self, states: Tensor) -> Tensor:
