@@ -58,6 +58,11 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         **{"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"], "head_dim": 16},
         **{"mamba_num_heads": 4, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2},
     },
+    "KimiLinearForCausalLM": {
+        **{name: _LATENT[name] for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")},
+        **{"num_experts": 8, "num_experts_per_token": 2, "num_key_value_heads": 4, "linear_head_dim": 8},
+        **{"linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    },
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": {**_LATENT, "n_group": 4, "topk_group": 2},
     "Glm4MoeLiteForCausalLM": {name: value for name, value in _LATENT.items() if name != "first_k_dense_replace"},

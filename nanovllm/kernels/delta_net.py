@@ -71,18 +71,26 @@ def delta_net_reference(qkvz: Tensor, ba: Tensor, net: DeltaNet, state: LayerSta
     mixed, z = qkvz.split([net.conv_weight.shape[1], net.num_value_heads * net.value_dim], dim=1)
     mixed = conv_silu_reference(mixed, net.conv_weight, None, state.conv, step)
     q, k, v, alpha, beta = heads(mixed, ba, net)
+    out = advance(q, k, v, alpha.unsqueeze(-1), beta, state, step)
+    return gated_norm(out.to(qkvz.dtype), z, net)
+
+
+def advance(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: LayerState, step: StepStates
+) -> Tensor:
+    """The rule itself, token after token: q S of each, like v. alpha [num_tokens, num_value_heads, 1 or key_dim]."""
     matrices, out = torch.empty(len(v), *state.matrices.shape[1:]), torch.empty_like(v)
     starts = step.meta.query_start_loc.tolist()
     for request, (row, seq_len) in enumerate(zip(step.rows.tolist(), step.meta.seq_lens.tolist(), strict=True)):
         start, end = starts[request : request + 2]
         matrix = state.matrices[row] if seq_len > end - start else torch.zeros_like(state.matrices[row])
         for t in range(start, end):
-            matrix = alpha[t, :, None, None] * matrix
+            matrix = alpha[t].unsqueeze(-1) * matrix
             change = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], matrix))
             matrix = matrices[t] = matrix + k[t].unsqueeze(-1) * change.unsqueeze(-2)
             out[t] = torch.einsum("hk,hkv->hv", q[t], matrix)
     keep_states(state.matrices, matrices, step)
-    return gated_norm(out.to(qkvz.dtype), z, net)
+    return out
 
 
 def heads(mixed: Tensor, ba: Tensor, net: DeltaNet) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -28,6 +28,7 @@ from nanovllm.kernels.batch_invariant_linear import batch_invariant_linear, one_
 from nanovllm.kernels.causal_conv import short_conv
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.delta_net import delta_net
+from nanovllm.kernels.kimi_delta import kimi_delta
 from nanovllm.kernels.mamba2 import mamba2
 from nanovllm.kernels.moe import fused_experts, fused_experts_reference
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
@@ -60,6 +61,7 @@ class Ops(NamedTuple):
     short_conv: Callable[..., Tensor] = short_conv
     delta_net: Callable[..., Tensor] = delta_net
     mamba2: Callable[..., Tensor] = mamba2
+    kimi_delta: Callable[..., Tensor] = kimi_delta
     experts_method: Callable[..., Any] | None = None  # (spec, layer, names) -> how experts are held; None: dense
     by_row: Callable[..., Tensor] = lambda function, *tensors: function(*tensors)
 

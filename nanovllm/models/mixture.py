@@ -19,10 +19,10 @@ from nanovllm.layers.experts import ExpertNames, Experts, StackedNames
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.shared_expert import SharedExpert, SharedExpertNames
 from nanovllm.models.hf_fields import MAX_EXPERTS, MAX_SIZE, flag, integer, items, number
+from nanovllm.models.kimi_linear import KimiMLP
 from nanovllm.models.lfm2 import Lfm2MLP
 from nanovllm.models.llama import MLP
 
-_SHARED = SharedExpertNames("mlp.shared_experts")
 _GRANITE_NAMES = ExpertNames(
     "block_sparse_moe",
     router="router.layer",
@@ -108,7 +108,14 @@ def granite_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Ten
     )
 
 
-def deepseek_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+def deepseek_moe(
+    config: ModelConfig,
+    layer_idx: int,
+    dtype: torch.dtype,
+    tp: TensorParallel,
+    ops: Ops,
+    names: ExpertNames = ExpertNames(),  # noqa: B008  (plain data)
+) -> nn.Module:
     """As in DeepSeek-V3: sigmoid scores with a bias, groups, shared experts; plain MLPs in the first layers."""
     fields = config.extra
     for name, supported in (("scoring_func", ("sigmoid", "noaux_tc")), ("topk_method", ("noaux_tc",))):
@@ -126,8 +133,16 @@ def deepseek_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Te
         **_groups(fields, "n_routed_experts"),
     )
     size = integer(fields, "moe_intermediate_size")
-    shared = _shared_experts(config, size, "n_shared_experts", dtype, tp, ops)
-    return _experts(config, size, "n_routed_experts", routing, ExpertNames(), dtype, tp, ops, shared)
+    shared = _shared_experts(config, size, "n_shared_experts", dtype, tp, ops, names.block)
+    return _experts(config, size, "n_routed_experts", routing, names, dtype, tp, ops, shared)
+
+
+def kimi_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    """As `deepseek_moe`, under Mixtral's names."""
+    if layer_idx < integer(config.extra, "first_k_dense_replace", low=0):
+        return KimiMLP(config, layer_idx, dtype, tp, ops)
+    names = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
+    return deepseek_moe(config, layer_idx, dtype, tp, ops, names)
 
 
 def deepseek_v2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
@@ -237,13 +252,20 @@ def _groups(fields: Mapping[str, Any], count_name: str, least: int = 2) -> dict[
 
 
 def _shared_experts(
-    config: ModelConfig, size: int, count_name: str, dtype: torch.dtype, tp: TensorParallel, ops: Ops
+    config: ModelConfig,
+    size: int,
+    count_name: str,
+    dtype: torch.dtype,
+    tp: TensorParallel,
+    ops: Ops,
+    block: str = "mlp",
 ) -> SharedExpert | None:
-    """Several are one as wide as all of them."""
+    """Several are one as wide as all of them. block: what the layer of experts is called."""
     if config.extra[count_name] is None:
         return None
     width = size * integer(config.extra, count_name, low=0, high=MAX_SIZE // size)
-    return SharedExpert(config.hidden_size, width, config.mlp_bias, _SHARED, dtype, tp, ops) if width else None
+    names = SharedExpertNames(f"{block}.shared_experts")
+    return SharedExpert(config.hidden_size, width, config.mlp_bias, names, dtype, tp, ops) if width else None
 
 
 def _experts(

@@ -34,6 +34,7 @@ from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import PagedCase, make_case
 from tests.kernels.state_cases import make_states_case
 from tests.kernels.test_delta_net import make_inputs
+from tests.kernels.test_kimi_delta import make_inputs as make_kimi_inputs
 from tests.kernels.test_mamba2 import make_inputs as make_mamba2_inputs
 from tests.kernels.test_moe import random_ids
 from tests.kernels.test_routing import RULES, rule_inputs
@@ -323,6 +324,11 @@ def multiply_by_head(num_rows: int, dtype: torch.dtype) -> None:
     )
 
 
+def run_kimi_delta() -> None:
+    case = make_states_case([1, 40], [50, 0])
+    MODULES["kimi_delta"].kimi_delta_triton(*make_kimi_inputs(case, 8, 128, torch.bfloat16), case.step)
+
+
 def add_up_and_norm(size: int, num_rows: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(num_rows, 4096).to(dtype), torch.randn(4096).to(dtype)
     memories, calls = torch.zeros(size, dtype=torch.int64), torch.zeros(128, dtype=torch.int32)
@@ -510,6 +516,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "mamba2 of decodes, norm apart": lambda: run_mamba2([1, 1], is_exact=False, has_norm=False, has_bias=False),
     "mamba2 of prompts": lambda: run_mamba2([1, 70], is_exact=False),
     "mamba2, exact, float32": lambda: run_mamba2([1, 70], is_exact=True, dtype=torch.float32),
+    "kimi_delta": run_kimi_delta,
     "delta_net of decodes": lambda: run_delta_net([1, 1], is_exact=False),
     "delta_net of many decodes": lambda: run_delta_net([1] * 9, is_exact=False),
     "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),

@@ -51,6 +51,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"n_shared_experts": 2, "norm_topk_prob": False, "num_mtp_layers": 0},
         },
     ),
+    "kimi-linear": (
+        "KimiLinearForCausalLM",
+        {
+            **{name: value for name, value in SIZES.items() if name != "num_experts_per_tok"},
+            **{"num_experts": 8, "num_experts_per_token": 2, "num_expert_group": 2, "topk_group": 1},
+            **{"linear_head_dim": 12, "linear_num_heads": 4, "linear_conv_kernel_dim": 3, "q_lora_rank": None},
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "glm-4.7-flash": (
         "Glm4MoeLiteForCausalLM",
         {**SIZES, "q_lora_rank": 24, "mlp_layer_types": ["dense", "dense", "sparse"]},
@@ -130,6 +139,14 @@ def test_adapters_of_what_is_multiplied_as_it_stands(lite: Path, prompts: list[l
 
 
 def test_what_is_refused(lite: Path, tmp_path: Path) -> None:
+    kimi = save_random(tmp_path / "kimi", "KimiLinearForCausalLM")
+    with pytest.raises(ValueError, match="deterministic=True does not cover KimiLinearForCausalLM on a CPU"):
+        make_llm(kimi, deterministic=True)
+    with pytest.raises(NotImplementedError, match="kv_offload_gb and prefix_store cover layers"):
+        make_llm(kimi, kv_offload_gb=0.01)
+    edit_json(kimi / "config.json", linear_attn_config={"kda_layers": [1, 2], "full_attn_layers": [2]})
+    with pytest.raises(ValueError, match="linear_attn_config does not name each of 2 layers once"):
+        make_llm(kimi)
     with pytest.raises(NotImplementedError, match="kv_cache_dtype='fp8' does not cover DeepseekV2ForCausalLM"):
         make_llm(lite, kv_cache_dtype="fp8")
     hf = {**SIZES, "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 8, "hidden_size": 8}

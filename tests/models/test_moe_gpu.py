@@ -40,6 +40,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"topk_group": 2, "num_key_value_heads": 4, "first_k_dense_replace": 1},
         },
     ),
+    "kimi-linear": (
+        "KimiLinearForCausalLM",
+        {
+            **{"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 40, "num_experts": 24},
+            **{"num_experts_per_token": 5, "num_key_value_heads": 4, "linear_head_dim": 48, "linear_num_heads": 4},
+            **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        },
+    ),
     "glm-4.7-flash": (
         "Glm4MoeLiteForCausalLM",
         {
