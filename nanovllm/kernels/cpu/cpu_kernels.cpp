@@ -23,7 +23,7 @@ template <class T> inline void norm_row(const T* x, const T* weight, T* out, int
   f32 squares = {};
   for (int64_t i = 0; i < dim; i += W) {
     f32 v = load(x + i, dim - i);
-    squares += v * v;
+    squares = plus_product(squares, v, v);
   }
   float scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
   for (int64_t i = 0; i < dim; i += W)
@@ -82,8 +82,8 @@ inline void norm_and_rotate(const T* in, const T* weight, const float* cos_sin, 
     int64_t left = half - i;
     f32 a = load(in + i, left), b = load(in + half + i, left);
     f32 cos = load(cos_sin + i, left), sin = load(cos_sin + half + i, left);
-    store(out + i, a * cos - b * sin, left);
-    store(out + half + i, b * cos + a * sin, left);
+    store(out + i, plus_product(a * cos, -b, sin), left);
+    store(out + half + i, plus_product(b * cos, a, sin), left);
   }
 }
 
@@ -176,7 +176,7 @@ inline void add_values(Head* heads, const float (*weights)[TILE], const T* const
   for (int64_t t = 0; t < count; t++)
     for (int n = 0; n < N; n++) {
       f32 value = load(keys[t] + values + d + n * W);
-      for (int g = 0; g < G; g++) acc[g][n] += weights[g][t] * value;
+      for (int g = 0; g < G; g++) acc[g][n] = plus_product(acc[g][n], all(weights[g][t]), value);
     }
   for (int g = 0; g < G; g++)
     for (int n = 0; n < N; n++) store(heads[g].acc + d + n * W, acc[g][n]);
@@ -196,7 +196,7 @@ void attend(Head* heads, const T* const* keys, const Scales* scales, int64_t val
       f32 product[G] = {};
       for (int64_t d = 0; d < dim; d += W) {
         f32 key = load(keys[t + i] + d);
-        for (int g = 0; g < G; g++) product[g] += load(heads[g].q + d) * key;
+        for (int g = 0; g < G; g++) product[g] = plus_product(product[g], load(heads[g].q + d), key);
       }
       for (int g = 0; g < G; g++) products[g][i] = product[g];
       prefetch_row(keys[t + i] + values, dim);

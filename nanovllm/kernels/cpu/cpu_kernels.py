@@ -37,8 +37,9 @@ _SOURCES = tuple(
 )
 _HEADER = Path(__file__).with_name("vectors.h")
 _COMPILERS = ("c++", "g++", "clang++")
-# Not -ffast-math: infinities and NaN keep their meaning, and additions their order.
-_FLAGS = "-O3 -march=native -ffp-contract=fast -fno-math-errno -std=c++17 -shared -fPIC -fopenmp".split()
+# Not -ffast-math: infinities and NaN keep their meaning, and additions their order. What is added to a product in one
+# instruction is written so (`vectors.h`).
+_FLAGS = "-O3 -march=native -ffp-contract=off -fno-math-errno -std=c++17 -shared -fPIC -fopenmp".split()
 _BUILD_SECONDS = 300
 _MAX_HEAD_DIM, _MAX_GROUP = 256, 16  # as in cpu_kernels.cpp
 _MAX_ROWS = 256  # more are multiplied as fast by PyTorch

@@ -151,7 +151,7 @@ template <bool E2M1> struct Fours {
       load_or_zeros(codes[n] + i / 2, left / 2, bits);
       for (int j = 0; j < 8; j++) {
         const f32 values = values_of<E2M1>((i32)(bits >> (4 * j) & 15));
-        for (int r = 0; r < R; r++) sums[n][r] += values * load(x[r] + i + j * W);
+        for (int r = 0; r < R; r++) sums[n][r] = plus_product(sums[n][r], values, load(x[r] + i + j * W));
       }
     }
   }
@@ -171,7 +171,7 @@ template <int SIZE> struct Eights {
     for (int n = 0; n < N; n++)
       for (int j = 0; j < SIZE; j += W) {
         const f32 values = __builtin_convertvector(widen((const int8_t*)codes[n] + i + j), f32);
-        for (int r = 0; r < R; r++) sums[n][r] += values * load(x[r] + i + j);
+        for (int r = 0; r < R; r++) sums[n][r] = plus_product(sums[n][r], values, load(x[r] + i + j));
       }
   }
 };
@@ -242,7 +242,7 @@ void multiply(const Weight<S>& w, int64_t output, const typename Form::element* 
       read_blocks<Form::BITS>(w, output + n, SIZE, first, count, scale[n], low);
       for (int64_t b = 0; b < count; b += W) {
         const f32 of_nothing = load(low + b) - Form::OFFSET * load(scale[n] + b);
-        for (int r = 0; r < R; r++) acc[n][r] += of_nothing * load(sums_of_x[r] + first + b);
+        for (int r = 0; r < R; r++) acc[n][r] = plus_product(acc[n][r], of_nothing, load(sums_of_x[r] + first + b));
       }
     }
     for (int64_t b = 0; b < count; b += Form::STEP / SIZE) {
@@ -253,7 +253,7 @@ void multiply(const Weight<S>& w, int64_t output, const typename Form::element* 
         f32 scales = all(scale[n][b]);
         if (Form::LANE)
           scales = spread<BLOCK / (Form::LANE ? Form::LANE : BLOCK)>(load(scale[n] + b), std::make_integer_sequence<int, W>());
-        for (int r = 0; r < R; r++) acc[n][r] += sums[n][r] * scales;
+        for (int r = 0; r < R; r++) acc[n][r] = plus_product(acc[n][r], sums[n][r], scales);
       }
     }
   }

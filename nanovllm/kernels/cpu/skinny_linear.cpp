@@ -29,12 +29,13 @@ template <int N> inline void one_row(const float* x, const float* weight, const 
     for (int n = 0; n < N; n++) {
       const float* row = weight + n * inputs + i;
       __builtin_prefetch(row + AHEAD);
-      sums_of[n][0] += load(row) * low;
-      sums_of[n][1] += load(row + W) * high;
+      sums_of[n][0] = plus_product(sums_of[n][0], load(row), low);
+      sums_of[n][1] = plus_product(sums_of[n][1], load(row + W), high);
     }
   }
   for (; i < inputs; i += W)
-    for (int n = 0; n < N; n++) sums_of[n][0] += load(weight + n * inputs + i, inputs - i) * load(x + i, inputs - i);
+    for (int n = 0; n < N; n++)
+      sums_of[n][0] = plus_product(sums_of[n][0], load(weight + n * inputs + i, inputs - i), load(x + i, inputs - i));
   for (int n = 0; n < N; n++) out[n] = sum(sums_of[n][0] + sums_of[n][1]) + (bias ? bias[n] : 0.0f);
 }
 
@@ -52,7 +53,7 @@ inline void tile(const float* turned, const float* weight, const float* bias, fl
       for (int v = 0; v < V; v++) x[v] = load(turned + (i * V + v) * W);
       for (int n = 0; n < N; n++) {
         f32 w = all(weight[n * inputs + i]);
-        for (int v = 0; v < V; v++) acc[n][v] += x[v] * w;
+        for (int v = 0; v < V; v++) acc[n][v] = plus_product(acc[n][v], x[v], w);
       }
     }
   }

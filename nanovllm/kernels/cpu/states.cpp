@@ -70,7 +70,7 @@ template <class T> inline void unit_length(const T* in, float* out, int64_t dim,
   f32 squares = {};
   for (int64_t i = 0; i < dim; i += W) {
     f32 v = load(in + i, dim - i);
-    squares += v * v;
+    squares = plus_product(squares, v, v);
   }
   scale /= std::sqrt(sum(squares) + 1e-6f);
   for (int64_t i = 0; i < dim; i += W) store(out + i, load(in + i, dim - i) * scale);
@@ -82,13 +82,13 @@ inline void delta_step(float (*s)[COLUMNS], const float* q, const float* k, cons
   constexpr int N = COLUMNS / W;
   f32 known[N] = {}, change[N], result[N] = {};
   for (int64_t i = 0; i < keys; i++)
-    for (int n = 0; n < N; n++) known[n] += k[i] * load(s[i] + n * W);
+    for (int n = 0; n < N; n++) known[n] = plus_product(known[n], all(k[i]), load(s[i] + n * W));
   for (int n = 0; n < N; n++) change[n] = beta * (load(v + n * W) - alpha * known[n]);
   for (int64_t i = 0; i < keys; i++)
     for (int n = 0; n < N; n++) {
-      f32 next = alpha * load(s[i] + n * W) + k[i] * change[n];
+      f32 next = plus_product(alpha * load(s[i] + n * W), all(k[i]), change[n]);
       store(s[i] + n * W, next);
-      result[n] += q[i] * next;
+      result[n] = plus_product(result[n], all(q[i]), next);
     }
   for (int n = 0; n < N; n++) store(out + n * W, result[n]);
 }

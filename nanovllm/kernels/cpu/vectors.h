@@ -7,6 +7,8 @@
 #include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -45,6 +47,19 @@ inline float number(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
 inline f32 all(float x) { return x - f32{}; }  // which compilers know to be x, as + 0 is not of -0
 inline f32 load(const float* p) { return *(const f32_anywhere*)p; }
 inline f32 load(const bf16* p) { return (f32)(__builtin_convertvector((u16)*(const u16_anywhere*)p, u32) << 16); }
+// sum + a * b, rounded once where the CPU has an instruction for it. Compilers are told not to make one of a sum and a
+// product themselves: some do in one loop and not in the next, and then a row's bits depend on the rows beside it.
+inline f32 plus_product(f32 sum, f32 a, f32 b) {
+#if defined(__AVX512F__)
+  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+  return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+  return (f32)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+  return sum + a * b;
+#endif
+}
 // W bytes as integers, without a sign or with one. Compilers take a vector of bytes apart, so they are told.
 inline i32 widen(const uint8_t* p) {
 #if defined(__AVX512F__)
@@ -125,12 +140,13 @@ inline f32 exponential(f32 x) {  // 2^k times a polynomial on [-ln 2 / 2, ln 2 /
   x = x > all(88.0f) ? all(88.0f) : x;
   f32 scaled = x * 1.44269504f;
   i32 k = __builtin_convertvector(scaled + (scaled < 0.0f ? all(-0.5f) : all(0.5f)), i32);
-  f32 n = __builtin_convertvector(k, f32), r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f32 y = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  return (y * r * r + r + 1.0f) * (f32)((k + 127) << 23);
+  f32 n = __builtin_convertvector(k, f32);
+  f32 r = plus_product(plus_product(x, n, all(-0.693359375f)), n, all(2.12194440e-4f));
+  f32 y = plus_product(all(1.3981999507e-3f), all(1.9875691500e-4f), r);
+  y = plus_product(all(8.3334519073e-3f), y, r);
+  y = plus_product(all(4.1665795894e-2f), y, r);
+  y = plus_product(all(1.6666665459e-1f), y, r);
+  y = plus_product(all(5.0000001201e-1f), y, r);
+  return (plus_product(r, y * r, r) + 1.0f) * (f32)((k + 127) << 23);
 }
 }  // namespace
