@@ -194,7 +194,7 @@ def _time_runs(
     seconds = []
     for number in range(repeats):
         seconds.append(engine.run(workload.variant(first_variant + number, vocab_size)))
-        print(f"{engine.name}, {workload.name}: run {number + 1} of {repeats}, {seconds[-1]:.2f} s", file=sys.stderr)
+        print(f"{engine.name}, {workload.name}: run {number + 1} of {repeats}, {seconds[-1]:.3f} s", file=sys.stderr)
     if not isinstance(engine, NanoVLLM):
         return {"seconds": seconds}
     after = engine.counters()
