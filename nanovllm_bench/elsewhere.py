@@ -110,8 +110,9 @@ def _python_path() -> list[str]:
 
 def _commit_of(checkout: Path) -> str:
     """ "" for a copy without its history."""
-    git = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
+    git = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "--short=12", "HEAD"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        top, commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return commit if Path(top).samefile(checkout) else ""  # not that of a repository around the copy
