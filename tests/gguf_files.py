@@ -135,6 +135,8 @@ _ARCHITECTURE_OF_HF = {
     "Qwen2MoeForCausalLM": "qwen2moe",
     "Glm4MoeForCausalLM": "glm4moe",
     "Dots1ForCausalLM": "dots1",
+    "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2",
     "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
     "HunYuanMoEV1ForCausalLM": "hunyuan-moe",
     "GraniteMoeForCausalLM": "granitemoe",
@@ -173,6 +175,8 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
     tensors = _without_numbers(writer, load_file(folder / "model.safetensors"))
     if hf["model_type"] == "granitemoehybrid":
         tensors = _with_split_shared_mlp(tensors)
+    if architecture == "deepseek2":
+        tensors = _with_latents_split(tensors, hf)
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
         assert name is not None, hf_tensor_name
@@ -230,13 +234,15 @@ def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         if name in hf:
             writer.add_expert_shared_feed_forward_length(hf[name])
     if "n_routed_experts" in hf:
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        is_v2 = hf["model_type"] == "deepseek_v2"
+        functions = gguf.ExpertGatingFuncType
+        writer.add_expert_gating_func(functions.SOFTMAX if is_v2 else functions.SIGMOID)
         writer.add_expert_shared_count(hf["n_shared_experts"])
         writer.add_leading_dense_block_count(hf["first_k_dense_replace"])
         writer.add_expert_weights_scale(hf["routed_scaling_factor"])
         writer.add_expert_weights_norm(hf["norm_topk_prob"])
-        writer.add_expert_group_count(hf["n_group"])
-        writer.add_expert_group_used_count(hf["topk_group"])
+        writer.add_expert_group_count(hf["n_group"] or 1)
+        writer.add_expert_group_used_count(hf["topk_group"] or 1)
     if hf["model_type"] == "hunyuan_v1_moe":
         writer.add_expert_count(hf["num_experts"])
         writer.add_expert_used_count(hf["moe_topk"])
@@ -250,6 +256,39 @@ def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_leading_dense_block_count(hf["moe_layer_start_index"])
         writer.add_expert_shared_count(hf["moe_num_shared_experts"])
         writer.add_expert_shared_feed_forward_length(hf["intermediate_size"] // hf["num_key_value_heads"])
+
+
+def _with_latents_split(tensors: Mapping[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Of V3 as since 2025: what makes keys, turned round, and what makes values, head by head. Of V2 as before."""
+    if hf["model_type"] == "deepseek_v2":
+        return dict(tensors)
+    split = {}
+    for name, tensor in tensors.items():
+        if name.endswith("kv_b_proj.weight"):
+            heads = tensor.reshape(hf["num_attention_heads"], -1, tensor.shape[1])
+            k_b, v_b = np.split(heads, [hf["qk_nope_head_dim"]], axis=1)
+            split[name.replace("kv_b_proj", "k_b_proj")] = np.ascontiguousarray(k_b.swapaxes(1, 2))
+            split[name.replace("kv_b_proj", "v_b_proj")] = np.ascontiguousarray(v_b)
+        else:
+            split[name] = tensor
+    return split
+
+
+def _add_latents(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
+    rope_dim, rank = hf["qk_rope_head_dim"], hf["kv_lora_rank"]
+    if hf["q_lora_rank"] is not None:
+        writer.add_q_lora_rank(hf["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_rope_dimension_count(rope_dim)
+    lengths = hf["qk_nope_head_dim"] + rope_dim, hf["v_head_dim"]
+    if hf["model_type"] == "deepseek_v3":
+        writer.add_key_length_mla(lengths[0])
+        writer.add_value_length_mla(lengths[1])
+        lengths = rank + rope_dim, rank
+    writer.add_key_length(lengths[0])
+    writer.add_value_length(lengths[1])
+    if "mscale_all_dim" in hf["rope_parameters"]:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * hf["rope_parameters"]["mscale_all_dim"])
 
 
 def _with_split_shared_mlp(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -297,8 +336,11 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_layer_norm_eps(layer_norm_eps)
     else:
         writer.add_layer_norm_rms_eps(hf.get("rms_norm_eps") or hf["norm_eps"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    if "kv_lora_rank" in hf:
+        _add_latents(writer, hf)
+    else:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     alpha = rope.get("alpha") or 1.0
     writer.add_rope_freq_base(rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2)))
     if alpha != 1.0:

@@ -11,7 +11,7 @@ llama.cpp rotates neighbouring pairs (0,1), (2,3) ... for some architectures; Hu
 
 For all others llama.cpp rotates halves itself, and the rows are as Hugging Face has them. Files of Gemma hold norm
 weights with the 1 added that Hugging Face adds when it runs; reading subtracts it. Files of mixtures hold all experts
-of a layer in one tensor; reading yields them one by one.
+of a layer in one tensor; reading yields them one by one. Of latent attention two tensors are joined (`gguf_latent.py`).
 """
 
 import math
@@ -32,6 +32,7 @@ from nanovllm.model_files.gguf_tokens import end_of_generation_ids
 from nanovllm.weights.checkpoint import NOWHERE, Places
 from nanovllm.weights.gguf_architectures import ROPE_FACTORS, ROPE_FREQS, read_architecture
 from nanovllm.weights.gguf_blocks import PLAIN_DTYPES, dequantize
+from nanovllm.weights.gguf_latent import K_B, V_B, joined
 from nanovllm.weights.gguf_packed import PACKED_KINDS, PackedKind, unpack_codes
 from nanovllm.weights.prediction_heads import warn_of_prediction_heads
 
@@ -89,6 +90,9 @@ class GGUFCheckpoint:
                 rows = torch.empty((info.shape[0], row_bytes), dtype=torch.uint8, device="meta")
                 for suffix, part in unpack_codes(rows, info.quantization).items():
                     yield f"{layer}.{suffix}", part
+            elif f".{K_B}." in info.name:
+                k_b, v_b = (torch.empty(one.shape, dtype=dtype, device="meta") for one in (info, self._v_b(info)))
+                yield name, joined(k_b, v_b)
             elif "{}" not in name:
                 yield name, self._in_shape(info, torch.empty(info.shape, dtype=dtype, device="meta"))
             else:
@@ -119,6 +123,11 @@ class GGUFCheckpoint:
         if (layer := name.removesuffix(".weight")) in self._packed:
             for suffix, part in unpack_codes(torch.from_numpy(rows), info.quantization).items():
                 yield f"{layer}.{suffix}", part
+        elif f".{K_B}." in info.name:
+            v_b = self._v_b(info)
+            both = (dequantize(self._file.read_rows(one), one, dtype, threads) for one in (info, v_b))
+            yield name, joined(*both)
+            self._file.forget_pages(v_b)
         elif "{}" in name:
             expert_info = replace(info, shape=info.shape[1:])
             for expert, expert_rows in enumerate(np.split(rows, self._num_experts(info))):
@@ -128,6 +137,12 @@ class GGUFCheckpoint:
             yield name, dequantize(rows, info) - self._architecture.norm_offset
         else:
             yield name, self._in_shape(info, dequantize(rows, info, dtype, threads, places.get(name)))
+
+    def _v_b(self, k_b: TensorInfo) -> TensorInfo:
+        name = k_b.name.replace(K_B, V_B)
+        if name not in self._file.tensors:
+            raise ValueError(f"{self.path} has no tensor {name} beside {k_b.name}")
+        return self._file.tensors[name]
 
     def _in_shape(self, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
         layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
@@ -172,7 +187,7 @@ def _parameters(file: GGUFFile, config: Mapping[str, Any]) -> Iterator[TensorInf
         layer = _LAYER.match(info.name)
         if layer is not None and int(layer[1]) >= num_layers:
             left_out += 1
-        elif info.name not in _NOT_PARAMETERS:
+        elif info.name not in _NOT_PARAMETERS and f".{V_B}." not in info.name:
             yield info
     warn_of_prediction_heads(left_out, file.path)
 

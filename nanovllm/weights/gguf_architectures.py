@@ -136,7 +136,8 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
     head_dim = metadata.integer("attention.key_length", hidden_size // num_heads)
     if row.model_type != "phi3" and any(name in tensors for name in ROPE_FACTORS):
         raise NotImplementedError(f"{metadata.file.path}: {ROPE_FACTORS[1]} is not supported for {metadata.prefix}")
-    metadata.expect("attention.value_length", head_dim)
+    if not row.has_latents:
+        metadata.expect("attention.value_length", head_dim)
     if not row.has_partial_rotary:
         metadata.expect("rope.dimension_count", head_dim)
     theta = metadata.number("rope.freq_base", 10000.0)

@@ -7,6 +7,7 @@ what llama.cpp takes for it.
 from collections.abc import Mapping
 from dataclasses import replace
 
+from nanovllm.weights.gguf_latent import LATENT_NAMES, latent_fields, latent_row
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
 
@@ -79,6 +80,10 @@ def _qwen2_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 def _deepseek(metadata: GGUFMetadata, common: Fields) -> Fields:
     metadata.expect("expert_gating_func", _SIGMOID)
+    return _deepseek_experts(metadata, common)
+
+
+def _deepseek_experts(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {
         "n_routed_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": metadata.integer("expert_used_count"),
@@ -102,6 +107,10 @@ def _glm4_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
         "partial_rotary_factor": partial_rotary_factor(metadata, common),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors,
     }
+
+
+def _deepseek2(metadata: GGUFMetadata, common: Fields) -> Fields:
+    return latent_fields(metadata, common, _deepseek_experts(metadata, common))
 
 
 def _dots1(metadata: GGUFMetadata, common: Fields) -> Fields:
@@ -157,6 +166,14 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
         fields=_glm4_moe,
         has_partial_rotary=True,
     ),
+    "deepseek2": GGUFArchitecture(
+        hf_class="DeepseekV3ForCausalLM",
+        model_type="deepseek_v3",
+        names={**_DEEPSEEK_NAMES, **LATENT_NAMES},
+        fields=_deepseek2,
+        has_partial_rotary=True,
+        has_latents=True,
+    ),
     "dots1": GGUFArchitecture(hf_class="Dots1ForCausalLM", model_type="dots1", names=_DEEPSEEK_NAMES, fields=_dots1),
     "ernie4_5-moe": GGUFArchitecture(
         hf_class="Ernie4_5_MoeForCausalLM",
@@ -192,7 +209,9 @@ _GRANITE_SHARED = replace(
 
 
 def mixture_row(metadata: GGUFMetadata) -> GGUFArchitecture | None:
-    """The row of a mixture that goes by the name of another architecture."""
+    """The row of a mixture that goes by the name of another architecture, or of several."""
+    if metadata.prefix == "deepseek2":
+        return latent_row(metadata, MIXTURES["deepseek2"])
     if metadata.prefix == "llama" and metadata.integer("expert_count", 0):
         return _MIXTRAL
     if metadata.prefix == "granitemoe" and metadata.integer("expert_shared_feed_forward_length", 0):

@@ -36,7 +36,7 @@ class GGUFArchitecture:
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
     rows: tensors of a layer that are a matrix of one row in Hugging Face's checkpoints, and here may be a vector.
     convolutions: those that have a dimension of 1 in their midst there. has_states: layers without key/value heads keep
-    states.
+    states. has_latents: what is cached is one latent for all heads, and sizes of heads are told otherwise.
     layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
     number that the file has in its metadata, one a layer: what follows a layer's name, by key.
     """
@@ -51,6 +51,7 @@ class GGUFArchitecture:
     rows: tuple[str, ...] = ()
     convolutions: tuple[str, ...] = ()
     has_states: bool = False
+    has_latents: bool = False
     layer_norm_eps: str | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)
 

@@ -106,6 +106,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2, "num_hidden_layers": 3},
     ),
     "glm4moe-qk-norm": ("Glm4MoeForCausalLM", {"use_qk_norm": True, "head_dim": 24, "num_mtp_layers": 0}),
+    "deepseek2-v2": ("DeepseekV2ForCausalLM", {"q_lora_rank": None, "routed_scaling_factor": 2.0}),
+    "deepseek2-v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            "num_mtp_layers": 0,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 64},
+                **{"mscale": 0.7, "mscale_all_dim": 0.7},
+            },
+        },
+    ),
     "dots1": ("Dots1ForCausalLM", {"first_k_dense_replace": 1, "n_shared_experts": 2, "sliding_window": None}),
     "ernie4_5-moe": ("Ernie4_5_MoeForCausalLM", {"num_hidden_layers": 3, "intermediate_size": 96}),
     "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", {"head_dim": 16}),
