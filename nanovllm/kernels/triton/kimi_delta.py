@@ -2,7 +2,8 @@
 
 Owns how it runs on a GPU: a program has a head of one request, convolves, updates its matrix, which is read and written
 once a token, and norms. Prompts go the same way: a head's tokens one after the other, all heads of all requests at the
-same time. Invariant: the state is that of all tokens, float32, and no bit depends on how prompts are cut.
+same time, each with a matrix that stays in the caches. Invariant: the state is that of all tokens, float32, and no bit
+depends on how prompts are cut.
 """
 
 import torch
@@ -16,6 +17,8 @@ from nanovllm.kernels.state_types import LayerState, StepStates
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 from nanovllm.kernels.triton.delta_net import convolved, copy_conv
+
+NUM_COLUMNS = 32  # of a matrix that are in registers at a time
 
 
 @triton.jit
@@ -47,6 +50,7 @@ def _kimi_delta_kernel(
     WIDTH: tl.constexpr,
     L2_EPS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -68,40 +72,50 @@ def _kimi_delta_kernel(
         return
     had_tokens = tl.load(seq_lens_ptr + request) > end - start
     conv = conv_ptr + row * conv_stride
-    is_cell = mask[:, None] & mask[None, :]
-    cell = (head * DIM + number[:, None]) * DIM + number[None, :]
-    matrix_ptr = matrices_ptr + row * matrix_stride + cell
-    matrix = tl.load(matrix_ptr, mask=is_cell & had_tokens, other=0.0)
     decay, dt_bias = tl.load(decay_ptr + head), tl.load(dt_bias_ptr + at, mask=mask, other=0.0)
     norm = tl.load(norm_ptr + number, mask=mask, other=0.0).to(tl.float32)
     for index in range(start, end):
         token = tl.zeros((), tl.int64) + index
         x = qkv_ptr + token * qkv_stride
+        snapshot = tl.load(snapshots_ptr + token).to(tl.int64)
         q = convolved(x, conv_weight_ptr, conv, had_tokens, at, mask, CHANNELS, WIDTH)
         k = convolved(x, conv_weight_ptr, conv, had_tokens, VALUES + at, mask, CHANNELS, WIDTH)
-        v = convolved(x, conv_weight_ptr, conv, had_tokens, 2 * VALUES + at, mask, CHANNELS, WIDTH)
         q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * (DIM**-0.5)
         k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
+        if snapshot >= 0:
+            copy_conv(conv, conv_ptr + snapshot * conv_stride, at, mask, CHANNELS, WIDTH)
+            copy_conv(conv, conv_ptr + snapshot * conv_stride, VALUES + at, mask, CHANNELS, WIDTH)
         f = tl.load(f_ptr + token * f_stride + at, mask=mask, other=0.0).to(tl.float32) + dt_bias
         softplus = tl.where(f > 20.0, f, tl.log(1.0 + tl.exp(tl.minimum(f, 20.0))))
-        matrix *= tl.exp(-decay * softplus)[:, None]
+        alpha = tl.exp(-decay * softplus)
         beta = 1.0 / (1.0 + tl.exp(-tl.load(b_ptr + token * b_stride + head).to(tl.float32)))
-        change = beta * (v - tl.sum(k[:, None] * matrix, 0))
-        matrix += k[:, None] * change[None, :]
-        snapshot = tl.load(snapshots_ptr + token).to(tl.int64)
-        if snapshot >= 0:
-            for part in tl.static_range(3):
-                channel = part * VALUES + at
-                copy_conv(conv, conv_ptr + snapshot * conv_stride, channel, mask, CHANNELS, WIDTH)
-            tl.store(matrices_ptr + snapshot * matrix_stride + cell, matrix, mask=is_cell)
-        found = tl.sum(q[:, None] * matrix, 0).to(dtype).to(tl.float32)
-        normed = found * tl.rsqrt(tl.sum(found * found, 0) / DIM + eps) * norm
+        squares = 0.0
+        for first in range(0, DIM, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            is_column = column < DIM
+            v_channel = 2 * VALUES + head * DIM + column
+            v = convolved(x, conv_weight_ptr, conv, had_tokens, v_channel, is_column, CHANNELS, WIDTH)
+            is_cell = mask[:, None] & is_column[None, :]
+            cell = (head * DIM + number[:, None]) * DIM + column[None, :]
+            matrix_ptr = matrices_ptr + row * matrix_stride + cell
+            matrix = alpha[:, None] * tl.load(matrix_ptr, mask=is_cell & had_tokens, other=0.0)
+            change = beta * (v - tl.sum(k[:, None] * matrix, 0))
+            matrix += k[:, None] * change[None, :]
+            tl.store(matrix_ptr, matrix, mask=is_cell)
+            if snapshot >= 0:
+                copy_conv(conv, conv_ptr + snapshot * conv_stride, v_channel, is_column, CHANNELS, WIDTH)
+                tl.store(matrices_ptr + snapshot * matrix_stride + cell, matrix, mask=is_cell)
+            found = tl.sum(q[:, None] * matrix, 0).to(dtype)
+            squares += tl.sum(found.to(tl.float32) * found.to(tl.float32), 0)
+            tl.store(out_ptr + token * VALUES + head * DIM + column, found, mask=is_column)
+        tl.debug_barrier()
+        found = tl.load(out_ptr + token * VALUES + at, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + token * z_stride + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + token * VALUES + at, (normed / (1.0 + tl.exp(-z))).to(dtype), mask=mask)
+        y = found * tl.rsqrt(squares / DIM + eps) * norm / (1.0 + tl.exp(-z))
+        tl.debug_barrier()
+        tl.store(out_ptr + token * VALUES + at, y.to(dtype), mask=mask)
         had_tokens = had_tokens | (token >= start)
         tl.debug_barrier()  # what this token wrote, other threads may read for the next one
-    if end > start:
-        tl.store(matrix_ptr, matrix, mask=is_cell)
 
 
 def kimi_delta_triton(
@@ -109,12 +123,14 @@ def kimi_delta_triton(
 ) -> Tensor:
     """See `kimi_delta.kimi_delta`."""
     out = torch.empty((qkv.shape[0], net.num_heads * net.head_dim), dtype=qkv.dtype, device=qkv.device)
+    block_dim = next_power_of_2(net.head_dim)
+    columns = min(block_dim, NUM_COLUMNS)
     launch(
         _kimi_delta_kernel, (step.meta.num_reqs, net.num_heads), qkv.device,
         qkv, f, b, z, net.conv_weight, net.decay, net.dt_bias, net.norm_weight, state.conv, state.matrices,
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         qkv.stride(0), f.stride(0), b.stride(0), z.stride(0), state.conv.stride(0), state.matrices.stride(0), net.eps,
         HEADS=net.num_heads, DIM=net.head_dim, WIDTH=net.conv_weight.shape[0], L2_EPS=L2_EPS,
-        BLOCK_DIM=next_power_of_2(net.head_dim), num_warps=8,
+        BLOCK_DIM=block_dim, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return out
