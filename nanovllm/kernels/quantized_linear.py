@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
+from nanovllm.kernels.cpu.rounded_product import RoundedProduct
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the bits below the sign
 FP8_MAX = 448.0  # of float8_e4m3fn: beyond it, some versions of torch give NaN
-MAX_CPU_ROWS = 8  # that a CPU multiplies by codes; more pay for a dense copy of the matrix
+MAX_CPU_ROWS = 8  # that a CPU multiplies by codes as they are; more pay for a dense copy of the matrix
+CPU_GROUP_SIZE = 32  # inputs that share a scale where a CPU multiplies them as whole numbers
 
 
 class QuantizedWeight(NamedTuple):
@@ -112,6 +114,14 @@ def quantized_linear(
         if product is not None:
             return product
     return F.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def rounded_product(weight: QuantizedWeight) -> RoundedProduct | None:
+    """On a CPU, what multiplies round_rows(x, "int8", CPU_GROUP_SIZE) by these weights in whole numbers: for any number
+    of rows, each as it would be alone. None: nothing does, and `quantized_linear` is to be called."""
+    if weight.codes.is_cpu and weight.zero is None and (kernels := load_cpu_kernels()) is not None:
+        return kernels.rounded_product(weight.codes, weight.scale, weight.low)
+    return None
 
 
 def fp8_linear(

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nanovllm.layers.linear_method import LinearSpec
+from nanovllm.kernels.cpu.rounded_product import RoundedProduct
+from nanovllm.kernels.quantized_linear import CPU_GROUP_SIZE, rounded_product
+from nanovllm.layers.linear_method import Gate, LinearSpec, Norm
 from nanovllm.layers.weight_specs import WeightSpec
-from nanovllm.quantization.quantized_linear import QuantizedLinear
+from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 
 # Matrices that some files hold in one, by the name that each has here.
 _JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
@@ -42,9 +45,14 @@ class GgufScheme:
 
 
 class GgufLinear(QuantizedLinear):
+    """On a CPU, inputs are rounded to 8 bits, with a scale for each 32 of them, as llama.cpp does."""
+
     def __init__(self, spec: LinearSpec, form: Gguf) -> None:
         super().__init__(spec, f"int{form.bits}", form.group_size, has_low=form.has_low, scale_dtype=torch.float16)
         self.form = form
+        if self.codes.is_cpu:
+            self.rounding = Rounding("int8", CPU_GROUP_SIZE)
+        self._product: RoundedProduct | None = None
 
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         size, inputs, groups, halves = self.spec.sizes[part], self.spec.in_features, self.num_groups, (torch.float16,)
@@ -53,3 +61,22 @@ class GgufLinear(QuantizedLinear):
         yield self.weight_spec("weight_scale", part, (size, groups), halves, self.fill_scale, outputs=0)
         if self.form.has_low:
             yield self.weight_spec("weight_low", part, (size, groups), halves, self.fill_low, outputs=0)
+
+    def finish(self) -> None:
+        super().finish()
+        self._product = rounded_product(self.weight)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._product is not None and (product := self._product(x, bias)) is not None:
+            return product
+        return super().multiply(x, bias)
+
+    def multiply_after_norm(
+        self, norm: Norm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Gate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self._product is not None and norm.weight is not None:
+            activation = None if gate is None else gate.activation
+            result = self._product.after_norm(x, residual, (norm.weight, norm.eps), bias, activation)
+            if result is not None:
+                return result
+        return super().multiply_after_norm(norm, x, residual, bias, gate)

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vectors.h"
+#include "rows.h"
 
 namespace {
 constexpr int MAX_DIM = 256;   // of a head
@@ -19,45 +19,21 @@ constexpr int TILE = 64;       // keys between two updates of the running softma
 
 // --- rows ---------------------------------------------------------------
 
-template <class T> inline void norm_row(const T* x, const T* weight, T* out, int64_t dim, float eps) {
-  f32 squares = {};
-  for (int64_t i = 0; i < dim; i += W) {
-    f32 v = load(x + i, dim - i);
-    squares = plus_product(squares, v, v);
-  }
-  float scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
-  for (int64_t i = 0; i < dim; i += W)
-    store(out + i, rounded<T>(load(x + i, dim - i) * scale) * load(weight + i, dim - i), dim - i);
-}
-
 // residual and total: both or neither.
 template <class T>
 void add_rms_norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t rows, int64_t dim,
                   float eps) {
 #pragma omp parallel for if (rows * dim > SMALL)
   for (int64_t row = 0; row < rows; row++) {
-    const T* in = x + row * dim;
-    if (residual) {
-      const T* other = residual + row * dim;
-      T* added = total + row * dim;
-      for (int64_t i = 0; i < dim; i += W) store(added + i, load(in + i, dim - i) + load(other + i, dim - i), dim - i);
-      in = added;
-    }
-    norm_row(in, weight, out + row * dim, dim, eps);
+    const int64_t at = row * dim;
+    add_and_norm_row(x + at, residual ? residual + at : nullptr, weight, out + at, total ? total + at : nullptr, dim,
+                     eps);
   }
 }
 
-// The activation is gate * logistic(slope): slope is the gate for SiLU; for GELU's tanh form it is twice tanh's argument.
 template <class T, bool GELU> void gate_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
 #pragma omp parallel for if (rows * dim > SMALL)
-  for (int64_t row = 0; row < rows; row++) {
-    const T *gates = gate_up + row * 2 * dim, *ups = gates + dim;
-    for (int64_t i = 0; i < dim; i += W) {
-      f32 gate = load(gates + i, dim - i);
-      f32 slope = GELU ? 1.5957691216f * (gate + 0.044715f * gate * gate * gate) : gate;
-      store(out + row * dim + i, rounded<T>(gate / (1.0f + exponential(-slope))) * load(ups + i, dim - i), dim - i);
-    }
-  }
+  for (int64_t row = 0; row < rows; row++) gate_row<T, GELU>(gate_up + row * 2 * dim, out + row * dim, dim);
 }
 template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim) {
   gate_and_mul<T, false>(gate_up, out, rows, dim);

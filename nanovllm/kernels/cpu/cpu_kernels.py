@@ -27,15 +27,17 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.cache_codes import LARGEST
+from nanovllm.kernels.cpu.rounded_product import RoundedProduct, make_rounded_product
 from nanovllm.kernels.cpu.state_kernels import StateKernels
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("cpu_kernels", "skinny_linear", "quantized_linear", "states")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("cpu_kernels", "skinny_linear", "quantized_linear", "rounded_linear", "states")
 )
-_HEADER = Path(__file__).with_name("vectors.h")
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("vectors", "rows", "quantized_weights"))
 _COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math: infinities and NaN keep their meaning, and additions their order. What is added to a product in one
 # instruction is written so (`vectors.h`).
@@ -56,6 +58,7 @@ _SIGNATURES = {
     "delta_net": ctypes.CFUNCTYPE(None, *[_POINTER] * 13, *[_INT] * 8, _FLOAT),
     "skinny_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 4, *[_INT] * 4),
     "quantized_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6),
+    "rounded_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 9, *[_INT] * 6, _FLOAT),
 }
 
 
@@ -86,6 +89,7 @@ class CpuKernels(StateKernels):
         self._causal_conv = by_dtype("causal_conv")
         self._delta_net = by_dtype("delta_net")
         self._quantized_linear = by_dtype("quantized_linear")
+        self._rounded_linear = by_dtype("rounded_linear")
         self._num_lanes = ctypes.c_int.in_dll(loaded, "num_lanes").value
         self._skinny_linear = _SIGNATURES["skinny_linear"].in_dll(loaded, "skinny_linear_float32")
 
@@ -263,6 +267,13 @@ class CpuKernels(StateKernels):
         run(*pointers, num_rows, num_outputs, num_inputs, num_groups, 4 if is_int4 else 8, scale.element_size())
         return out
 
+    def rounded_product(self, codes: Tensor, scale: Tensor, low: Tensor | None) -> RoundedProduct | None:
+        """Products with W as in `kernels.quantized_linear`, of inputs that are rounded.
+
+        None where the C++ does not apply: scales that are not float16 and of 32 inputs (or 16 of int8).
+        """
+        return make_rounded_product(self._rounded_linear, codes, scale, low)
+
 
 def _is_whole(cache: LayerCache) -> bool:
     scales, data = cache.scales, cache.data
@@ -317,7 +328,7 @@ def _cache_dir() -> Path:
 def _build_key(compiler: str) -> str:
     """What the machine code depends on: a home directory may be shared by machines with different CPUs."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    sources = [source.read_text() for source in (*_SOURCES, _HEADER)]
+    sources = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
     parts = [*sources, " ".join(_FLAGS), compiler, version, _cpu_model(), str(_openmp_runtime())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 

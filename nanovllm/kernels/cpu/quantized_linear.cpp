@@ -6,54 +6,11 @@
 // Order     A sum is of W inputs a lane, group by group; it depends on the sizes alone, not on threads or other rows.
 // Sizes     Inputs fill groups; a group has a multiple of 32 inputs ("int4") or of 16 ("int8").
 // Vectors   Float32 everywhere; bfloat16 inputs in pairs, where the CPU multiplies those (AVX-512 BF16).
-#include <algorithm>
 #include <memory>
-#include <type_traits>
 
-#include "vectors.h"
+#include "quantized_weights.h"
 
 namespace {
-constexpr int BLOCK = 32;     // inputs that have one scale, at most
-constexpr int STRETCH = 64;   // blocks whose scales are made ready at a time
-constexpr int OUTPUTS = 4;    // rows of W that one thread reads side by side
-constexpr int ROWS = 4;       // rows of x for which a code becomes a number once
-constexpr int AHEAD = 4096;   // bytes of codes that are asked for early
-struct fp16 {
-  uint16_t bits;
-};
-struct e8m0 {  // 2^(bits - 127); the codes beside such scales are e2m1
-  uint8_t bits;
-};
-template <class S> constexpr bool IS_E2M1 = std::is_same<S, e8m0>::value;
-
-inline void put(float* to, float x) { *to = x; }
-inline void put(bf16* to, float x) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-inline void numbers(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
-inline void numbers(const fp16* from, float* to, int64_t n) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-  for (; i < n; i++) to[i] = _cvtsh_ss(from[i].bits);
-#endif
-  for (; i < n; i++) {  // the exponent is moved and multiplied into place, which also holds for denormals
-    const uint32_t sign = (uint32_t)(from[i].bits & 0x8000) << 16, rest = (uint32_t)(from[i].bits & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &rest, 4);
-    value = (from[i].bits & 0x7c00) == 0x7c00 ? value + __builtin_inff() : value * 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-    std::memcpy(to + i, &bits, 4);
-  }
-}
-inline void numbers(const e8m0* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) to[i] = from_bits((uint32_t)from[i].bits << 23);
-}
-
 // Four bits each as what they stand for: integers, or e2m1 (sign, two of exponent, one of mantissa).
 template <bool E2M1> inline f32 values_of(i32 codes) {
   if (!E2M1) return __builtin_convertvector(codes, f32);
@@ -70,64 +27,11 @@ template <bool E2M1> inline f32 values_of(i32 codes) {
 #endif
 }
 
-// --- what stands beside the codes ----------------------------------------------------------
-
-template <class S> struct Weight {
-  const uint8_t* codes;  // "int4", "e2m1": inputs i and i + 16 of 32 in a byte; "int8": as they are
-  const S* scale;        // [outputs, groups]
-  const S* low;          // what code 0 stands for, or null
-  const int8_t* zero;    // what is taken off a code, or null
-  int64_t outputs, inputs, groups;
-};
-
-// Of n groups of an output: W = (code - zero) * scale + low. An "int4" code of 8 is 0 where there is no `low`.
-template <int BITS, class S>
-inline void read_groups(const Weight<S>& w, int64_t output, int64_t first, int64_t n, float* scale, float* zero,
-                        float* low) {
-  const int64_t place = output * w.groups + first;
-  numbers(w.scale + place, scale, n);
-  std::fill(zero, zero + n, BITS == 4 && !w.low && !IS_E2M1<S> ? 8 : 0);
-  if (w.low)
-    numbers(w.low + place, low, n);
-  else
-    std::fill(low, low + n, 0);
-  for (int64_t g = 0; w.zero && g < n; g++) zero[g] += w.zero[place + g];
-}
-
-// By blocks of `block` inputs, of which a group has one or more, scales and what a code of no bits stands for.
-template <int BITS, class S>
-inline void read_blocks(const Weight<S>& w, int64_t output, int64_t block, int64_t first, int64_t n, float* scale,
-                        float* low) {
-  const int64_t per_group = w.inputs / w.groups / block;
-  float zero[STRETCH + 1];
-  if (per_group == 1) {
-    read_groups<BITS>(w, output, first, n, scale, zero, low);
-    for (int64_t b = 0; b < n; b++) low[b] -= zero[b] * scale[b];
-    return;
-  }
-  float group_scale[STRETCH + 1], group_low[STRETCH + 1];
-  const int64_t begin = first / per_group, end = (first + n - 1) / per_group + 1;
-  read_groups<BITS>(w, output, begin, end - begin, group_scale, zero, group_low);
-  for (int64_t b = 0; b < n; b++) {
-    const int64_t g = (first + b) / per_group - begin;
-    scale[b] = group_scale[g], low[b] = group_low[g] - zero[g] * scale[b];
-  }
-}
-
 // --- sums of products ----------------------------------------------------------------------
 //
 // A form says how codes meet inputs, a vector of codes at a time: LANE inputs for each lane of float32 sums, so that
 // BLOCK / LANE lanes have one scale (all of them, where LANE is 0). `prepare` brings a row of x into the order in which
 // `add` reads it, with zeros behind it; OFFSET is what `add` has too much in every code.
-
-template <class T> inline void load_or_zeros(const uint8_t* p, int64_t bytes, T& to) {
-  if (bytes >= (int64_t)sizeof(T)) {
-    std::memcpy(&to, p, sizeof(T));
-  } else {
-    to = T{};
-    std::memcpy(&to, p, bytes);
-  }
-}
 
 // Of 32 inputs of "int4", the place of input i among halves of bytes: byte i % 16, the lower half first.
 inline int64_t nibble(int64_t i) { return i % 16 * 2 + i % 32 / 16; }
@@ -217,15 +121,6 @@ template <int BITS_, bool E2M1> struct Pairs {
 };
 #endif
 
-// Lane l becomes what lane l / PER was.
-template <int PER, int... I> inline f32 spread(f32 x, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(x, x, (I / PER)...);
-#else
-  return __builtin_shuffle(x, i32{(I / PER)...});
-#endif
-}
-
 // R rows of x with N outputs from `output` on. sums_of_x: of each row, by block, with zeros to the end of a vector.
 template <class Form, int N, int R, class S, class X>
 void multiply(const Weight<S>& w, int64_t output, const typename Form::element* const* x,
@@ -252,7 +147,7 @@ void multiply(const Weight<S>& w, int64_t output, const typename Form::element* 
       for (int n = 0; n < N; n++) {
         f32 scales = all(scale[n][b]);
         if (Form::LANE)
-          scales = spread<BLOCK / (Form::LANE ? Form::LANE : BLOCK)>(load(scale[n] + b), std::make_integer_sequence<int, W>());
+          scales = spread<BLOCK / (Form::LANE ? Form::LANE : BLOCK), 0>(load(scale[n] + b), std::make_integer_sequence<int, W>());
         for (int r = 0; r < R; r++) acc[n][r] = plus_product(acc[n][r], sums[n][r], scales);
       }
     }

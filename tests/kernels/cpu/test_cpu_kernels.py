@@ -22,7 +22,7 @@ from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from nanovllm.kernels.silu_and_mul import gelu_and_mul_reference, silu_and_mul_reference
 from tests.attention.paged_cases import make_case
-from tests.kernels.cpu.quantized_cases import check_products
+from tests.kernels.cpu.quantized_cases import check_products, check_rounded_products
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -394,3 +394,4 @@ def test_narrower_vectors(march: str, tmp_path: Path) -> None:
         assert got is not None
         check(got, paged_attention_reference(case.q, case.cache, case.meta, case.shape(0.1, 50)))
         check_products(narrow, dtype)
+        check_rounded_products(narrow, dtype)
