@@ -210,8 +210,10 @@ def _planner_and_loop(
 
 def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedConfig:
     """Workers are told of speculation if they have a part in it. Raises ValueError for a wrong draft model."""
-    if config.speculative_config is None or config.speculative_config.method not in MODEL_METHODS:
-        return replace(config, speculative_config=None)
+    speculative = config.speculative_config
+    if speculative is None or speculative.method not in MODEL_METHODS:
+        has_states = model_config.state is not None
+        return replace(config, speculative_config=speculative.sizes if speculative and has_states else None)
     from nanovllm.runner.drafting import check_draft
 
     check_draft(config, model_config)

@@ -271,11 +271,6 @@ class EngineConfig:
                 "load_format='dummy' has no random weights for a quantized checkpoint; take the quantization_config "
                 "out of its config.json, and pass quantization instead"
             )
-        if self.speculative_config is not None and model_config.state is not None:
-            raise NotImplementedError(
-                f"speculative_config does not cover {model_config.architecture} yet: its layers keep states, and what "
-                "a rejected token did to one cannot be taken back; leave it off"
-            )
         if self.deterministic and device_type == "cpu" and model_config.latent and model_config.state:
             raise ValueError(
                 f"deterministic=True does not cover {model_config.architecture} on a CPU, where Kimi delta attention "

@@ -101,6 +101,15 @@ class SpeculativeConfig:
             raise TypeError(f"speculative_config.proposer must have a method propose, got {brief(self.proposer)}")
 
     @property
+    def sizes(self) -> "SpeculativeConfig":
+        """Who drafts is left out: all that a worker has to know of what the host drafts."""
+        return SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=self.num_speculative_tokens,
+            disable_by_batch_size=self.disable_by_batch_size,
+        )
+
+    @property
     def lookup_range(self) -> tuple[int, int]:
         """Fewest and most tokens that n-grams look up. As in vLLM, one that is given alone is both."""
         longest = self.prompt_lookup_max or self.prompt_lookup_min or 5
@@ -114,6 +123,21 @@ def num_unseen(config: SpeculativeConfig) -> int:
     was accepted anew, by the target's states.
     """
     return 2 if config.method == "draft_model" else 1 + config.num_speculative_tokens
+
+
+def num_draft_places(config: SpeculativeConfig | None) -> int:
+    """Most tokens that a step computes of a request with a draft."""
+    return 0 if config is None else 1 + config.num_speculative_tokens
+
+
+def num_draft_slots(config: Any) -> int:
+    """config: a ResolvedConfig. Of a model with states, how many a step that verifies keeps until it is known which of
+    them count: one behind each token of every request that may have a draft.
+    """
+    speculative = config.speculative_config
+    if speculative is None:
+        return 0
+    return min(config.max_num_seqs, speculative.disable_by_batch_size) * num_draft_places(speculative)
 
 
 def read_speculative_config(value: Any) -> SpeculativeConfig | None:

@@ -160,7 +160,7 @@ NO_PAIRS = (
     *(("lora_request", "latents"), ("gguf", "latents")),
 )
 # Refused by name, where layers keep states; of GGUF files there are none with such layers.
-NOT_WITH_STATES = ("speculation", "kv_offload_gb", "prefix_store", "lora_request", "gguf")
+NOT_WITH_STATES = ("kv_offload_gb", "prefix_store", "lora_request", "gguf")
 PAIRS = [
     names
     for names in combinations(FEATURES, 2)

@@ -181,8 +181,8 @@ class StateCache(CacheManager):
         running = self._running[request]
         added = []
         for block in range(self._num_blocks(start), self._num_blocks(end)):
-            if not self._is_wanted(request, running, block):
-                continue
+            if block in running.reserved or not self._is_wanted(request, running, block):
+                continue  # the first: where a draft was rejected that would have opened it
             num_tokens = (block + 1) * self.block_size
             slot = self.snapshots.reserve(num_tokens - running.num_tokens_safe, [slot for _, slot in self._read])
             if slot is not None:

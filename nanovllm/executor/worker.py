@@ -38,6 +38,7 @@ from nanovllm.runner.host_memory import host_memory
 from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros, choose_num_blocks, useful_num_blocks, zeros
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.sleeping import choose_sleeper
+from nanovllm.speculative_config import MODEL_METHODS, num_draft_slots
 from nanovllm.weights.checkpoint import Checkpoint
 from nanovllm.weights.loader import fill_random, load_weights, places
 
@@ -89,7 +90,7 @@ def build_runner(
         if sleeper is not None:
             sleeper.hold_slots(adapters.store.stacks)
     draft = None
-    if config.speculative_config is not None:  # of those that need a model
+    if config.speculative_config is not None and config.speculative_config.method in MODEL_METHODS:
         from nanovllm.runner.drafting import DraftModel, HeadDraft  # a room, too
 
         def load(model_config: ModelConfig, checkpoint: Checkpoint) -> Any:
@@ -291,7 +292,7 @@ def plan_num_blocks(
     if device.type == "cpu":
         # Pages of host memory are taken when they are first written, so only what requests can use is worth reserving.
         total = host_memory().total // tp.size  # the ranks share the memory
-        rows = config.max_num_seqs * model_config.bytes_per_state // tp.size
+        rows = (config.max_num_seqs + num_draft_slots(config)) * model_config.bytes_per_state // tp.size
         num_blocks = choose_num_blocks(config, spec, int(total * config.gpu_memory_utilization) - rows)
         is_set = config.num_gpu_blocks_override is not None or config.kv_cache_memory_bytes is not None
         return num_blocks if is_set else min(num_blocks, useful_num_blocks(config, spec.groups))

@@ -63,7 +63,7 @@ def delta_net(
     if use_triton(qkvz):
         from nanovllm.kernels.triton.delta_net import delta_net_triton
 
-        return delta_net_triton(qkvz, ba, net, state, step, is_exact)
+        return delta_net_triton(qkvz, ba, net, state, step, is_exact or step.at_any_token)
     return delta_net_reference(qkvz, ba, net, state, step)
 
 

@@ -69,7 +69,7 @@ def mamba2(
     if use_triton(zxbcdt):
         from nanovllm.kernels.triton.mamba2 import mamba2_triton
 
-        return mamba2_triton(zxbcdt, net, state, step, is_exact, semaphores)
+        return mamba2_triton(zxbcdt, net, state, step, is_exact or step.at_any_token, semaphores)
     return mamba2_reference(zxbcdt, net, state, step)
 
 

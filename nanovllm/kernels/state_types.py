@@ -29,10 +29,12 @@ class StepStates:
     """rows [num_reqs] int32: the slot of each request, -1 for padding; what is there counts if it had tokens before.
 
     snapshots [num_tokens] int32: the slot to which the state behind this token is copied, -1 for none. meta: the batch,
-    as attention is told. layers: by their index.
+    as attention is told. layers: by their index. at_any_token: snapshots may be asked for behind every token, and not
+    only where a GPU has one when it takes many tokens at once.
     """
 
     rows: Tensor
     snapshots: Tensor
     meta: AttentionMetadata
     layers: Mapping[int, LayerState]
+    at_any_token: bool = False

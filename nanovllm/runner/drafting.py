@@ -28,6 +28,7 @@ from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, read_eagle3_config
 from nanovllm.models.mtp import MTPConfig, MTPHead, read_mtp_config
 from nanovllm.models.registry import read_model_config
 from nanovllm.runner.dflash import DFlashRunner
+from nanovllm.runner.input_batch import InputStager
 from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.speculative_config import num_unseen
@@ -110,8 +111,8 @@ def _check_layers(config: ResolvedConfig, kinds: Sequence[ModelConfig], name: st
         raise NotImplementedError(f"{name}: layers with a sliding window cannot draft, nor be drafted for, yet")
     if any(kind.length_dependent_from is not None or kind.long_from is not None for kind in kinds):
         raise NotImplementedError(f"{name}: rotation that depends on the context's length cannot draft yet")
-    if any(kind.state_memory(config) is not None for kind in kinds):
-        raise NotImplementedError(f"{name}: a model whose layers keep a state cannot draft, nor be drafted for, yet")
+    if kinds[0].state is not None:
+        raise NotImplementedError(f"{name}: a model whose layers keep a state cannot draft yet")
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class DraftModel:
         runner = ModelRunner(self.config, self.model_config, self.model, caches, backend, self._device, self._tp)
         runner.state.block_tables = target.state.block_tables
         runner._first_tables = target._first_tables
+        runner._stager = InputStager(target.state.block_tables.shape[1], self.config.overlap_depth + 1, self._device)
         return runner
 
 

@@ -74,11 +74,16 @@ def run_with_hidden_states(runner: "ModelRunner", plan: SchedulerOutput) -> "Pen
             runner.model, plan.rows, plan.num_scheduled_tokens, plan.capture_layers, runner.to_host
         )
     with captures as captured:
+        if plan.num_draft_tokens:
+            from nanovllm.runner.verify import (
+                begin_verifying,
+                verify,
+            )  # a room: only engines that speculate have drafts
+
+            begin_verifying(runner, plan)
         hidden, seq_lens = runner.forward(plan, batch)
     scores = score_prompts(plan, batch.rows, hidden, runner)
     extras = PendingExtras(prompt_logprobs=scores, hidden_states=captured)
     if plan.num_draft_tokens:
-        from nanovllm.runner.verify import verify  # a room: only engines that speculate have drafts
-
         return verify(runner, plan, hidden, extras)
     return runner.sample(plan, batch, hidden, seq_lens, extras)

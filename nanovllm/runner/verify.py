@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
+from nanovllm.kernels.draft_places import Places
 from nanovllm.runner.extras import PendingExtras
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+from nanovllm.runner.stateful_rows import Drafts, StatefulRows
 from nanovllm.sampling.rows import SampledRows, upload
 
 
@@ -85,10 +87,12 @@ def verify(runner: ModelRunner, plan: SchedulerOutput, hidden: Tensor, extras: P
     draws = find_draws(plan)
     sources, rows = upload(np.stack((draws.sources, draws.rows)), hidden.device)
     logits = runner.compute_logits(hidden[sources], rows)
-    return draw(runner, draws, logits, extras)
+    return draw(runner, plan, draws, logits, extras)
 
 
-def draw(runner: ModelRunner, draws: Draws, logits: Tensor, extras: PendingExtras) -> PendingDraws:
+def draw(
+    runner: ModelRunner, plan: SchedulerOutput, draws: Draws, logits: Tensor, extras: PendingExtras
+) -> PendingDraws:
     """logits [n, V], behind each draw's source. The step has counted all its tokens as computed."""
     device = logits.device
     on_device = upload(np.stack((draws.rows, draws.positions, draws.drafts)).astype(np.int32), device)
@@ -102,9 +106,35 @@ def draw(runner: ModelRunner, draws: Draws, logits: Tensor, extras: PendingExtra
     rows_of_requests = on_device[0][firsts].long()
     runner.sampler.columns.last_token[rows_of_requests] = tokens[firsts + accepted]
     runner.state.num_computed[rows_of_requests] -= (counts - 1 - accepted).int()
+    if isinstance(runner.layer_groups, StatefulRows):
+        drafts, positions = _drafts_of(plan, device)
+        is_end = torch.zeros(len(plan.token_ids), dtype=torch.int32, device=device)
+        is_end[upload(draws.sources, device)[firsts + accepted]] = 1
+        runner.layer_groups.end_verifying(drafts, positions, is_end)
     words = torch.cat((tokens, accepted.int()))
     pending = runner.read_back(words)
     return PendingDraws(pending.tokens, pending.event, extras, draws)
+
+
+def begin_verifying(runner: ModelRunner, plan: SchedulerOutput) -> None:
+    """Before the model runs, kernel by kernel, on a plan with drafts."""
+    if isinstance(runner.layer_groups, StatefulRows):
+        runner.layer_groups.begin_verifying(_drafts_of(plan, runner.device)[0])
+
+
+def _drafts_of(plan: SchedulerOutput, device: torch.device) -> tuple[Drafts, Tensor]:
+    """Every token of the step as a place, and the tokens' positions."""
+    counts = np.array(plan.num_scheduled_tokens)
+    starts = (np.cumsum(counts) - counts).repeat(counts)
+    offsets = np.arange(len(plan.token_ids)) - starts
+    has_draft = (np.array(plan.num_samples) > 1).repeat(counts)
+    is_last = offsets == counts.repeat(counts) - 1
+    following = np.where(has_draft & ~is_last, np.roll(plan.token_ids, -1), -1)
+    positions = np.array(plan.num_computed_tokens).repeat(counts) + offsets
+    rows = np.array(plan.rows).repeat(counts)
+    words = np.stack((rows, offsets, plan.token_ids, following, positions, has_draft)).astype(np.int32)
+    *places, uploaded, is_of_draft = upload(words, device).unbind(0)
+    return Drafts(Places(*places), is_of_draft > 0), uploaded
 
 
 def asks_nothing(runner: ModelRunner, rows: Sequence[int]) -> bool:

@@ -104,6 +104,7 @@ class FakeDevice:
     ) -> None:
         self.has_states = has_states
         self.states: dict[int, bytes] = {}  # by slot; a row has that of its number
+        self._behind: dict[int, list[bytes]] = {}  # by row, the states behind each of the step's tokens
         self.specs = specs
         self.table_width = table_width
         self.num_blocks = num_blocks
@@ -147,6 +148,8 @@ class FakeDevice:
                 table = {**self.tables[row], **shared.get(row, {})}
                 draft = plan.token_ids[end - num_samples + 1 : end]
                 sampled.append(self.sample(row, table, draft))
+            else:
+                self._keep_states(row, count)
         self.num_tokens_per_step.append(len(plan.token_ids))
         return Done(
             sampled,
@@ -174,10 +177,23 @@ class FakeDevice:
                 for position in seen(spec, computed + len(sampled))
             ]
             if self.has_states:
-                context.append(self.states[row])
+                context.append(self._behind[row][len(sampled) - len(draft) - 1])
             sampled.append(next_token(context))
         self.last_token[row], self.num_computed[row] = sampled[-1], computed + len(sampled) - 1
+        self._keep_states(row, len(self._behind.get(row, [])) - len(draft) + len(sampled) - 1)
         return sampled
+
+    def _keep_states(self, row: int, num_counting: int) -> None:
+        """Of the step's tokens so many count; what would be kept of the others says so."""
+        states = self._behind.pop(row, [])
+        if not states:
+            return
+        first = self.num_computed[row] - num_counting
+        self.states[row] = states[num_counting - 1]
+        for index, state in enumerate(states):
+            snapshot = self.tables[row].get(self._snapshot(first + index))
+            if (first + index + 1) % self.block_size == 0 and snapshot is not None:
+                self.states[snapshot] = state if index < num_counting else b"rejected"
 
     def _shared_blocks(self, plan: SchedulerOutput) -> dict[int, dict[int, int]]:
         """What rows read through the block table of the first that shares it, as the cascade's kernel does."""
@@ -202,12 +218,6 @@ class FakeDevice:
                 writes.append((position, row, self.last_token[row] if token_id < 0 else token_id))
         for position, row, token_id in sorted(writes):
             self._store(row, position, token_id)
-            table = self.tables[row]
-            if self.has_states:
-                self.states[row] = extend_hash(self.states[row], token_id)
-                snapshot = table.get(self._snapshot(position))
-                if (position + 1) % self.block_size == 0 and snapshot is not None:
-                    self.states[snapshot] = self.states[row]
 
     def write(self, row: int, token_ids: Sequence[int]) -> None:
         """The row's next tokens."""
@@ -219,6 +229,9 @@ class FakeDevice:
         for group in range(len(self.specs)):
             previous = self.slots[self.slot(table, position - 1, group)] if position else b""
             self.slots[self.slot(table, position, group)] = extend_hash(previous, token_id)
+        if self.has_states:
+            behind = self._behind.setdefault(row, [])
+            behind.append(extend_hash(behind[-1] if behind else self.states[row], token_id))
 
     def _snapshot(self, position: int) -> int:
         return len(self.specs) * self.table_width + position // self.block_size
@@ -315,7 +328,8 @@ class FakeDrafter:
         draft: list[int] = []
         for ahead in range(1, num_tokens + 1):
             is_right = self._rng.random() < 0.7
-            draft.append(next_token(history) if is_right else self._rng.randrange(VOCAB_SIZE))
+            states = [history[-1]] if device.has_states else []
+            draft.append(next_token(history + states) if is_right else self._rng.randrange(VOCAB_SIZE))
             history.append(extend_hash(history[-1], draft[-1]))
             if ahead < num_tokens and ahead <= num_with_blocks:
                 slot = self._slot(row, num_computed + ahead - self._reads_ahead)
@@ -364,7 +378,8 @@ def make_engine(
         make_scheduler = partial(planner, **parts)
     elif drafter is not None:
         adaptive, num = clock is not None, num_speculative_tokens
-        config = SpeculativeConfig(method=drafter, model="m", num_speculative_tokens=num, adaptive=adaptive)
+        model = None if drafter == "mtp" else "m"
+        config = SpeculativeConfig(method=drafter, model=model, num_speculative_tokens=num, adaptive=adaptive)
         planner, parts = speculative_planner(config, VOCAB_SIZE, clock, is_captured=True)
         make_scheduler = partial(planner, **parts)
     scheduler = make_scheduler(

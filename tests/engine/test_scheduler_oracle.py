@@ -55,13 +55,15 @@ class Witness:
 class Guesser:
     """Drafts of any length, right as far as a coin says: the oracle's own continuation, and then something else."""
 
-    def __init__(self, seed: int, specs: Sequence[PagedKV]) -> None:
+    def __init__(self, seed: int, specs: Sequence[PagedKV], has_states: bool) -> None:
         self._rng = random.Random(seed)
-        self._specs = specs
+        self._specs, self._has_states = specs, has_states
 
     def propose(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
-        rng = self._rng
-        draft = expected_output(token_ids, len(token_ids) + rng.randint(0, num_tokens), frozenset(), self._specs)
+        rng, length = self._rng, len(token_ids)
+        draft = expected_output(
+            token_ids, length + rng.randint(0, num_tokens), frozenset(), self._specs, self._has_states
+        )
         if draft and rng.random() < 0.7:
             wrong = rng.randrange(len(draft))
             draft[wrong:] = [rng.randrange(VOCAB_SIZE) for _ in draft[wrong:]]
@@ -90,7 +92,7 @@ def run_random_workload(
         num_snapshots=how.choice([0, 1, 2, 4, 8, 30]) if has_states else None,
         stride=how.choice([1, 4, 16]),
         worth_a_step=how.choice([1, 8, 1000]),
-        proposer=Guesser(seed, specs) if drafts == "custom_class" else None,
+        proposer=Guesser(seed, specs, has_states) if drafts == "custom_class" else None,
         drafter=drafts if drafts != "custom_class" else None,
         num_speculative_tokens=how.randint(1, 6),
     )
@@ -191,10 +193,13 @@ def test_random_workloads_with_drafts_equal_the_oracle(windows: tuple[int | None
     assert 0.2 * drafted < accepted < 0.8 * drafted, "the workloads must accept, and reject"
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
-def test_random_workloads_with_chained_drafts_equal_the_oracle(method: str) -> None:
-    """Steps that draft and verify are planned by upper bounds; what drafts has right keys of all that is known."""
-    results = [run_random_workload(seed, drafts=method) for seed in range(80)]
+@pytest.mark.parametrize(
+    ("method", "has_states"), [("draft_model", False), ("eagle3", False), ("custom_class", True), ("mtp", True)]
+)
+def test_random_workloads_with_states_or_chained_drafts_equal_the_oracle(method: str, has_states: bool) -> None:
+    """Steps that draft and verify are planned by upper bounds; what drafts has right keys of all that is known. No
+    state is begun from, or read, that sums up a rejected token."""
+    results = [run_random_workload(seed, drafts=method, has_states=has_states) for seed in range(80)]
     assert sum(preemptions for preemptions, _, _ in results) > 20, "the workloads must preempt"
     drafted, accepted = (
         sum(counters[f"spec_decode_num_{name}_tokens"] for _, _, counters in results) for name in ("draft", "accepted")

@@ -539,6 +539,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "edit_logits, float32": lambda: edit_logits(torch.float32),
     "gather_rows": lambda: MODULES["gather_rows"].gather_rows_triton(bf16(9, 1024), torch.arange(3, dtype=torch.int32)),
     "draft_places": draft_places,
+    "copy_states": lambda: MODULES["copy_states"].copy_states_triton(
+        torch.zeros(2, 4, 9000), torch.arange(2, dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+    ),
     "prepare_inputs": lambda: prepare_inputs(None),
     "prepare_inputs, new blocks": lambda: prepare_inputs(torch.arange(3, dtype=torch.int32)),
 }

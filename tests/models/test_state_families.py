@@ -11,7 +11,9 @@ import pytest
 
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from tests.models.parity import ONE, check_every_way_of_running, make_llm
+from tests.models.test_mamba_families import CASES as MAMBA
 from tests.runner.fake_graphs import fake_graphs
+from tests.test_llm_speculation import Adversary, drafting
 from tests.tiny_models import random_prompts, save_random
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,7 +104,32 @@ def test_captured_steps_keep_states(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fake.num_decodes > 20 and fake.num_prompts > 0
 
 
-def test_speculation_is_refused(tmp_path: Path) -> None:
-    folder = save_random(tmp_path, CASES["lfm2"][0], **CASES["lfm2"][1])
-    with pytest.raises(NotImplementedError, match="keep states"):
-        make_llm(folder, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("case", ["lfm2", "qwen3.5", "granite4"])
+def test_rejected_drafts_leave_no_state_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, captured: bool
+) -> None:
+    """Nor in a snapshot: the second time, prompts with their outputs begin from those that verifying steps kept."""
+    architecture, config = (CASES | MAMBA)[case]
+    folder = save_random(tmp_path, architecture, **config)
+    prompts = random_prompts([30, 1, 17])
+    params = [
+        replace(ONE, max_tokens=80),
+        replace(ONE, max_tokens=80, temperature=1.0, seed=1),
+        replace(ONE, max_tokens=80, presence_penalty=0.5, logprobs=1),
+    ]
+    with make_llm(folder, max_num_seqs=5) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+        second = [[*prompt, *o.outputs[0].token_ids, 1, 2] for prompt, o in zip(prompts, expected, strict=True)]
+        llm.reset_prefix_cache()
+        answers = [output.outputs[0].token_ids for output in llm.generate(second, ONE, use_tqdm=False)]
+    if captured:
+        fake_graphs(monkeypatch)
+    with make_llm(folder, max_num_seqs=5, **drafting(Adversary("random", expected))) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+        metrics = llm.get_metrics()
+        outputs = llm.generate(second, ONE, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == answers
+        assert [output.num_cached_tokens for output in outputs] == [64, 64, 64]
+    assert 20 < metrics["spec_decode_num_accepted_tokens"] < metrics["spec_decode_num_draft_tokens"]

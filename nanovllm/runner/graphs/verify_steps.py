@@ -21,6 +21,7 @@ from nanovllm.kernels.prepare_inputs import StepInputs
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
+from nanovllm.runner.stateful_rows import Drafts, StatefulRows
 from nanovllm.runner.verify import asks_nothing, draw, find_draws
 from nanovllm.sampling.rows import upload
 
@@ -101,11 +102,17 @@ class VerifySteps:
         runner, max_blocks = self._runner, self._runner.state.max_blocks
         state = runner.state.num_computed, runner.state.block_tables[:, :max_blocks]
         prepared = prepare_places(inputs, *state, runner.block_size, max_blocks)
+        states = runner.layer_groups if isinstance(runner.layer_groups, StatefulRows) else None
+        if states is not None:
+            states.begin_verifying(Drafts.captured(inputs))
         hidden = runner.run_model(inputs.rows, prepared, places_metadata(prepared, runner))
         logits = runner.compute_logits(hidden, inputs.rows)
         tokens = runner.sampler.sample_captured(logits, inputs.rows, prepared.seq_lens)
         remembered = runner.state.num_computed, runner.sampler.columns.last_token
-        return accept_drafts(inputs, tokens, *remembered), logits
+        words = accept_drafts(inputs, tokens, *remembered)
+        if states is not None:
+            states.end_verifying(Drafts.captured(inputs), prepared.positions, words[1])
+        return words, logits
 
     def run(self, graphs: StepGraphs[int, Places], size: int, plan: SchedulerOutput) -> PendingTokens:
         """Queue one step; graphs: of `step`."""
@@ -120,4 +127,4 @@ class VerifySteps:
         ends = np.add(plan.num_computed_tokens, plan.num_scheduled_tokens)
         rows, ends = upload(np.stack((draws.rows[draws.firsts], ends)), runner.device)
         runner.state.num_computed[rows] = ends.int()  # as `draw` expects it
-        return draw(runner, draws, logits[: len(draws.rows)], NO_EXTRAS)
+        return draw(runner, plan, draws, logits[: len(draws.rows)], NO_EXTRAS)
