@@ -66,6 +66,8 @@ def test_an_update_that_ends_at_any_tensor_leaves_the_old_weights(
     llm: LLM, folders: list[Path], expected: list[Any]
 ) -> None:
     tensors = list(tensors_of(folders[1]).items())
+    alone = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, LONG, use_tqdm=False)]
+    stream, come = started(llm, 2)
 
     def first(count: int, error: BaseException) -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors[:count]
@@ -73,8 +75,9 @@ def test_an_update_that_ends_at_any_tensor_leaves_the_old_weights(
 
     for count in range(len(tensors) + 1):
         with pytest.raises(KeyboardInterrupt if count % 2 else OSError):
-            llm.update_weights(first(count, KeyboardInterrupt() if count % 2 else OSError("gone")))
+            llm.update_weights(first(count, KeyboardInterrupt() if count % 2 else OSError("gone")), mode="restart")
     assert llm.weights_version == 0
+    assert list(map(tokens, finish(stream, come))) == alone, "who streams meanwhile notices nothing"
     assert generate(llm) == expected[0]
     llm.start_weight_update()
     with pytest.raises(OSError, match="gone"):
@@ -130,10 +133,16 @@ def test_a_tied_head_may_come_by_either_name_or_both(tmp_path: Path) -> None:
             llm.update_weights({**by_both, "lm_head.weight": embedding + 1})
 
 
-@pytest.mark.parametrize("options", [{"kv_offload_gb": 0.01}, {"speculative_config": NGRAM}], ids=["tier", "drafts"])
-def test_beside_other_features_of_the_engine(folders: list[Path], options: dict[str, Any]) -> None:
-    """A tier below the KV cache keeps blocks by hashes, so those of old weights are not brought back."""
-    few = {"num_gpu_blocks_override": 12, "max_num_seqs": 2, **options}
+@pytest.mark.parametrize("beside", ["tier", "drafts", "draft model"])
+def test_beside_other_features_of_the_engine(folders: list[Path], beside: str) -> None:
+    """A tier keeps blocks by hashes, so those of old weights are not brought back. A draft model keeps its own."""
+    draft_model = {"method": "draft_model", "model": str(folders[0]), "num_speculative_tokens": 3}
+    options = {
+        "tier": {"kv_offload_gb": 0.01},
+        "drafts": {"speculative_config": NGRAM},
+        "draft model": {"speculative_config": draft_model},
+    }
+    few = {"num_gpu_blocks_override": 12, "max_num_seqs": 2, **options[beside]}
     with make_llm(folders[0], **few) as llm, make_llm(folders[1]) as fresh:
         before, expected = generate(llm), generate(fresh)
         for _ in range(2):
