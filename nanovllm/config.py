@@ -94,8 +94,8 @@ class EngineConfig:
         one that is asked for again is copied back instead of computed. See docs/prefix-caching.md.
     prefix_store: a folder that keeps blocks of prefixes that were used again, for later processes with the same model.
     prefix_store_gb: GiB that the folder may have for each rank; what was used longest ago goes first.
-    prefix_store_warm_gb: GiB of pinned host memory for each GPU, for the blocks used last: they are read while
-        the engine starts. A CPU reads them from the page cache.
+    prefix_store_warm_gb: GiB of pinned host memory for each GPU, for the blocks used last: they are read before
+        the engine is ready. A CPU reads them from the page cache.
     enable_chunked_prefill: compute a prompt in parts where the budget of a step cuts it; off, a prompt waits until it
         fits whole, and max_num_batched_tokens must be at least max_model_len.
     enable_sleep_mode: on a GPU, keep weights and KV cache in memory that `LLM.sleep` can give back; a CPU always can.

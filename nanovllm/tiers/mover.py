@@ -205,8 +205,6 @@ class TierMover:
         """Return when all is written that was to be kept."""
         if self._files is not None:
             self._files.close()
-        if self._warm is not None:
-            self._warm.close()
 
 
 def with_tiers(

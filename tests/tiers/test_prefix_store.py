@@ -202,7 +202,6 @@ def test_blocks_used_last_are_in_memory_before_they_are_asked_for(
     monkeypatch.setattr(host_memory, "_PIECE_BYTES", 2 * num_bytes)
     moving = TierMover([cache], 0, tmp_path, 10**9, 3 * num_bytes, cpu)
     assert moving._warm is not None
-    moving._warm._thread.join()
     assert [name for name in names if moving._warm.find(name) is not None] == [b"four", b"two"]
     path_of(tmp_path, b"four").unlink()
     moving.move(BlockMoves(fetches=[(1, b"four"), (3, b"one"), (2, b"two")]))
