@@ -6,6 +6,7 @@ not what NumPy's BLAS does on this processor.
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +80,24 @@ def _repair_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_with_index
     builder.create_splat = splat_with_type
     builder.create_dot = _create_dot
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = _patching_once(interpreter)
+
+
+def _patching_once(interpreter: ModuleType) -> Callable[[Any], Any]:
+    """Triton replaces its language's operations for a launch, and anew for each call of a function inside it, which
+    takes longer than all that is computed. Here what has been replaced, and has not been put back, stays.
+    """
+    patch, languages, scopes = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core), {}
+
+    def patch_once(function: Any) -> Any:
+        known = tuple(any(value is module for value in function.__globals__.values()) for module in languages)
+        if known in scopes and scopes[known]._changes:
+            return interpreter._LangPatchScope()
+        scopes[known] = patch(function)
+        return scopes[known]
+
+    return patch_once
 
 
 def _create_dot(builder: Any, a: Any, b: Any, accumulator: Any, precision: Any, max_num_imprecise_acc: Any) -> Any:
