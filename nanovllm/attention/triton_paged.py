@@ -16,7 +16,7 @@ from nanovllm.kernels.triton.attention.paged_attention import (
     paged_attention_triton,
     takes_qkv,
 )
-from nanovllm.kernels.triton.batch_invariant.attention import batch_invariant_attention_triton
+from nanovllm.kernels.triton.batch_invariant.attention import StepPlan, batch_invariant_attention_triton
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,27 @@ class PreparedStep:
     plans: StepPlans = field(default_factory=StepPlans)
 
 
+@dataclass(frozen=True)
+class BatchInvariantStep:
+    meta: AttentionMetadata
+    plan: StepPlan = field(default_factory=StepPlan)
+
+
 class BatchInvariantTritonBackend(AttentionBackend):
     """For `deterministic=True`."""
 
-    def prepare(self, meta: AttentionMetadata) -> PreparedStep:
-        return PreparedStep(meta)
+    def prepare(self, meta: AttentionMetadata) -> BatchInvariantStep:
+        return BatchInvariantStep(meta)
 
     def forward(
-        self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
+        self,
+        shape: AttentionShape,
+        q: Tensor,
+        cache: LayerCache,
+        prepared: BatchInvariantStep,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, prepared.plans, sinks)
+        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, prepared.plan, sinks)
 
 
 class TritonBackend(AttentionBackend):

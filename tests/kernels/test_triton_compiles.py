@@ -123,6 +123,14 @@ def attend_on_hopper(num_heads: int, head_dim: int, block_size: int) -> None:
         ATTENTION.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.1), sinks=sinks)
 
 
+def attend_in_one_order(dtype: torch.dtype) -> None:
+    """A token whose context several programs share."""
+    case = make_case([1], [2100], num_heads=4, num_kv_heads=2, head_dim=128, block_size=64, dtype=dtype)
+    twin, plan = MODULES["batch_invariant.attention"], MODULES["batch_invariant.attention"].StepPlan()
+    twin.batch_invariant_attention_triton(case.q, case.cache, case.meta, case.shape(0.1), plan)
+    assert plan.parts.num_splits == 3
+
+
 def decode_many(num_reqs: int, kind: str | None = None) -> None:
     case = make_case([1] * num_reqs, [90] * num_reqs, num_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16)
     case = coded(case, kind)
@@ -478,6 +486,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm_gated_linear of a row": lambda: normalize_and_multiply(1, 304, True, True, True),
     "rms_norm_gated_linear of 3 rows": lambda: normalize_and_multiply(3, 304, True, True, True),
     "rms_norm_gated_linear of 7 rows": lambda: normalize_and_multiply(7, 1008, True, True, True),
+    "batch-invariant attention of a token": lambda: attend_in_one_order(torch.bfloat16),
+    "batch-invariant attention of a token, float32": lambda: attend_in_one_order(torch.float32),
     "batch_invariant_linear": lambda: multiply_in_one_order(5, 200),
     "batch_invariant_linear of a few rows": lambda: multiply_in_one_order(64, 256),
     "batch_invariant_linear of some rows": lambda: multiply_in_one_order(65, 256),

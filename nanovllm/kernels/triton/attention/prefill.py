@@ -154,6 +154,62 @@ def rows_of_program(config: PrefillConfig, group: int) -> int:
     return max(config.rows, next_power_of_2(group))
 
 
+@triton.jit
+def load_queries(
+    q_ptr, query_start_ptr, req, first_query, head, q_stride_token, q_stride_head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Queries first_query .. of a request under one KV head, as rows: q, of each row its token and its head, which
+    elements there are, and how many queries the request has."""
+    query_start = tl.load(query_start_ptr + req)
+    query_len = tl.load(query_start_ptr + req + 1) - query_start
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, BLOCK_DIM)
+    query = first_query + row // GROUP
+    query_head = head * GROUP + row % GROUP
+    is_query = (row < ROWS // GROUP * GROUP) & (query < query_len)
+    row_mask = is_query[:, None] & (dim < HEAD_DIM)[None, :]
+    token = (query_start + query).to(tl.int64)
+    q_offset = token * q_stride_token + query_head * q_stride_head
+    q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=row_mask, other=0.0)
+    return q, token, query_head, row_mask, query_len
+
+
+@triton.jit
+def attend_keys(
+    top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, query_position, begin, end,
+    whole_from, whole_to, seq_len, head,
+    cache_stride_kv, STRIDE_BLOCK: tl.constexpr, STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr, scale,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """`attend_tiles` for tiles begin .. end, the one with the last token apart."""
+    ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
+    blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
+    top, norm, acc = attend_tiles(
+        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
+        whole_from, whole_to, seq_len, head,
+        cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
+    )  # fmt: skip
+    blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
+    return attend_tiles(
+        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end,
+        end, end, seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_rows(
+    out_ptr, norm, acc, token, query_head, row_mask,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
+    place = ((token * NUM_HEADS + query_head) * HEAD_DIM)[:, None] + tl.arange(0, BLOCK_DIM)[None, :]
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=row_mask)
+
+
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["query_start_ptr"])
 def _prefill_kernel(
     q_ptr,
@@ -199,17 +255,12 @@ def _prefill_kernel(
     if req < 0:
         return
 
-    query_start = tl.load(query_start_ptr + req)
-    query_len = tl.load(query_start_ptr + req + 1) - query_start
     seq_len = tl.load(seq_lens_ptr + req)
+    q, token, query_head, row_mask, query_len = load_queries(
+        q_ptr, query_start_ptr, req, first_query, head, q_stride_token, q_stride_head,
+        GROUP, HEAD_DIM, BLOCK_DIM, ROWS,
+    )  # fmt: skip
     row = tl.arange(0, ROWS)
-    dim = tl.arange(0, BLOCK_DIM)
-    query = first_query + row // GROUP
-    query_head = head * GROUP + row % GROUP
-    row_mask = ((row < TOKENS * GROUP) & (query < query_len))[:, None] & (dim < HEAD_DIM)[None, :]
-    token = (query_start + query).to(tl.int64)
-    q_offset = token * q_stride_token + query_head * q_stride_head
-    q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=row_mask, other=0.0)
     first_position = seq_len - query_len + first_query
     query_position = (first_position + row // GROUP)[:, None]
     end = tl.cdiv(tl.minimum(first_position + TOKENS, seq_len), TILE)
@@ -220,23 +271,13 @@ def _prefill_kernel(
     if WINDOW:
         begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE
         whole_from = tl.cdiv(tl.maximum(first_position + TOKENS - WINDOW, 0), TILE)
-    ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
-    blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
-    top, norm, acc = attend_tiles(
-        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
+    top, norm, acc = attend_keys(
+        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, query_position, begin, end,
         whole_from, whole_to, seq_len, head,
         cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, NUM_STAGES,
     )  # fmt: skip
-    blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
-    top, norm, acc = attend_tiles(
-        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end,
-        end, end, seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
-    )  # fmt: skip
-    result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
-    out_offset = (token * (NUM_KV_HEADS * GROUP) + query_head) * HEAD_DIM
-    tl.store(out_ptr + out_offset[:, None] + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=row_mask)
+    store_rows(out_ptr, norm, acc, token, query_head, row_mask, NUM_KV_HEADS * GROUP, HEAD_DIM, BLOCK_DIM)
 
 
 def prefill_attention(

@@ -1,29 +1,248 @@
-"""Batch-invariant attention in Triton: the prefill kernel for every token, decodes among them.
+"""Batch-invariant attention in Triton: prompts and decodes alike, over keys that are cut in one way for all.
 
-Owns the choice. Invariant: a token's output depends on its query and its context alone, to the bit. A row of the kernel
-meets the keys in one order, in tiles that begin at the first token of all, and nothing is split. Other rows of its tile
-of queries may need tiles of which it sees nothing: their weights are 0 and what was before decays by 1, which changes
-no bit.
+Owns the cut and how its parts are added up. Invariant: a token's output depends on its query and its context alone, to
+the bit. A context is cut into chunks of CHUNK keys from its first token on, a row goes through each from its first key
+to its last, and what the chunks came to is added up in their order, by the same instructions wherever it happens. Other
+rows of its tile of queries may need keys of which it sees nothing: their weights are 0 and what was before decays by
+1, which changes no bit.
+
+Few queries would leave most of a GPU idle, so several programs take the chunks of one in turn ("Flash-Decoding", Dao et
+al., 2023), and whoever is last to leave one adds them up; many have a program that goes through all of them.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
-from nanovllm.kernels.triton.attention.paged_attention import StepPlans
-from nanovllm.kernels.triton.attention.prefill import LONG_PROMPT, plan_prefill, prefill_attention, prefill_config
+from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
+from nanovllm.kernels.triton.attention.prefill import (
+    LONG_PROMPT,
+    PrefillPlan,
+    attend_keys,
+    load_queries,
+    plan_prefill,
+    prefill_config,
+    rows_of_program,
+    store_rows,
+)
+from nanovllm.kernels.triton.attention.tiles import (
+    LOWEST,
+    fence_tile_loads,
+    launch_options,
+    layer_arguments,
+    num_multiprocessors,
+    start_softmax,
+    tile_descriptor,
+)
+from nanovllm.kernels.triton.common.launch import launch
+from nanovllm.kernels.triton.common.sizes import cdiv
+
+CHUNK = 1024  # keys
+FEW_QUERIES = 64  # of a step: with more there are programs enough
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the programs that share a context leave: of each token, head and chunk, the output and two numbers.
+
+    num_splits: programs that share one. arrived: of each KV head of a tile of queries, how many have left theirs; 0
+    between layers.
+    """
+
+    num_splits: int
+    outs: Tensor  # [num_tokens, num_heads, num_chunks, BLOCK_DIM] float32
+    stats: Tensor  # [num_tokens, num_heads, num_chunks, 2] float32
+    arrived: Tensor  # [num_tiles of queries, num_kv_heads] int32
+
+
+@dataclass
+class StepPlan:
+    """The order of a step's queries and room for their parts, made by its first layer for those that follow."""
+
+    queries: PrefillPlan | None = None
+    parts: Parts | None = None
+
+
+@triton.jit
+def _add_part(top, norm, acc, part_top, part_norm, part_acc):
+    """The softmax of one chunk more. What is rounded together is written so, not left to the compiler."""
+    new_top = tl.maximum(top, part_top)
+    decay, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+    norm = tl.fma(norm, decay, part_norm * weight)
+    acc = tl.fma(acc, tl.broadcast_to(decay[:, None], acc.shape), part_acc * weight[:, None])
+    return new_top, norm, acc
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "num_splits", "num_chunks"], do_not_specialize_on_alignment=["query_start_ptr"]
+)
+def _batch_invariant_attention_kernel(
+    q_ptr,
+    cache_ptr,
+    pairs_ptr,
+    cache_desc,
+    sinks_ptr,
+    out_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    table_ptr,
+    order_ptr,
+    outs_ptr,
+    stats_ptr,
+    arrived_ptr,
+    num_splits,
+    num_chunks,
+    table_stride,
+    q_stride_token,
+    q_stride_head,
+    cache_stride_kv,
+    STRIDE_BLOCK: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
+    scale,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,  # tiles
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ROWS // GROUP
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        if cache_desc is not None:
+            fence_tile_loads()
+    split = 0
+    program = tl.program_id(0)
+    if outs_ptr is not None:
+        split = program % num_splits
+        program = program // num_splits
+    head, place = program % NUM_KV_HEADS, program // NUM_KV_HEADS
+    req = tl.load(order_ptr + place * 2)
+    first_query = tl.load(order_ptr + place * 2 + 1)
+    if req < 0:
+        return
+
+    seq_len = tl.load(seq_lens_ptr + req)
+    q, token, query_head, row_mask, query_len = load_queries(
+        q_ptr, query_start_ptr, req, first_query, head, q_stride_token, q_stride_head,
+        GROUP, HEAD_DIM, BLOCK_DIM, ROWS,
+    )  # fmt: skip
+    row = tl.arange(0, ROWS)
+    first_position = seq_len - query_len + first_query
+    query_position = (first_position + row // GROUP)[:, None]
+    end = tl.cdiv(tl.minimum(first_position + TOKENS, seq_len), TILE)
+    table_ptr += req.to(tl.int64) * table_stride
+    begin, whole_from, whole_to = 0, 0, tl.maximum(first_position + 1, 0) // TILE
+    if WINDOW:
+        begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE
+        whole_from = tl.cdiv(tl.maximum(first_position + TOKENS - WINDOW, 0), TILE)
+    first_chunk, end_chunk = begin // CHUNK, tl.cdiv(end, CHUNK)
+    sharers = 1
+    if outs_ptr is not None:
+        sharers = tl.maximum(tl.minimum(num_splits, end_chunk - first_chunk), 1)
+        if split >= sharers:
+            return
+
+    top, norm, acc = start_softmax(sinks_ptr, query_head, row < TOKENS * GROUP, BLOCK_DIM)
+    dim = tl.arange(0, BLOCK_DIM)
+    first_part = (token * NUM_HEADS + query_head) * num_chunks
+    is_row = tl.max(row_mask.to(tl.int32), axis=1) > 0
+    for chunk in tl.range(first_chunk + split, end_chunk, sharers, num_stages=1):
+        part_top, part_norm, part_acc = attend_keys(
+            tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_DIM], tl.float32),
+            q, cache_ptr, pairs_ptr, cache_desc, table_ptr, query_position,
+            tl.maximum(chunk * CHUNK, begin), tl.minimum((chunk + 1) * CHUNK, end), whole_from, whole_to, seq_len, head,
+            cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, NUM_STAGES,
+        )  # fmt: skip
+        if outs_ptr is None:
+            top, norm, acc = _add_part(top, norm, acc, part_top, part_norm, part_acc)
+        else:
+            place_of_part = first_part + chunk
+            out_place = place_of_part[:, None] * BLOCK_DIM + dim[None, :]
+            tl.store(outs_ptr + out_place, part_acc, mask=is_row[:, None])
+            tl.store(stats_ptr + place_of_part * 2, part_top, mask=is_row)
+            tl.store(stats_ptr + place_of_part * 2 + 1, part_norm, mask=is_row)
+    is_last = True
+    if outs_ptr is not None:
+        tl.debug_barrier()  # every warp's stores come before the one thread's release
+        counter_ptr = arrived_ptr + place * NUM_KV_HEADS + head
+        is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == sharers - 1
+        if is_last:
+            tl.store(counter_ptr, 0)
+            for chunk in range(first_chunk, end_chunk):
+                # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
+                place_of_part = first_part + chunk
+                out_place = place_of_part[:, None] * BLOCK_DIM + dim[None, :]
+                part_acc = tl.load(outs_ptr + out_place, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
+                part_top = tl.load(stats_ptr + place_of_part * 2, mask=is_row, other=LOWEST, cache_modifier=".cg")
+                part_norm = tl.load(stats_ptr + place_of_part * 2 + 1, mask=is_row, other=0.0, cache_modifier=".cg")
+                top, norm, acc = _add_part(top, norm, acc, part_top, part_norm, part_acc)
+    if is_last:
+        store_rows(out_ptr, norm, acc, token, query_head, row_mask, NUM_HEADS, HEAD_DIM, BLOCK_DIM)
 
 
 def batch_invariant_attention_triton(
-    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plans: StepPlans | None = None,
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plan: StepPlan | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `paged_attention.paged_attention_reference`. plans: as of `paged_attention_triton`."""
-    plans = plans or StepPlans()
-    if False not in plans.prefill:
+    """See `paged_attention.paged_attention_reference`. plan: of this step, whose layers differ in windows alone."""
+    plan = plan or StepPlan()
+    if plan.queries is None:
         config = prefill_config(q, cache.data, LONG_PROMPT)  # by the model alone
-        plans.prefill[False] = plan_prefill(meta.query_start_loc, meta.seq_lens, 0, q, cache, config)
+        plan.queries = plan_prefill(meta.query_start_loc, meta.seq_lens, 0, q, cache, config)
+        plan.parts = _make_parts(q, cache, meta, shape, plan.queries)
     covered = sum(meta.query_lens_host)
     out = (torch.empty if covered == q.shape[0] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
-    prefill_attention(q, cache, out, meta, plans.prefill[False], shape, sinks)
+    config, parts, data, table = plan.queries.config, plan.parts, data_of(cache), meta.block_table
+    num_splits = parts.num_splits if parts is not None else 1
+    launch(
+        _batch_invariant_attention_kernel, (plan.queries.order.shape[0] * shape.num_kv_heads * num_splits,), q.device,
+        q, data, pairs_of(cache), tile_descriptor(data, config.tile) if config.tile_loads else None, sinks,
+        out, meta.query_start_loc, meta.seq_lens, table, plan.queries.order,
+        *((parts.outs, parts.stats, parts.arrived) if parts is not None else (None, None, None)),
+        num_splits, _num_chunks(cache, meta), table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
+        **layer_arguments(shape, cache.block_size), TILE=config.tile, CHUNK=max(1, CHUNK // config.tile),
+        WINDOW=shape.window or 0, ROWS=rows_of_program(config, shape.num_heads // shape.num_kv_heads),
+        **launch_options(config.num_stages, config.num_warps, config.occupancy),
+    )  # fmt: skip
     return out
+
+
+def _num_chunks(cache: LayerCache, meta: AttentionMetadata) -> int:
+    """Of the longest context that the step's block table has room for."""
+    return cdiv(meta.block_table.shape[1] * cache.block_size, CHUNK)
+
+
+def _make_parts(
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, queries: PrefillPlan
+) -> Parts | None:
+    """None where programs go through all chunks themselves: there are enough of them, or no second chunk."""
+    num_tokens, num_chunks, num_tiles = q.shape[0], _num_chunks(cache, meta), queries.order.shape[0]
+    room = 2 * num_multiprocessors(q.device) // (num_tiles * shape.num_kv_heads)
+    num_splits = min(num_chunks, room)
+    if num_tokens > FEW_QUERIES or num_splits < 2:
+        return None
+    size = num_tokens, shape.num_heads, num_chunks
+    block_dim = layer_arguments(shape, cache.block_size)["BLOCK_DIM"]
+    return Parts(
+        num_splits,
+        torch.empty((*size, int(block_dim)), dtype=torch.float32, device=q.device),
+        torch.empty((*size, 2), dtype=torch.float32, device=q.device),
+        torch.zeros((num_tiles, shape.num_kv_heads), dtype=torch.int32, device=q.device),
+    )

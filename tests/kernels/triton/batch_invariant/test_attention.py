@@ -51,3 +51,26 @@ def test_twin_equals_the_reference_and_a_token_is_the_same_in_any_batch(
     assert torch.equal(twin.batch_invariant_attention_triton(q[some], cache, each, shape, sinks=sinks), out[some])
     each.seq_lens[3] = 0
     assert not twin.batch_invariant_attention_triton(q[some], cache, each, shape, sinks=sinks)[3].any(), "padding"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 90])
+def test_programs_that_share_a_context_leave_the_bits_of_one_that_has_it_alone(
+    dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, two and three chunks; the last layer's counters are those of the next."""
+    monkeypatch.setattr(twin, "CHUNK", 64)
+    case = make_case([190], [190], dtype=dtype, block_size=16, head_dim=16)
+    shape = case.shape(0.3, window)
+    expected = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
+    q, cache, table = case.q.to(DEVICE), LayerCache(case.kv_cache.to(DEVICE)), case.meta.block_table.to(DEVICE)
+    whole = twin.batch_invariant_attention_triton(q, cache, batch([190], [190], table), shape)
+    assert relative_error(whole.cpu(), expected) < TOLERANCE[dtype]
+    for tokens in ([20], [70], [189], [187, 188, 189]):
+        plan = twin.StepPlan()
+        decodes = batch([1] * len(tokens), [token + 1 for token in tokens], table.expand(len(tokens), -1))
+        for _ in range(2):
+            got = twin.batch_invariant_attention_triton(q[tokens], cache, decodes, shape, plan)
+            assert torch.equal(got, whole[tokens])
+        assert (plan.parts is None or plan.parts.num_splits > 1) and (len(tokens) > 1 or plan.parts is not None)
+        assert plan.parts is None or not plan.parts.arrived.any()
