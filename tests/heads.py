@@ -11,8 +11,8 @@ from torch import Tensor
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.speculation.chained_scheduler import ChainedScheduler
 from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
+from nanovllm.kernels.draft_places import Unseen
 from nanovllm.runner.dflash import DFlashRunner
-from nanovllm.runner.graphs.chained_steps import Unseen
 from nanovllm.runner.graphs.draft_passes import SequentialPasses
 from tests.llm_checks import check_nothing_is_left
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random
@@ -151,7 +151,9 @@ def note_chained(monkeypatch: pytest.MonkeyPatch, outputs: dict[tuple[int, ...],
         def draft(self: Any, unseen: Unseen, num_computed: Tensor, length: int) -> Tensor:
             lengths = num_computed.tolist()
             drafted: Tensor = make(self, unseen, num_computed, length)
-            for row, limit, tokens in zip(unseen.rows.tolist(), unseen.limits.tolist(), drafted.tolist(), strict=True):
+            targets = drafted if self.vocabulary is None else drafted + self.vocabulary[drafted]
+            columns = unseen.rows.tolist(), unseen.limits.tolist(), targets.T.tolist()
+            for row, limit, tokens in zip(*columns, strict=True):
                 if row >= 0 and limit == length:
                     seen.append((histories[row][: lengths[row] + 1], tokens))
             return drafted

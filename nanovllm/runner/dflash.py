@@ -14,10 +14,9 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend, ForwardContext, GroupInputs
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
-from nanovllm.kernels.draft_places import Places, prepare_places
+from nanovllm.kernels.draft_places import Places, Unseen, prepare_places
 from nanovllm.models.dflash import DFlashHead
 from nanovllm.runner.extras import NO_EXTRAS
-from nanovllm.runner.graphs.chained_steps import Unseen
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
 from nanovllm.sampling.rows import upload
 
@@ -44,6 +43,7 @@ class DFlashRunner:
         """kv_caches: of the head's layers, with as many blocks as the target's."""
         self._head, self._mask_token_id, self._kv_caches = head, mask_token_id, kv_caches
         self._target, self._backend = target, backend
+        self.vocabulary = head.offsets
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
@@ -71,7 +71,7 @@ class DFlashRunner:
 
     def draft(self, unseen: Unseen, num_computed: Tensor, length: int) -> Tensor:
         """See `DraftPasses`: the same pass inside a captured step."""
-        rows, limits, token_ids = unseen
+        rows, limits, token_ids = unseen.rows, unseen.limits, unseen.token_ids
         runner, (n, width) = self._target, token_ids.shape
         offsets = torch.arange(-width, 1 + length, dtype=torch.int32, device=rows.device).expand(n, -1)
         is_known = offsets < 0
@@ -90,8 +90,7 @@ class DFlashRunner:
         )
         hidden = self._head(inputs.input_ids, inputs.positions, is_known.flatten(), context)
         masks = hidden.view(n, -1, hidden.shape[-1])[:, width + 1 :]
-        ids = self._head.compute_logits(masks.flatten(0, 1)).argmax(-1).int()
-        return (ids + self._head.offsets[ids.long()]).view(n, length)
+        return self._head.compute_logits(masks.flatten(0, 1)).argmax(-1).int().view(n, length).T.contiguous()
 
     def _lay_out(self, plan: SchedulerOutput, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows, positions, tokens, whether states are known, and lengths, int32 [5, n]; where the masks are [m]."""

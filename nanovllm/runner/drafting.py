@@ -260,8 +260,8 @@ def chained_steps(
     from nanovllm.runner.graphs.draft_passes import SequentialPasses
 
     assert config.speculative_config is not None
-    passes: DraftPasses = drafter if draft.in_one_pass else SequentialPasses(drafter, draft.head)
     most, unseen = config.speculative_config.num_speculative_tokens, num_unseen(config.speculative_config)
+    passes: DraftPasses = drafter if draft.in_one_pass else SequentialPasses(drafter, draft.head, most, unseen)
     return ChainedSteps(graphs, target, passes, most, unseen, config.dependent_launch)
 
 

@@ -361,10 +361,15 @@ def edit_logits(dtype: torch.dtype) -> None:
 
 
 def draft_places() -> None:
-    """Both kernels of a step that verifies drafts."""
+    """The kernels of a step that verifies drafts, and of one that makes them as well."""
     places, rows = Places(*torch.arange(12, dtype=torch.int32).view(4, 3)), torch.arange(3, dtype=torch.int32)
     MODULES["draft_places"].prepare_places_triton(places, rows, torch.zeros(9, 8, dtype=torch.int32), 64, 8)
     MODULES["draft_places"].accept_drafts_triton(places, rows, rows, rows)
+    given, drawn, drafts = (torch.zeros(shape, dtype=torch.int32) for shape in ((3, 5), (9, 5), (4, 3)))
+    unseen = MODULES["draft_places"].find_unseen_triton(rows, rows, given, drawn, rows, 4)
+    MODULES["draft_places"].draft_places_triton(unseen, drafts, rows)
+    MODULES["draft_places"].draft_places_triton(unseen, drafts, None)
+    MODULES["draft_places"].note_drawn_triton(torch.zeros(2, 15, dtype=torch.int32), rows, drawn, rows)
 
 
 def prepare_inputs(new_blocks: Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """Places of a step that verifies drafts, in Triton.
 
 Owns how they are prepared and accepted on a GPU: one program per place; the first place of a row accepts for all of
-them. Invariant: no program reads what another of the same launch writes.
+them. What a step that drafts does beside that has one program per row. Invariant: no program reads what another of the
+same launch writes.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.draft_places import Places
+from nanovllm.kernels.draft_places import Places, Unseen
 from nanovllm.kernels.prepare_inputs import StepInputs
 from nanovllm.kernels.triton.common.launch import launch
 
@@ -97,6 +98,110 @@ def _accept_drafts_kernel(
             tl.store(out_ptr + size + end, 0)
 
 
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "limits_ptr", "given_ptr"])
+def _find_unseen_kernel(
+    rows_ptr,
+    limits_ptr,
+    given_ptr,
+    drawn_ptr,
+    accepted_ptr,
+    tokens_ptr,
+    token_rows_ptr,
+    rows_ahead_ptr,
+    n,
+    WIDTH: tl.constexpr,
+    DRAWN: tl.constexpr,
+    PLACES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0)
+    row, limit = tl.load(rows_ptr + index), tl.load(limits_ptr + index)
+    is_real = row >= 0
+    accepted = tl.load(accepted_ptr + row, mask=is_real, other=0)
+    is_told = tl.load(given_ptr + index * WIDTH + WIDTH - 1) >= 0
+    for place in range(WIDTH):
+        at = accepted - (WIDTH - 1 - place)
+        remembered = tl.load(drawn_ptr + row * DRAWN + at, mask=is_real & (at >= 0), other=-1)
+        token = tl.where(is_told, tl.load(given_ptr + index * WIDTH + place), remembered)
+        token = tl.where(is_real, token, -1)
+        tl.store(tokens_ptr + index * WIDTH + place, token)
+        tl.store(token_rows_ptr + index * WIDTH + place, tl.where(token >= 0, row, -1))
+    for ahead in range(PLACES):
+        tl.store(rows_ahead_ptr + ahead * n + index, tl.where(ahead <= limit, row, -1))
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "limits_ptr",
+        "unseen_ptr",
+        "rows_ptr",
+        "offsets_ptr",
+        "tokens_ptr",
+        "following_ptr",
+    ]
+)
+def _draft_places_kernel(
+    rows_ahead_ptr,
+    limits_ptr,
+    unseen_ptr,
+    drafts_ptr,
+    vocabulary_ptr,
+    rows_ptr,
+    offsets_ptr,
+    tokens_ptr,
+    following_ptr,
+    n,
+    WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0)
+    limit = tl.load(limits_ptr + index)
+    first = index * PLACES
+    tl.store(tokens_ptr + first, tl.load(unseen_ptr + index * WIDTH + WIDTH - 1))
+    for ahead in range(PLACES):
+        tl.store(rows_ptr + first + ahead, tl.load(rows_ahead_ptr + ahead * n + index))
+        tl.store(offsets_ptr + first + ahead, ahead)
+        following = tl.zeros((), tl.int32) - 1
+        if ahead < PLACES - 1:
+            token = tl.load(drafts_ptr + ahead * n + index)
+            if vocabulary_ptr is not None:
+                token += tl.load(vocabulary_ptr + token)
+            tl.store(tokens_ptr + first + ahead + 1, token)
+            following = tl.where(ahead < limit, token, -1)
+        tl.store(following_ptr + first + ahead, following)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
+def _note_drawn_kernel(
+    words_ptr,
+    rows_ptr,
+    drawn_ptr,
+    accepted_ptr,
+    size,
+    DRAWN: tl.constexpr,
+    PLACES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0)
+    row = tl.load(rows_ptr + index)
+    if row >= 0:
+        accepted = 0
+        for place in range(PLACES):
+            tl.store(drawn_ptr + row * DRAWN + place, tl.load(words_ptr + index * PLACES + place))
+            accepted += place * tl.load(words_ptr + size + index * PLACES + place)
+        tl.store(accepted_ptr + row, accepted)
+
+
 def prepare_places_triton(
     places: Places, num_computed: Tensor, block_tables: Tensor, block_size: int, num_blocks: int
 ) -> StepInputs:
@@ -130,3 +235,39 @@ def accept_drafts_triton(places: Places, tokens: Tensor, num_computed: Tensor, l
         places.rows, places.offsets, places.drafts, tokens, num_computed, last_token, out, size, num_warps=1,
     )  # fmt: skip
     return out
+
+
+def find_unseen_triton(
+    rows: Tensor, limits: Tensor, given: Tensor, drawn: Tensor, accepted: Tensor, length: int
+) -> Unseen:
+    """See `draft_places.find_unseen`."""
+    n, width = given.shape
+    token_ids, token_rows = torch.empty_like(given), torch.empty_like(given)
+    rows_ahead = rows.new_empty(1 + length, n)
+    launch(
+        _find_unseen_kernel, (n,), rows.device,
+        rows, limits, given, drawn, accepted, token_ids, token_rows, rows_ahead, n,
+        WIDTH=width, DRAWN=drawn.shape[1], PLACES=1 + length, num_warps=1,
+    )  # fmt: skip
+    return Unseen(rows, limits, token_ids, token_rows, rows_ahead)
+
+
+def draft_places_triton(unseen: Unseen, drafts: Tensor, vocabulary: Tensor | None) -> Places:
+    """See `draft_places.draft_places`."""
+    length, n = drafts.shape
+    places = Places(*drafts.new_empty(4, n * (1 + length)))
+    launch(
+        _draft_places_kernel, (n,), drafts.device,
+        unseen.rows_ahead, unseen.limits, unseen.token_ids, drafts, vocabulary, *places, n,
+        WIDTH=unseen.token_ids.shape[1], PLACES=1 + length, num_warps=1,
+    )  # fmt: skip
+    return places
+
+
+def note_drawn_triton(words: Tensor, rows: Tensor, drawn: Tensor, accepted: Tensor) -> None:
+    """See `draft_places.note_drawn`."""
+    n, size = len(rows), words.shape[1]
+    launch(
+        _note_drawn_kernel, (n,), rows.device,
+        words, rows, drawn, accepted, size, DRAWN=drawn.shape[1], PLACES=size // n, num_warps=1,
+    )  # fmt: skip

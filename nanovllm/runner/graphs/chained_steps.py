@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.scheduler_output import SchedulerOutput
-from nanovllm.kernels.draft_places import Places
+from nanovllm.kernels.draft_places import Unseen, draft_places, find_unseen, note_drawn
 from nanovllm.kernels.triton.common.launch import dependent_launch
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.graph_runner import GraphRunner
@@ -22,30 +22,22 @@ from nanovllm.runner.graphs.verify_steps import PendingReplay, VerifySteps
 from nanovllm.runner.model_runner import ModelRunner, PendingTokens
 
 
-class Unseen(NamedTuple):
-    """Of each row, what the draft model is shown. All int32 on the device.
-
-    rows [n]: -1 for padding. limits [n]: most tokens of its draft. token_ids [n, num_unseen]: the row's last tokens,
-    the newest one last; -1 in the place of those that were seen before.
-    """
-
-    rows: Tensor
-    limits: Tensor
-    token_ids: Tensor
-
-
 class DraftPasses(Protocol):
+    vocabulary: Tensor | None  # as `draft_places` takes it
+
     def draft(self, unseen: Unseen, num_computed: Tensor, length: int) -> Tensor:
-        """Tokens of the target's that follow, int32 [n, length]; can be captured. num_computed: of the target's rows,
-        which is where a row's newest token stands.
+        """The tokens that follow, int32 [length, n]; can be captured. num_computed: of the target's rows, which is
+        where a row's newest token stands.
         """
         ...
 
 
 class ChainInputs(NamedTuple):
-    """unseen: as the host knows them; the device does where a row's newest token is -1. length: of the drafts."""
+    """rows, limits: as in Unseen. given: as `find_unseen` takes it. length: of the drafts."""
 
-    unseen: Unseen
+    rows: Tensor
+    limits: Tensor
+    given: Tensor
     length: int
 
 
@@ -65,7 +57,7 @@ class ChainLayout:
 
     def inputs(self, static: Tensor, size: ChainSize) -> ChainInputs:
         rows, limits, token_ids = static.split((size[0], size[0], self._num_unseen * size[0]))
-        return ChainInputs(Unseen(rows, limits, token_ids.view(size[0], self._num_unseen)), size[1])
+        return ChainInputs(rows, limits, token_ids.view(size[0], self._num_unseen), size[1])
 
     def fill(self, words: np.ndarray, size: ChainSize, plan: SchedulerOutput | None) -> None:
         rows, limits, token_ids = np.split(words, (size[0], 2 * size[0]))
@@ -88,13 +80,11 @@ class ChainedSteps:
         self._runner, self._passes, self._pdl = runner, passes, pdl
         max_num_seqs, device = len(runner.state.num_computed), runner.device
         self._layout = ChainLayout(max_num_seqs, num_unseen)
-        self._verify = VerifySteps(runner)
+        self._verify = VerifySteps(runner, max_num_seqs * (1 + most))
         self._graphs = target.graphs_of(self._step, self._layout, (max_num_seqs, most))
         # The last row is padding's.
         self._drawn = torch.zeros(max_num_seqs + 1, 1 + most, dtype=torch.int32, device=device)
         self._accepted = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self._ahead = torch.arange(1 + most, dtype=torch.int32, device=device)
-        self._back = torch.arange(num_unseen - 1, -1, -1, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput) -> PendingTokens:
@@ -110,29 +100,8 @@ class ChainedSteps:
 
     def _step(self, inputs: ChainInputs) -> tuple[Tensor, Tensor]:
         """What is captured: `PendingReplay.tokens`, with 1 + length places for each row, and logits."""
-        length, memory = inputs.length, torch.where(inputs.unseen.rows < 0, len(self._drawn) - 1, inputs.unseen.rows)
-        rows, limits, _ = inputs.unseen
-        unseen = inputs.unseen._replace(token_ids=self._known_here(inputs.unseen.token_ids, memory))
-        drafts = self._passes.draft(unseen, self._runner.state.num_computed, length)
-        ahead = self._ahead[: 1 + length].expand(len(rows), -1)
-        is_drafted = ahead < limits[:, None]
-        token_ids = torch.cat((unseen.token_ids[:, -1:], drafts), dim=1)
-        following = torch.where(is_drafted, token_ids.roll(-1, dims=1), -1)
-        words, logits = self._verify.step(
-            Places(
-                rows=torch.where(ahead <= limits[:, None], rows[:, None], -1).flatten(),
-                offsets=ahead.flatten(),
-                token_ids=token_ids.flatten(),
-                drafts=following.flatten(),
-            )
-        )
-        drawn, ends = words.view(2, len(rows), 1 + length)
-        self._drawn[memory, : 1 + length] = drawn
-        self._accepted[memory] = ends.argmax(dim=1).int()
+        unseen = find_unseen(inputs.rows, inputs.limits, inputs.given, self._drawn, self._accepted, inputs.length)
+        drafts = self._passes.draft(unseen, self._runner.state.num_computed, inputs.length)
+        words, logits = self._verify.step(draft_places(unseen, drafts, self._passes.vocabulary))
+        note_drawn(words, inputs.rows, self._drawn, self._accepted)
         return words, logits
-
-    def _known_here(self, given: Tensor, memory: Tensor) -> Tensor:
-        """given [n, num_unseen]: where the newest one is -1, what was drawn last in its place."""
-        index = self._accepted[memory][:, None] - self._back
-        drawn = self._drawn[memory].gather(1, index.clamp(min=0).long())
-        return torch.where(given[:, -1:] < 0, torch.where(index < 0, -1, drawn), given)

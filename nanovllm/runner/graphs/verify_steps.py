@@ -75,11 +75,13 @@ class PendingReplay(PendingTokens):
         return ModelRunnerOutput(token_ids=token_ids)
 
 
-def places_metadata(prepared: StepInputs, runner: ModelRunner) -> AttentionMetadata:
-    """Of a captured step in which each token is a decode of its own, and reads what others of the step store."""
+def places_metadata(prepared: StepInputs, starts: Tensor, runner: ModelRunner) -> AttentionMetadata:
+    """Of a captured step in which each token is a decode of its own, and reads what others of the step store. starts:
+    0, 1, 2, ...
+    """
     size, max_len = len(prepared.positions), runner.state.max_blocks * runner.block_size
     return AttentionMetadata(
-        query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=runner.device),
+        query_start_loc=starts,
         seq_lens=prepared.seq_lens,
         block_table=prepared.block_table,
         slot_mapping=prepared.slot_mapping,
@@ -94,8 +96,9 @@ def places_metadata(prepared: StepInputs, runner: ModelRunner) -> AttentionMetad
 
 
 class VerifySteps:
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, most_places: int = VerifyLayout.sizes[-1]) -> None:
         self._runner = runner
+        self._starts = torch.arange(most_places + 1, dtype=torch.int32, device=runner.device)
 
     def step(self, inputs: Places) -> tuple[Tensor, Tensor]:
         """What is captured: `PendingReplay.tokens` and logits."""
@@ -105,7 +108,9 @@ class VerifySteps:
         states = runner.layer_groups if isinstance(runner.layer_groups, StatefulRows) else None
         if states is not None:
             states.begin_verifying(Drafts.captured(inputs))
-        hidden = runner.run_model(inputs.rows, prepared, places_metadata(prepared, runner))
+        hidden = runner.run_model(
+            inputs.rows, prepared, places_metadata(prepared, self._starts[: len(inputs.rows) + 1], runner)
+        )
         logits = runner.compute_logits(hidden, inputs.rows)
         tokens = runner.sampler.sample_captured(logits, inputs.rows, prepared.seq_lens)
         remembered = runner.state.num_computed, runner.sampler.columns.last_token
