@@ -56,6 +56,9 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     _add_record_options(adapters)
     excluded = ["enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "max_num_seqs", "enable_prefix_caching"]
     add_engine_options(adapters, exclude=["skip_tokenizer_init", "tokenizer", *excluded])
+    attention = _add_attention(kinds)
+    _add_record_options(attention)
+    add_engine_options(attention, exclude=["skip_tokenizer_init", "tokenizer", "engine_process"])
     _add_chart(kinds)
 
 
@@ -302,6 +305,29 @@ examples:
     adapters.add_argument("--rank", type=int, default=16, metavar="N", help="of each (default: %(default)s)")
     adapters.add_argument("--output-len", type=int, default=64, metavar="N", help="(default: %(default)s)")
     return adapters
+
+
+def _add_attention(kinds: Commands) -> argparse.ArgumentParser:
+    attention = add_command(
+        kinds,
+        "attention",
+        "attention of a prompt by itself, in operations a second",
+        """\
+One layer of the model's shape, from its config alone.
+
+examples:
+  nanovllm bench attention --model Qwen/Qwen3-0.6B
+  nanovllm bench attention --model Qwen/Qwen3-0.6B --lengths 16384 --behind 16384
+""",
+    )
+    attention.add_argument(
+        "--lengths", type=int, nargs="+", default=(2048, 8192, 32768), metavar="N",
+        help="tokens of the prompt, one run for each (default: 2048 8192 32768)",
+    )  # fmt: skip
+    attention.add_argument(
+        "--behind", type=int, default=0, metavar="N", help="tokens that are there already (default: 0)"
+    )
+    return attention
 
 
 def _add_speculation(kinds: Commands) -> argparse.ArgumentParser:

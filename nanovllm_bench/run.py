@@ -15,6 +15,7 @@ _KINDS = {
     "ablation": "nanovllm_bench.ablation",
     "parallel": "nanovllm_bench.parallel",
     "serve": "nanovllm_bench.serving",
+    "attention": "nanovllm_bench.attention",
     "quality": "nanovllm_bench.quality",
     "speculation": "nanovllm_bench.speculation",
     "adapters": "nanovllm_bench.adapters",

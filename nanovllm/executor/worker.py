@@ -102,7 +102,7 @@ def build_runner(
             sleeper.hold_weights(draft.model, are_updated=False)
     times.append(perf_counter())
     spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
-    backend = _choose_backend(device, config.compilation, config.deterministic, model_config.latent is not None)
+    backend = choose_backend(device, config.compilation, config.deterministic, model_config.latent is not None)
 
     def make_runner(config: ResolvedConfig, num_blocks: int, make: MakeZeros = zeros) -> ModelRunner:
         caches = spec.allocate(num_blocks, device, make)
@@ -255,7 +255,7 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
     return ops._replace(linear_method=linear_method, experts_method=partial(experts_by, scheme))
 
 
-def _choose_backend(
+def choose_backend(
     device: torch.device, compilation: str, is_deterministic: bool, has_latents: bool = False
 ) -> AttentionBackend:
     if has_latents and device.type == "cuda":

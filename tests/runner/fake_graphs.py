@@ -97,7 +97,7 @@ def sample_on_cpu(sampler: Sampler, logits: Tensor, rows: Tensor, positions: Ten
 def fake_graphs(monkeypatch: pytest.MonkeyPatch, backend: Any = None) -> FakeGraphs:
     """Engines made from now on have graphs. backend: of the attention; if none is given, nothing here needs Triton."""
     fake = FakeGraphs()
-    monkeypatch.setattr("nanovllm.executor.worker._choose_backend", lambda *_: backend or ReferenceBackend())
+    monkeypatch.setattr("nanovllm.executor.worker.choose_backend", lambda *_: backend or ReferenceBackend())
     monkeypatch.setattr("nanovllm.executor.worker.can_capture", lambda _: True)
     monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.StepGraphs", RunEagerly)
     monkeypatch.setattr("nanovllm.runner.graphs.graph_runner.GraphPool", lambda _: fake)
