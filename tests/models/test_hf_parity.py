@@ -186,7 +186,7 @@ def test_greedy_tokens_equal_hugging_face_in_every_way_of_running(
     check_greedy_tokens(checkpoint, prompts, expected, preempts=way.startswith("preempting"), **SMALL[way])
 
 
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GptOssForCausalLM", "NoSuchForCausalLM"])
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "BloomForCausalLM", "NoSuchForCausalLM"])
 def test_unsupported_architectures_are_refused_by_name(tmp_path: Path, architecture: str) -> None:
     """And before any weight is looked at."""
     folder = save_random(tmp_path)

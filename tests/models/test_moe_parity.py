@@ -283,7 +283,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("qwen3-moe", {"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
+        ("qwen3-moe", {"architectures": ["JetMoeForCausalLM"]}, "JetMoeForCausalLM"),
         ("qwen3-moe", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "'su'"),
         ("qwen3-moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
         ("qwen3-moe", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
