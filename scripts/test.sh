@@ -11,7 +11,13 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup_venv dev || exit 1
 export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
-trap 'exit 130' INT
+trap 'kill $types $rules 2>/dev/null; exit 130' INT
+
+# Beside the tests, of which now and then one waits; their stages are the last.
+mypy </dev/null >.venv/types.log 2>&1 &
+types=$!
+lint-imports </dev/null >.venv/rules.log 2>&1 &
+rules=$!
 
 num_workers=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
 tests=(env OMP_NUM_THREADS=1 python -m pytest -q -n "$num_workers" --dist worksteal) # a process per core, a thread in each
@@ -42,10 +48,16 @@ stage() {
     summary+=$(printf '%-6s %5d s  %s' $outcome $((SECONDS - start)) "$title")$'\n'
 }
 
+# ended PROCESS LOG: wait for what runs beside; what it said, and how it went.
+ended() {
+    wait "$1"
+    local status=$?
+    cat "$2"
+    return $status
+}
+
 stage "style" ruff check .
 stage "format" ruff format --check .
-stage "types" mypy
-stage "import rules" lint-imports
 if [ $# -gt 0 ] && [ "$1" != --fast ]; then
     stage "tests" python -m pytest "$@"
 elif [ $# -gt 0 ]; then
@@ -58,6 +70,8 @@ else
         stage "the same bits with AVX2 alone" "${narrow[@]}" env TRITON_INTERPRET=1 "${tests[@]}" "${to_the_bit[@]}"
     fi
 fi
+stage "types" ended $types .venv/types.log
+stage "import rules" ended $rules .venv/rules.log
 
 printf '\n%s' "$summary"
 exit $status

@@ -42,6 +42,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_triton_compiles.py")  # minutes that no other process can share
     needed = {"gpu": 1, "multigpu": 2}
     marked = [(item, name) for item in items for name in needed if item.get_closest_marker(name)]
     if not marked:
