@@ -4,20 +4,30 @@ Owns the step's plans while its layers run; `kernels/triton/attention/latent_att
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from nanovllm.attention.latent import LatentBackend
 from nanovllm.attention.triton_paged import PreparedStep, TritonBackend
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.latent_attention import LatentPlans, latent_attention_triton
+from nanovllm.kernels.triton.attention.latent_whole import attend_whole, plan_whole
 
 
 @dataclass(frozen=True)
 class PreparedLatentStep(PreparedStep):
     latent_plans: LatentPlans = field(default_factory=LatentPlans)
 
+    @cached_property
+    def is_whole(self) -> bool:
+        """Do all requests begin in this step? A captured step may be replayed with others."""
+        lens = zip(self.meta.query_lens_host, self.meta.seq_lens_host, strict=True)
+        return all(a == b > 1 for a, b in lens) and not torch.cuda.is_current_stream_capturing()
 
-class TritonLatentBackend(TritonBackend):
+
+class TritonLatentBackend(TritonBackend, LatentBackend):
     """is_exact: for `deterministic=True`. Layers of another kind, of a model that drafts, are TritonBackend's."""
 
     def __init__(self, is_exact: bool = False) -> None:
@@ -32,6 +42,17 @@ class TritonLatentBackend(TritonBackend):
         if shape.value_dim is None or not isinstance(prepared, PreparedLatentStep):
             return super().forward(shape, q, cache, prepared, sinks)
         return latent_attention_triton(q, cache, prepared.meta, shape, prepared.latent_plans, self._is_exact)
+
+    def takes_whole(self, prepared: PreparedStep) -> bool:
+        return isinstance(prepared, PreparedLatentStep) and prepared.is_whole and not self._is_exact
+
+    def forward_whole(
+        self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: PreparedLatentStep
+    ) -> Tensor:
+        plans = prepared.latent_plans
+        if plans.whole is None:
+            plans.whole = plan_whole(prepared.meta, q)
+        return attend_whole(q, q_rope, kv, k_rope, scale, prepared.meta, plans.whole)
 
     def num_cascade_programs(self, cache: LayerCache) -> int:
         return 0

@@ -1,11 +1,11 @@
 """Before attention over latents (MLA; DeepSeek-AI, 2024): the latent's norm, rotation, and the row of the KV cache.
 
 Owns that sequence, which the GPU runs as one kernel. Invariant: it writes to the cache, at the slots named (a negative
-slot writes nothing), and to the queries it is given, and nowhere else.
+slot writes nothing), and to `turned`, and nowhere else.
 
     kv row      [ latent | key part that carries the position ]
     cache row   [ norm of latent | the same, rotated ]              of one "KV head", whose values are the latents
-    query       [ what scores latents | rotated ]                   of each head; the first part is there already
+    query       [ what scores latents | turned ]                    of each head; the first part is `absorbed.py`'s
 """
 
 import torch
@@ -18,35 +18,35 @@ from nanovllm.kernels.rope import apply_rope_reference
 
 
 def latent_store(
-    queries: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
+    turned: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
 ) -> None:
-    """Writes queries[..., rank:], from q_rope [num_tokens, num_heads, rope_dim], and the rows of the cache.
+    """Writes turned, from q_rope, both [num_tokens, num_heads, rope_dim], and the rows of the cache.
 
-    queries [num_tokens, num_heads, rank + rope_dim]; kv [num_tokens, rank + rope_dim]; rank is the size of
-    heads.k_norm_weight. is_neox_style: dimensions i and i + rope_dim / 2 turn together; else 2i and 2i + 1, which come
-    out as i and i + rope_dim / 2, of queries and keys alike. Last dimensions are contiguous.
+    kv [num_tokens, rank + rope_dim]; rank is the size of heads.k_norm_weight. is_neox_style: dimensions i and
+    i + rope_dim / 2 turn together; else 2i and 2i + 1, which come out as i and i + rope_dim / 2, of queries and keys
+    alike. Last dimensions are contiguous.
     """
-    if use_triton(queries):
+    if use_triton(turned):
         from nanovllm.kernels.triton.attention.latent_store import latent_store_triton
 
-        latent_store_triton(queries, q_rope, kv, heads, cache, is_neox_style)
+        latent_store_triton(turned, q_rope, kv, heads, cache, is_neox_style)
     else:
-        latent_store_reference(queries, q_rope, kv, heads, cache, is_neox_style)
+        latent_store_reference(turned, q_rope, kv, heads, cache, is_neox_style)
 
 
 def latent_store_reference(
-    queries: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
+    turned: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
 ) -> None:
     cos_sin, slot_mapping, _, norm_weight, eps = heads
     assert norm_weight is not None
     rank = norm_weight.shape[0]
-    turned = torch.cat((q_rope, kv[:, None, rank:]), dim=1)
+    parts = torch.cat((q_rope, kv[:, None, rank:]), dim=1)
     if not is_neox_style:
-        turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        parts = parts.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     if cos_sin is not None:
-        turned = apply_rope_reference(turned, cos_sin)
-    queries[..., rank:] = turned[:, :-1]
-    rows = torch.cat((rms_norm_reference(kv[:, :rank], norm_weight, eps), turned[:, -1]), dim=-1)
+        parts = apply_rope_reference(parts, cos_sin)
+    turned.copy_(parts[:, :-1])
+    rows = torch.cat((rms_norm_reference(kv[:, :rank], norm_weight, eps), parts[:, -1]), dim=-1)
     if slot_mapping.numel() and slot_mapping.min() < 0:
         kept = slot_mapping >= 0
         rows, slot_mapping = rows[kept], slot_mapping[kept]

@@ -4,10 +4,11 @@
     what a head finds             Σ w (V c)  =  V (Σ w c)
 
 Owns this matrix, of all heads of this rank, and the two products that take its place ("absorption"; DeepSeek-AI, 2024).
-Invariant: keys and values are never made, so the KV cache holds latents alone and all heads read the same.
+Invariant: keys and values are never cached, so the KV cache holds latents alone and all heads read the same.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
@@ -41,6 +42,10 @@ class AbsorbedProjection(LinearBase):
         """[num_heads, key_dim + value_dim, rank] in the layer's dtype, whatever the checkpoint has."""
         matrix = self.method.weight if self._expanded is None else self._expanded
         return matrix.view(self._shape)  # type: ignore[operator, no-any-return]
+
+    def expand(self, latents: Tensor) -> Tensor:
+        """The product itself: latents [num_tokens, rank] -> [num_tokens, num_heads, key_dim + value_dim]."""
+        return F.linear(latents, self.matrix.flatten(0, 1)).unflatten(1, self._shape[:2])
 
     def absorb(self, q: Tensor, out: Tensor) -> None:
         """Writes what scores latents. q [num_tokens, num_heads, key_dim], out [num_tokens, num_heads, rank]."""

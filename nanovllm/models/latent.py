@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
+from nanovllm.attention.latent import LatentBackend
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs
@@ -56,15 +57,24 @@ class LatentAttention(nn.Module):
         q, kv = qkv.split(self.parts, dim=-1)
         if self.q_a_norm is not None:
             q, _ = self.q_b_proj.after_norm(self.q_a_norm, q.contiguous(), None)
-        q = q.unflatten(1, (self.shape.num_heads, -1))
+        q, q_rope = q.unflatten(1, (self.shape.num_heads, -1)).tensor_split([self.nope_dim], dim=-1)
+        return self.o_proj(self._attend(q, q_rope, kv, cos_sin, ctx)), residual
+
+    def _attend(self, q: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None, ctx: ForwardContext) -> Tensor:
+        """[num_tokens, num_heads * value_dim]"""
+        cache, backend, rank = ctx.kv_caches[self.layer_idx], ctx.backend, self.kv_a_norm.weight.shape[0]
+        prepared, slots = ctx.groups[ctx.group_of_layer[self.layer_idx]]
+        heads = HeadInputs(cos_sin, slots, k_norm_weight=self.kv_a_norm.weight, eps=_EPS)
+        if isinstance(backend, LatentBackend) and backend.takes_whole(prepared):
+            turned = torch.empty_like(q_rope)
+            latent_store(turned, q_rope, kv, heads, cache, self.is_neox_style)
+            rows = cache.data.flatten(0, 3).index_select(0, slots.clamp(min=0))  # what was just stored
+            made = self.kv_b_proj.expand(rows[:, :rank])
+            return backend.forward_whole(q, turned, made, rows[:, rank:], self.shape.scale, prepared).flatten(1)
         queries = q.new_empty(q.shape[0], self.shape.num_heads, self.shape.head_dim)
-        self.kv_b_proj.absorb(q[..., : self.nope_dim], queries[..., : self.shape.value_dim])
-        cache = ctx.kv_caches[self.layer_idx]
-        prepared, slot_mapping = ctx.groups[ctx.group_of_layer[self.layer_idx]]
-        heads = HeadInputs(cos_sin, slot_mapping, k_norm_weight=self.kv_a_norm.weight, eps=_EPS)
-        latent_store(queries, q[..., self.nope_dim :], kv, heads, cache, self.is_neox_style)
-        found = ctx.backend.forward(self.shape, queries, cache, prepared)
-        return self.o_proj(self.kv_b_proj.values(found)), residual
+        self.kv_b_proj.absorb(q, queries[..., :rank])
+        latent_store(queries[..., rank:], q_rope, kv, heads, cache, self.is_neox_style)
+        return self.kv_b_proj.values(backend.forward(self.shape, queries, cache, prepared))
 
     def weights(self, name: str) -> WeightSpecs:
         first = "q_proj" if self.q_a_norm is None else "q_a_proj"

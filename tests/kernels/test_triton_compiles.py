@@ -323,7 +323,14 @@ def store_latents(is_neox: bool, has_rotation: bool) -> None:
     cache, slots = LayerCache(bf16(1, 3, 1, 64, 576)), torch.arange(5, dtype=torch.int32)
     heads = HeadInputs(torch.randn(5, 64) if has_rotation else None, slots, k_norm_weight=bf16(512), eps=1e-6)
     q, queries, kv = bf16(5, 16, 192)[..., 128:], bf16(5, 16, 576), bf16(5, 3648)[:, 3072:]
-    MODULES["attention.latent_store"].latent_store_triton(queries, q, kv, heads, cache, is_neox)
+    MODULES["attention.latent_store"].latent_store_triton(queries[..., 512:], q, kv, heads, cache, is_neox)
+
+
+def attend_to_whole_prompts(key_dim: int, value_dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    module, meta = MODULES["attention.latent_whole"], make_case([5, 300], [5, 300]).meta
+    q, kv, rope = (bf16(305, 16, size).to(dtype) for size in (key_dim + 64, key_dim + value_dim, 64))
+    parts = q[..., :key_dim], q[..., key_dim:], kv, rope[:, 0]
+    module.attend_whole(*parts, 0.1, meta, module.plan_whole(meta, parts[0]))
 
 
 def multiply_by_head(num_rows: int, dtype: torch.dtype) -> None:
@@ -462,6 +469,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "latent attention, many heads": lambda: attend_latents(64, num_heads=128),
     "latent attention, a rank of 40": lambda: attend_latents(64, rank=40),
     "latent attention, float32": lambda: attend_latents(64, dtype=torch.float32),
+    "latent attention of whole prompts": lambda: attend_to_whole_prompts(128, 128),
+    "latent attention of whole prompts, wide heads": lambda: attend_to_whole_prompts(192, 256),
+    "latent attention of whole prompts, float32": lambda: attend_to_whole_prompts(128, 128, torch.float32),
     "latent_store": lambda: store_latents(is_neox=False, has_rotation=True),
     "latent_store, halves": lambda: store_latents(is_neox=True, has_rotation=False),
     "head_linear": lambda: multiply_by_head(3, torch.bfloat16),

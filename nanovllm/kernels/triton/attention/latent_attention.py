@@ -11,6 +11,7 @@ from torch import Tensor
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.latent_decode import LatentDecodePlan, latent_decode, plan_latent_decode
 from nanovllm.kernels.triton.attention.latent_prefill import LatentPrefillPlan, latent_prefill, plan_latent_prefill
+from nanovllm.kernels.triton.attention.prefill import PrefillPlan
 
 
 @dataclass
@@ -19,6 +20,7 @@ class LatentPlans:
 
     decode: LatentDecodePlan | None = None
     prefill: LatentPrefillPlan | None = None
+    whole: PrefillPlan | None = None
 
 
 def latent_attention_triton(

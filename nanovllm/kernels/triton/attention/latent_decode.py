@@ -1,14 +1,17 @@
 """Decode attention over latents in Triton: the stream-K cut of `decode.py`, with all heads in a program.
 
-Owns the kernel; cut and merging are `decode_plan.py`'s and `decode.py`'s. Invariant: as in `paged_attention.py`.
+Owns the kernel, and one that merges what it leaves; the cut is `decode_plan.py`'s. Invariant: as in
+`paged_attention.py`.
 
 A token's row of the cache is read once for all heads, and used twice. With 16 heads and 576 numbers, that is 60
 operations for each byte: still less than a GPU could do meanwhile, so what counts is bytes on their way. More heads
 than `MAX_GROUP` are several programs, which find the row in the cache that all multiprocessors share.
+
+What a program leaves of an item is 16 heads of 512 numbers, too much for one program to add up behind a hundred others:
+it would take longer than attention. So merging is a kernel of its own, with programs for each head, or parts of one.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -16,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
-from nanovllm.kernels.triton.attention.decode import COMBINE_ELEMENTS, store_output_or_partial
 from nanovllm.kernels.triton.attention.decode_plan import (
     DecodeConfig,
     DecodePlan,
@@ -30,7 +32,10 @@ from nanovllm.kernels.triton.attention.latent_tiles import attend_latents, in_gr
 from nanovllm.kernels.triton.attention.tiles import LOWEST, blocks_of_tile, launch_options
 from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
-from nanovllm.kernels.triton.common.sizes import next_power_of_2
+from nanovllm.kernels.triton.common.sizes import cdiv, coarse_size, next_power_of_2
+
+FEW_REQUESTS = 4  # for which a head is merged by several programs
+AT_ONCE = 8  # partials in flight
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def latent_decode_config(dtype: torch.dtype, device: torch.device) -> DecodeConf
         return DecodeConfig(tile=16, num_stages=1, occupancy=1)
     if not has_large_shared_memory(device):
         return DecodeConfig(tile=16, num_stages=2, num_warps=8, occupancy=1)
-    return DecodeConfig(tile=32, num_stages=3, num_warps=8, occupancy=1)
+    return DecodeConfig(tile=64, num_stages=2, num_warps=8, occupancy=1)
 
 
 def plan_latent_decode(
@@ -68,7 +73,6 @@ def _latent_decode_kernel(
     table_ptr,
     num_tiles_ptr,
     starts_ptr,
-    semaphores_ptr,
     partial_out_ptr,
     partial_stats_ptr,
     num_reqs,
@@ -87,15 +91,13 @@ def _latent_decode_kernel(
     BLOCK_ROPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    COMBINE_COLS: tl.constexpr,
-    COMBINE_ROWS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
-    length, position, end, req, in_request, seq_len, block = range_of_program(starts_ptr, num_tiles_ptr)
+    _length, position, end, req, in_request, seq_len, block = range_of_program(starts_ptr, num_tiles_ptr)
     if PDL:
         if EARLY:
             tl.extra.cuda.gdc_wait()
@@ -118,11 +120,17 @@ def _latent_decode_kernel(
             tile, stop, seq_len // TILE, seq_len, STRIDE_BLOCK, STRIDE_TOKEN, scale,
             RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_SIZE, TILE, True, NUM_STAGES,
         )  # fmt: skip
-        store_output_or_partial(
-            top, norm, acc, out_ptr, semaphores_ptr, partial_out_ptr, partial_stats_ptr,
-            req, group, tile, stop, tiles, position, length,
-            NUM_GROUPS, GROUP, BLOCK_GROUP, RANK, BLOCK_RANK, COMBINE_COLS, COMBINE_ROWS,
-        )  # fmt: skip
+        rank = tl.arange(0, BLOCK_RANK)[None, :]
+        place, is_number = row[:, None] * RANK + rank, (row < GROUP)[:, None] & (rank < RANK)
+        if stop - tile == tiles:
+            result = (acc / tl.where(norm > 0, norm, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (req.to(tl.int64) * NUM_GROUPS + group) * GROUP * RANK + place, result, mask=is_number)
+        else:
+            # A range holds the end of an item in slot 0 (or its middle), the beginning of one in slot 1.
+            slot = tl.program_id(0) * 2 + (tile == 0).to(tl.int32)
+            tl.store(partial_out_ptr + slot.to(tl.int64) * GROUP * RANK + place, acc, mask=is_number)
+            tl.store(partial_stats_ptr + slot * 2 * GROUP + row, top, mask=row < GROUP)
+            tl.store(partial_stats_ptr + slot * 2 * GROUP + GROUP + row, norm, mask=row < GROUP)
         position += stop - tile
         req, in_request, seq_len = next_item(
             req, in_request + stop - tile, seq_len, tiles, seq_lens_ptr, num_reqs, NUM_GROUPS
@@ -131,6 +139,61 @@ def _latent_decode_kernel(
             block = block_at(
                 table_ptr, table_stride, req, in_request, seq_len, 0, position < end, TILE, BLOCK_SIZE, 0
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_reqs", "num_programs"])
+def _merge_kernel(
+    partial_out_ptr,
+    partial_stats_ptr,
+    out_ptr,
+    seq_lens_ptr,
+    num_tiles_ptr,
+    num_reqs,
+    num_programs,
+    NUM_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    COLS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_REQS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Adds up the partials of one request and head, some columns of them; those of an item in one range are none."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    req, head = tl.program_id(0), tl.program_id(1)
+    group, row = head // GROUP, head % GROUP
+    other = tl.arange(0, BLOCK_REQS)
+    _lowest, _first_tile, tiles = tiles_of(tl.load(seq_lens_ptr + other, mask=other < num_reqs, other=0), 0, TILE, 0)
+    own = tl.sum(tl.where(other == req, tiles, 0), 0)
+    begin = tl.sum(tl.where(other < req, tiles, 0), 0) * NUM_GROUPS + group * own
+    length = tl.cdiv(tl.load(num_tiles_ptr), num_programs)
+    first, last = begin // length, (begin + own - 1) // length
+    if first == last:
+        return
+    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    nth = tl.arange(0, AT_ONCE)
+    top = tl.full((), LOWEST, tl.float32)
+    norm = tl.zeros((), tl.float32)
+    acc = tl.zeros([COLS], tl.float32)
+    for start in range(first, last + 1, AT_ONCE):
+        program = start + nth
+        slot, is_left = program * 2 + (program == first).to(tl.int32), program <= last
+        stats_ptr = partial_stats_ptr + slot * 2 * GROUP + row
+        tops = tl.load(stats_ptr, mask=is_left, other=LOWEST)
+        norms = tl.load(stats_ptr + GROUP, mask=is_left, other=0.0)
+        outs_ptr = partial_out_ptr + (slot.to(tl.int64) * GROUP + row)[:, None] * RANK + col[None, :]
+        outs = tl.load(outs_ptr, mask=is_left[:, None] & (col < RANK)[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        decay, weights = tl.exp2(top - new_top), tl.exp2(tops - new_top)
+        norm = norm * decay + tl.sum(norms * weights, 0)
+        acc = acc * decay + tl.sum(outs * weights[:, None], 0)
+        top = new_top
+    result = acc / tl.where(norm > 0, norm, 1.0)
+    out_ptr += (req.to(tl.int64) * NUM_GROUPS * GROUP + head) * RANK + col
+    tl.store(out_ptr, result.to(out_ptr.dtype.element_ty), mask=col < RANK)
 
 
 def latent_decode(
@@ -144,25 +207,21 @@ def latent_decode(
 ) -> None:
     """Writes rows 0 .. n - 1 of the contiguous `out` for the n requests planned; see `decode.decode_attention`."""
     cut, config, data, block_table = plan.cut, plan.cut.config, cache.data, meta.block_table
+    num_programs, arguments = cut.starts.shape[0], latent_arguments(shape, cache.block_size, plan.num_groups)
     launch(
-        _latent_decode_kernel, (cut.starts.shape[0],), q.device,
+        _latent_decode_kernel, (num_programs,), q.device,
         q, data, out, meta.seq_lens, block_table, cut.num_tiles, cut.starts,
-        cut.semaphores, cut.partial_out, cut.partial_stats, cut.num_reqs, block_table.stride(0),
-        q.stride(0), q.stride(1), data.stride(1), data.stride(3),
-        **_decode_arguments(shape, cache.block_size, plan.num_groups), TILE=config.tile,
+        cut.partial_out, cut.partial_stats, cut.num_reqs, block_table.stride(0),
+        q.stride(0), q.stride(1), data.stride(1), data.stride(3), **arguments,
+        BLOCK_GROUP=max(16, next_power_of_2(arguments["GROUP"])), TILE=config.tile,
         EARLY=is_settled and has_dependent_launch(q.device),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
-
-
-@cache
-def _decode_arguments(shape: AttentionShape, block_size: int, num_groups: int) -> dict[str, int | float]:
-    arguments = latent_arguments(shape, block_size, num_groups)
-    group = next_power_of_2(shape.num_heads // num_groups)
-    combine_cols = group * int(arguments["BLOCK_RANK"])
-    return {
-        **arguments,
-        "BLOCK_GROUP": max(16, group),
-        "COMBINE_COLS": combine_cols,
-        "COMBINE_ROWS": max(1, COMBINE_ELEMENTS // combine_cols),
-    }
+    rank = arguments["RANK"]
+    cols = min(arguments["BLOCK_RANK"], 128 if cut.num_reqs <= FEW_REQUESTS else 512)
+    launch(
+        _merge_kernel, (cut.num_reqs, shape.num_heads, cdiv(rank, cols)), q.device,
+        cut.partial_out, cut.partial_stats, out, meta.seq_lens, cut.num_tiles, cut.num_reqs, num_programs,
+        NUM_GROUPS=plan.num_groups, GROUP=arguments["GROUP"], RANK=rank, TILE=config.tile, COLS=cols,
+        AT_ONCE=AT_ONCE, BLOCK_REQS=coarse_size(cut.num_reqs), num_warps=4,
+    )  # fmt: skip

@@ -3,9 +3,8 @@
 Owns the kernel; the order of the tiles of queries is `prefill.py`'s. Invariant: as in `paged_attention.py`.
 
 Queries come absorbed, as in decode: one kernel reads the cache as it is, whatever of a context was computed before, and
-needs no room that grows with the context. A pair of query and key then costs 576 + 512 multiplications a head, where
-keys and values made for each head would cost 192 + 128: of a model that computes 2.4 G parameters for a token and has
-27 layers of 16 heads, a fifth more at 2,048 tokens.
+needs no room that grows with the context. It is for prompts that begin in the prefix cache or go on after a chunk, for
+captured steps, and for those beside decodes; whole prompts are `latent_whole.py`'s.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.latent_tiles import attend_latents, in_groups, latent_arguments, load_query
 from nanovllm.kernels.triton.attention.prefill import PrefillConfig, PrefillPlan, plan_prefill, rows_of_program
-from nanovllm.kernels.triton.attention.tiles import LOWEST, blocks_of_tile, launch_options
+from nanovllm.kernels.triton.attention.tiles import LOWEST, blocks_of_tile, has_tile_loads, launch_options
 from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
 from nanovllm.kernels.triton.common.launch import launch
 
@@ -33,10 +32,11 @@ class LatentPrefillPlan:
 
 def latent_prefill_config(dtype: torch.dtype, device: torch.device) -> PrefillConfig:
     if dtype == torch.float32:
-        return PrefillConfig(rows=32, tile=16, num_stages=1, occupancy=1)
+        return PrefillConfig(rows=16, tile=16, num_stages=1, occupancy=1)
     if not has_large_shared_memory(device):
         return PrefillConfig(rows=32, tile=16, num_stages=1, num_warps=8, occupancy=1)
-    return PrefillConfig(rows=64, tile=32, num_stages=2, num_warps=8, occupancy=1)
+    tile = 64 if has_tile_loads(device) else 32  # as much shared memory as GPUs from 9.0 on have, measured on an H200
+    return PrefillConfig(rows=64, tile=tile, num_stages=2, num_warps=8, occupancy=1)
 
 
 def plan_latent_prefill(

@@ -15,15 +15,15 @@ from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
 @triton.jit
 def _latent_store_kernel(
-    queries_ptr,
+    turned_ptr,
     q_ptr,
     kv_ptr,
     cos_sin_ptr,
     weight_ptr,
     slot_ptr,
     cache_ptr,
-    queries_stride_token,
-    queries_stride_head,
+    turned_stride_token,
+    turned_stride_head,
     q_stride_token,
     q_stride_head,
     kv_stride,
@@ -77,7 +77,7 @@ def _latent_store_kernel(
         sin = tl.load(cos_sin_ptr + token * cos_sin_stride + HALF + col, mask=col < HALF, other=0.0)
         a, b = a * cos - b * sin, b * cos + a * sin
     a, b = a.to(dtype), b.to(dtype)
-    out_ptr = queries_ptr + token * queries_stride_token + head * queries_stride_head + RANK + col
+    out_ptr = turned_ptr + token * turned_stride_token + head * turned_stride_head + col
     tl.store(out_ptr, a, mask=is_query)
     tl.store(out_ptr + HALF, b, mask=is_query)
     is_stored = is_key & (slot >= 0)
@@ -87,7 +87,7 @@ def _latent_store_kernel(
 
 
 def latent_store_triton(
-    queries: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
+    turned: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool
 ) -> None:
     """See `latent_store.latent_store`."""
     cos_sin, slot_mapping, _, norm_weight, eps = heads
@@ -97,7 +97,7 @@ def latent_store_triton(
         return
     launch(
         _latent_store_kernel, (num_tokens,), kv.device,
-        queries, q_rope, kv, cos_sin, norm_weight, slot_mapping, cache.data, queries.stride(0), queries.stride(1),
+        turned, q_rope, kv, cos_sin, norm_weight, slot_mapping, cache.data, turned.stride(0), turned.stride(1),
         q_rope.stride(0), q_rope.stride(1), kv.stride(0), 0 if cos_sin is None else cos_sin.stride(0),
         cache.data.stride(1), cache.data.stride(3), eps,
         HAS_ROPE=cos_sin is not None, IS_NEOX=is_neox_style, NUM_HEADS=num_heads, RANK=norm_weight.shape[0],

@@ -8,6 +8,7 @@ score the part with the position. Each is a product of its own, so that no tile 
 """
 
 from functools import cache
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -101,7 +102,7 @@ def in_groups(cache: LayerCache, num_heads: int) -> LayerCache:
 
 
 @cache
-def latent_arguments(shape: AttentionShape, block_size: int, num_groups: int) -> dict[str, int | float]:
+def latent_arguments(shape: AttentionShape, block_size: int, num_groups: int) -> dict[str, Any]:
     """What both attention kernels are told of a layer, by the names of their parameters; not to be changed."""
     assert shape.value_dim is not None
     rope_dim = shape.head_dim - shape.value_dim

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanovllm.kernels.attention_types import HeadInputs, LayerCache
 from nanovllm.kernels.head_linear import head_linear
@@ -22,9 +23,8 @@ from tests.kernels.twins import (
     twin_test,
 )
 
-attention, store, product = (
-    load_twin(name) for name in ("attention.latent_attention", "attention.latent_store", "linear.head_linear")
-)
+attention, whole, store = (load_twin(f"attention.latent_{name}") for name in ("attention", "whole", "store"))
+product = load_twin("linear.head_linear")
 pytestmark = twin_test
 
 
@@ -92,6 +92,34 @@ def test_exact_attention_has_the_same_bits_alone(dtype: torch.dtype) -> None:
         assert torch.equal(one, got[rows])
 
 
+@pytest.mark.parametrize(
+    ("key_dim", "rope_dim", "value_dim", "dtype"),
+    in_each_dtype([(24, 16, 40)] + ([] if INTERPRETED else [(128, 64, 128), (192, 64, 256)])),
+)
+def test_whole_prompts(key_dim: int, rope_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    """Each head with keys and values of its own beside a part of the key that is shared; rows behind the last one."""
+    lens, num_heads = ([5, 40, 1, 33] if INTERPRETED else [5, 400, 1, 2000, 129]), 3
+    meta = make_case(lens, lens, head_dim=16).meta
+    meta = replace(meta, query_start_loc=meta.query_start_loc.to(DEVICE), seq_lens=meta.seq_lens.to(DEVICE))
+    num_tokens = sum(lens) + 2
+    q = randn(num_tokens, num_heads, key_dim + rope_dim, dtype=dtype)
+    kv, k_rope = (
+        randn(num_tokens, num_heads, key_dim + value_dim, dtype=dtype),
+        randn(num_tokens, 40 + rope_dim, dtype=dtype),
+    )
+    parts = q[..., :key_dim], q[..., key_dim:], kv, k_rope[:, 40:]
+    got = whole.attend_whole(*parts, 0.2, meta, whole.plan_whole(meta, parts[0]))
+    keys = torch.cat((kv[..., :key_dim], parts[3][:, None].expand(-1, num_heads, -1)), dim=-1)
+    start = 0
+    for length in lens:
+        rows = slice(start, start + length)
+        one = (x[rows].float().transpose(0, 1) for x in (q, keys, kv[..., key_dim:]))
+        want = F.scaled_dot_product_attention(*one, is_causal=True, scale=0.2).transpose(0, 1)
+        assert relative_error(got[rows], want) < TOLERANCE[dtype]
+        start += length
+    assert not got[start:].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("is_neox", "has_rotation"), [(False, True), (True, True), (True, False)])
 def test_store_equals_reference(dtype: torch.dtype, is_neox: bool, has_rotation: bool) -> None:
@@ -99,13 +127,14 @@ def test_store_equals_reference(dtype: torch.dtype, is_neox: bool, has_rotation:
     num_tokens, num_heads, rank, rope_dim = 5, 3, 40, 16
     queries, cache = randn(num_tokens, num_heads, rank + rope_dim, dtype=dtype), randn(1, 3, 1, 8, 56, dtype=dtype)
     want_queries, want_cache = queries.clone(), cache.clone()
+    turned, want_turned = queries[..., rank:], want_queries[..., rank:]
     q_rope = randn(num_tokens, num_heads, 12 + rope_dim, dtype=dtype)[..., 12:]
     kv = randn(num_tokens, 7 + rank + rope_dim, dtype=dtype)[:, 7:]
     cos_sin = randn(num_tokens, rope_dim, dtype=torch.float32) if has_rotation else None
     slots = torch.tensor([3, -1, 20, 7, -1], dtype=torch.int32, device=DEVICE)
     heads = HeadInputs(cos_sin, slots, k_norm_weight=randn(rank, dtype=dtype), eps=1e-6)
-    store.latent_store_triton(queries, q_rope, kv, heads, LayerCache(cache), is_neox)
-    latent_store_reference(want_queries, q_rope, kv, heads, LayerCache(want_cache), is_neox)
+    store.latent_store_triton(turned, q_rope, kv, heads, LayerCache(cache), is_neox)
+    latent_store_reference(want_turned, q_rope, kv, heads, LayerCache(want_cache), is_neox)
     assert relative_error(queries, want_queries) < TOLERANCE[dtype]
     assert relative_error(cache, want_cache) < TOLERANCE[dtype]
     assert torch.equal(queries[..., :rank], want_queries[..., :rank])
