@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from nanovllm.cache_specs import group_layers
 from nanovllm.config import DTYPES, EngineConfig, ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
@@ -103,7 +102,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     if config.has_replicas and config.speculative_config is not None:  # else this process plans
         check_importable([config.speculative_config.proposer], "speculative_config.proposer")
     engine, num_blocks, runner_times = _start_engine(config, model_config, checkpoint, device, tokenizer)
-    groups = group_layers(model_config.windows, config.max_model_len)
+    groups = model_config.cache_groups(config.max_model_len)
     sizes = config.block_size, config.max_model_len, config.max_num_batched_tokens
     return EngineParts(
         config=config,
@@ -149,11 +148,16 @@ def _start_engine(
             f"tensor_parallel_size {config.tensor_parallel_size} times data_parallel_size {config.data_parallel_size}, "
             f"from {device} on, needs more than the {torch.cuda.device_count()} CUDA devices that are visible"
         )
-    keeps_all = group_layers(model_config.windows, config.max_model_len).keep_everything
+    keeps_all = model_config.cache_groups(config.max_model_len).keep_everything
     if config.has_tiers and not (keeps_all and model_config.state_memory(config) is None):
         raise NotImplementedError(
             "kv_offload_gb and prefix_store cover layers that keep the keys and values of all tokens, and not windows "
             f"or states, as {model_config.architecture} has them; leave both out"
+        )
+    if config.kv_cache_dtype != "auto" and model_config.layer_heads:
+        raise NotImplementedError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} is not there for models whose layers differ in their heads, as "
+            f"{model_config.architecture}; leave it out"
         )
     _rehearse_loading(config, model_config, checkpoint)
     if config.has_replicas:
@@ -223,7 +227,7 @@ def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedCo
 def _cache_manager(
     config: ResolvedConfig, model_config: ModelConfig, num_blocks: int, device: torch.device
 ) -> CacheManager:
-    groups = group_layers(model_config.windows, config.max_model_len)
+    groups = model_config.cache_groups(config.max_model_len)
     limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
     if (memory := model_config.state_memory(config)) is not None:
         slots = memory.slots(config.max_num_seqs, num_blocks)
@@ -256,7 +260,7 @@ def _shared_prefixes(config: ResolvedConfig, model_config: ModelConfig, device: 
     """
     if device.type == "cpu" or config.deterministic or config.disable_cascade_attn:
         return None
-    keeps_all = group_layers(model_config.windows, config.max_model_len).keep_everything
+    keeps_all = model_config.cache_groups(config.max_model_len).keep_everything
     if not keeps_all or model_config.latent is not None:
         return None
     return SharedPrefixes(TILE, config.block_size)

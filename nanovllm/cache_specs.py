@@ -9,15 +9,19 @@ serves all.
 
 A long context then holds blocks for all its tokens in the first group, and for the last `window` of them in the others.
 
+Layers may differ in how many numbers they keep of a token, as Gemma 4's do: then a place is as wide as the greatest
+common divisor of these, and a layer takes several. A layer may also read what another one keeps, and keep nothing.
+
 A layer may keep a state instead, one for a request however long it is. Such layers belong to no group; a window of 0
 stands for them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import NamedTuple
 
-MAX_GROUPS = 8  # each has tables of its own to extend and to upload
+MAX_GROUPS = 12  # each has tables of its own to extend and to upload
 SNAPSHOT_SHARE = 3  # bytes of blocks for each byte of snapshots
 MIN_SNAPSHOTS = 8
 
@@ -106,12 +110,15 @@ class StateMemory(NamedTuple):
 @dataclass(frozen=True)
 class CacheGroups:
     """specs: what the layers of each group keep; layers: which layers these are, by their index; state_layers: those
-    that keep a state.
+    that keep a state. widths: by layer, the places that it takes; empty where each takes one. sources: by layer, the
+    one whose keys and values it reads; empty where each keeps its own.
     """
 
     specs: tuple[PagedKV, ...]
     layers: tuple[tuple[int, ...], ...]
     state_layers: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
 
     @property
     def keep_everything(self) -> bool:
@@ -120,7 +127,10 @@ class CacheGroups:
 
     @property
     def num_layers(self) -> int:
-        return sum(map(len, self.layers)) + len(self.state_layers)
+        return len(self.sources) or sum(map(len, self.layers)) + len(self.state_layers)
+
+    def source(self, layer: int) -> int:
+        return self.sources[layer] if self.sources else layer
 
     @property
     def num_tables(self) -> int:
@@ -129,8 +139,16 @@ class CacheGroups:
 
     @property
     def num_places(self) -> int:
-        """Layers that a block holds keys and values for."""
-        return max(map(len, self.layers))
+        """Layers that a block holds keys and values for; wide ones count as several."""
+        return max(map(self._num_places, self.layers))
+
+    @property
+    def num_places_used(self) -> int:
+        """By all layers together."""
+        return sum(map(self._num_places, self.layers))
+
+    def _num_places(self, layers: Sequence[int]) -> int:
+        return sum(self.widths[layer] for layer in layers) if self.widths else len(layers)
 
     def num_blocks(self, num_tokens: int, num_step_tokens: int, block_size: int) -> int:
         """Blocks that one request of so many tokens holds at most, in all groups together."""
@@ -154,25 +172,48 @@ class CacheGroups:
         return low
 
 
-def group_layers(windows: Sequence[int | None], max_model_len: int) -> CacheGroups:
+def group_layers(
+    windows: Sequence[int | None], max_model_len: int, row_sizes: Sequence[int] = (), sources: Sequence[int] = ()
+) -> CacheGroups:
     """Groups for layers with these windows (None: sees everything); a window that nothing can leave is none, and one of
-    0 is that of a layer with a state.
+    0 is that of a layer with a state. row_sizes: numbers that each layer keeps of a token, where they differ. sources:
+    as in CacheGroups.
     """
-    kinds: dict[PagedKV, list[int]] = {}
+    unit = gcd(*row_sizes)
+    widths = [size // unit for size in row_sizes] if len(set(row_sizes)) > 1 else [1] * len(windows)
+    kinds: dict[tuple[PagedKV, int], list[int]] = {}
     for layer, window in enumerate(windows):
-        if window == 0:
+        if window == 0 or (sources and sources[layer] != layer):
             continue
-        kinds.setdefault(PagedKV(None if window is None or window >= max_model_len else window), []).append(layer)
-    ordered = sorted(kinds.items(), key=lambda kind: kind[0].window is not None)  # stable
+        spec = PagedKV(None if window is None or window >= max_model_len else window)
+        kinds.setdefault((spec, widths[layer]), []).append(layer)
+    ordered = sorted(kinds.items(), key=lambda kind: kind[0][0].window is not None)  # stable
 
     def cost(num_places: int) -> tuple[int, int, int]:
         """Places unused in the groups that grow with the context, then in all; larger groups before smaller ones."""
-        unused = [(-len(layers) % num_places, spec.window is None) for spec, layers in ordered]
+        unused = [
+            (num_groups(kind, num_places) * num_places - len(kind[1]) * kind[0][1], kind[0][0].window is None)
+            for kind in ordered
+        ]
         return sum(count for count, grows in unused if grows), sum(count for count, _ in unused), -num_places
 
-    sizes = range(1, max(len(layers) for _, layers in ordered) + 1)
-    few = [size for size in sizes if sum(-(-len(layers) // size) for _, layers in ordered) <= MAX_GROUPS]
+    def num_groups(kind: tuple[tuple[PagedKV, int], list[int]], num_places: int) -> int:
+        (_, width), layers = kind
+        return -(-len(layers) // (num_places // width))
+
+    widest = max(width for (_, width), _ in ordered)
+    sizes = range(widest, max(width * len(layers) for (_, width), layers in ordered) + 1)
+    few = [size for size in sizes if sum(num_groups(kind, size) for kind in ordered) <= MAX_GROUPS]
     size = min(few or [sizes[-1]], key=cost)
-    parts = [(spec, tuple(layers[i : i + size])) for spec, layers in ordered for i in range(0, len(layers), size)]
-    with_state = tuple(layer for layer, window in enumerate(windows) if window == 0)
-    return CacheGroups(tuple(spec for spec, _ in parts), tuple(layers for _, layers in parts), with_state)
+    parts = [
+        (spec, tuple(layers[i : i + size // width]))
+        for (spec, width), layers in ordered
+        for i in range(0, len(layers), size // width)
+    ]
+    return CacheGroups(
+        tuple(spec for spec, _ in parts),
+        tuple(layers for _, layers in parts),
+        tuple(layer for layer, window in enumerate(windows) if window == 0),
+        tuple(widths) if max(widths) > 1 else (),
+        tuple(sources),
+    )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.cache_specs import LatentShape, StateMemory, StateShape
+from nanovllm.cache_specs import CacheGroups, LatentShape, StateMemory, StateShape, group_layers
 from nanovllm.options import check_fields, option, takes_options
 from nanovllm.sampling_params import LogitsProcessor
 from nanovllm.speculative_config import SpeculativeConfig, read_speculative_config
@@ -372,7 +372,9 @@ class ModelConfig:
     i + rotated / 2 together; otherwise 2i and 2i + 1.
     attention_scale: of q k^T. Soft-caps: x -> cap tanh(x / cap). residual_scale: of what a layer adds to the residual.
     extra: the config.json fields that this architecture has beyond those of all decoders. quantization: its
-    quantization_config, read by `quantization/scheme.py`. latent: where all attention is over latents; num_kv_heads is
+    quantization_config, read by `quantization/scheme.py`. layer_heads: per layer, KV heads and their size, where layers
+    differ in them; empty else. kv_sources: per layer, the one whose keys and values it reads; empty where each has its
+    own. latent: where all attention is over latents; num_kv_heads is
     1 then, and head_dim what the cache holds of a token.
     """
 
@@ -409,6 +411,8 @@ class ModelConfig:
     quantization: Mapping[str, Any] | None = None
     state: StateShape | None = None
     latent: LatentShape | None = None
+    layer_heads: tuple[tuple[int, int], ...] = ()
+    kv_sources: tuple[int, ...] = ()
 
     @property
     def rope_dim(self) -> int:
@@ -426,8 +430,17 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, kv_cache_dtype: str) -> int:
         """kv_cache_dtype: as in `EngineConfig`; a scale of 8-bit codes takes 2 bytes."""
-        row = self.head_dim * (4 if self.dtype == "float32" else 2) if kv_cache_dtype == "auto" else self.head_dim + 2
-        return self.num_attention_layers * self.num_cache_planes * self.num_kv_heads * row
+        size, beside = (4 if self.dtype == "float32" else 2, 0) if kv_cache_dtype == "auto" else (1, 2)
+        heads = self.layer_heads or ((self.num_kv_heads, self.head_dim),) * self.num_layers
+        kept = (heads[i] for i in range(self.num_layers) if self.windows[i] != 0 and self.kv_source(i) == i)
+        return sum(self.num_cache_planes * count * (dim * size + beside) for count, dim in kept)
+
+    def kv_source(self, layer: int) -> int:
+        return self.kv_sources[layer] if self.kv_sources else layer
+
+    def cache_groups(self, max_model_len: int) -> CacheGroups:
+        row_sizes = [count * dim for count, dim in self.layer_heads]
+        return group_layers(self.windows, max_model_len, row_sizes, self.kv_sources)
 
     @property
     def bytes_per_state(self) -> int:

@@ -52,6 +52,11 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "Dots1ForCausalLM": {"first_k_dense_replace": 1},
     "GlmForCausalLM": {"head_dim": 16, "eos_token_id": 127},
     "Glm4ForCausalLM": {"head_dim": 16, "eos_token_id": 127},
+    "Gemma4ForCausalLM": {
+        **{"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128},
+        **{"num_hidden_layers": 3, "num_kv_shared_layers": 1, "use_double_wide_mlp": True},
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), _DELTA_NET),
     "NemotronHForCausalLM": {
@@ -92,6 +97,8 @@ def save_random(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: i
         for name, buffer in model.named_buffers():
             if name.endswith("bias"):  # of a router, which is no parameter
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            if name.endswith("layer_scalar"):
+                buffer.copy_(0.8 + 0.4 * torch.rand(buffer.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
 

@@ -3,6 +3,7 @@
 Owns the step's plans while its layers run; `kernels/triton/attention/paged_attention.py` makes and reads them.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,14 +22,21 @@ from nanovllm.kernels.triton.batch_invariant.attention import StepPlan, batch_in
 
 @dataclass(frozen=True)
 class PreparedStep:
+    """plans: by number and size of KV heads, in which the layers of few models differ."""
+
     meta: AttentionMetadata
-    plans: StepPlans = field(default_factory=StepPlans)
+    plans: defaultdict[tuple[int, int], StepPlans] = field(default_factory=lambda: defaultdict(StepPlans))
+
+    def plans_of(self, shape: AttentionShape) -> StepPlans:
+        return self.plans[shape.num_kv_heads, shape.head_dim]
 
 
 @dataclass(frozen=True)
 class BatchInvariantStep:
+    """plans: likewise."""
+
     meta: AttentionMetadata
-    plan: StepPlan = field(default_factory=StepPlan)
+    plans: defaultdict[tuple[int, int], StepPlan] = field(default_factory=lambda: defaultdict(StepPlan))
 
 
 class BatchInvariantTritonBackend(AttentionBackend):
@@ -45,7 +53,8 @@ class BatchInvariantTritonBackend(AttentionBackend):
         prepared: BatchInvariantStep,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, prepared.plan, sinks)
+        plan = prepared.plans[shape.num_kv_heads, shape.head_dim]
+        return batch_invariant_attention_triton(q, cache, prepared.meta, shape, plan, sinks)
 
 
 class TritonBackend(AttentionBackend):
@@ -55,7 +64,7 @@ class TritonBackend(AttentionBackend):
     def forward(
         self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
     ) -> Tensor:
-        return paged_attention_triton(q, cache, prepared.meta, shape, prepared.plans, sinks)
+        return paged_attention_triton(q, cache, prepared.meta, shape, prepared.plans_of(shape), sinks)
 
     def forward_qkv(
         self, shape: AttentionShape, qkv: Tensor, heads: HeadInputs, cache: LayerCache, prepared: PreparedStep,
@@ -64,7 +73,7 @@ class TritonBackend(AttentionBackend):
         """One kernel where a few requests decode and nothing else."""
         if not takes_qkv(prepared.meta, shape.window):
             return None
-        return decode_qkv_triton(qkv, heads, cache, prepared.meta, shape, prepared.plans, sinks)
+        return decode_qkv_triton(qkv, heads, cache, prepared.meta, shape, prepared.plans_of(shape), sinks)
 
     def num_cascade_programs(self, cache: LayerCache) -> int:
         return num_programs(cache)

@@ -9,7 +9,6 @@ from math import prod
 
 import torch
 
-from nanovllm.cache_specs import group_layers
 from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION, ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.worker import with_quantization
@@ -99,9 +98,9 @@ def largest_tensor(config: ModelConfig) -> int:
 
 def kv_bytes_of(config: ModelConfig, length: int, kv_cache_dtype: str = "auto") -> int:
     """What the engine keeps of a request of so many tokens: layers with a window give back what has left it."""
-    groups = group_layers(config.windows, length)
+    groups = config.cache_groups(length)
     num_tokens = groups.num_blocks(length, num_step_tokens=1, block_size=1)  # in all groups together
-    return num_tokens * groups.num_places * config.kv_bytes_per_token(kv_cache_dtype) // config.num_attention_layers
+    return num_tokens * groups.num_places * config.kv_bytes_per_token(kv_cache_dtype) // groups.num_places_used
 
 
 def _heads_note(config: ModelConfig) -> str:

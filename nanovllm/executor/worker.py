@@ -19,7 +19,6 @@ from tqdm import tqdm
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.batch_invariant import BatchInvariantBackend, cpp_or_reference
 from nanovllm.attention.cpu_paged import CpuPagedBackend
-from nanovllm.cache_specs import group_layers
 from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
@@ -143,7 +142,7 @@ def cache_spec(
 ) -> KVCacheSpec:
     """bytes_beside: that another model keeps for each block."""
     return KVCacheSpec(
-        groups=group_layers(model_config.windows, config.max_model_len),
+        groups=model_config.cache_groups(config.max_model_len),
         num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
         head_dim=model_config.head_dim,
         block_size=config.block_size,
@@ -152,6 +151,7 @@ def cache_spec(
         num_ranks=tp.size,
         bytes_beside=bytes_beside,
         num_planes=model_config.num_cache_planes,
+        layer_heads=tuple((len(tp.kv_heads(count)), dim) for count, dim in model_config.layer_heads),
     )
 
 

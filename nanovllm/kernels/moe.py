@@ -19,14 +19,14 @@ from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.routing import sigmoid
-from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
+from nanovllm.kernels.silu_and_mul import gelu_and_mul_reference, silu_and_mul_reference
 
 
 class Gate(NamedTuple):
     """How the halves of an expert's first product become one.
 
-    "silu": silu(gate) * up. "clamped" (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), of a gate of `limit` at most
-    and an up from -limit to limit.
+    "silu": silu(gate) * up, and "gelu_tanh" likewise. "clamped" (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), of
+    a gate of `limit` at most and an up from -limit to limit.
     """
 
     activation: str = "silu"
@@ -79,15 +79,19 @@ def fused_experts_reference(
     gate: Gate = SILU,
     linear: Callable[..., Tensor] = F.linear,
     silu_and_mul: Callable[[Tensor], Tensor] = silu_and_mul_reference,
+    gelu_and_mul: Callable[[Tensor], Tensor] = gelu_and_mul_reference,
 ) -> Tensor:
-    """One expert after another, only those that are in use. linear, silu_and_mul: the operations, in another form, for
+    """One expert after another, only those that are in use. linear and the others: the operations, in another form, for
     what gate_up and down have for each expert."""
     chosen = torch.empty((*expert_ids.shape, x.shape[1]), dtype=x.dtype, device=x.device)
     for expert in expert_ids.unique().tolist():
         token, choice = (expert_ids == expert).nonzero(as_tuple=True)
         gate_up_bias, down_bias = (None, None) if biases is None else (biases.gate_up[expert], biases.down[expert])
         both = linear(x[token], gate_up[expert], gate_up_bias)
-        gated = silu_and_mul(both) if gate.activation == "silu" else clamped_and_mul(both, gate)
+        if gate.activation == "clamped":
+            gated = clamped_and_mul(both, gate)
+        else:
+            gated = (silu_and_mul if gate.activation == "silu" else gelu_and_mul)(both)
         hidden = linear(gated, down[expert], down_bias)
         chosen[token, choice] = (hidden.float() * weights[token, choice, None]).to(x.dtype)
     total = torch.zeros_like(x, dtype=torch.float32)

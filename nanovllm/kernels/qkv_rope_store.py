@@ -28,6 +28,22 @@ def qkv_rope_store(qkv: Tensor, heads: HeadInputs, cache: LayerCache, shape: Att
     return qkv_rope_store_reference(qkv, heads, cache, shape)
 
 
+def norm_and_rotate(
+    q: Tensor, cos_sin: Tensor, weight: Tensor, eps: float, cache: LayerCache, slot_mapping: Tensor
+) -> Tensor:
+    """Queries alone, of layers that store nothing: q [num_tokens, num_heads * head_dim] -> [.., num_heads, head_dim].
+
+    cache, slot_mapping: of the layer whose keys they meet; nothing of them is read or written.
+    """
+    head_dim = len(weight)
+    if use_triton(q):
+        from nanovllm.kernels.triton.attention.qkv_rope_store import qkv_rope_store_triton
+
+        shape = AttentionShape(q.shape[1] // head_dim, 0, head_dim, 1.0)
+        return qkv_rope_store_triton(q, HeadInputs(cos_sin, slot_mapping, weight, weight, eps), cache, shape)
+    return apply_rope_reference(rms_norm_reference(q.unflatten(1, (-1, head_dim)), weight, eps), cos_sin)
+
+
 def qkv_rope_store_reference(qkv: Tensor, heads: HeadInputs, cache: LayerCache, shape: AttentionShape) -> Tensor:
     cos_sin, slot_mapping, q_norm_weight, k_norm_weight, eps = heads
     num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads

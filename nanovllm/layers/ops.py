@@ -115,7 +115,12 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
             experts = partial(fused_experts, block_size=64)
             ops = ops._replace(delta_net=partial(delta_net, is_exact=True), mamba2=partial(mamba2, is_exact=True))
         else:
-            experts = partial(fused_experts_reference, linear=batch_invariant_linear, silu_and_mul=ops.silu_and_mul)
+            experts = partial(
+                fused_experts_reference,
+                linear=batch_invariant_linear,
+                silu_and_mul=ops.silu_and_mul,
+                gelu_and_mul=ops.gelu_and_mul,
+            )
             ops = ops._replace(by_row=one_row_at_a_time)
         return ops._replace(fused_experts=experts, linear_method=BatchInvariantLinear)
     is_on_cpu = device.type == "cpu"

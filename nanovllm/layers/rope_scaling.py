@@ -76,6 +76,9 @@ def _frequencies(head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
         return _llama3_frequencies(inv_freq, rope.parameters), 1.0
     if rope.rope_type == "longrope":  # Ding et al., 2024; the factors differ for short and for long contexts
         return inv_freq, rope.parameters["attention_factor"]
+    if rope.rope_type == "proportional":  # of a head's pairs, only the first ones turn, as they would in a whole head
+        inv_freq[int(rope.parameters["rotated_share"] * head_dim // 2) :] = 0
+        return inv_freq / rope.parameters.get("factor", 1.0), 1.0
     if rope.rope_type == "yarn":
         return _yarn_frequencies(head_dim, inv_freq, rope)
     return inv_freq, 1.0

@@ -22,6 +22,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
     "longrope": (),  # see _read_longrope
+    "proportional": (),
 }
 _NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow")
 _OTHERS = ("original_max_position_embeddings", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor")
@@ -50,6 +51,8 @@ def read_ropes(
             "full_attention": {**mapping(saved, "full_attention"), **added},
             "sliding_attention": {**local, **mapping(saved, "sliding_attention")},
         }
+    elif any(layer_type in saved for layer_type in LAYER_TYPES) and not added:
+        by_type = {layer_type: mapping(saved, layer_type) for layer_type in LAYER_TYPES}
     else:
         by_type = dict.fromkeys(LAYER_TYPES, added or saved)
         lost = saved.get("rope_theta") if added else None
@@ -79,6 +82,8 @@ def _read_rope(
     theta = number({"rope_theta": theta}, "rope_theta", above=1.0)
     share = _first(parameters.pop("partial_rotary_factor", None), hf.get("partial_rotary_factor"), 1.0)
     share = number({"partial_rotary_factor": share}, "partial_rotary_factor")
+    if rope_type == "proportional":  # pairs lie as in a whole head, and those behind the rotated ones stand still
+        rotated, share = min(share, 1.0), 1.0
     if rope_type in ("su", "yarn") and "short_factor" in parameters:
         rope_type = "longrope"  # what Phi-3's first configs called it
     if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
@@ -99,6 +104,8 @@ def _read_rope(
             parameters = _read_longrope(hf, parameters, max_position_embeddings, rotary_dim)
     except ValueError as error:
         raise ValueError(f"{error}, in the rope parameters {dict(given)}") from None
+    if rope_type == "proportional":
+        parameters["rotated_share"] = rotated
     # dynamic never looks at it, as in transformers
     if rope_type == "dynamic" or (rope_type == "yarn" and "original_max_position_embeddings" not in parameters):
         parameters["original_max_position_embeddings"] = max_position_embeddings

@@ -14,6 +14,7 @@ from typing import Any
 from nanovllm.config import ModelConfig
 from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import DENSE_FAMILIES, GRANITE_MULTIPLIERS
+from nanovllm.models.gemma4_family import GEMMA4
 from nanovllm.models.hf_config import from_hf
 from nanovllm.models.hf_fields import flag
 from nanovllm.models.latent_families import LATENT_FAMILIES
@@ -138,6 +139,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
         proof=_PROOF,
         fields={**_BIASES, **GRANITE_MULTIPLIERS},
     ),
+    "Gemma4ForCausalLM": GEMMA4,
     **MIXTURE_FAMILIES,
     **DENSE_FAMILIES,
     **STATE_FAMILIES,
@@ -155,6 +157,7 @@ _WRAPPED = {
             "max_position_embeddings": 131072,
         },
     ),
+    "Gemma4ForConditionalGeneration": ("Gemma4ForCausalLM", "Gemma 4", {}),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "Mistral Small 3.1 and 3.2, Ministral 3", {}),
     "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM", "Qwen3-VL", {}),
     "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM", "Qwen3.5 and 3.6", {}),

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.cache_specs import group_layers
 from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
@@ -107,7 +106,7 @@ def check_draft(config: ResolvedConfig, target: ModelConfig) -> None:
 
 
 def _check_layers(config: ResolvedConfig, kinds: Sequence[ModelConfig], name: str) -> None:
-    if any(not group_layers(kind.windows, config.max_model_len).keep_everything for kind in kinds):
+    if any(not kind.cache_groups(config.max_model_len).keep_everything for kind in kinds):
         raise NotImplementedError(f"{name}: layers with a sliding window cannot draft, nor be drafted for, yet")
     if any(kind.length_dependent_from is not None or kind.long_from is not None for kind in kinds):
         raise NotImplementedError(f"{name}: rotation that depends on the context's length cannot draft yet")
@@ -243,7 +242,7 @@ def _config_of_chain(config: ResolvedConfig) -> ResolvedConfig:
 
 def _cache_spec(config: ResolvedConfig, model_config: ModelConfig, tp: TensorParallel) -> KVCacheSpec:
     return KVCacheSpec(
-        groups=group_layers(model_config.windows, config.max_model_len),
+        groups=model_config.cache_groups(config.max_model_len),
         num_kv_heads=len(tp.kv_heads(model_config.num_kv_heads)),
         head_dim=model_config.head_dim,
         block_size=config.block_size,

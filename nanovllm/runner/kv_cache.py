@@ -1,8 +1,9 @@
 """The KV cache's tensors: how many blocks fit into a budget of bytes, and their layout.
 
 Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values; or
-keys alone, which hold the values), contiguous: the tokens of a block lie side by side under each head, so that a head
-reads a block in one piece. A cache of codes has as many scales beside it.
+keys alone, which hold the values): the tokens of a block lie side by side under each head, so that a head reads a block
+in one piece. It is contiguous, but where layers differ in their heads: there, what a block holds of all layers of a
+group lies together, and a layer's cache has strides. A cache of codes has as many scales beside it.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class KVCacheSpec:
 
     states: of the whole model, where some layers keep one; num_ranks: that share it. bytes_beside: what another
     model keeps for each block, in a cache of its own. num_planes: keys and values; or keys alone, which hold them.
+    layer_heads: by layer, KV heads of this rank and their size, where layers differ; these have no codes.
     """
 
     groups: CacheGroups
@@ -46,11 +48,22 @@ class KVCacheSpec:
     num_ranks: int = 1
     bytes_beside: int = 0
     num_planes: int = 2
+    layer_heads: tuple[tuple[int, int], ...] = ()
 
     @property
     def bytes_per_block(self) -> int:
+        if self.layer_heads:
+            return self._numbers_per_block * self.dtype.itemsize + self.bytes_beside
         num_rows = self.num_planes * self.groups.num_places * self.num_kv_heads * self.block_size
         return num_rows * row_bytes(self.head_dim, self.dtype) + self.bytes_beside
+
+    @property
+    def _numbers_per_block(self) -> int:
+        return max(sum(prod(self._shape_in_block(layer)) for layer in layers) for layers in self.groups.layers)
+
+    def _shape_in_block(self, layer: int) -> tuple[int, int, int, int]:
+        num_kv_heads, head_dim = self.layer_heads[layer]
+        return self.num_planes, num_kv_heads, self.block_size, head_dim
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Beside their snapshots, if layers keep states."""
@@ -69,13 +82,26 @@ class KVCacheSpec:
         A block is of one group at a time, so layers that have the same place in their groups have one tensor. Layers
         with a state read none of them; one stands there in their place. make: the tensors.
         """
+        if self.layer_heads:
+            return self._allocate_together(num_blocks, device, make)
         shape = (self.num_planes, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         places = [LayerCache(make(shape, self.dtype, device)) for _ in range(self.groups.num_places)]
         if self.dtype in LARGEST:
             pairs = (*shape[1:4], 2)
             places = [LayerCache(place.data, make(pairs, torch.bfloat16, device)) for place in places]
         by_layer = {layer: places[i] for layers in self.groups.layers for i, layer in enumerate(layers)}
-        return [by_layer.get(layer, places[0]) for layer in range(self.groups.num_layers)]
+        return [by_layer.get(self.groups.source(layer), places[0]) for layer in range(self.groups.num_layers)]
+
+    def _allocate_together(self, num_blocks: int, device: torch.device, make: MakeZeros) -> list[LayerCache]:
+        pool, by_layer = make((num_blocks, self._numbers_per_block), self.dtype, device), {}
+        for layers in self.groups.layers:
+            first = 0
+            for layer in layers:
+                shape = self._shape_in_block(layer)
+                numbers = pool[:, first : first + prod(shape)].unflatten(1, shape)
+                by_layer[layer] = LayerCache(numbers.transpose(0, 1))
+                first += prod(shape)
+        return [by_layer[self.groups.source(layer)] for layer in range(self.groups.num_layers)]
 
 
 def choose_num_blocks(config: ResolvedConfig, spec: KVCacheSpec, free_bytes: int) -> int:

@@ -17,10 +17,8 @@ from nanovllm.kernels.attention_types import AttentionMetadata
 class LayerGroups:
     def __init__(self, groups: CacheGroups, block_tables: Tensor, block_size: int) -> None:
         """block_tables [max_num_seqs, num_groups * max_blocks]: of each row, as `BatchState` has them."""
-        self.group_of_layer = [0] * sum(map(len, groups.layers))
-        for group, layers in enumerate(groups.layers):
-            for layer in layers:
-                self.group_of_layer[layer] = group
+        group_of = {layer: group for group, layers in enumerate(groups.layers) for layer in layers}
+        self.group_of_layer = [group_of[groups.source(layer)] for layer in range(groups.num_layers)]
         self._tables = block_tables.view(block_tables.shape[0], len(groups.specs), -1)
         self._block_size = block_size
 

@@ -15,7 +15,15 @@ _PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
-_OTHER_PARTS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
+_OTHER_PARTS = (
+    "vision_tower",
+    "vision_model",
+    "visual",
+    "multi_modal_projector",
+    "audio_tower",
+    "embed_vision",
+    "embed_audio",
+)
 # Said of the whole, and of the text model if the whole does not say it.
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id")
 _LISTS_OF_LAYERS = ("ignore", "ignored_layers", "modules_to_not_convert")  # in a quantization_config

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanovllm.cache_specs import PagedKV
-from nanovllm.engine.grouped_cache import NO_BLOCK
+from nanovllm.cache_specs import PagedKV, group_layers
+from nanovllm.engine.grouped_cache import NO_BLOCK, GroupedCache
 from nanovllm.engine.request import Request
 from tests.engine.fake_device import check_nothing_leaked, check_output, make_engine, make_request, run, steps
 
@@ -145,3 +145,46 @@ def test_blocks_of_other_groups_of_an_entering_row_are_in_the_plan() -> None:
     (plan,) = device.plans
     assert plan.new_rows[0].block_ids == [0, 1]
     assert plan.new_blocks == [(0, 16, 2), (0, 17, 3)]
+
+
+# Windows and KV numbers of a token by layer, and whose keys and values a layer reads: every 6th or 5th layer sees all.
+GEMMA = {
+    "Gemma 3 4B": ([None if layer % 6 == 5 else 1024 for layer in range(34)], [], []),
+    "Gemma 4 E2B": (
+        [None if layer % 5 == 4 else 512 for layer in range(35)],
+        [512 if layer % 5 == 4 else 256 for layer in range(35)],
+        [layer if layer < 15 else 14 if layer % 5 == 4 else 13 for layer in range(35)],
+    ),
+    "Gemma 4 31B": (
+        [None if layer % 6 == 5 else 1024 for layer in range(60)],
+        [4 * 512 if layer % 6 == 5 else 16 * 256 for layer in range(60)],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", GEMMA)
+def test_at_32k_tokens_layers_with_a_window_keep_it_and_no_more(shape: str) -> None:
+    """By the manager's own tables, behind a prompt in chunks and while tokens are decoded, unused places counted in."""
+    windows, row_sizes, sources = GEMMA[shape]
+    length, block_size = 32768, 64
+    groups = group_layers(windows, length, row_sizes, sources)
+    cache = GroupedCache(8000, block_size, False, groups.specs, length, 2048)
+    request = make_request([i % 97 for i in range(length - 768)], 768)
+    cache.enter(request, [[] for _ in groups.specs])
+    for num_tokens in (*[2048] * 15, 1280, *[1] * 768):
+        assert cache.allocate(request, num_tokens) is not None
+        request.num_computed_tokens += num_tokens
+    cache.allocate(request, 0)
+    sizes = row_sizes or [1] * len(windows)
+    kept = [layer for layer in range(len(windows)) if groups.source(layer) == layer]
+    unit = sum(sizes[layer] for layer in kept) / groups.num_places_used
+    in_windows = sum(
+        count * block_size * groups.num_places * unit
+        for count, spec in zip(held(request), groups.specs, strict=True)
+        if spec.window is not None
+    )
+    windows_alone = sum(windows[layer] * sizes[layer] for layer in kept if windows[layer])
+    assert in_windows <= 1.125 * windows_alone, "a window of 512 lies in 9 blocks of 64"
+    everything = sum(length * sizes[layer] for layer in kept)
+    assert in_windows < everything / 8

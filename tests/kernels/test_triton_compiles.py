@@ -433,6 +433,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention, window, sinks": lambda: attend(100, None, 64, 64, has_sinks=True),
     "attention, softcap, odd sizes": lambda: attend(None, 50.0, 80, 24),
     "attention, window, softcap, wide heads": lambda: attend(100, 50.0, 256, 64),
+    "attention, very wide heads": lambda: attend(None, None, 512, 64),
     "attention of a long prompt": lambda: attend(None, None, 128, 64, 1100),
     "attention of a long prompt, window": lambda: attend(100, None, 128, 64, 1100),
     "attention of long prompts on Hopper": lambda: attend_on_hopper(8, 128, 64),
@@ -445,6 +446,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention of shared prefixes, float32": lambda: decode_cascade(None, 128, 64, torch.float32),
     "attention from the QKV product": lambda: decode_from_qkv(None, None, 128, 64),
     "attention from the QKV product, window, softcap, wide heads": lambda: decode_from_qkv(100, 50.0, 256, 64),
+    "attention from the QKV product, very wide heads": lambda: decode_from_qkv(None, None, 512, 64),
+    "moe, gelu": lambda: mix_experts(5, 8, 256, (None, Gate("gelu_tanh"))),
     "attention from the QKV product, odd sizes, sinks": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
     "attention from the QKV product, float32": lambda: decode_from_qkv(None, None, 128, 64, dtype=torch.float32),
     **{

@@ -23,7 +23,7 @@ from tests.tiny_models import edit_json, hugging_face_greedy, random_prompts
     scope="module",
     params=[
         *("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
-        *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        *("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Gemma4ForConditionalGeneration"),
     ],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -46,6 +46,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
         {"mm_tokens_per_image": 4, "tie_word_embeddings": True},
     ),
+    "Gemma4ForConditionalGeneration": (
+        {
+            **{"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128},
+            **{"num_kv_shared_layers": 1, "num_hidden_layers": 3, "sliding_window": 9},
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+        {"num_key_value_heads": 2, "head_dim": 8},
+        {"tie_word_embeddings": True, "audio_config": None},
+    ),
     "Mistral3ForConditionalGeneration": (
         {"sliding_window": None},
         {"head_dim": 8},

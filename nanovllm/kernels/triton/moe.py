@@ -200,6 +200,10 @@ def apply_gate(gate, up, dtype: tl.constexpr, GATE: tl.constexpr, ALPHA: tl.cons
     if GATE == "clamped":
         gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
         return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
+    elif GATE == "gelu_tanh":
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * inner))
+        return (0.5 * gate * (1.0 + tanh)).to(dtype).to(tl.float32) * up
     else:
         return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
 

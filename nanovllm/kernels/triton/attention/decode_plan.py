@@ -65,6 +65,8 @@ def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int, is_coded: bo
 
     Measured on an H200 and an H100 with contexts of 384 to 3,800 tokens. Wide heads and wide types take smaller tiles.
     """
+    if head_dim > 256:
+        return DecodeConfig(tile=16, num_stages=1 if dtype == torch.float32 else 2, num_warps=8, occupancy=1)
     if dtype == torch.float32:
         return DecodeConfig(tile=32, num_stages=2, occupancy=1)
     tile = 32 if head_dim > 128 else 64

@@ -70,6 +70,8 @@ def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillC
     """Measured on an H200 and an H100 with prompts of 2,048 tokens; steps with many short prompts took longer with
     tiles loaded whole, and so did those over codes. float32 is exact rather than fast.
     """
+    if kv_cache.shape[4] > 256:
+        return PrefillConfig(rows=32, tile=16, num_stages=1, num_warps=8, occupancy=1, tile_loads=False)
     if q.dtype == torch.float32:
         return PrefillConfig(rows=32, tile=32, num_stages=1, occupancy=1, tile_loads=False)
     if kv_cache.shape[4] > 128:
