@@ -53,17 +53,25 @@ class DeltaNet:
 
 
 def delta_net(
-    qkvz: Tensor, ba: Tensor, net: DeltaNet, state: LayerState, step: StepStates, *, is_exact: bool = False
+    qkvz: Tensor,
+    ba: Tensor,
+    net: DeltaNet,
+    state: LayerState,
+    step: StepStates,
+    *,
+    is_exact: bool = False,
+    semaphores: Tensor | None = None,
 ) -> Tensor:
     """qkvz [num_tokens, channels + values], ba [num_tokens, 2 * num_value_heads] -> [num_tokens, values].
 
     values: value heads, times their size. state is advanced. is_exact: token after token, so that the bits do not
-    depend on how prompts are cut, nor on what else is in the step.
+    depend on how prompts are cut, nor on what else is in the step. semaphores: counters for a GPU, where the caller
+    keeps some (`skinny_gemm.new_semaphores`).
     """
     if use_triton(qkvz):
         from nanovllm.kernels.triton.delta_net import delta_net_triton
 
-        return delta_net_triton(qkvz, ba, net, state, step, is_exact or step.at_any_token)
+        return delta_net_triton(qkvz, ba, net, state, step, is_exact or step.at_any_token, semaphores)
     return delta_net_reference(qkvz, ba, net, state, step)
 
 

@@ -81,7 +81,9 @@ def _on_gpu(device: torch.device) -> Ops:
 
     semaphores = new_semaphores(device)  # one for the model: its products run one after the other
     return BY_DEVICE._replace(
-        linear_method=partial(FusedLinear, semaphores=semaphores), mamba2=partial(mamba2, semaphores=semaphores)
+        linear_method=partial(FusedLinear, semaphores=semaphores),
+        delta_net=partial(delta_net, semaphores=semaphores),
+        mamba2=partial(mamba2, semaphores=semaphores),
     )
 
 

@@ -24,6 +24,10 @@ def test_equals_the_reference(
     dtype: torch.dtype, sizes: tuple[int, int, int, int], lens: list[int], before: list[int], is_exact: bool
 ) -> None:
     """Snapshots at multiples of 64, where chunks end."""
+    if INTERPRETED and is_exact:  # each token is a turn of a loop there
+        if dtype != torch.float32:
+            pytest.skip("as in float32")
+        lens, before = [min(n, 9) for n in lens], [min(n, 57) for n in before]
     torch.manual_seed(1)
     case = make_states_case(lens, before, num_padding=2, device=DEVICE, every=64)
     qkvz, ba, net, state = make_inputs(case, sizes, dtype)
@@ -34,7 +38,9 @@ def test_equals_the_reference(
     host = LayerState(want_state.conv.cpu(), want_state.matrices.cpu())
     weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(net).items()}
     want = delta_net_reference(qkvz.cpu(), ba.cpu(), type(net)(**weights), host, cpu.step)
-    got = twin.delta_net_triton(qkvz, ba, net, state, case.step, is_exact)
+    semaphores = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    got = twin.delta_net_triton(qkvz, ba, net, state, case.step, is_exact, semaphores)
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
     assert relative_error(state.matrices.cpu(), host.matrices) < TOLERANCE[dtype]
     assert torch.equal(state.conv.cpu(), host.conv)
+    assert not semaphores.any()
