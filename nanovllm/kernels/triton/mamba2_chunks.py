@@ -15,6 +15,7 @@ from nanovllm.kernels.mamba2 import Mamba2
 from nanovllm.kernels.state_types import StepStates
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+from nanovllm.kernels.triton.delta_chunks import PRECISION
 
 
 @triton.jit
@@ -87,14 +88,14 @@ def _pass_chunks_kernel(
         else:
             faded = tl.cumsum(-decay * dt, 0)
             row, col = index[:, None], index[None, :]
-            scores = tl.dot(c, tl.trans(b), input_precision="ieee")
+            scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
             scores *= tl.exp(tl.where(row >= col, faded[:, None] - faded[None, :], 0.0)) * dt[None, :]
             scores = tl.where(row >= col, scores, 0.0).to(dtype)
-            found = tl.dot(scores, x, input_precision="ieee")
-            found += tl.dot(c, matrix.to(dtype), input_precision="ieee") * tl.exp(faded)[:, None]
+            found = tl.dot(scores, x, input_precision=PRECISION)
+            found += tl.dot(c, matrix.to(dtype), input_precision=PRECISION) * tl.exp(faded)[:, None]
             whole = tl.sum(-decay * dt, 0)
             weight = (b.to(tl.float32) * (dt * tl.exp(whole - faded))[:, None]).to(dtype)
-            matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(weight), x, input_precision="ieee")
+            matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(weight), x, input_precision=PRECISION)
         z_at = token[:, None] * stride + (head * DIM + dim)[None, :]
         z = tl.load(zxbcdt_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
         found = (found + skip * x.to(tl.float32)) * (z / (1.0 + tl.exp(-z)))
