@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.causal_conv import conv_silu_reference
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.mamba2 import Mamba2, gated_norm, heads, mamba2_reference
 from nanovllm.kernels.state_types import LayerState
 from tests.kernels.state_cases import StateCase, make_states_case
-from tests.kernels.test_delta_net import copy
+from tests.kernels.test_delta_net import CASES, copy
 
 SIZES = [(2, 4, 8, 12), (1, 3, 128, 64), (2, 2, 30, 40)]  # groups, heads, size of a state and of a head
 
@@ -57,3 +58,32 @@ def test_the_reference_is_the_sum_over_the_history(has_norm: bool) -> None:
     rest = make_states_case([12], [8], every=1000)
     rest.step.rows[0] = case.step.snapshots[7]
     assert torch.equal(mamba2_reference(zxbcdt[8:], net, state, rest.step), whole[8:])
+
+
+@pytest.mark.parametrize("lens, before", CASES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_equals_the_reference(
+    lens: list[int], before: list[int], sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """And its bits depend neither on the other requests nor on where a prompt is cut."""
+    kernels = load_cpu_kernels()
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(1)
+    case = make_states_case(lens, before, num_padding=2)
+    has = len(lens) > 1
+    zxbcdt, net, state = make_inputs(case, sizes, dtype, has_bias=has, has_norm=has)
+    start, want_state = copy(state), copy(state)
+    want = mamba2_reference(zxbcdt, net, want_state, case.step)
+    got = kernels.mamba2(zxbcdt, net, state, case.step)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state.matrices, want_state.matrices, rtol=tolerance, atol=tolerance)
+    assert torch.equal(state.conv, want_state.conv)
+    rows, cut, parts = zxbcdt[-lens[-1] :], lens[-1] // 2, []
+    for first, last in ((0, cut), (cut, lens[-1])):
+        step = make_states_case([last - first], [before[-1] + first], every=1000).step
+        step.rows[0] = case.step.rows[len(lens) - 1]
+        parts.append(kernels.mamba2(rows[first:last], net, start, step) if last > first else rows[:0, : net.num_values])
+    assert torch.equal(torch.cat(parts), got[-lens[-1] :])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanovllm.kernels.causal_conv import conv_silu, short_conv
 from nanovllm.kernels.delta_net import DeltaNet, delta_net
+from nanovllm.kernels.mamba2 import Mamba2, mamba2
 from nanovllm.kernels.state_types import LayerState, StepStates
 
 _MAX_WIDTH, _MAX_KEY = 64, 256  # as in states.cpp
@@ -19,6 +20,7 @@ _MAX_WIDTH, _MAX_KEY = 64, 256  # as in states.cpp
 class StateKernels:
     _causal_conv: dict[torch.dtype, Callable[..., None]]
     _delta_net: dict[torch.dtype, Callable[..., None]]
+    _mamba2: dict[torch.dtype, Callable[..., None]]
 
     def short_conv(self, bcx: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates) -> Tensor:
         """See `kernels.causal_conv.short_conv`."""
@@ -58,6 +60,34 @@ class StateKernels:
             *(tensor.data_ptr() for tensor in tensors),
             len(step.rows), net.num_key_heads, heads, keys, values,
             qkv.stride(0), z.stride(0), state.matrices.stride(0), net.eps,
+        )  # fmt: skip
+        return out
+
+    def mamba2(self, zxbcdt: Tensor, net: Mamba2, state: LayerState, step: StepStates) -> Tensor:
+        """See `kernels.mamba2.mamba2`."""
+        num_tokens, channels, values = zxbcdt.shape[0], net.conv_weight.shape[1], net.num_values
+        heads, dtype, norm = net.num_heads, zxbcdt.dtype, net.norm_weight
+        run = self._mamba2.get(dtype)
+        if run is None or not (
+            zxbcdt.stride(1) == 1
+            and zxbcdt.shape[1] == values + channels + heads
+            and net.state_dim <= _MAX_KEY
+            and all(_is_dense(x, (heads,), torch.float32) for x in (net.decay, net.dt_bias, net.skip))
+            and (norm is None or _is_dense(norm, (values,), dtype))
+            and is_state(state.matrices, (heads, net.state_dim, net.head_dim))
+            and is_step(step, num_tokens)
+        ):
+            return mamba2(zxbcdt, net, state, step)
+        xbc = zxbcdt[:, values : values + channels]
+        mixed = self.conv_silu(xbc, net.conv_weight, net.conv_bias, state.conv, step)
+        gated, out = torch.empty(num_tokens, values), zxbcdt.new_empty(num_tokens, values)
+        run(
+            mixed.data_ptr(), zxbcdt.data_ptr(), net.decay.data_ptr(), net.dt_bias.data_ptr(), net.skip.data_ptr(),
+            None if norm is None else norm.data_ptr(), state.matrices.data_ptr(), step.rows.data_ptr(),
+            step.meta.query_start_loc.data_ptr(), step.meta.seq_lens.data_ptr(), step.snapshots.data_ptr(),
+            gated.data_ptr(), out.data_ptr(),
+            len(step.rows), net.num_groups, heads, net.state_dim, net.head_dim,
+            mixed.stride(0), zxbcdt.stride(0), state.matrices.stride(0), net.eps,
         )  # fmt: skip
         return out
 

@@ -1,4 +1,4 @@
-// Layers with a state, for float32 and bfloat16: twins of causal_conv.py and delta_net.py. `state_kernels.py` checks
+// Layers with a state, for float32 and bfloat16: twins of causal_conv.py, delta_net.py and mamba2.py. `state_kernels.py` checks
 // arguments and allocates results.
 //
 // Layout    Rows are contiguous; inputs have any stride between tokens, the states one between slots.
@@ -152,6 +152,91 @@ void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const 
     }
   }
 }
+
+// --- Mamba-2 -------------------------------------------------------------------
+
+// Some columns of one token: S = alpha S + b x, then c S. b is times the step already.
+inline void mamba_step(float (*s)[COLUMNS], const float* b, const float* c, const float* x, float* out, int64_t keys,
+                       float alpha) {
+  constexpr int N = COLUMNS / W;
+  f32 input[N], result[N] = {};
+  for (int n = 0; n < N; n++) input[n] = load(x + n * W);
+  for (int64_t i = 0; i < keys; i++)
+    for (int n = 0; n < N; n++) {
+      f32 next = alpha * load(s[i] + n * W) + b[i] * input[n];
+      store(s[i] + n * W, next);
+      result[n] += c[i] * next;
+    }
+  for (int n = 0; n < N; n++) store(out + n * W, result[n]);
+}
+
+// xbc: after the convolution; zxbcdt: z first, the steps behind xbc's place. norm may be null. gated [tokens, heads,
+// values] holds what is normed until all heads of a group are there.
+template <class T>
+void mamba2(const T* xbc, const T* zxbcdt, const float* decay, const float* dt_bias, const float* skip, const T* norm,
+            float* state, const int32_t* rows, const int32_t* starts, const int32_t* seq_lens, const int32_t* snapshots,
+            float* gated, T* out, int64_t n, int64_t groups, int64_t heads, int64_t keys, int64_t values,
+            int64_t xbc_stride, int64_t in_stride, int64_t slot_stride, float eps) {
+  const int64_t inner = heads * values, channels = inner + 2 * groups * keys;
+#pragma omp parallel for schedule(dynamic, 1) if (starts[n] * heads * keys * values > SMALL)
+  for (int64_t task = 0; task < n * heads; task++) {
+    const int64_t request = task / heads, head = task % heads, begin = starts[request], stop = starts[request + 1];
+    if (rows[request] < 0) {
+      for (int64_t token = begin; token < stop; token++)
+        std::fill_n(gated + token * inner + head * values, values, 0.0f);
+      continue;
+    }
+    float* own = state + rows[request] * slot_stride + head * keys * values;
+    const bool had_tokens = seq_lens[request] > stop - begin;
+    const int64_t b_at = inner + head / (heads / groups) * keys, c_at = b_at + groups * keys;
+    float s[MAX_KEY][COLUMNS], b[MAX_KEY + W], c[MAX_KEY + W], x[COLUMNS], y[COLUMNS];
+    for (int64_t first = 0; first < values; first += COLUMNS) {
+      const int64_t columns = std::min<int64_t>(COLUMNS, values - first);
+      for (int64_t i = 0; i < keys; i++)
+        for (int64_t j = 0; j < COLUMNS; j++)
+          s[i][j] = had_tokens && j < columns ? own[i * values + first + j] : 0.0f;
+      auto keep = [&](float* to) {
+        for (int64_t i = 0; i < keys; i++) std::copy(s[i], s[i] + columns, to + i * values + first);
+      };
+      for (int64_t token = begin; token < stop; token++) {
+        const T *in = xbc + token * xbc_stride, *whole = zxbcdt + token * in_stride;
+        const float raw = load(whole + inner + channels + head, 1)[0] + dt_bias[head];
+        const float dt = raw > 20.0f ? raw : std::log1p(std::exp(raw));
+        for (int64_t i = 0; i < keys; i += W) {
+          store(b + i, load(in + b_at + i, keys - i) * dt);
+          store(c + i, load(in + c_at + i, keys - i));
+        }
+        const T *value = in + head * values + first, *z = whole + head * values + first;
+        for (int64_t j = 0; j < COLUMNS; j += W) store(x + j, j < columns ? load(value + j, columns - j) : f32{});
+        mamba_step(s, b, c, x, y, keys, std::exp(-decay[head] * dt));
+        for (int64_t j = 0; j < columns; j += W) {
+          f32 gate = load(z + j, columns - j);
+          store(y + j, (load(y + j) + skip[head] * load(x + j)) * (gate / (1.0f + exponential(-gate))));
+        }
+        std::copy(y, y + columns, gated + token * inner + head * values + first);
+        if (snapshots[token] >= 0) keep(state + snapshots[token] * slot_stride + head * keys * values);
+      }
+      if (stop > begin) keep(own);
+    }
+  }
+  const int64_t size = inner / groups;
+#pragma omp parallel for if (starts[n] * inner > SMALL)
+  for (int64_t task = 0; task < starts[n] * groups; task++) {
+    const float* in = gated + task * size;
+    f32 squares = {};
+    for (int64_t i = 0; i < size; i += W) {
+      f32 x = load(in + i, size - i);
+      squares += x * x;
+    }
+    const float scale = norm ? 1.0f / std::sqrt(sum(squares) / size + eps) : 1.0f;
+    for (int64_t i = 0; i < size; i += W) {
+      const int64_t left = size - i;
+      f32 x = load(in + i, left);
+      if (norm) x = rounded<T>(x * scale) * load(norm + task % groups * size + i, left);
+      store(out + task * size + i, x, left);
+    }
+  }
+}
 }  // namespace
 
 // Found by name, as pointers to functions.
@@ -162,3 +247,4 @@ void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const 
   }
 EXPORT(causal_conv)
 EXPORT(delta_net)
+EXPORT(mamba2)
