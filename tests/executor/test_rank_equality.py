@@ -11,6 +11,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.dense_families import DENSE_FAMILIES
 from nanovllm.models.latent_families import LATENT_FAMILIES
+from nanovllm.models.mamba_families import MAMBA_FAMILIES
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.models.state_families import STATE_FAMILIES
 from nanovllm.weights.checkpoint import SafetensorsCheckpoint
@@ -69,7 +70,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 ON_FOUR = ["LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"]
-OF_TWO = [*DENSE_FAMILIES, *STATE_FAMILIES, *LATENT_FAMILIES]
+OF_TWO = [*DENSE_FAMILIES, *STATE_FAMILIES, *MAMBA_FAMILIES, *LATENT_FAMILIES]
 OTHERS = [*OF_TWO, "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"]
 
 

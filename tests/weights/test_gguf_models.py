@@ -157,7 +157,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "command-r": ("CohereForCausalLM", {"logit_scale": 0.5, "layer_norm_eps": 0.1}),
     "cohere2": ("Cohere2ForCausalLM", {"sliding_window": 6, "num_hidden_layers": 5, "logit_scale": 0.25}),
     "apertus": ("ApertusForCausalLM", {}),
-    "granite4": ("GraniteMoeHybridForCausalLM", {"num_experts_per_tok": 0}),
+    "granite4": ("GraniteMoeHybridForCausalLM", {"num_experts_per_tok": 0, "layer_types": ["attention"] * 2}),
     "ministral3": (
         "Ministral3ForCausalLM",
         {
