@@ -14,9 +14,9 @@ from torch import Tensor
 from nanovllm.kernels.delta_net import L2_EPS
 from nanovllm.kernels.kimi_delta import KimiDelta
 from nanovllm.kernels.state_types import LayerState, StepStates
+from nanovllm.kernels.triton.causal_conv import advance, convolved
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
-from nanovllm.kernels.triton.delta_net import convolved, copy_conv
 
 NUM_COLUMNS = 32  # of a matrix that are in registers at a time
 
@@ -78,13 +78,12 @@ def _kimi_delta_kernel(
         token = tl.zeros((), tl.int64) + index
         x = qkv_ptr + token * qkv_stride
         snapshot = tl.load(snapshots_ptr + token).to(tl.int64)
-        q = convolved(x, conv_weight_ptr, conv, had_tokens, at, mask, CHANNELS, WIDTH)
-        k = convolved(x, conv_weight_ptr, conv, had_tokens, VALUES + at, mask, CHANNELS, WIDTH)
+        q = convolved(x, conv_weight_ptr, None, conv, had_tokens, at, mask, CHANNELS, WIDTH, False)
+        k = convolved(x, conv_weight_ptr, None, conv, had_tokens, VALUES + at, mask, CHANNELS, WIDTH, False)
+        advance(x, conv_ptr, conv_stride, row, snapshot, had_tokens, at, mask, CHANNELS, WIDTH)
+        advance(x, conv_ptr, conv_stride, row, snapshot, had_tokens, VALUES + at, mask, CHANNELS, WIDTH)
         q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * (DIM**-0.5)
         k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
-        if snapshot >= 0:
-            copy_conv(conv, conv_ptr + snapshot * conv_stride, at, mask, CHANNELS, WIDTH)
-            copy_conv(conv, conv_ptr + snapshot * conv_stride, VALUES + at, mask, CHANNELS, WIDTH)
         f = tl.load(f_ptr + token * f_stride + at, mask=mask, other=0.0).to(tl.float32) + dt_bias
         softplus = tl.where(f > 20.0, f, tl.log(1.0 + tl.exp(tl.minimum(f, 20.0))))
         alpha = tl.exp(-decay * softplus)
@@ -94,7 +93,8 @@ def _kimi_delta_kernel(
             column = first + tl.arange(0, COLUMNS)
             is_column = column < DIM
             v_channel = 2 * VALUES + head * DIM + column
-            v = convolved(x, conv_weight_ptr, conv, had_tokens, v_channel, is_column, CHANNELS, WIDTH)
+            v = convolved(x, conv_weight_ptr, None, conv, had_tokens, v_channel, is_column, CHANNELS, WIDTH, False)
+            advance(x, conv_ptr, conv_stride, row, snapshot, had_tokens, v_channel, is_column, CHANNELS, WIDTH)
             is_cell = mask[:, None] & is_column[None, :]
             cell = (head * DIM + number[:, None]) * DIM + column[None, :]
             matrix_ptr = matrices_ptr + row * matrix_stride + cell
@@ -103,7 +103,6 @@ def _kimi_delta_kernel(
             matrix += k[:, None] * change[None, :]
             tl.store(matrix_ptr, matrix, mask=is_cell)
             if snapshot >= 0:
-                copy_conv(conv, conv_ptr + snapshot * conv_stride, v_channel, is_column, CHANNELS, WIDTH)
                 tl.store(matrices_ptr + snapshot * matrix_stride + cell, matrix, mask=is_cell)
             found = tl.sum(q[:, None] * matrix, 0).to(dtype)
             squares += tl.sum(found.to(tl.float32) * found.to(tl.float32), 0)
