@@ -102,7 +102,7 @@ _QWEN: Mapping[str, Any] = {
     **{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "partial_rotary_factor": 0.25},
     # Of released checkpoints; transformers does not look at them.
     **{"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"},
-    **{"mtp_num_hidden_layers": 0, "mtp_use_dedicated_embeddings": False},
+    **{"mtp_num_hidden_layers": 0, "mtp_use_dedicated_embeddings": False, "num_nextn_predict_layers": 0},
 }
 _QWEN_MIXTURE: Mapping[str, Any] = {
     **{"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "decoder_sparse_step": 1},

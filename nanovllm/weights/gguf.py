@@ -16,7 +16,7 @@ of a layer in one tensor; reading yields them one by one. Of latent attention tw
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from math import isfinite
@@ -44,7 +44,7 @@ _NAMES = {
     "token_embd_norm.weight": "model.embedding_norm.weight",  # LFM2's last norm, in spite of the name
 }
 _LAYER = re.compile(r"blk\.(\d+)\.")
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([\w.]+)\.(weight|bias)")
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([\w.]+?)(?:\.(weight|bias))?")
 _NOT_PARAMETERS = (ROPE_FREQS, *ROPE_FACTORS)
 
 
@@ -120,6 +120,8 @@ class GGUFCheckpoint:
             }.get(layer_tensor[2])
             if num_heads is not None:
                 rows = _undo_row_permutation(rows.reshape(info.shape[0], -1), num_heads)
+        if (order := self._row_order(info)) is not None:
+            rows = rows.reshape(info.shape[0], -1)[order]
         if (layer := name.removesuffix(".weight")) in self._packed:
             for suffix, part in unpack_codes(torch.from_numpy(rows), info.quantization).items():
                 yield f"{layer}.{suffix}", part
@@ -133,7 +135,7 @@ class GGUFCheckpoint:
             for expert, expert_rows in enumerate(np.split(rows, self._num_experts(info))):
                 expert_name = name.format(expert)
                 yield expert_name, dequantize(expert_rows, expert_info, dtype, threads, places.get(expert_name))
-        elif self._architecture.norm_offset and info.name.endswith("norm.weight"):
+        elif self._architecture.norm_offset and info.name.endswith("norm.weight") and not self._transform(info):
             yield name, dequantize(rows, info) - self._architecture.norm_offset
         else:
             yield name, self._in_shape(info, dequantize(rows, info, dtype, threads, places.get(name)))
@@ -150,7 +152,18 @@ class GGUFCheckpoint:
             return tensor.reshape(1, -1)
         if layer_tensor is not None and layer_tensor[2] in self._architecture.convolutions:
             return tensor.unsqueeze(1)
+        if (transform := self._transform(info)) is not None:
+            return transform(tensor, self.config)
         return tensor
+
+    def _transform(self, info: TensorInfo) -> Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None:
+        layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
+        return None if layer_tensor is None else self._architecture.transforms.get(layer_tensor[2])
+
+    def _row_order(self, info: TensorInfo) -> list[int] | None:
+        layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
+        order = None if layer_tensor is None else self._architecture.row_orders.get(layer_tensor[2])
+        return None if order is None else order(self.config)
 
     def _packed_matrices(self) -> dict[str, PackedKind]:
         """By the layer's name, those that stay as they are."""
@@ -159,6 +172,7 @@ class GGUFCheckpoint:
             for info in self._parameters
             if info.quantization in PACKED_KINDS
             and len(info.shape) == 2
+            and self._transform(info) is None
             and "{}" not in (name := self._hf_name(info.name))
         }
 
@@ -175,7 +189,7 @@ class GGUFCheckpoint:
         if layer_tensor is None or layer_tensor[2] not in names:
             raise ValueError(f"{self.path}: tensor {name} has no place in a {self._architecture.hf_class}")
         layer, module, kind = layer_tensor.groups()
-        suffix = "" if names[module].endswith("_bias") else f".{kind}"
+        suffix = "" if kind is None or names[module].endswith("_bias") else f".{kind}"
         return f"model.layers.{layer}.{names[module]}{suffix}"
 
 

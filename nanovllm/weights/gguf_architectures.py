@@ -18,6 +18,7 @@ from nanovllm.weights.gguf_dense import DENSE
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_mixtures import MIXTURES, mixture_row
 from nanovllm.weights.gguf_row import NORMS_AFTER, Fields, GGUFArchitecture, layer_types, partial_rotary_factor
+from nanovllm.weights.gguf_states import STATES
 
 ROPE_FREQS = "rope_freqs.weight"  # Llama 3's frequency divisors: part of the config here, not a parameter
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")  # longrope's, likewise
@@ -103,6 +104,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     ),
     **DENSE,
     **MIXTURES,
+    **STATES,
 }
 
 

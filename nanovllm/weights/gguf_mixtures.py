@@ -11,10 +11,10 @@ from nanovllm.weights.gguf_latent import LATENT_NAMES, latent_fields, latent_row
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
 
-_SIGMOID = 2  # among llama.cpp's functions of the router
+SIGMOID = 2  # among llama.cpp's functions of the router
 
 
-def _expert_names(block: str, router: str, gate: str, up: str, down: str) -> dict[str, str]:
+def expert_names(block: str, router: str, gate: str, up: str, down: str) -> dict[str, str]:
     return {
         "ffn_gate_inp": f"{block}.{router}",
         "ffn_gate_exps": f"{block}.experts.{{}}.{gate}",
@@ -28,7 +28,7 @@ def _shared_names(block: str, down: str = "down_proj") -> dict[str, str]:
     return {f"ffn_{part}_shexp": f"{block}.{name}" for part, name in parts.items()}
 
 
-_NAMES = _expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj")
+_NAMES = expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj")
 _QWEN2_NAMES = {**_NAMES, **_shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _DEEPSEEK_NAMES = {**_NAMES, **_shared_names("mlp.shared_experts"), "exp_probs_b": "mlp.gate.e_score_correction_bias"}
 _ERNIE_NAMES = {**_DEEPSEEK_NAMES, "exp_probs_b": "mlp.moe_statics.e_score_correction_bias"}
@@ -36,13 +36,13 @@ _HUNYUAN_NAMES = {
     **{**_NAMES, **_shared_names("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg"},
     **{"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
 }
-_GRANITE_NAMES = {
-    **_expert_names("block_sparse_moe", "router.layer", "gate_proj", "up_proj", "down_proj"),
+GRANITE_NAMES = {
+    **expert_names("block_sparse_moe", "router.layer", "gate_proj", "up_proj", "down_proj"),
     **_shared_names("shared_mlp", "output_linear"),
 }
 
 
-def _experts(metadata: GGUFMetadata, common: Fields) -> Fields:
+def local_experts(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {
         "num_local_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": metadata.integer("expert_used_count"),
@@ -51,7 +51,7 @@ def _experts(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 def _olmoe(metadata: GGUFMetadata, common: Fields) -> Fields:
     """llama.cpp does not let the weights of a token's experts sum to one."""
-    experts = _experts(metadata, common)
+    experts = local_experts(metadata, common)
     return {"num_experts": experts["num_local_experts"], "num_experts_per_tok": experts["num_experts_per_tok"]}
 
 
@@ -63,7 +63,7 @@ def _expert_size(metadata: GGUFMetadata, common: Fields) -> int:
 def _qwen3_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
     """llama.cpp lets the weights of a token's experts sum to one."""
     size = _expert_size(metadata, common)
-    return {**_experts(metadata, common), "moe_intermediate_size": size, "norm_topk_prob": True}
+    return {**local_experts(metadata, common), "moe_intermediate_size": size, "norm_topk_prob": True}
 
 
 def _qwen2_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
@@ -79,7 +79,7 @@ def _qwen2_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 
 def _deepseek(metadata: GGUFMetadata, common: Fields) -> Fields:
-    metadata.expect("expert_gating_func", _SIGMOID)
+    metadata.expect("expert_gating_func", SIGMOID)
     return _deepseek_experts(metadata, common)
 
 
@@ -139,7 +139,7 @@ def _hunyuan_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 
 def _granite_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
-    return {**granite_fields(metadata, common), **_experts(metadata, common)}
+    return {**granite_fields(metadata, common), **local_experts(metadata, common)}
 
 
 def _granite_moe_shared(metadata: GGUFMetadata, common: Fields) -> Fields:
@@ -188,7 +188,7 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
     "granitemoe": GGUFArchitecture(
         hf_class="GraniteMoeForCausalLM",
         model_type="granitemoe",
-        names=_GRANITE_NAMES,
+        names=GRANITE_NAMES,
         fields=_granite_moe,
         has_pairs=True,
     ),
@@ -196,8 +196,8 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
 _MIXTRAL = GGUFArchitecture(
     hf_class="MixtralForCausalLM",
     model_type="mixtral",
-    names=_expert_names("block_sparse_moe", "gate", "w1", "w3", "w2"),
-    fields=_experts,
+    names=expert_names("block_sparse_moe", "gate", "w1", "w3", "w2"),
+    fields=local_experts,
     has_pairs=True,
 )
 _GRANITE_SHARED = replace(

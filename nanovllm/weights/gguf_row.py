@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 
 Fields = dict[str, Any]  # of a config.json
@@ -39,6 +41,8 @@ class GGUFArchitecture:
     states. has_latents: what is cached is one latent for all heads, and sizes of heads are told otherwise.
     layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
     number that the file has in its metadata, one a layer: what follows a layer's name, by key.
+    row_orders: of tensors of a layer whose rows are in another order, by place in Hugging Face's its place in the file.
+    transforms: what else makes Hugging Face's tensors of those in the file; such tensors never stay packed.
     """
 
     hf_class: str
@@ -54,6 +58,8 @@ class GGUFArchitecture:
     has_latents: bool = False
     layer_norm_eps: str | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)
+    row_orders: Mapping[str, Callable[[Fields], list[int]]] = field(default_factory=dict)
+    transforms: Mapping[str, Callable[[Tensor, Fields], Tensor]] = field(default_factory=dict)
 
     @property
     def layer_names(self) -> Mapping[str, str]:
@@ -64,9 +70,9 @@ def partial_rotary_factor(metadata: GGUFMetadata, common: Fields) -> float:
     return metadata.integer("rope.dimension_count", common["head_dim"]) / float(common["head_dim"])
 
 
-def granite_fields(metadata: GGUFMetadata, common: Fields) -> Fields:
+def granite_fields(metadata: GGUFMetadata, common: Fields, is_rotated: bool = True) -> Fields:
     """For llama.cpp, `rope.scaling.finetuned` switches the rotation of this architecture on and off."""
-    metadata.expect("rope.scaling.finetuned", True)
+    metadata.expect("rope.scaling.finetuned", is_rotated)
     return {
         "attention_multiplier": metadata.number("attention.scale", 0.0) or common["head_dim"] ** -0.5,
         "embedding_multiplier": metadata.number("embedding_scale", 0.0) or 1.0,

@@ -50,6 +50,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "block_auto_adjust_ff_dim": False,
         },
     ),
+    "lfm2moe": (
+        "Lfm2MoeForCausalLM",
+        {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 0.01},
+    ),
+    "qwen35": (
+        "Qwen3_5ForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+            **{"linear_num_value_heads": 6, "attention_bias": True},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "granitehybrid": ("GraniteMoeHybridForCausalLM", {"mamba_n_groups": 2, "position_embedding_type": None}),
+    "granitehybrid-moe": (
+        "GraniteMoeHybridForCausalLM",
+        {"num_local_experts": 4, "intermediate_size": 24, "residual_multiplier": 0.3, "mamba_conv_bias": False},
+    ),
     "qwen3moe": (
         "Qwen3MoeForCausalLM",
         {

@@ -1,0 +1,176 @@
+"""The GGUF architectures some of whose layers keep a state: one row each, as in `gguf_architectures.py`.
+
+Owns the meaning of their metadata and tensor names, and what conversion did to their tensors. Invariant: what a file
+does not say is what llama.cpp takes for it.
+
+llama.cpp multiplies value heads with the key heads in turn, k0 k1 k0 k1; Hugging Face's are side by side, k0 k0 k1 k1.
+Where there are more of them, conversion reorders what belongs to value heads; reading undoes it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from nanovllm.weights.gguf_dense import DENSE
+from nanovllm.weights.gguf_metadata import GGUFMetadata
+from nanovllm.weights.gguf_mixtures import GRANITE_NAMES, SIGMOID, expert_names, local_experts
+from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
+
+
+def _decay(tensor: Tensor, config: Fields) -> Tensor:
+    """Files hold -exp(A_log)."""
+    return (-tensor.flatten()).log()
+
+
+def _flat(tensor: Tensor, config: Fields) -> Tensor:
+    return tensor.flatten()
+
+
+def _convolution(tensor: Tensor, config: Fields) -> Tensor:
+    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor  # else it is the bias
+
+
+# --- LFM2 --------------------------------------------------------------------------
+
+
+def _lfm2_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """llama.cpp lets the weights of a token's experts sum to one."""
+    metadata.expect("expert_gating_func", SIGMOID)
+    metadata.ignore("vocab_size")
+    dense = DENSE["lfm2"].fields(metadata, common)
+    return {
+        **{name: value for name, value in dense.items() if name != "block_auto_adjust_ff_dim"},
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "num_dense_layers": metadata.integer("leading_dense_block_count", 0),
+        "norm_topk_prob": True,
+        "use_expert_bias": any(".exp_probs_b" in name for name in metadata.file.tensors),
+    }
+
+
+# --- Qwen3.5 -----------------------------------------------------------------------
+
+
+def _qwen35(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """For text, the sections of a rotation are the same. Layers for further tokens are counted, and left out."""
+    metadata.ignore("rope.dimension_sections")
+    num_more = metadata.integer("nextn_predict_layers", 0)
+    heads = metadata.integer("ssm.time_step_rank")
+    return {
+        "num_hidden_layers": common["num_hidden_layers"] - num_more,
+        "num_nextn_predict_layers": num_more,
+        "full_attention_interval": metadata.integer("full_attention_interval", 4),
+        "partial_rotary_factor": partial_rotary_factor(metadata, common),
+        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
+        "linear_num_key_heads": metadata.integer("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": metadata.integer("ssm.state_size"),
+        "linear_value_head_dim": metadata.integer("ssm.inner_size") // heads,
+        "attention_bias": any(name.endswith("attn_q.bias") for name in metadata.file.tensors),
+    }
+
+
+def _value_order(config: Fields, size: int, first: int = 0) -> list[int]:
+    """By place among Hugging Face's rows (or columns), the place in the file. size: of a head; first: rows before."""
+    key_heads, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    places = np.arange(heads * size).reshape(heads // key_heads, key_heads, size).swapaxes(0, 1)
+    return [*range(first), *(first + places.flatten()).tolist()]
+
+
+def _rows_of_channels(config: Fields) -> list[int]:
+    keys = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    return _value_order(config, config["linear_value_head_dim"], keys)
+
+
+def _columns_of_values(tensor: Tensor, config: Fields) -> Tensor:
+    return tensor[:, _value_order(config, config["linear_value_head_dim"])]
+
+
+_QWEN35 = GGUFArchitecture(
+    hf_class="Qwen3_5ForCausalLM",
+    model_type="qwen3_5_text",
+    names={
+        **{"post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkv"},
+        **{"attn_gate": "linear_attn.in_proj_z", "ssm_beta": "linear_attn.in_proj_b"},
+        **{"ssm_alpha": "linear_attn.in_proj_a", "ssm_a": "linear_attn.A_log", "ssm_dt": "linear_attn.dt_bias"},
+        **{"ssm_conv1d": "linear_attn.conv1d", "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj"},
+    },
+    fields=_qwen35,
+    norm_offset=1.0,
+    has_partial_rotary=True,
+    has_states=True,
+    transforms={
+        **{"ssm_a": _decay, "ssm_conv1d": _convolution, "ssm_out": _columns_of_values},
+        "ssm_norm": _flat,  # as it is: nothing was added to this one
+    },
+    row_orders={
+        **{"attn_qkv": _rows_of_channels, "ssm_conv1d": _rows_of_channels},
+        "attn_gate": lambda config: _value_order(config, config["linear_value_head_dim"]),
+        **dict.fromkeys(("ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt"), lambda config: _value_order(config, 1)),
+    },
+)
+
+
+# --- Mamba-2 -----------------------------------------------------------------------
+
+
+def _granite_hybrid(metadata: GGUFMetadata, common: Fields) -> Fields:
+    kv_heads = metadata.by_layer("attention.head_count_kv")
+    if not isinstance(kv_heads, list) or len(kv_heads) != common["num_hidden_layers"]:
+        raise ValueError(f"{metadata.file.path}: attention.head_count_kv must have a number for each layer")
+    has_experts = metadata.integer("expert_count", 0)
+    tensors = metadata.file.tensors
+    shared = tensors["blk.0.ffn_up_shexp.weight" if has_experts else "blk.0.ffn_up.weight"].shape[0]
+    metadata.ignore("expert_shared_feed_forward_length", "expert_used_count")
+    experts = local_experts(metadata, common) if has_experts else {"num_local_experts": 0}
+    is_rotated = metadata.flag("rope.scaling.finetuned", True)
+    inner = metadata.integer("ssm.inner_size")
+    return {
+        **granite_fields(metadata, common, is_rotated=is_rotated),
+        **experts,
+        "shared_intermediate_size": shared,
+        "position_embedding_type": "rope" if is_rotated else "nope",
+        "layer_types": ["attention" if count else "mamba" for count in kv_heads],
+        "mamba_n_heads": metadata.integer("ssm.time_step_rank"),
+        "mamba_n_groups": metadata.integer("ssm.group_count"),
+        "mamba_d_state": metadata.integer("ssm.state_size"),
+        "mamba_d_conv": metadata.integer("ssm.conv_kernel"),
+        "mamba_expand": inner // common["hidden_size"],
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in tensors),
+        "attention_bias": any(name.endswith("attn_q.bias") for name in tensors),
+    }
+
+
+_GRANITE_HYBRID = GGUFArchitecture(
+    hf_class="GraniteMoeHybridForCausalLM",
+    model_type="granitemoehybrid",
+    names={
+        **GRANITE_NAMES,
+        **{"ffn_gate": "shared_mlp.gate", "ffn_up": "shared_mlp.up", "ffn_down": "shared_mlp.output_linear"},
+        **{"ssm_in": "mamba.in_proj", "ssm_conv1d": "mamba.conv1d", "ssm_dt": "mamba.dt_bias", "ssm_a": "mamba.A_log"},
+        **{"ssm_d": "mamba.D", "ssm_norm": "mamba.norm", "ssm_out": "mamba.out_proj"},
+    },
+    fields=_granite_hybrid,
+    has_pairs=True,
+    has_states=True,
+    transforms={"ssm_a": _decay, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": _convolution},
+)
+
+STATES: Mapping[str, GGUFArchitecture] = {
+    "lfm2moe": replace(
+        DENSE["lfm2"],
+        hf_class="Lfm2MoeForCausalLM",
+        model_type="lfm2_moe",
+        names={
+            **DENSE["lfm2"].names,
+            **expert_names("feed_forward", "gate", "w1", "w3", "w2"),
+            "exp_probs_b": "feed_forward.expert_bias",
+        },
+        fields=_lfm2_moe,
+    ),
+    "qwen35": _QWEN35,
+    "granitehybrid": _GRANITE_HYBRID,
+}
