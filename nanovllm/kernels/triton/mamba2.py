@@ -1,9 +1,9 @@
 """Mamba-2 in Triton: decodes in one launch, prompts in chunks.
 
-Owns how it runs on a GPU. Of a decode, a program has a head of a request: it convolves, updates the state, which is
-read and written once, and gates. Whoever is the last of a group of heads norms them, and moves on the convolution of
-what they share. Prompts go through their states in chunks (`mamba2_chunks.py`). Invariant: either way the state is that
-of all tokens, float32.
+Owns how it runs on a GPU. Of a decode, a program has some columns of one head's state: it convolves, updates them,
+which are read and written once, and gates. Whoever is the last of a group of heads norms them, and moves on the
+convolution of what they share. Prompts go through their states in chunks (`mamba2_chunks.py`). Invariant: either way
+the state is that of all tokens, float32.
 """
 
 import torch
@@ -15,9 +15,11 @@ from nanovllm.kernels.mamba2 import Mamba2
 from nanovllm.kernels.state_types import LayerState, StepStates
 from nanovllm.kernels.triton.causal_conv import advance, causal_conv_triton, convolved
 from nanovllm.kernels.triton.common.launch import launch
-from nanovllm.kernels.triton.common.sizes import next_power_of_2
+from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.common.state_steps import behind_decodes, counters
 from nanovllm.kernels.triton.mamba2_chunks import mamba2_chunks_triton
+
+COLUMNS = 32  # of a state: 128 bytes of a row
 
 
 @triton.jit
@@ -56,8 +58,9 @@ def _decode_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BLOCK_STATE: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -66,16 +69,16 @@ def _decode_kernel(
     VALUES: tl.constexpr = HEADS * DIM
     CHANNELS: tl.constexpr = VALUES + 2 * GROUPS * STATE
     SHARED_BY: tl.constexpr = HEADS // GROUPS
-    request, head = tl.program_id(0), tl.program_id(1)
+    request, head = tl.program_id(0), tl.program_id(1) // PARTS
     row = tl.load(rows_ptr + request).to(tl.int64)
     token = tl.load(starts_ptr + request).to(tl.int64)
     length = tl.load(starts_ptr + request + 1) - token
-    dim = tl.arange(0, BLOCK_DIM)
+    dim = tl.program_id(1) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
     is_dim = dim < DIM
     dtype = out_ptr.dtype.element_ty
     result = out_ptr + token * VALUES + head * DIM + dim
     if (row < 0) | (length == 0):  # padding: what its tokens are must be numbers
-        tl.store(result, tl.zeros((BLOCK_DIM,), dtype), mask=is_dim & (length > 0))
+        tl.store(result, tl.zeros((COLUMNS,), dtype), mask=is_dim & (length > 0))
         return
     had_tokens = tl.load(seq_lens_ptr + request) > 1
     snapshot = tl.load(snapshots_ptr + token).to(tl.int64)
@@ -110,7 +113,7 @@ def _decode_kernel(
         tl.store(result, y.to(dtype), mask=is_dim)
     tl.debug_barrier()  # every warp's loads and stores come before the one thread's release
     counter = counters_ptr + request * GROUPS + group
-    if tl.atomic_add(counter, 1, sem="acq_rel") == SHARED_BY - 1:
+    if tl.atomic_add(counter, 1, sem="acq_rel") == SHARED_BY * PARTS - 1:
         tl.store(counter, 0)
         advance(x_ptr, conv_ptr, conv_stride, row, snapshot, had_tokens, b_channel, is_number, CHANNELS, WIDTH)
         advance(x_ptr, conv_ptr, conv_stride, row, snapshot, had_tokens, c_channel, is_number, CHANNELS, WIDTH)
@@ -150,16 +153,17 @@ def _decode(
     out: Tensor,
     semaphores: Tensor | None,
 ) -> None:
-    block_state, block_dim = next_power_of_2(net.state_dim), next_power_of_2(net.head_dim)
+    block_state, columns = next_power_of_2(net.state_dim), min(COLUMNS, next_power_of_2(net.head_dim))
+    parts = cdiv(net.head_dim, columns)
     gated = None if net.norm_weight is None else zxbcdt.new_empty(num_reqs, net.num_values, dtype=torch.float32)
     launch(
-        _decode_kernel, (num_reqs, net.num_heads), zxbcdt.device,
+        _decode_kernel, (num_reqs, net.num_heads * parts), zxbcdt.device,
         zxbcdt, net.conv_weight, net.conv_bias, net.decay, net.dt_bias, net.skip, net.norm_weight, state.conv,
         state.matrices, step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, gated,
         counters(num_reqs * net.num_groups, zxbcdt.device, semaphores), out,
         zxbcdt.stride(0), state.conv.stride(0), state.matrices.stride(0), net.eps,
         GROUPS=net.num_groups, HEADS=net.num_heads, STATE=net.state_dim, DIM=net.head_dim,
         WIDTH=net.conv_weight.shape[0], HAS_BIAS=net.conv_bias is not None, HAS_NORM=net.norm_weight is not None,
-        BLOCK_STATE=block_state, BLOCK_DIM=block_dim, BLOCK_GROUP=next_power_of_2(net.num_values // net.num_groups),
-        num_warps=8 if block_state * block_dim > 8192 else 4,
+        BLOCK_STATE=block_state, BLOCK_GROUP=next_power_of_2(net.num_values // net.num_groups),
+        COLUMNS=columns, PARTS=parts, num_warps=4,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from nanovllm.kernels.mamba2 import Mamba2
 from nanovllm.kernels.state_types import StepStates
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
-from nanovllm.kernels.triton.delta_chunks import PRECISION
+from nanovllm.kernels.triton.delta_chunks import COLUMNS, PRECISION
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def mamba2_chunks_triton(
 ) -> None:
     """Fill `out` from token `first` on, with which the step's requests begin. xbc: after the convolution."""
     out[first:].zero_()  # padding has tokens, too, and what they are must be numbers
-    columns = 64 if net.head_dim % 64 == 0 else max(16, min(32, next_power_of_2(net.head_dim)))
+    columns = max(16, min(COLUMNS, next_power_of_2(net.head_dim)))
     block_state = max(16, next_power_of_2(net.state_dim))
     launch(
         _pass_chunks_kernel, (step.meta.num_reqs, net.num_heads, cdiv(net.head_dim, columns)), xbc.device,
@@ -151,7 +151,7 @@ def mamba2_chunks_triton(
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         zxbcdt.stride(0), matrices.stride(0),
         GROUPS=net.num_groups, HEADS=net.num_heads, STATE=net.state_dim, DIM=net.head_dim, CHUNK=CHUNK, STEPS=is_exact,
-        BLOCK_STATE=block_state, COLUMNS=columns, num_warps=8 if block_state * columns > 8192 else 4, num_stages=1,
+        BLOCK_STATE=block_state, COLUMNS=columns, num_warps=4, num_stages=1,
     )  # fmt: skip
     if net.norm_weight is not None:
         size = net.num_values // net.num_groups
