@@ -36,7 +36,7 @@ from nanovllm.layers.ops import PLAIN
 from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
-from nanovllm.speculative_config import MODEL_METHODS
+from nanovllm.speculative_config import MODEL_METHODS, most_drafting
 from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.weights.checkpoint import Checkpoint, open_checkpoint
@@ -198,8 +198,13 @@ def _planner_and_loop(
 
         is_one_of_many = config.distributed_executor_backend == "external_launcher"  # who must plan the same steps
         clock = None if is_one_of_many else perf_counter
-        given = config.speculative_config, model_config.vocab_size, clock
-        planner, options = speculative_planner(*given, captures_steps(config, model_config, device))
+        planner, options = speculative_planner(
+            config.speculative_config,
+            model_config.vocab_size,
+            clock,
+            captures_steps(config, model_config, device),
+            most_drafting(config, model_config.state is not None),
+        )
     if config.trace is None:
         return partial(planner, **options), Engine
     from nanovllm.tracing.device_clock import choose_clock

@@ -16,6 +16,7 @@ _NAMED = ("draft_model", "eagle3", "dflash")  # whose model is another checkpoin
 METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
 _NOT_YET = ("eagle", "medusa", "mlp_speculator", "dflash2", "dspark", "xpress", "peagle")
 MAX_DRAFT_TOKENS = 63
+_FEW = 8  # requests that may have drafts in any case
 _OF_METHOD = {
     "prompt_lookup_max": ("ngram",),
     "prompt_lookup_min": ("ngram",),
@@ -130,14 +131,24 @@ def num_draft_places(config: SpeculativeConfig | None) -> int:
     return 0 if config is None else 1 + config.num_speculative_tokens
 
 
+def most_drafting(config: Any, has_states: bool) -> int:
+    """config: a ResolvedConfig. With more running requests than this nothing is guessed: where layers keep states, so
+    that those behind the tokens of drafts take about as much memory as those of all rows.
+    """
+    most: int = config.speculative_config.disable_by_batch_size
+    if not has_states:
+        return most
+    return min(most, max(_FEW, config.max_num_seqs // num_draft_places(config.speculative_config)))
+
+
 def num_draft_slots(config: Any) -> int:
     """config: a ResolvedConfig. Of a model with states, how many a step that verifies keeps until it is known which of
     them count: one behind each token of every request that may have a draft.
     """
-    speculative = config.speculative_config
-    if speculative is None:
+    if config.speculative_config is None:
         return 0
-    return min(config.max_num_seqs, speculative.disable_by_batch_size) * num_draft_places(speculative)
+    num_requests = min(config.max_num_seqs, most_drafting(config, has_states=True))
+    return num_requests * num_draft_places(config.speculative_config)
 
 
 def read_speculative_config(value: Any) -> SpeculativeConfig | None:

@@ -15,16 +15,20 @@ from nanovllm.speculative_config import MODEL_METHODS, SpeculativeConfig, num_un
 
 
 def speculative_planner(
-    config: SpeculativeConfig, vocab_size: int, clock: Callable[[], float] | None, is_captured: bool = False
+    config: SpeculativeConfig,
+    vocab_size: int,
+    clock: Callable[[], float] | None,
+    is_captured: bool = False,
+    most_requests: int | None = None,
 ) -> tuple[type[SpeculativeScheduler], dict[str, Any]]:
     """A Scheduler, and its arguments beside those of all schedulers. clock: as in `Pace`. is_captured: steps are, so
-    that one can draft and verify.
+    that one can draft and verify. most_requests: as of `SpeculativeScheduler`, if not as in the config.
     """
     is_on_device = config.method in MODEL_METHODS
     parts: dict[str, Any] = {
         "proposals": None if is_on_device else make_proposals(config, vocab_size),
         "pace": Pace(config.num_speculative_tokens, clock, config.adaptive, can_compare=not is_on_device),
-        "most_requests": config.disable_by_batch_size,
+        "most_requests": config.disable_by_batch_size if most_requests is None else most_requests,
     }
     if not is_on_device:
         return SpeculativeScheduler, parts

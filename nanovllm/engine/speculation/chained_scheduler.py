@@ -20,6 +20,8 @@ from nanovllm.engine.scheduler_output import ModelRunnerOutput, NewRow, Schedule
 from nanovllm.engine.speculation.draft_scheduler import DraftModelScheduler
 from nanovllm.engine.speculation.scheduler import VerifyingStep, can_draft
 
+MOST_PLACES = 256  # tokens of such a step: each has logits in the memory of CUDA graphs
+
 
 class ChainedScheduler(DraftModelScheduler):
     def __init__(self, *args: Any, num_unseen: int, **options: Any) -> None:
@@ -62,7 +64,8 @@ class ChainedScheduler(DraftModelScheduler):
         requests = [request for request in self.running if request.num_uncomputed_tokens]
         if not requests or self._has_room_for_more() or not all(map(self._can_go_on, requests)):
             return None
-        length = min(self._pace.length(requests, len(requests)), self.max_num_batched_tokens // len(requests) - 1)
+        most_places = min(self.max_num_batched_tokens, MOST_PLACES)
+        length = min(self._pace.length(requests, len(requests)), most_places // len(requests) - 1)
         num_drafted = {r: max(0, min(length, r.max_total_tokens - r.num_tokens - 1)) for r in requests}
         if not any(num_drafted.values()) or not self._has_blocks(num_drafted):
             return None
