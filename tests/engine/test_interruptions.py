@@ -103,10 +103,17 @@ def check(group: Sequence[Request]) -> None:
             assert request.constraint.seen == request.output_token_ids
 
 
-def make_session(overlap_depth: int, drafts: bool = False) -> Session:
+DRAFTS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "host": {"proposer": HalfRight()},
+    "chained": {"drafter": "draft_model", "num_speculative_tokens": 2},
+}
+
+
+def make_session(overlap_depth: int, drafts: str | None = None) -> Session:
     # few blocks and rows, so that some wait and some are preempted
     sizes = {"num_blocks": 9, "block_size": 4, "max_num_seqs": 3}
-    engine, _ = make_engine(**sizes, overlap_depth=overlap_depth, proposer=HalfRight() if drafts else None)
+    engine, _ = make_engine(**sizes, overlap_depth=overlap_depth, **DRAFTS[drafts])
     return Session(engine)
 
 
@@ -152,12 +159,13 @@ def run_all(session: Session, tracer: Tracer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overlap_depth", "drafts"), [(1, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
+    ("overlap_depth", "drafts"),
+    [(1, None), (2, None), *(pytest.param(2, drafts, marks=pytest.mark.slow) for drafts in ("host", "chained"))],
 )
-def test_waiting_again_after_an_interruption_at_any_line(overlap_depth: int, drafts: bool) -> None:
+def test_waiting_again_after_an_interruption_at_any_line(overlap_depth: int, drafts: str | None) -> None:
     k = 0
     while True:
-        k += 1
+        k += 3 if drafts == "chained" else 1  # whose other lines are those of the other cases
         session, tracer = make_session(overlap_depth, drafts), Tracer(k)
         run_all(session, tracer)
         check_idle(session)
