@@ -12,6 +12,7 @@ import pytest
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from tests.models.parity import ONE, check_every_way_of_running, make_llm
 from tests.models.test_mamba_families import CASES as MAMBA
+from tests.models.test_mamba_families import CASES as MAMBA_CASES
 from tests.runner.fake_graphs import fake_graphs
 from tests.test_llm_speculation import Adversary, drafting
 from tests.tiny_models import random_prompts, save_random
@@ -62,12 +63,12 @@ def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> 
     check_every_way_of_running(folder, prompts, max_num_batched_tokens=128, num_blocks=12, num_cached=64 + 16 + 48)
 
 
-@pytest.mark.parametrize("case", ["lfm2", "qwen3.5"])
+@pytest.mark.parametrize("case", ["lfm2", "qwen3.5", "granite4"])
 def test_deterministic_bits_are_those_of_a_miss(tmp_path: Path, case: str) -> None:
     """On a hit, in chunks and beside others, to the bit."""
     if load_cpu_kernels() is None:
         pytest.skip("needs a C++ compiler")
-    architecture, config = CASES[case]
+    architecture, config = {**CASES, **MAMBA_CASES}[case]
     folder = save_random(tmp_path, architecture, **config)
     prompt, other = random_prompts([90, 33])
 
