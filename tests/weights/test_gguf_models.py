@@ -209,7 +209,9 @@ def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
     prompt = random_prompts([30])[0]
     logits, token_ids = run(convert(folder, tmp_path / "m.gguf"), prompt)
     hf = load_hugging_face(folder)
-    torch.testing.assert_close(logits, hugging_face_logits(hf, prompt + token_ids[:-1]), atol=1e-4, rtol=0)
+    want = hugging_face_logits(hf, prompt + token_ids[:-1])
+    # Gemma's logits are fifty in size, and transformers' own are 9e-5 from what they are in float64.
+    torch.testing.assert_close(logits, want, atol=max(1e-4, 4e-6 * float(want.abs().max())), rtol=0)
     check_greedy_outputs(hf, [prompt], [token_ids])
 
 
