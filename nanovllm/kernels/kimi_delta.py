@@ -45,16 +45,25 @@ class KimiDelta:
 
 
 def kimi_delta(
-    qkv: Tensor, f: Tensor, b: Tensor, z: Tensor, net: KimiDelta, state: LayerState, step: StepStates
+    qkv: Tensor,
+    f: Tensor,
+    b: Tensor,
+    z: Tensor,
+    net: KimiDelta,
+    state: LayerState,
+    step: StepStates,
+    *,
+    is_exact: bool = False,
 ) -> Tensor:
     """qkv [num_tokens, 3 * values], f and z [num_tokens, values], b [num_tokens, num_heads] -> [num_tokens, values].
 
-    values: num_heads times head_dim. Numbers of a token are contiguous. state is advanced.
+    values: num_heads times head_dim. Numbers of a token are contiguous. state is advanced. is_exact: token after token,
+    so that the bits do not depend on how prompts are cut, nor on what else is in the step.
     """
     if use_triton(qkv):
         from nanovllm.kernels.triton.kimi_delta import kimi_delta_triton
 
-        return kimi_delta_triton(qkv, f, b, z, net, state, step)
+        return kimi_delta_triton(qkv, f, b, z, net, state, step, is_exact or step.at_any_token)
     return kimi_delta_reference(qkv, f, b, z, net, state, step)
 
 
@@ -66,6 +75,12 @@ def kimi_delta_reference(
     q, k, v = (part.unflatten(1, heads) for part in mixed.chunk(3, dim=1))
     q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + L2_EPS) for part in (q, k))
     alpha = torch.exp(-net.decay[:, None] * F.softplus(f.float() + net.dt_bias).unflatten(1, heads))
-    out = advance(q * net.head_dim**-0.5, k, v, alpha, b.float().sigmoid(), state, step).to(qkv.dtype).float()
-    normed = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + net.eps) * net.norm_weight.float()
-    return (normed.flatten(1) * z.float().sigmoid()).to(qkv.dtype)
+    out = advance(q * net.head_dim**-0.5, k, v, alpha, b.float().sigmoid(), state, step)
+    return gated_norm(out.flatten(1).to(qkv.dtype), z, net)
+
+
+def gated_norm(out: Tensor, z: Tensor, net: KimiDelta) -> Tensor:
+    """out, z [num_tokens, values] -> the same."""
+    heads = out.float().unflatten(1, (net.num_heads, net.head_dim))
+    normed = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + net.eps) * net.norm_weight.float()
+    return (normed.flatten(1) * z.float().sigmoid()).to(out.dtype)

@@ -116,7 +116,11 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
         ops = choose_ops(device, compilation)
         if device.type == "cuda":
             experts = partial(fused_experts, block_size=64)
-            ops = ops._replace(delta_net=partial(delta_net, is_exact=True), mamba2=partial(mamba2, is_exact=True))
+            ops = ops._replace(
+                delta_net=partial(delta_net, is_exact=True),
+                mamba2=partial(mamba2, is_exact=True),
+                kimi_delta=partial(kimi_delta, is_exact=True),
+            )
         else:
             experts = partial(
                 fused_experts_reference,

@@ -341,7 +341,7 @@ def multiply_by_head(num_rows: int, dtype: torch.dtype) -> None:
 
 def run_kimi_delta() -> None:
     case = make_states_case([1, 40], [50, 0])
-    MODULES["kimi_delta"].kimi_delta_triton(*make_kimi_inputs(case, 8, 128, torch.bfloat16), case.step)
+    MODULES["kimi_delta"].kimi_delta_triton(*make_kimi_inputs(case, 8, 128, torch.bfloat16), case.step, False)
 
 
 def add_up_and_norm(size: int, num_rows: int, dtype: torch.dtype) -> None:

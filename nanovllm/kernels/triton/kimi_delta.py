@@ -1,9 +1,8 @@
-"""Kimi delta attention in Triton: token after token, in one launch.
+"""Kimi delta attention in Triton: token after token in one launch, and prompts in chunks.
 
 Owns how it runs on a GPU: a program has a head of one request, convolves, updates its matrix, which is read and written
-once a token, and norms. Prompts go the same way: a head's tokens one after the other, all heads of all requests at the
-same time, each with a matrix that stays in the caches. Invariant: the state is that of all tokens, float32, and no bit
-depends on how prompts are cut.
+once a token, and norms. Prompts go through their matrices in chunks (`kimi_chunks.py`), or the same way where bits must
+not depend on how they are cut. Invariant: either way the state is that of all tokens, float32.
 """
 
 import torch
@@ -12,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.delta_net import L2_EPS
-from nanovllm.kernels.kimi_delta import KimiDelta
+from nanovllm.kernels.kimi_delta import KimiDelta, gated_norm
 from nanovllm.kernels.state_types import LayerState, StepStates
-from nanovllm.kernels.triton.causal_conv import advance, convolved
+from nanovllm.kernels.triton.causal_conv import advance, causal_conv_triton, convolved
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
+from nanovllm.kernels.triton.common.state_steps import behind_decodes
+from nanovllm.kernels.triton.kimi_chunks import kimi_chunks_triton
 
 NUM_COLUMNS = 32  # of a matrix that are in registers at a time
 
@@ -118,18 +119,33 @@ def _kimi_delta_kernel(
 
 
 def kimi_delta_triton(
-    qkv: Tensor, f: Tensor, b: Tensor, z: Tensor, net: KimiDelta, state: LayerState, step: StepStates
+    qkv: Tensor, f: Tensor, b: Tensor, z: Tensor, net: KimiDelta, state: LayerState, step: StepStates, is_exact: bool
 ) -> Tensor:
     """See `kimi_delta.kimi_delta`."""
+    meta = step.meta
     out = torch.empty((qkv.shape[0], net.num_heads * net.head_dim), dtype=qkv.dtype, device=qkv.device)
+    num_singles = meta.num_reqs if is_exact else meta.num_decodes
+    if num_singles:
+        _steps(qkv, f, b, z, net, state, step, num_singles, out)
+    if num_singles < meta.num_reqs:
+        rest = behind_decodes(step, num_singles)
+        mixed = causal_conv_triton(qkv, net.conv_weight, None, state.conv, rest, is_gated=False)
+        kimi_chunks_triton(mixed, f, b, net, state.matrices, rest, out)
+        out[num_singles:] = gated_norm(out[num_singles:], z[num_singles:], net)
+    return out
+
+
+def _steps(
+    qkv: Tensor, f: Tensor, b: Tensor, z: Tensor, net: KimiDelta, state: LayerState, step: StepStates, num_reqs: int,
+    out: Tensor,
+) -> None:  # fmt: skip
     block_dim = next_power_of_2(net.head_dim)
     columns = min(block_dim, NUM_COLUMNS)
     launch(
-        _kimi_delta_kernel, (step.meta.num_reqs, net.num_heads), qkv.device,
+        _kimi_delta_kernel, (num_reqs, net.num_heads), qkv.device,
         qkv, f, b, z, net.conv_weight, net.decay, net.dt_bias, net.norm_weight, state.conv, state.matrices,
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         qkv.stride(0), f.stride(0), b.stride(0), z.stride(0), state.conv.stride(0), state.matrices.stride(0), net.eps,
         HEADS=net.num_heads, DIM=net.head_dim, WIDTH=net.conv_weight.shape[0], L2_EPS=L2_EPS,
         BLOCK_DIM=block_dim, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
-    return out
