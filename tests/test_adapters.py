@@ -330,7 +330,11 @@ def test_what_is_refused_changes_nothing(folder: Path, llm: LLM, tmp_path: Path)
     of_experts = {n.replace("self_attn.q_proj", "mlp.experts"): t for n, t in good.items()}
     table = make_tensors(hf, "embed_tokens")
     for tensors, rank, words in [
-        (unknown, 4, "'bad' is for model.layers.0.self_attn.x_proj, and the model has no such layer"),
+        (
+            unknown,
+            4,
+            "'bad' is for model.layers.0.self_attn.x_proj, and the model has no layer of that name that takes one",
+        ),
         (of_experts, 4, "adapters of experts are not supported"),
         ({**good, name: good[name][:, :5]}, 4, r"a of model.layers.0.self_attn.q_proj is \(4, 5\), not rank x 32"),
         (

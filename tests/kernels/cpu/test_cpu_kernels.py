@@ -22,6 +22,7 @@ from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from nanovllm.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from nanovllm.kernels.silu_and_mul import gelu_and_mul_reference, silu_and_mul_reference
 from tests.attention.paged_cases import make_case
+from tests.kernels.cpu.copying_compiler import write_compiler
 from tests.kernels.cpu.quantized_cases import check_products, check_rounded_products
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -361,22 +362,11 @@ def test_processes_may_build_at_once_and_later_ones_do_not(kernels: CpuKernels, 
     """
     code = "from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels; assert load_cpu_kernels()"
     assert COMPILER is not None
-    library = cpu_kernels._cache_dir() / f"{cpu_kernels._build_key(COMPILER)}.so"
-    half, tools, begun = library.stat().st_size // 2, tmp_path / "tools", tmp_path / "begun"
-    tools.mkdir()
+    begun = tmp_path / "begun"
     begun.mkdir()
-    (tools / "c++").write_text(
-        f"""#!/bin/sh
-[ "$1" = --version ] && exec echo a compiler in two halves
-for out; do :; done
-head -c {half} "{library}" > "$out"
-touch "{begun}/$$"
-waited=0
-while [ $(ls "{begun}" | wc -l) -lt 2 ] && [ $waited -lt 600 ]; do sleep 0.1; waited=$((waited + 1)); done
-tail -c +{half + 1} "{library}" >> "$out"
-"""
-    )
-    (tools / "c++").chmod(0o755)
+    is_alone = f'[ $(ls "{begun}" | wc -l) -lt 2 ]'
+    wait = f'touch "{begun}/$$"; n=0; while {is_alone} && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done'
+    tools = write_compiler(tmp_path / "tools", COMPILER, wait)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PATH": path}
 
