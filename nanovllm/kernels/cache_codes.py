@@ -4,9 +4,9 @@ Owns how a head's key or value becomes codes and a scale, and how cells become n
 form of attention equals it. Invariant: a cell depends on its own row of numbers alone, so it holds the same bits
 whether its token came in a prompt, in a chunk or by itself.
 
-    scale    bfloat16, rounded up, so that nothing is larger than the largest code: of int8, from largest / 127; of
-             e4m3, from largest / 448 to a power of 2, as its codes have an exponent and a finer scale would gain
-             nothing, so that dividing is exact and the cast alone rounds
+    scale    bfloat16, from the largest number of the row / the largest code, 127 or, of e4m3, 256; rounded up, so that
+             nothing is beyond it. e4m3 reaches to 448, and its codes have an exponent, so any scale loses as little of
+             most numbers; but one number of a row is often most of it, and 256 is exact of one that is a bfloat16
     code     row / scale, rounded to the nearest, ties to even
 
 A row with an infinity or NaN is read as infinities and NaN.
@@ -18,11 +18,10 @@ from torch import Tensor
 from nanovllm.kernels.attention_types import LayerCache
 
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # by kv_cache_dtype
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-# Of a scale, as bits of a float32: those that are kept, and the least one, 2^-60, which a row of zeros has. No bfloat16
+LARGEST = {torch.float8_e4m3fn: 256.0, torch.int8: 127.0}  # codes that are used
+# Of a scale, as bits of a float32: those of a bfloat16, and the least one, 2^-60, which a row of zeros has. No bfloat16
 # scale is as small otherwise unless the model's numbers underflow themselves, and its logarithm is finite.
-KEPT_BITS = {torch.float8_e4m3fn: 0x7F800000, torch.int8: 0x7FFF0000}
-LEAST_BITS, INFINITY_BITS = 0x21800000, 0x7F800000
+KEPT_BITS, LEAST_BITS, INFINITY_BITS = 0x7FFF0000, 0x21800000, 0x7F800000
 
 
 def cache_dtype(kv_cache_dtype: str, dtype: str) -> torch.dtype:
@@ -37,9 +36,9 @@ def row_bytes(head_dim: int, dtype: torch.dtype) -> int:
 
 def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """rows [..., head_dim] -> codes of the same shape, scales [...] bfloat16."""
-    rows, largest, kept = rows.float(), LARGEST[dtype], KEPT_BITS[dtype]
+    rows, largest = rows.float(), LARGEST[dtype]
     bits = (rows.abs().amax(-1) / largest).view(torch.int32).clamp(max=INFINITY_BITS)  # NaN is beyond infinity
-    scales = ((bits + (0x7FFFFFFF - kept)) & kept).clamp(min=LEAST_BITS).view(torch.float32)
+    scales = ((bits + 0xFFFF) & KEPT_BITS).clamp(min=LEAST_BITS).view(torch.float32)
     codes = (rows / scales.unsqueeze(-1)).clamp(-largest, largest)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales.bfloat16()
 

@@ -7,7 +7,7 @@ from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCa
 from nanovllm.kernels.cache_codes import CODES, LARGEST, cells, encode
 from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 
-ERROR = {torch.float8_e4m3fn: 2**-4, torch.int8: 1 / 250}  # of a number that is near the largest of its row
+ERROR = {torch.float8_e4m3fn: 0.032, torch.int8: 1 / 250}  # of a number that is near the largest of its row
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
@@ -25,10 +25,13 @@ def test_codes_stand_for_the_numbers(dtype: torch.dtype) -> None:
     assert all(torch.equal(codes[i].float(), code.float()) for i, (code, _) in enumerate(again))
 
 
-def test_e4m3_scales_are_powers_of_two_so_the_cast_alone_rounds() -> None:
-    rows = torch.randn(50, 16) * torch.logspace(-6, 6, 50)[:, None]
+def test_the_largest_number_of_a_row_is_exact_in_e4m3() -> None:
+    """It is often most of the row: where it is a bfloat16, nothing of it is lost."""
+    rows = (torch.randn(50, 16) * torch.logspace(-6, 6, 50)[:, None]).bfloat16().float()
     codes, scales = encode(rows, torch.float8_e4m3fn)
-    assert (scales.float().frexp().mantissa == 0.5).all()
+    largest = rows.abs().argmax(1, keepdim=True)
+    numbers = codes.float() * scales.float()[:, None]
+    assert torch.equal(numbers.gather(1, largest), rows.gather(1, largest))
     assert torch.equal(codes.float(), (rows / scales.float()[:, None]).to(torch.float8_e4m3fn).float())
 
 

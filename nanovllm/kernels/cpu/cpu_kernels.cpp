@@ -65,16 +65,14 @@ inline void norm_and_rotate(const T* in, const T* weight, const float* cos_sin, 
 
 // --- cells of the KV cache: numbers, or codes with a scale (cache_codes.py) ------------------
 
-constexpr uint32_t INFINITE = 0x7f800000, LEAST = 0x21800000;  // of a scale
-template <class C> struct Codes;                               // largest: code; kept: bits of a scale
+constexpr uint32_t INFINITE = 0x7f800000, LEAST = 0x21800000, KEPT = 0x7fff0000;  // of a scale
+template <class C> struct Codes;                                                  // largest: code that is used
 template <> struct Codes<int8_t> {
   static constexpr float largest = 127;
-  static constexpr uint32_t kept = 0x7fff0000;
   static int8_t encode(float x) { return (int8_t)std::nearbyint(x); }
 };
 template <> struct Codes<e4m3> {
-  static constexpr float largest = 448;
-  static constexpr uint32_t kept = 0x7f800000;
+  static constexpr float largest = 256;
   static e4m3 encode(float x) {  // to nearest, ties to even
     const uint32_t bits = to_bits(x), size = bits & 0x7fffffff;
     const uint32_t normal = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
@@ -89,11 +87,10 @@ template <class T> inline void store_cell(const T* row, T* cell, bf16*, int64_t,
 template <class T, class C>
 inline void store_cell(const T* row, C* cell, bf16* scales, int64_t nth, int64_t dim) {
   constexpr float largest = Codes<C>::largest;
-  constexpr uint32_t kept = Codes<C>::kept;
   uint32_t highest = 0;  // sizes order as their bits do, and NaN is beyond infinity
   for (int64_t d = 0; d < dim; d++) highest = std::max(highest, to_bits(number(row[d])) & 0x7fffffff);
   highest = std::min(to_bits(from_bits(highest) / largest), INFINITE);
-  highest = std::max((highest + (0x7fffffff - kept)) & kept, LEAST);
+  highest = std::max((highest + 0xffff) & KEPT, LEAST);
   scales[nth].bits = highest >> 16;
   const float unit = from_bits(highest);
   for (int64_t d = 0; d < dim; d++)

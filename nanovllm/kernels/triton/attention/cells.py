@@ -19,8 +19,7 @@ from nanovllm.kernels.triton.common.device_limits import has_fp8
 
 _E4M3, _INT8 = torch.float8_e4m3fn, torch.int8
 LARGEST_E4M3, LARGEST_INT8 = tl.constexpr(LARGEST[_E4M3]), tl.constexpr(LARGEST[_INT8])
-KEPT_E4M3, KEPT_INT8 = tl.constexpr(KEPT_BITS[_E4M3]), tl.constexpr(KEPT_BITS[_INT8])
-LEAST, INFINITE = tl.constexpr(LEAST_BITS), tl.constexpr(INFINITY_BITS)
+KEPT, LEAST, INFINITE = tl.constexpr(KEPT_BITS), tl.constexpr(LEAST_BITS), tl.constexpr(INFINITY_BITS)
 # Four codes of a register, $2, become four float16 in $0 and $1. int8: 0x6400 is 1024, with the integers below it.
 # Bytes of e4m3: sign, exponent and mantissa move to where float16 has them, and the exponents differ by 8.
 FROM_E4M3 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}")
@@ -112,10 +111,9 @@ def size_bits(x):
 def scale_bits(largest, dtype: tl.constexpr):
     """Bits of the float32 scale of rows whose largest number has these `size_bits`; a bfloat16 is their upper half."""
     LARGEST: tl.constexpr = LARGEST_INT8 if dtype == tl.int8 else LARGEST_E4M3
-    KEPT: tl.constexpr = KEPT_INT8 if dtype == tl.int8 else KEPT_E4M3
     bits = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, LARGEST, tl.float32))
     bits = tl.minimum(bits.to(tl.int32, bitcast=True), tl.full(largest.shape, INFINITE, tl.int32))
-    return tl.maximum((bits + (0x7FFFFFFF - KEPT)) & KEPT, tl.full(largest.shape, LEAST, tl.int32))
+    return tl.maximum((bits + 0xFFFF) & KEPT, tl.full(largest.shape, LEAST, tl.int32))
 
 
 @triton.jit

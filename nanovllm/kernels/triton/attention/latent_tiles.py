@@ -88,7 +88,7 @@ def attend_latents(
         scores = tl.dot(q, tl.trans(latent), scores, input_precision="ieee")
         if t >= whole_to:
             scores = tl.where(in_tile[None, :] <= query_position - t * TILE, scores, float("-inf"))
-        top, norm, acc = update_softmax(top, norm, acc, scores, latent, None, scale, 0.0, False)
+        top, norm, acc = update_softmax(top, norm, acc, scores, latent, None, scale, 0.0)
     return top, norm, acc
 
 

@@ -146,12 +146,11 @@ def apply_softcap(scores, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP: tl.constexpr, WHOLE_SCALES: tl.constexpr):
+def update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP: tl.constexpr):
     """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output.
 
     pairs: `load_pairs`'. The exponent of a value's scale is added to its score's, and leaves the sum again: so weights
-    stay below 2 with the scale, and float16, which has few exponents, takes those that count. WHOLE_SCALES: scales are
-    powers of 2.
+    stay below 2 with the scale, and float16, which has few exponents, takes those that count.
     """
     if SOFTCAP > 0.0:
         scale = 1.0
@@ -167,8 +166,7 @@ def update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP: tl.constexp
         norm = norm * decay + tl.sum(weights, axis=1)
     else:
         norm = norm * decay + tl.sum(weights * inverse[None, :], axis=1)
-        if not WHOLE_SCALES:
-            weights *= rest[None, :]
+        weights *= rest[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_top, norm, acc
 
@@ -253,7 +251,7 @@ def attend_tile(
         if WINDOW:
             visible = visible & (token > last - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    return update_softmax(top, norm, acc, scores, numbers_of(v, q), pairs, scale, SOFTCAP, k.dtype != tl.int8)
+    return update_softmax(top, norm, acc, scores, numbers_of(v, q), pairs, scale, SOFTCAP)
 
 
 # --- launches -------------------------------------------------------------------------------------
