@@ -26,12 +26,18 @@ class Gate(NamedTuple):
     """How the halves of an expert's first product become one.
 
     "silu": silu(gate) * up, and "gelu_tanh" likewise. "clamped" (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), of
-    a gate of `limit` at most and an up from -limit to limit.
+    a gate of `limit` at most and an up from -limit to limit. "relu2" (Nemotron 3): relu(x)^2 of a product that has no
+    halves.
     """
 
     activation: str = "silu"
     alpha: float = 1.0
     limit: float = 0.0
+
+    @property
+    def num_parts(self) -> int:
+        """Of the first product: gate and up, or one."""
+        return 1 if self.activation == "relu2" else 2
 
 
 SILU = Gate()
@@ -90,6 +96,8 @@ def fused_experts_reference(
         both = linear(x[token], gate_up[expert], gate_up_bias)
         if gate.activation == "clamped":
             gated = clamped_and_mul(both, gate)
+        elif gate.activation == "relu2":
+            gated = F.relu(both).square_()
         else:
             gated = (silu_and_mul if gate.activation == "silu" else gelu_and_mul)(both)
         hidden = linear(gated, down[expert], down_bias)

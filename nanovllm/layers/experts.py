@@ -17,7 +17,6 @@ from nanovllm.kernels.routing import Routing, route
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.shared_expert import SharedExpert
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 
 
@@ -73,7 +72,8 @@ class DenseExperts(nn.Module):
         self.intermediate_size = spec.intermediate_size
         self.fused_experts, self.gate = spec.fused_experts, spec.gate
         part = len(self.held)
-        shapes = (spec.num_experts, 2 * part, spec.hidden_size), (spec.num_experts, spec.hidden_size, part)
+        rows = spec.gate.num_parts * part
+        shapes = (spec.num_experts, rows, spec.hidden_size), (spec.num_experts, spec.hidden_size, part)
         self.gate_up, self.down = (
             nn.Parameter(torch.empty(shape, dtype=spec.dtype), requires_grad=False) for shape in shapes
         )
@@ -133,14 +133,18 @@ def dense_experts(spec: ExpertsSpec) -> DenseExperts:
         from nanovllm.layers.interleaved_experts import InterleavedExperts
 
         return InterleavedExperts(spec)
+    if spec.gate.num_parts == 1:
+        from nanovllm.layers.ungated_experts import UngatedExperts
+
+        return UngatedExperts(spec)
     return DenseExperts(spec)
 
 
 class Experts(nn.Module):
     """Each token goes through some of `num_experts` gated feed-forward layers, weighted by the router.
 
-    shared: what every token goes through beside them. gate, is_interleaved: as in ExpertsSpec; the router of
-    interleaved experts has a bias, too.
+    shared: what every token goes through beside them, called and loaded as SharedExpert. gate, is_interleaved: as in
+    ExpertsSpec; the router of interleaved experts has a bias, too.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class Experts(nn.Module):
         dtype: torch.dtype,
         tp: TensorParallel,
         ops: Ops,
-        shared: SharedExpert | None = None,
+        shared: Any = None,
         gate: Gate = SILU,
         is_interleaved: bool = False,
     ) -> None:

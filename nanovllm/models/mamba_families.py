@@ -74,6 +74,7 @@ class NemotronLayer(NamedTuple):
     mixer: int
     is_mamba: bool
     mlp: int | None = None
+    has_experts: bool = False
 
 
 _KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -97,22 +98,20 @@ def nemotron_layers(hf: Fields) -> list[NemotronLayer]:
     for place, kind in enumerate(kinds):
         if kind in ("linear_attention", "full_attention"):
             layers.append(NemotronLayer(place, kind == "linear_attention"))
-        elif kind == "moe":
-            raise NotImplementedError(
-                "config.json: Nemotron-H with layers of experts ('E', 'moe') is not supported yet"
-            )
         elif not layers or layers[-1].mlp is not None:
             raise NotImplementedError(
                 f"config.json: layer {place} is an MLP that no Mamba or attention layer stands before; that is not "
                 "supported"
             )
         else:
-            layers[-1] = layers[-1]._replace(mlp=place)
+            layers[-1] = layers[-1]._replace(mlp=place, has_experts=kind == "moe")
     return layers
 
 
 def _nemotron(hf: Fields) -> dict[str, Any]:
     layers = nemotron_layers(hf)
+    if hf["moe_latent_size"] is not None:
+        raise NotImplementedError(f"config.json: moe_latent_size={hf['moe_latent_size']!r} is not supported yet")
     types = ["linear_attention" if layer.is_mamba else "full_attention" for layer in layers]
     head_dim = hf["attention_head_dim"] if hf.get("head_dim") is None else hf["head_dim"]
     return {
@@ -161,7 +160,7 @@ MAMBA_FAMILIES: Mapping[str, Architecture] = {
         mlp="nanovllm.models.granite_hybrid:mlp",
     ),
     "NemotronHForCausalLM": Architecture(
-        serves="Nemotron-H and Nemotron Nano 2: Mamba-2 beside attention",
+        serves="Nemotron-H, Nemotron Nano 2 and Nemotron 3 Nano: Mamba-2 beside attention",
         proof=_PROOF,
         fields={
             **_NEMOTRON_UNREAD,

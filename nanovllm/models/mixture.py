@@ -130,7 +130,7 @@ def deepseek_moe(
         has_bias=True,
         scale=number(fields, "routed_scaling_factor"),
         least_sum=1e-20,
-        **_groups(fields, "n_routed_experts"),
+        **expert_groups(fields, "n_routed_experts"),
     )
     size = integer(fields, "moe_intermediate_size")
     shared = _shared_experts(config, size, "n_shared_experts", dtype, tp, ops, names.block)
@@ -155,7 +155,7 @@ def deepseek_v2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp:
         return MLP(config, layer_idx, dtype, tp, ops)
     groups: dict[str, int] = {}
     if fields["topk_method"] == "group_limited_greedy":
-        groups = {**_groups(fields, "n_routed_experts", least=1), "group_judges": 1}
+        groups = {**expert_groups(fields, "n_routed_experts", least=1), "group_judges": 1}
     elif fields["topk_method"] != "greedy":
         raise ValueError(
             f"config.json of {config.architecture}: topk_method={fields['topk_method']!r} is not supported; supported "
@@ -238,7 +238,7 @@ def _is_sparse_in_qwen(config: ModelConfig, layer_idx: int) -> bool:
     return layer_idx not in (plain or ()) and (layer_idx + 1) % integer(fields, "decoder_sparse_step") == 0
 
 
-def _groups(fields: Mapping[str, Any], count_name: str, least: int = 2) -> dict[str, int]:
+def expert_groups(fields: Mapping[str, Any], count_name: str, least: int = 2) -> dict[str, int]:
     """least: experts of a group."""
     num_experts, top_k = integer(fields, count_name, high=MAX_EXPERTS), integer(fields, "num_experts_per_tok")
     num_groups, top_groups = integer(fields, "n_group"), integer(fields, "topk_group")

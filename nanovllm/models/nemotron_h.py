@@ -1,8 +1,8 @@
 """Nemotron-H (NVIDIA, 2025): Mamba-2 and attention layers, behind most of which stands an MLP without a gate.
 
-Its checkpoints count each of these as a layer with a norm of its own; here what stands behind a mixer is its layer's
-MLP. Owns that order, and the names of the family's tensors. Invariant: called and loaded as the blocks of `llama.py`,
-whose decoder is the same.
+In the place of an MLP may stand experts (Nemotron 3). Checkpoints count each of these as a layer with a norm of its
+own; here what stands behind a mixer is its layer's MLP. Owns that order, and the names of the family's tensors.
+Invariant: called and loaded as the blocks of `llama.py`, whose decoder is the same.
 """
 
 import re
@@ -13,15 +13,21 @@ from torch import Tensor, nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.moe import Gate
+from nanovllm.kernels.routing import Routing
+from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
+from nanovllm.layers.ungated_experts import UngatedSharedExpert
 from nanovllm.layers.weight_specs import WeightSpecs
-from nanovllm.models.hf_fields import flag
+from nanovllm.models.hf_fields import flag, integer, number
 from nanovllm.models.llama import LlamaForCausalLM, SelfAttention
 from nanovllm.models.mamba2 import Mamba2Mixer
 from nanovllm.models.mamba_families import nemotron_layers
+from nanovllm.models.mixture import expert_groups
 from nanovllm.models.ungated import UngatedMLP
 
+_EXPERT_NAMES = ExpertNames(stacked=())
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|input_layernorm|mlp|post_attention_layernorm)\.(.+)")
 
 
@@ -43,9 +49,30 @@ def mixer(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorPar
 
 
 def mlp(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
-    if nemotron_layers(config.extra)[layer_idx].mlp is None:
+    layer = nemotron_layers(config.extra)[layer_idx]
+    if layer.mlp is None:
         return NoMLP()
-    return UngatedMLP(config, layer_idx, dtype, tp, ops)
+    return (_experts if layer.has_experts else UngatedMLP)(config, layer_idx, dtype, tp, ops)
+
+
+def _experts(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    """DeepSeek-V3's routing, and experts without a gate."""
+    fields = config.extra
+    if config.activation != "relu2":
+        raise ValueError(f"{config.architecture} with experts and another mlp_hidden_act than 'relu2' is not supported")
+    routing = Routing(
+        integer(fields, "num_experts_per_tok"),
+        flag(fields, "norm_topk_prob"),
+        scores="sigmoid",
+        has_bias=True,
+        scale=number(fields, "routed_scaling_factor"),
+        least_sum=1e-20,
+        **expert_groups(fields, "n_routed_experts"),
+    )
+    shared_size, bias = integer(fields, "moe_shared_expert_intermediate_size"), config.mlp_bias
+    shared = UngatedSharedExpert(config.hidden_size, shared_size, bias, "mlp.shared_experts", dtype, tp, ops)
+    sizes = config.hidden_size, integer(fields, "moe_intermediate_size"), integer(fields, "n_routed_experts")
+    return Experts(*sizes, routing, _EXPERT_NAMES, dtype, tp, ops, shared, Gate("relu2"))
 
 
 class NemotronHForCausalLM(LlamaForCausalLM):

@@ -32,6 +32,8 @@ def experts_by(scheme: Scheme, spec: ExpertsSpec, layer: str, names: ExpertNames
     make = makes.pop()
     if makes or make is None:
         raise NotImplementedError(f"{layer}{names.block}.experts: experts in different forms are not supported")
+    if spec.gate.num_parts == 1:
+        raise NotImplementedError(f"{layer}{names.block}.experts: experts without a gate are held as they are only")
     if spec.is_interleaved and make is not Mxfp4Linear:
         raise NotImplementedError(
             f"{layer}{names.block}.experts: with biases, experts are held as they are, or in MXFP4"

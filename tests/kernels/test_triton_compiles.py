@@ -261,7 +261,7 @@ def mix_experts(num_tokens: int, num_experts: int, inputs: int, more: tuple[Any,
     twin = MODULES["moe"]
     expert_ids = random_ids(num_tokens, 2, num_experts)
     twin.align_triton(expert_ids, num_experts, 16)
-    gate_up, down = bf16(num_experts, 2 * inputs, inputs), bf16(num_experts, inputs, inputs)
+    gate_up, down = bf16(num_experts, 2 * inputs, inputs), bf16(num_experts, inputs, inputs)  # more than relu2 has
     twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids, *more)
 
 
@@ -447,6 +447,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention from the QKV product": lambda: decode_from_qkv(None, None, 128, 64),
     "attention from the QKV product, window, softcap, wide heads": lambda: decode_from_qkv(100, 50.0, 256, 64),
     "attention from the QKV product, very wide heads": lambda: decode_from_qkv(None, None, 512, 64),
+    "moe, no gate": lambda: mix_experts(5, 8, 256, (None, Gate("relu2"))),
     "moe, gelu": lambda: mix_experts(5, 8, 256, (None, Gate("gelu_tanh"))),
     "attention from the QKV product, odd sizes, sinks": lambda: decode_from_qkv(None, None, 80, 24, has_more=False),
     "attention from the QKV product, float32": lambda: decode_from_qkv(None, None, 128, 64, dtype=torch.float32),

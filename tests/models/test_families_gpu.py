@@ -100,6 +100,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"mamba_num_heads": 6, "mamba_head_dim": 80, "ssm_state_size": 32, "n_groups": 3, "head_dim": 64},
         },
     ),
+    "nemotron-3": (
+        "NemotronHForCausalLM",
+        {
+            **{"layers_block_type": ["linear_attention", "moe", "full_attention"], "head_dim": 64},
+            **{"n_routed_experts": 8, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 40},
+        },
+    ),
 }
 SIZES = {"hidden_size": 256, "max_position_embeddings": 512}  # heads of 64 where the family has no head_dim
 WAYS: dict[str, dict[str, Any]] = {

@@ -43,6 +43,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"mamba_num_heads": 6, "n_groups": 3, "layer_norm_epsilon": 0.01},
         },
     ),
+    "nemotron-3": (
+        "NemotronHForCausalLM",
+        {
+            **{"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "n_routed_experts": 8},
+            **{"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20, "routed_scaling_factor": 2.5},
+            **{"n_group": 2, "topk_group": 1},
+        },
+    ),
 }
 
 

@@ -157,7 +157,8 @@ def _grouped_kernel(
     row = tl.where(is_row, row, 0).to(tl.int64)
     output = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     is_output = output < OUTPUTS
-    planes: tl.constexpr = 2 if GATE != "" else 1
+    PAIRED: tl.constexpr = (GATE != "") & (GATE != "relu2")
+    planes: tl.constexpr = 2 if PAIRED else 1
     x_ptrs = x_ptr + (row // ROWS_PER_X)[:, None] * INPUTS
     weight_ptrs = weight_ptr + expert.to(tl.int64) * (planes * OUTPUTS * INPUTS)
     weight_ptrs += tl.minimum(output, OUTPUTS - 1)[None, :] * INPUTS
@@ -172,7 +173,7 @@ def _grouped_kernel(
             x = tl.load(x_ptrs + col[None, :], mask=is_row[:, None] & (col < INPUTS)[None, :], other=0.0)
             weight = tl.load(weight_ptrs + col[:, None], mask=(col < INPUTS)[:, None], other=0.0)
         first = tl.dot(x, weight, first, input_precision="ieee")
-        if GATE != "":
+        if PAIRED:
             up_ptrs = weight_ptrs + OUTPUTS * INPUTS
             if INPUTS % CHUNK == 0:
                 up = tl.load(up_ptrs + col[:, None])
@@ -183,10 +184,13 @@ def _grouped_kernel(
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * (planes * OUTPUTS) + tl.minimum(output, OUTPUTS - 1)[None, :]
         first += tl.load(bias_ptrs).to(tl.float32)
-        if GATE != "":
+        if PAIRED:
             second += tl.load(bias_ptrs + OUTPUTS).to(tl.float32)
-    if GATE != "":
+    if PAIRED:
         result = apply_gate(first, second, dtype, GATE, ALPHA, LIMIT)
+    elif GATE == "relu2":
+        result = tl.maximum(first.to(dtype).to(tl.float32), 0.0)
+        result *= result
     else:
         result = first * tl.load(scale_ptr + row, mask=is_row, other=0.0)[:, None]
     mask = is_row[:, None] & is_output[None, :]

@@ -54,6 +54,18 @@ def test_biases_and_a_clamped_gate(dtype: torch.dtype, num_tokens: int) -> None:
     assert relative_error(got, moe.fused_experts_reference(x, gate_up, down, *more)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_experts_without_a_gate(num_tokens: int) -> None:
+    torch.manual_seed(0)
+    dtype = DTYPES[-1]
+    up, down = make_experts(5, 80, 40, dtype)
+    x, logits = randn(num_tokens, 80, dtype=dtype), randn(num_tokens, 5, dtype=dtype)
+    more = *route_reference(logits, None, Routing(2)), None, moe.Gate("relu2")
+    got = twin.fused_experts_triton(x, up[:, :40].contiguous(), down, *more)
+    want = moe.fused_experts_reference(x, up[:, :40], down, *more)
+    assert relative_error(got, want) < TOLERANCE[dtype]
+
+
 def test_sizes_use_every_block_size() -> None:
     used = {twin.choose_block_size(tokens * top_k, experts) for tokens, experts, top_k, _, _ in SIZES if tokens > 1}
     assert used == {16, 32, 64, 128}
