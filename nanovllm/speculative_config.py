@@ -12,7 +12,7 @@ from nanovllm.errors import brief
 from nanovllm.options import check_fields, option, takes_options
 
 MODEL_METHODS = ("draft_model", "eagle3", "dflash", "mtp")  # which guess with a model of their own, on the device
-_NAMED = ("draft_model", "eagle3", "dflash")  # whose model is another checkpoint
+NAMED_METHODS = ("draft_model", "eagle3", "dflash")  # whose model is another checkpoint
 METHODS = ("ngram", "suffix", "custom_class", *MODEL_METHODS)
 _NOT_YET = ("eagle", "medusa", "mlp_speculator", "dflash2", "dspark", "xpress", "peagle")
 MAX_DRAFT_TOKENS = 63
@@ -24,8 +24,8 @@ _OF_METHOD = {
     "suffix_decoding_max_spec_factor": ("suffix",),
     "suffix_decoding_min_token_prob": ("suffix",),
     "proposer": ("custom_class",),
-    "model": ("custom_class", *_NAMED),
-    "revision": _NAMED,
+    "model": ("custom_class", *NAMED_METHODS),
+    "revision": NAMED_METHODS,
 }
 
 
@@ -96,7 +96,7 @@ class SpeculativeConfig:
                 "speculative_config: method 'custom_class' needs either proposer=<an object with a method propose> or "
                 "model='package.module.Class'"
             )
-        if self.method in _NAMED and self.model is None:
+        if self.method in NAMED_METHODS and self.model is None:
             raise ValueError(f"speculative_config.model must name the model that drafts for method {self.method!r}")
         if self.proposer is not None and not callable(getattr(self.proposer, "propose", None)):
             raise TypeError(f"speculative_config.proposer must have a method propose, got {brief(self.proposer)}")

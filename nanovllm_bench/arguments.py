@@ -365,7 +365,9 @@ examples:
         metavar="K",
         help="most tokens of a draft, one run for each (default: 4 8)",
     )
-    speculation.add_argument("--draft-model", metavar="MODEL", help="the model, or head, of the other methods")
+    speculation.add_argument(
+        "--draft-model", metavar="MODEL", help="the model, or head, of draft_model, eagle3 and dflash"
+    )
     speculation.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (%(default)s)")
     return speculation
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from nanovllm.cli.options import engine_options
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.speculative_config import MODEL_METHODS
+from nanovllm.speculative_config import NAMED_METHODS
 from nanovllm_bench.report import print_record, print_table
 
 _TEXT = Path(__file__).with_name("quality.txt")
@@ -77,7 +77,7 @@ def run(args: Namespace) -> int:
     rows: list[dict[str, Any]] = [_row(name, "none", 0, answer, answer) for name, answer in plain.items()]
     for method, length in product(args.methods, args.lengths):
         config: dict[str, Any] = {"method": method, "num_speculative_tokens": length}
-        if method in MODEL_METHODS:
+        if method in NAMED_METHODS:
             config["model"] = args.draft_model
         answers = answer_all(args, {**options, "speculative_config": config}, asked)
         rows += [_row(name, method, length, answer, plain[name]) for name, answer in answers.items()]
