@@ -137,9 +137,18 @@ def _load(text: str, has_tools: bool) -> Any | None:
     if not has_tools and not any(name in spec["fields"] for name in REASONING_FIELDS):
         return None
     try:
+        import transformers
+        from transformers.utils.chat_parsing.content_parsers import CONTENT_PARSERS
         from transformers.utils.chat_parsing.response_templates import load_response_template
     except ImportError as error:
         if not has_tools:
             return None  # nobody asked for anything: what the model thinks stays where it wrote it
         raise NotImplementedError(f"reading tool calls needs transformers 5.24 or later ({error})") from error
+    for field in spec["fields"].values():
+        if (parser := field.get("content", "text")) not in CONTENT_PARSERS:
+            newer = "transformers 5.24 or later" if parser == "python-call-list" else "a later transformers"
+            raise NotImplementedError(
+                f"reading this model's answers needs the parser {parser!r}, which the installed transformers "
+                f"{transformers.__version__} does not have: install {newer}"
+            )
     return load_response_template(spec)

@@ -11,7 +11,7 @@ from nanovllm.server.growing_calls import GrowingCalls
 from nanovllm.server.reply import Piece, Reader, Reply, TemplateReader, read_whole
 from nanovllm.server.response_templates import find_response_template
 
-pytest.importorskip("transformers.utils.chat_parsing")
+CONTENT_PARSERS = pytest.importorskip("transformers.utils.chat_parsing.content_parsers").CONTENT_PARSERS
 TURN = "<|im_start|>assistant\n"
 BRACES = {"command": 'mkdir {a,b} && echo "]}"', "n": 3}
 TOOL = {
@@ -73,10 +73,14 @@ FORMS = {
         "<|call|><|start|>assistant to=functions.now<|channel|>commentary<|message|>{}<|call|>"
     ),
 }
+_NEW_PARSER = pytest.mark.skipif(
+    "python-call-list" not in CONTENT_PARSERS, reason="transformers 5.24 is the first that reads Python calls"
+)
+EACH_FORM = [pytest.param(form, marks=_NEW_PARSER if "tool_list" in form else ()) for form in FORMS]
 _WITHOUT_JSON = ("<think><tool_call><function=", "<think><|tool_list_start|>")
 
 
-@pytest.mark.parametrize("chat_template", FORMS)
+@pytest.mark.parametrize("chat_template", EACH_FORM)
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_reasoning_content_and_two_calls(chat_template: str, size: int) -> None:
     text = FORMS[chat_template]
@@ -89,6 +93,14 @@ def test_reasoning_content_and_two_calls(chat_template: str, size: int) -> None:
     pieces = [piece for character in text for piece in reader.feed(character)] + reader.finish()
     num_growing = sum(piece.kind == "arguments" for piece in pieces)
     assert num_growing >= len(json.dumps(BRACES)) - 1 or (chat_template in _WITHOUT_JSON and not num_growing)
+
+
+def test_a_parser_that_this_transformers_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    response_templates._load.cache_clear()
+    monkeypatch.delitem(CONTENT_PARSERS, "python-call-list", raising=False)
+    with pytest.raises(NotImplementedError, match=r"parser 'python-call-list'.*install transformers 5\.24 or later"):
+        new_reader("<|tool_list_start|>")
+    assert find_response_template(Tokenizer(), "<think><|tool_list_start|>", has_tools=False) is not None
 
 
 def test_a_call_that_is_cut_while_it_grows_is_text_as_well() -> None:
@@ -113,7 +125,7 @@ def test_an_answer_that_is_one_bare_call(size: int, tag: str) -> None:
     assert in_pieces(new_reader("<|python_tag|>", prompt), said, size) == Reply(said)
 
 
-@pytest.mark.parametrize("chat_template", FORMS)
+@pytest.mark.parametrize("chat_template", EACH_FORM)
 def test_no_cut_loses_text_or_makes_an_error(chat_template: str) -> None:
     """Wherever an answer ends, what is no whole call is content, as it was written."""
     text = FORMS[chat_template]
