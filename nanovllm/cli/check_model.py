@@ -12,7 +12,7 @@ whole engine, in chunks and through the KV cache, and every position of every pr
 import random
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.sampling_params import SamplingParams
 
 _RANDOM_PROMPT_LENGTHS = (1, 9, 150)
+_LAST_NORMS = ("norm", "embedding_norm", "norm_f")  # what transformers' decoders call it
 _LONGEST_WINDOW = 1024  # that the random prompts go beyond
 _LOGITS_AT_ONCE = 2**24  # numbers of each side, 64 MiB
 _CHUNK_TOKENS = 64  # below the longest prompt, so that attention reads earlier chunks from the KV cache
@@ -64,7 +65,7 @@ def run(args: Namespace) -> int:
         for number, prompt in enumerate(prompts):
             _say(f"prompt {number + 1} of {len(prompts)} ...")
             ours, token_ids = _run_ours(llm, prompt)
-            their_stages = _run_theirs(theirs, token_ids)
+            their_stages = _run_theirs(theirs, token_ids, _model_of(llm))
             differences = compare(ours, their_stages)
             differences.append(_compare_logits(_model_of(llm), ours["norm"], theirs, their_stages["norm"]))
             num_different += not _report(number, len(token_ids), differences, args.tolerance)
@@ -133,7 +134,7 @@ def _random_prompts(llm: LLM) -> list[list[int]]:
     """Some short ones, and one that leaves the smallest sliding window if that is not too long for a CPU."""
     rng = random.Random(0)
     longest = llm.config.max_model_len - 1
-    windows = [window for window in llm.model_config.windows if window is not None and window <= _LONGEST_WINDOW]
+    windows = [window for window in llm.model_config.windows if window and window <= _LONGEST_WINDOW]
     lengths = [*_RANDOM_PROMPT_LENGTHS, *(window + _RANDOM_PROMPT_LENGTHS[-1] for window in set(windows))]
     return [[rng.randrange(llm.model_config.vocab_size) for _ in range(min(length, longest))] for length in lengths]
 
@@ -164,7 +165,7 @@ def load_hugging_face(name: str, revision: str | None, dtype: str = "float32") -
 def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
     """Stages of every prompt token, and the prompt's token ids."""
     model = _model_of(llm)
-    with _record(model.layers, model) as recorded:
+    with _record(model.layers, model, model.layers[0]) as recorded:
         (output,) = llm.generate(
             [prompt], SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), use_tqdm=False
         )
@@ -174,9 +175,11 @@ def _run_ours(llm: LLM, prompt: Any) -> tuple[Stages, list[int]]:
 
 
 @torch.inference_mode()
-def _run_theirs(model: Any, token_ids: list[int]) -> Stages:
+def _run_theirs(model: Any, token_ids: list[int], ours: Any) -> Stages:
     decoder = getattr(model.model, "language_model", model.model)  # of a multimodal model, the text model alone
-    with _record(decoder.layers, decoder.norm) as recorded:
+    last = next(getattr(decoder, name) for name in _LAST_NORMS if hasattr(decoder, name))
+    ends = getattr(ours, "ends_of_layers", range(len(decoder.layers)))
+    with _record([decoder.layers[end] for end in ends], last, decoder.layers[0]) as recorded:
         decoder(torch.tensor([token_ids]), use_cache=False)
     return {stage: parts[0][0] for stage, parts in recorded.items()}
 
@@ -219,8 +222,8 @@ def _model_of(llm: LLM) -> Any:
 
 
 @contextmanager
-def _record(layers: nn.ModuleList, last: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what enters the first layer, and what all return: one tensor a call, (x, residual) added up."""
+def _record(layers: Iterable[nn.Module], last: nn.Module, first: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what enters `first`, and what the others return: one tensor a call, (x, residual) added up."""
     modules = {**{f"layer {i}": layer for i, layer in enumerate(layers)}, "norm": last}
     recorded: dict[str, list[Tensor]] = {stage: [] for stage in ("embedding", *modules)}
 
@@ -234,7 +237,7 @@ def _record(layers: nn.ModuleList, last: nn.Module) -> Iterator[dict[str, list[T
 
         return record
 
-    handles = [layers[0].register_forward_pre_hook(record_input, with_kwargs=True)]
+    handles = [first.register_forward_pre_hook(record_input, with_kwargs=True)]
     handles += [module.register_forward_hook(recorder(stage)) for stage, module in modules.items()]
     try:
         yield recorded

@@ -80,6 +80,11 @@ class NemotronHForCausalLM(LlamaForCausalLM):
         super().__init__(config, *args, **parts)
         self.numbers = nemotron_layers(config.extra)
 
+    @property
+    def ends_of_layers(self) -> list[int]:
+        """Of each layer, the checkpoint's last one that is a part of it."""
+        return [layer.mixer if layer.mlp is None else layer.mlp for layer in self.numbers]
+
     def weights(self) -> WeightSpecs:
         """By transformers' names, and by those of released checkpoints."""
         for own_name, spec in super().weights():

@@ -154,6 +154,16 @@ def test_check_model_agrees_or_names_the_first_layer_that_differs(
     assert f"0 of {num_prompts} prompts agree" in shown
 
 
+@pytest.mark.parametrize("architecture", ["Lfm2ForCausalLM", "Qwen3_5ForCausalLM", "NemotronHForCausalLM"])
+def test_check_model_agrees_where_layers_keep_states(
+    tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Last norms by other names, and layers of which two are one here."""
+    folder = save_random(tmp_path, architecture)
+    assert main(["check-model", str(folder), "--tolerance", "1e-4"]) == 0
+    assert "3 of 3 prompts agree" in capsys.readouterr().out
+
+
 def test_check_model_compares_text_and_ends_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
