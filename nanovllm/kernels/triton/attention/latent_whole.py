@@ -61,7 +61,7 @@ def _attend_whole(
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
         if IS_MASKED:
             scores = tl.where(token[None, :] <= query[:, None], scores, float("-inf"))
-        top, norm, acc = update_softmax(top, norm, acc, scores, v, None, scale, 0.0, False)
+        top, norm, acc = update_softmax(top, norm, acc, scores, v, None, scale, 0.0)
     return top, norm, acc
 
 
