@@ -1,7 +1,8 @@
 """Checkpoints of NVIDIA's ModelOpt: FP8 with a scale for each matrix and for its inputs, and NVFP4.
 
-Owns the reading of their config. What they say of a KV cache in FP8, a scale for each layer, is read and left: a cache
-here has finer scales, and is in FP8 where `kv_cache_dtype` says so.
+Owns the reading of their config, which older ones have in a file beside it, hf_quant_config.json. What they say of a
+KV cache in FP8, a scale for each layer, is read and left: a cache here has finer scales, and is in FP8 where
+`kv_cache_dtype` says so.
 """
 
 import fnmatch
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec
@@ -50,34 +50,25 @@ class ModelOpt:
         return ModelOptNvfp4Linear(spec, self.has_kv_scales)
 
 
-class ModelOptFp8Linear(Fp8Linear):
+class _WithKvScales(QuantizedLinear):
+    """A scale beside the projection of keys, and of values, where a config says so."""
+
+    has_kv_scales: bool
+
+    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
+        yield from super().weights(part)
+        for projection, name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
+            if self.has_kv_scales and self.spec.names[part].endswith(projection):
+                yield self.weight_spec(name, part, (1,), (torch.float32,), lambda part, scale: None)
+
+
+class ModelOptFp8Linear(_WithKvScales, Fp8Linear):
     def __init__(self, spec: LinearSpec, has_kv_scales: bool) -> None:
         super().__init__(spec, block_size=None, is_static=True, scale_name="weight_scale")
         self.has_kv_scales = has_kv_scales
 
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
-        yield from super().weights(part)
-        if self.has_kv_scales:
-            yield from _kv_scale(self, part)
 
-
-class ModelOptNvfp4Linear(Nvfp4Linear):
+class ModelOptNvfp4Linear(_WithKvScales, Nvfp4Linear):
     def __init__(self, spec: LinearSpec, has_kv_scales: bool) -> None:
         super().__init__(spec, _NVFP4)
         self.has_kv_scales = has_kv_scales
-
-    def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
-        yield from super().weights(part)
-        if self.has_kv_scales:
-            yield from _kv_scale(self, part)
-
-
-def _kv_scale(layer: QuantizedLinear, part: int) -> Iterator[tuple[str, WeightSpec]]:
-    """Beside the projection of keys, and of values."""
-    for projection, name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
-        if layer.spec.names[part].endswith(projection):
-            yield layer.weight_spec(name, part, (1,), (torch.float32,), _leave)
-
-
-def _leave(part: int, scale: Tensor) -> None:
-    return None

@@ -86,6 +86,8 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
         config = _read_json(path / "config.json", required=True)
+        if not config.get("quantization_config"):
+            config |= _read_quantization_beside(path / "hf_quant_config.json")
         self.config = text_config(config, path)
         self.generation_config = _read_json(path / "generation_config.json", required=False)
         self._files = files
@@ -114,6 +116,16 @@ class SafetensorsCheckpoint:
     def headers(self) -> Iterator[tuple[str, torch.Tensor]]:
         # A mapped tensor takes no memory before somebody looks at its numbers.
         return ((name, tensor.to("meta")) for name, tensor in self.tensors(torch.float32))
+
+
+def _read_quantization_beside(path: Path) -> dict[str, Any]:
+    """`quantization_config` as ModelOpt's older exports say it, in a file of its own; empty without one."""
+    stated = _read_json(path, required=False)
+    if not stated:
+        return {}
+    if not isinstance(stated.get("quantization"), dict):
+        raise ValueError(f"{path}: quantization must be an object, got {stated.get('quantization')!r}")
+    return {"quantization_config": {"quant_method": "modelopt", **stated["quantization"]}}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -252,6 +252,24 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         logprobs(plain, quantization="int8", deterministic=True)
 
 
+def test_modelopts_file_beside_the_config_says_the_same(tmp_path: Path) -> None:
+    quantized, _ = save_quantized(tmp_path, FORMATS["FP8, ModelOpt"])
+    want = logprobs(quantized)
+    fields = json.loads((quantized / "config.json").read_text())
+    stated = fields.pop("quantization_config")
+    (quantized / "config.json").write_text(json.dumps(fields))
+    beside = quantized / "hf_quant_config.json"
+    said = {name: stated[name] for name in ("quant_algo", "exclude_modules")} | {"kv_cache_quant_algo": None}
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": said}))
+    assert logprobs(quantized) == want
+    beside.write_text(json.dumps({"quantization": {**said, "quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(NotImplementedError, match="quant_algo='W4A8_AWQ' is not supported"):
+        logprobs(quantized)
+    beside.write_text(json.dumps({"quantization": "FP8"}))
+    with pytest.raises(ValueError, match=r"hf_quant_config.json: quantization must be an object, got 'FP8'"):
+        logprobs(quantized)
+
+
 @pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
 def test_scales_of_a_cache_in_modelopts_checkpoints_are_read_and_left(algorithm: str) -> None:
     config = {"quant_method": "modelopt", "quant_algo": algorithm, "exclude_modules": ["lm_head", "model.layers.1*"]}
