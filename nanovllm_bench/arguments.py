@@ -437,10 +437,11 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         nargs="+",
-        choices=("hf", "vllm", "nano-vllm"),
+        choices=("hf", "vllm", "nano-vllm", "llama.cpp"),
         default=[],
         metavar="ENGINE",
-        help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm, nano-vllm",
+        help="engines to measure in the same run: hf (transformers' generate, left-padded), vllm, nano-vllm, llama.cpp "
+        "(of a GGUF file, on the CPU)",
     )
     parser.add_argument(
         "--before",

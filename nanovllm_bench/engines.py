@@ -38,6 +38,8 @@ def check_installed(name: str, nano_vllm_python: str | None) -> None:
     """Raises ImportError or ValueError, with the remedy, where the engine of this name cannot be measured here."""
     if name == "vllm" and find_spec("vllm") is None:
         raise ImportError("--compare vllm needs vLLM in this environment: pip install vllm")
+    if name == "llama.cpp" and find_spec("llama_cpp") is None:
+        raise ImportError("--compare llama.cpp needs its Python binding: pip install llama-cpp-python")
     if name == "nano-vllm" and nano_vllm_python is None:
         raise ValueError(
             "nano-vllm's module is called nanovllm too, so it needs an environment of its own: make one, run there "

@@ -18,6 +18,7 @@ from nanovllm.roofline.ceilings import measure_ceilings
 from nanovllm.roofline.roofline import Ceilings, Work, report
 from nanovllm_bench.elsewhere import EarlierBuild, OriginalNanoVLLM, check_checkout
 from nanovllm_bench.engines import VLLM, BenchEngine, HuggingFace, NanoVLLM, check_installed
+from nanovllm_bench.llama_cpp_engine import LlamaCpp
 from nanovllm_bench.mixed import run_mixed
 from nanovllm_bench.report import print_record, print_table
 from nanovllm_bench.workload import Workload, named, shared_prefix, uniform
@@ -105,6 +106,8 @@ def _engines(args: Namespace, ours: NanoVLLM, needs_tokenizer: bool) -> Generato
             yield HuggingFace(args.model, options, ours.dtype, ours.device)
         elif name == "vllm":
             yield VLLM(args.model, options, ours.dtype)
+        elif name == "llama.cpp":
+            yield LlamaCpp(args.model, options)
         else:
             yield OriginalNanoVLLM(args.model, options, args.nano_vllm_python)
 
