@@ -11,9 +11,10 @@ from nanovllm.attention.backend import AttentionBackend
 
 
 class LatentBackend(AttentionBackend):
-    def takes_whole(self, prepared: Any) -> bool:
-        """Is the step one of whole prompts, which `forward_whole` computes sooner?"""
-        return False
+    def whole_from(self, prepared: Any) -> int | None:
+        """The step's token from which on there are whole prompts alone, which `forward_whole` computes sooner, and then
+        `forward` is for those before it; None if that is not so."""
+        return None
 
     def forward_whole(
         self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: Any

@@ -3,7 +3,7 @@
 Owns the step's plans while its layers run; `kernels/triton/attention/latent_attention.py` makes and reads them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,10 +21,16 @@ class PreparedLatentStep(PreparedStep):
     latent_plans: LatentPlans = field(default_factory=LatentPlans)
 
     @cached_property
-    def is_whole(self) -> bool:
-        """Do all requests begin in this step? A captured step may be replayed with others."""
-        lens = zip(self.meta.query_lens_host, self.meta.seq_lens_host, strict=True)
-        return all(a == b > 1 for a, b in lens) and not torch.cuda.is_current_stream_capturing()
+    def has_whole_prompts(self) -> bool:
+        """Do all requests that do not decode begin in this step? A captured step may be replayed with others."""
+        first = self.meta.num_decodes
+        begins = self.meta.query_lens_host[first:] == self.meta.seq_lens_host[first:]
+        return begins and self.meta.num_reqs > first and not torch.cuda.is_current_stream_capturing()
+
+    @cached_property
+    def decodes(self) -> AttentionMetadata:
+        num = self.meta.num_decodes
+        return replace(self.meta, num_reqs=num, query_lens_host=[1] * num, seq_lens_host=self.meta.seq_lens_host[:num])
 
 
 class TritonLatentBackend(TritonBackend, LatentBackend):
@@ -41,10 +47,13 @@ class TritonLatentBackend(TritonBackend, LatentBackend):
     ) -> Tensor:
         if shape.value_dim is None or not isinstance(prepared, PreparedLatentStep):
             return super().forward(shape, q, cache, prepared, sinks)
-        return latent_attention_triton(q, cache, prepared.meta, shape, prepared.latent_plans, self._is_exact)
+        meta = prepared.meta if self.whole_from(prepared) is None else prepared.decodes
+        return latent_attention_triton(q, cache, meta, shape, prepared.latent_plans, self._is_exact)
 
-    def takes_whole(self, prepared: PreparedStep) -> bool:
-        return isinstance(prepared, PreparedLatentStep) and prepared.is_whole and not self._is_exact
+    def whole_from(self, prepared: PreparedStep) -> int | None:
+        if self._is_exact or not isinstance(prepared, PreparedLatentStep) or not prepared.has_whole_prompts:
+            return None
+        return prepared.meta.num_decodes
 
     def forward_whole(
         self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: PreparedLatentStep

@@ -15,7 +15,7 @@ from nanovllm.attention.backend import ForwardContext
 from nanovllm.attention.latent import LatentBackend
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.attention_types import AttentionShape, HeadInputs
+from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.latent_store import latent_store
 from nanovllm.layers.absorbed import AbsorbedProjection
 from nanovllm.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
@@ -62,19 +62,45 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None, ctx: ForwardContext) -> Tensor:
         """[num_tokens, num_heads * value_dim]"""
-        cache, backend, rank = ctx.kv_caches[self.layer_idx], ctx.backend, self.kv_a_norm.weight.shape[0]
+        backend, (prepared, _) = ctx.backend, ctx.groups[ctx.group_of_layer[self.layer_idx]]
+        first = backend.whole_from(prepared) if isinstance(backend, LatentBackend) else None
+        inputs, n = (q, q_rope, kv) if cos_sin is None else (q, q_rope, kv, cos_sin), q.shape[0]
+        outputs = []
+        if first != 0:
+            outputs.append(self._absorbed(ctx, slice(0, first), *(x[:first] for x in inputs)))
+        if first is not None:
+            outputs.append(self._whole(ctx, slice(first, n), *(x[first:] for x in inputs)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _absorbed(
+        self, ctx: ForwardContext, tokens: slice, q: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None = None
+    ) -> Tensor:
+        """Over the cache as it is. tokens: which of the step's these are."""
+        cache, rank = ctx.kv_caches[self.layer_idx], self.kv_a_norm.weight.shape[0]
         prepared, slots = ctx.groups[ctx.group_of_layer[self.layer_idx]]
-        heads = HeadInputs(cos_sin, slots, k_norm_weight=self.kv_a_norm.weight, eps=_EPS)
-        if isinstance(backend, LatentBackend) and backend.takes_whole(prepared):
-            turned = torch.empty_like(q_rope)
-            latent_store(turned, q_rope, kv, heads, cache, self.is_neox_style)
-            rows = cache.data.flatten(0, 3).index_select(0, slots.clamp(min=0))  # what was just stored
-            made = self.kv_b_proj.expand(rows[:, :rank])
-            return backend.forward_whole(q, turned, made, rows[:, rank:], self.shape.scale, prepared).flatten(1)
         queries = q.new_empty(q.shape[0], self.shape.num_heads, self.shape.head_dim)
         self.kv_b_proj.absorb(q, queries[..., :rank])
-        latent_store(queries[..., rank:], q_rope, kv, heads, cache, self.is_neox_style)
-        return self.kv_b_proj.values(backend.forward(self.shape, queries, cache, prepared))
+        self._store(queries[..., rank:], q_rope, kv, cos_sin, slots[tokens], cache)
+        return self.kv_b_proj.values(ctx.backend.forward(self.shape, queries, cache, prepared))
+
+    def _whole(
+        self, ctx: ForwardContext, tokens: slice, q: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None = None
+    ) -> Tensor:
+        """With keys and values of each head: of prompts that begin in this step. tokens: which of its these are."""
+        assert isinstance(ctx.backend, LatentBackend)
+        cache, rank = ctx.kv_caches[self.layer_idx], self.kv_a_norm.weight.shape[0]
+        prepared, slots = ctx.groups[ctx.group_of_layer[self.layer_idx]]
+        turned = torch.empty_like(q_rope)
+        self._store(turned, q_rope, kv, cos_sin, slots[tokens], cache)
+        rows = cache.data.flatten(0, 3).index_select(0, slots[tokens].clamp(min=0))  # what was just stored
+        made = self.kv_b_proj.expand(rows[:, :rank])
+        return ctx.backend.forward_whole(q, turned, made, rows[:, rank:], self.shape.scale, prepared).flatten(1)
+
+    def _store(
+        self, turned: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None, slots: Tensor, cache: LayerCache
+    ) -> None:
+        heads = HeadInputs(cos_sin, slots, k_norm_weight=self.kv_a_norm.weight, eps=_EPS)
+        latent_store(turned, q_rope, kv, heads, cache, self.is_neox_style)
 
     def weights(self, name: str) -> WeightSpecs:
         first = "q_proj" if self.q_a_norm is None else "q_a_proj"

@@ -33,10 +33,11 @@ def whole_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 def plan_whole(meta: AttentionMetadata, q: Tensor, config: PrefillConfig | None = None) -> PrefillPlan:
-    """Plans a step of whole prompts. Of q [num_tokens, num_heads, key_dim] only sizes, dtype and device count."""
+    """Plans the prompts of a step, all of them whole. q: as of `attend_whole`; only sizes, dtype and device count."""
     config = config or whole_config(q.shape[2], q.dtype, q.device)
     of_heads = LayerCache(q.new_empty(1).expand(1, 1, q.shape[1], 1, 1))  # a head is a program's own
-    return plan_prefill(meta.query_start_loc, meta.seq_lens, 0, q, of_heads, config)
+    first = meta.num_decodes
+    return plan_prefill(meta.query_start_loc[first:] - first, meta.seq_lens[first:], 0, q, of_heads, config)
 
 
 @triton.jit
@@ -138,15 +139,17 @@ def attend_whole(
     """q [num_tokens, num_heads, key_dim] and q_rope [num_tokens, num_heads, rope_dim] with k_rope [num_tokens,
     rope_dim]; kv [num_tokens, num_heads, key_dim + value_dim] -> [num_tokens, num_heads, value_dim].
 
-    Each request's tokens are all that it has. Rows of tokens may lie apart; rows of none give zeros.
+    These are the tokens behind the step's decodes; a request's are all that it has. Rows of tokens may lie apart; rows
+    of none give zeros.
     """
     (num_tokens, num_heads, key_dim), rope_dim, config = q.shape, q_rope.shape[2], plan.config
     value_dim = kv.shape[2] - key_dim
-    new = q.new_empty if sum(meta.query_lens_host) == num_tokens else q.new_zeros
+    new = q.new_empty if sum(meta.query_lens_host[meta.num_decodes :]) == num_tokens else q.new_zeros
+    starts = meta.query_start_loc[meta.num_decodes :] - meta.num_decodes
     out = new(num_tokens, num_heads, value_dim)
     launch(
         _whole_prompts_kernel, (plan.order.shape[0] * num_heads,), q.device,
-        q, q_rope, kv, k_rope, out, meta.query_start_loc, plan.order, q.stride(0), q.stride(1), q_rope.stride(0),
+        q, q_rope, kv, k_rope, out, starts, plan.order, q.stride(0), q.stride(1), q_rope.stride(0),
         q_rope.stride(1), kv.stride(0), k_rope.stride(0), scale * LOG2_E, HEADS=num_heads, KEY=key_dim,
         BLOCK_KEY=max(16, next_power_of_2(key_dim)), ROPE=rope_dim, BLOCK_ROPE=max(16, next_power_of_2(rope_dim)),
         VALUE=value_dim, BLOCK_VALUE=max(16, next_power_of_2(value_dim)), ROWS=config.rows, TILE=config.tile,
