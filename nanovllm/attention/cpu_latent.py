@@ -8,27 +8,38 @@ All heads of a request stand below each other as the rows of one matrix, since t
     output [queries x heads, rank] = weights x the first `rank` numbers of these rows
 """
 
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.attention.cpu_paged import CpuPagedBackend, PreparedStep
-from nanovllm.kernels.attention_types import AttentionShape, LayerCache
+from nanovllm.attention.latent import LatentBackend, LatentStep
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 
 MAX_SCORES = 2**23  # that are in memory at a time
 
 
-class CpuLatentBackend(CpuPagedBackend):
+@dataclass(frozen=True)
+class PreparedLatentStep(PreparedStep, LatentStep):
+    pass
+
+
+class CpuLatentBackend(CpuPagedBackend, LatentBackend):
     """Layers of another kind, of a model that drafts, are the other backend's."""
+
+    def prepare(self, meta: AttentionMetadata) -> PreparedLatentStep:
+        return PreparedLatentStep(meta)
 
     def forward(
         self, shape: AttentionShape, q: Tensor, cache: LayerCache, prepared: PreparedStep, sinks: Tensor | None = None
     ) -> Tensor:
         """Equals `kernels.paged_attention` up to rounding."""
-        if shape.value_dim is None:
+        if shape.value_dim is None or not isinstance(prepared, PreparedLatentStep):
             return super().forward(shape, q, cache, prepared, sinks)
-        meta, start = prepared.meta, 0
+        meta, start = prepared.meta if prepared.whole_from is None else prepared.decodes, 0
         out = q.new_empty(*q.shape[:2], shape.value_dim)
         lens = zip(meta.query_lens_host, meta.seq_lens_host, strict=True)
         for (query_len, seq_len), group in groupby(enumerate(lens), key=lambda item: item[1]):
@@ -40,6 +51,23 @@ class CpuLatentBackend(CpuPagedBackend):
             _attend(q[rows].view(len(requests), query_len, *q.shape[1:]), keys, shape, out[rows])
             start = rows.stop
         return out
+
+    def whole_from(self, prepared: PreparedLatentStep) -> int | None:
+        return prepared.whole_from
+
+    def forward_whole(
+        self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: PreparedLatentStep
+    ) -> Tensor:
+        lens = list(prepared.meta.query_lens_host[prepared.meta.num_decodes :])
+        k, v = kv.tensor_split([q.shape[2]], dim=2)
+        queries, keys = torch.cat((q, q_rope), -1), torch.cat((k, k_rope[:, None].expand_as(q_rope)), -1)
+        padded = F.pad(v, (0, max(0, keys.shape[2] - v.shape[2])))  # the fast form wants them as wide as keys
+        found = []
+        for parts in zip(*(x.split(lens) for x in (queries, keys, padded)), strict=True):
+            one_q, one_k, one_v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+            one = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, scale=scale)
+            found.append(one[0].transpose(0, 1))
+        return torch.cat(found)[..., : v.shape[2]]
 
 
 def _attend(q: Tensor, keys: Tensor, shape: AttentionShape, out: Tensor) -> None:

@@ -1,13 +1,21 @@
 """LatentBackend: what a backend of latent attention may do beside `forward`.
 
-Owns the interface only. Invariant: a model that asks for nothing of it is right.
+Owns the interface, and which steps it is for. Invariant: a model that asks for nothing of it is right.
+
+Over latents a pair of query and key costs 576 + 512 multiplications a head, and 192 + 128 with keys and values that are
+made for each head. These cost one product for all of a step's tokens, in the place of two (`layers/absorbed.py`); but
+what was computed in earlier steps would have to be made again each time, and somewhere. So they are made for prompts
+that begin in a step.
 """
 
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
+from nanovllm.kernels.attention_types import AttentionMetadata
 
 
 class LatentBackend(AttentionBackend):
@@ -19,5 +27,27 @@ class LatentBackend(AttentionBackend):
     def forward_whole(
         self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: Any
     ) -> Tensor:
-        """With keys and values that were made for each head: see `kernels/triton/attention/latent_whole.py`."""
+        """q [num_tokens, num_heads, key_dim] and q_rope [num_tokens, num_heads, rope_dim] with k_rope [num_tokens,
+        rope_dim]; kv [num_tokens, num_heads, key_dim + value_dim] -> [num_tokens, num_heads, value_dim]. These are the
+        tokens from `whole_from` on."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LatentStep:
+    """A part of what a backend prepares. meta: the step."""
+
+    meta: AttentionMetadata
+
+    @cached_property
+    def whole_from(self) -> int | None:
+        """By what the host knows: of a captured step, which may be replayed with others, it is no answer."""
+        meta, first = self.meta, self.meta.num_decodes
+        begins = meta.query_lens_host[first:] == meta.seq_lens_host[first:]
+        return first if begins and meta.num_reqs > first else None
+
+    @cached_property
+    def decodes(self) -> AttentionMetadata:
+        """The step without its prompts."""
+        num = self.meta.num_decodes
+        return replace(self.meta, num_reqs=num, query_lens_host=[1] * num, seq_lens_host=self.meta.seq_lens_host[:num])

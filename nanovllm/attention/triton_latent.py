@@ -3,13 +3,12 @@
 Owns the step's plans while its layers run; `kernels/triton/attention/latent_attention.py` makes and reads them.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nanovllm.attention.latent import LatentBackend
+from nanovllm.attention.latent import LatentBackend, LatentStep
 from nanovllm.attention.triton_paged import PreparedStep, TritonBackend
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.latent_attention import LatentPlans, latent_attention_triton
@@ -17,20 +16,8 @@ from nanovllm.kernels.triton.attention.latent_whole import attend_whole, plan_wh
 
 
 @dataclass(frozen=True)
-class PreparedLatentStep(PreparedStep):
+class PreparedLatentStep(PreparedStep, LatentStep):
     latent_plans: LatentPlans = field(default_factory=LatentPlans)
-
-    @cached_property
-    def has_whole_prompts(self) -> bool:
-        """Do all requests that do not decode begin in this step? A captured step may be replayed with others."""
-        first = self.meta.num_decodes
-        begins = self.meta.query_lens_host[first:] == self.meta.seq_lens_host[first:]
-        return begins and self.meta.num_reqs > first and not torch.cuda.is_current_stream_capturing()
-
-    @cached_property
-    def decodes(self) -> AttentionMetadata:
-        num = self.meta.num_decodes
-        return replace(self.meta, num_reqs=num, query_lens_host=[1] * num, seq_lens_host=self.meta.seq_lens_host[:num])
 
 
 class TritonLatentBackend(TritonBackend, LatentBackend):
@@ -50,10 +37,8 @@ class TritonLatentBackend(TritonBackend, LatentBackend):
         meta = prepared.meta if self.whole_from(prepared) is None else prepared.decodes
         return latent_attention_triton(q, cache, meta, shape, prepared.latent_plans, self._is_exact)
 
-    def whole_from(self, prepared: PreparedStep) -> int | None:
-        if self._is_exact or not isinstance(prepared, PreparedLatentStep) or not prepared.has_whole_prompts:
-            return None
-        return prepared.meta.num_decodes
+    def whole_from(self, prepared: PreparedLatentStep) -> int | None:
+        return None if self._is_exact or torch.cuda.is_current_stream_capturing() else prepared.whole_from
 
     def forward_whole(
         self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: PreparedLatentStep

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.attention.cpu_latent import CpuLatentBackend
-from nanovllm.attention.latent import LatentBackend
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.models.registry import read_model_config
 from tests.lora.random_adapters import make_tensors, merged, request
@@ -129,51 +126,25 @@ def test_captured_steps_drafts_and_blocks_elsewhere_change_no_token(
     assert fake.num_decodes > 10 and fake.num_prompts > 0
 
 
-class WholeOnCpu(CpuLatentBackend, LatentBackend):
-    """As a GPU's: prompts that begin in a step have keys and values of each head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_decodes: set[int] = set()  # beside such prompts
-
-    def whole_from(self, prepared: Any) -> int | None:
-        meta = prepared.meta
-        lens = meta.query_lens_host[meta.num_decodes :]
-        return meta.num_decodes if lens and lens == meta.seq_lens_host[meta.num_decodes :] else None
-
-    def forward(self, shape: Any, q: Tensor, cache: Any, prepared: Any, sinks: Tensor | None = None) -> Tensor:
-        if (num := self.whole_from(prepared)) is not None:
-            lens = {"query_lens_host": [1] * num, "seq_lens_host": prepared.meta.seq_lens_host[:num]}
-            prepared = replace(prepared, meta=replace(prepared.meta, **lens))
-        return super().forward(shape, q, cache, prepared, sinks)
-
-    def forward_whole(
-        self, q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, prepared: Any
-    ) -> Tensor:
-        self.num_decodes.add(prepared.meta.num_decodes)
-        lens = prepared.meta.query_lens_host[prepared.meta.num_decodes :]
-        k, v = kv.tensor_split([q.shape[2]], dim=2)
-        queries, keys = torch.cat((q, q_rope), -1), torch.cat((k, k_rope[:, None].expand(*q_rope.shape)), -1)
-        found = []
-        for parts in zip(*(x.split(lens) for x in (queries, keys, v)), strict=True):
-            heads = (part.transpose(0, 1) for part in parts)
-            found.append(F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale).transpose(0, 1))
-        return torch.cat(found)
-
-
-def test_whole_prompts_with_keys_and_values_of_each_head(
+def test_whole_prompts_alone_and_beside_decodes(
     lite: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone and beside decodes; what comes behind them finds their latents in the cache."""
+    """They have keys and values of each head; what comes behind them finds their latents in the cache."""
+    forward_whole, seen = CpuLatentBackend.forward_whole, set()
+
+    def noted(self: CpuLatentBackend, *arguments: Any) -> Tensor:
+        seen.add(arguments[-1].meta.num_decodes)
+        return forward_whole(self, *arguments)
+
     prompts = [prompt for prompt in prompts if len(prompt) > 1]  # one token is a decode
-    expected, backend = tokens(lite, prompts), WholeOnCpu()
-    monkeypatch.setattr("nanovllm.executor.worker.choose_backend", lambda *_: backend)
+    expected = tokens(lite, prompts)
+    monkeypatch.setattr(CpuLatentBackend, "forward_whole", noted)
     with make_llm(lite, max_num_seqs=2, enable_prefix_caching=False) as llm:
         some = [replace(ONE, max_tokens=n) for n in (12, 3, 12)]
         outputs = llm.generate(prompts, some, use_tqdm=False)
     for output, wanted, params in zip(outputs, expected, some, strict=True):
         assert output.outputs[0].token_ids == wanted[: params.max_tokens]
-    assert backend.num_decodes == {0, 1}
+    assert seen == {0, 1}
 
 
 def test_adapters_of_what_is_multiplied_as_it_stands(lite: Path, prompts: list[list[int]]) -> None:

@@ -3,10 +3,7 @@
 Owns the kernel for requests whose context is in this step from its first token on; the order of the tiles of queries is
 `prefill.py`'s. Invariant: equals `latent_prefill.py` up to rounding.
 
-A pair of query and key costs 192 + 128 multiplications a head here, and 576 + 512 over latents. Keys and values are one
-product for all of a step's tokens; it takes the place of the two that absorb and give back (`layers/absorbed.py`), and
-costs as much. What was computed in earlier steps would have to be made again each time, and somewhere, so what comes
-behind it is computed over latents.
+`attention/latent.py` says what they are for.
 """
 
 import torch
@@ -136,11 +133,8 @@ def _whole_prompts_kernel(
 def attend_whole(
     q: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, scale: float, meta: AttentionMetadata, plan: PrefillPlan
 ) -> Tensor:
-    """q [num_tokens, num_heads, key_dim] and q_rope [num_tokens, num_heads, rope_dim] with k_rope [num_tokens,
-    rope_dim]; kv [num_tokens, num_heads, key_dim + value_dim] -> [num_tokens, num_heads, value_dim].
-
-    These are the tokens behind the step's decodes; a request's are all that it has. Rows of tokens may lie apart; rows
-    of none give zeros.
+    """See `LatentBackend.forward_whole`. These are the tokens behind the step's decodes; a request's are all that it
+    has. Rows of tokens may lie apart; rows of none give zeros.
     """
     (num_tokens, num_heads, key_dim), rope_dim, config = q.shape, q_rope.shape[2], plan.config
     value_dim = kv.shape[2] - key_dim
