@@ -101,14 +101,27 @@ def in_ways(ways: list[Any]) -> list[tuple[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made() -> Callable[[Any, Callable[[], Any]], Any]:
+    """Makes a thing once: a fixture with parameters would be made anew for each list of parameters that names it."""
+    known: dict[Any, Any] = {}
+
+    def once(key: Any, make: Callable[[], Any]) -> Any:
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    return once
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest, made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, config = CASES[request.param]
-    return save_random(tmp_path_factory.mktemp(request.param), architecture, **config)
+    return made(request.param, lambda: save_random(tmp_path_factory.mktemp(request.param), architecture, **config))
 
 
-@pytest.fixture(scope="module")
-def hugging_face(checkpoint: Path) -> Any:
-    return load_hugging_face(checkpoint)
+@pytest.fixture
+def hugging_face(checkpoint: Path, made: Any) -> Any:
+    return made((checkpoint, "model"), lambda: load_hugging_face(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +130,11 @@ def prompts() -> list[list[int]]:
     return [*prompts, prompts[1][:32] + prompts[2]]  # the last shares whole blocks with another one
 
 
-@pytest.fixture(scope="module")
-def expected(hugging_face: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return [hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT) for prompt in prompts]
+@pytest.fixture
+def expected(checkpoint: Path, hugging_face: Any, prompts: list[list[int]], made: Any) -> list[list[int]]:
+    return made(
+        (checkpoint, "tokens"), lambda: [hugging_face_greedy(hugging_face, prompt, NUM_OUTPUT) for prompt in prompts]
+    )
 
 
 @pytest.mark.parametrize(("checkpoint", "max_num_batched_tokens"), in_ways([256, 5]), indirect=["checkpoint"])
