@@ -192,20 +192,24 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        # That of mixtures has all that others have.
-        return transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self.hidden[None])
+        # That of mixtures has all that others have, but for what Gemma 4's layers share.
+        output = transformers.modeling_outputs.MoeModelOutputWithPast(last_hidden_state=self.hidden[None])
+        output.shared_kv_states = None
+        return output
 
 
 @torch.inference_mode()
 def _compare_logits(ours: Any, our_hidden: Tensor, theirs: Any, their_hidden: Tensor) -> Difference:
     """A few rows at a time: all of them, for 262,144 tokens in float32, would take more memory than the model."""
     decoder, num_rows = theirs.model, max(1, _LOGITS_AT_ONCE // theirs.config.get_text_config().vocab_size)
-    is_multimodal = hasattr(decoder, "language_model")  # its head is all that comes behind its text model
+    is_multimodal = hasattr(decoder, "language_model")  # behind its text model come its head and a soft-cap, no more
+    softcap = getattr(theirs.config.get_text_config(), "final_logit_softcapping", None)
     parts: list[Difference] = []
     try:
         for our_rows, their_rows in zip(our_hidden.split(num_rows), their_hidden.split(num_rows), strict=True):
             if is_multimodal:
                 logits = theirs.lm_head(their_rows)
+                logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
             else:
                 theirs.model = _Given(their_rows)
                 logits = theirs(torch.zeros(1, len(their_rows), dtype=torch.long), use_cache=False).logits[0]

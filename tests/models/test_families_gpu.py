@@ -31,6 +31,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3ForCausalLM",
         {"num_hidden_layers": 3, "sliding_window_pattern": 2, "sliding_window": 40, "head_dim": 256},
     ),
+    "gemma4-d512": (
+        "Gemma4ForCausalLM",
+        {
+            **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            **{"num_kv_shared_layers": 2, "sliding_window": 40, "head_dim": 256, "global_head_dim": 512},
+        },
+    ),
+    "gpt-oss-d64": ("GptOssForCausalLM", {"head_dim": 64, "sliding_window": 40}),
     "phi3-window": ("Phi3ForCausalLM", {"sliding_window": 48}),
     "phi4-partial": (
         "Phi3ForCausalLM",

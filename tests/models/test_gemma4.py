@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nanovllm.cli.main import main
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from tests.models.parity import ONE, check_every_way_of_running, make_llm
 from tests.runner.fake_graphs import fake_graphs
@@ -104,3 +105,8 @@ def test_what_is_refused(tmp_path: Path, fields: dict[str, Any], options: dict[s
     edit_json(folder / "config.json", **fields)
     with pytest.raises((ValueError, NotImplementedError), match=message):
         make_llm(folder, **options)
+
+
+def test_check_model_compares_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-model", str(save(tmp_path))]) == 0
+    assert "check-model: PASS logits=" in capsys.readouterr().out

@@ -50,6 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {
             **{"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128},
             **{"num_kv_shared_layers": 1, "num_hidden_layers": 3, "sliding_window": 9, "pad_token_id": 0},
+            "final_logit_softcapping": 5.0,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
         },
         {"num_key_value_heads": 2, "head_dim": 8},

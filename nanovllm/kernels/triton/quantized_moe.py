@@ -16,10 +16,19 @@ from nanovllm.kernels.quantized_moe import Rounded, Stack
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
-from nanovllm.kernels.triton.linear.quantized_gemm import byte_numbers, e2m1_numbers, e8m0_numbers, int4_numbers
+from nanovllm.kernels.triton.expert_gemv import multiply_vectors
+from nanovllm.kernels.triton.linear.quantized_gemm import (
+    SCALED_BACK,
+    byte_numbers,
+    e2m1_numbers,
+    e8m0_numbers,
+    int4_numbers,
+    scaled_e2m1,
+)
 from nanovllm.kernels.triton.moe import apply_gate, choose_block_size, gate_arguments, sum_choices
 
 TILE, STEP = 64, 128  # outputs of a program; inputs at a time, at most
+WIDE_STEP = 64  # of e2m1 in bfloat16, which holds numbers that are scaled already
 MAX_BLOCK = 64  # rows of a block; more of an expert's pay for dense numbers
 
 
@@ -27,13 +36,22 @@ MAX_BLOCK = 64  # rows of a block; more of an expert's pay for dense numbers
 def _multiply_codes(
     acc, codes_ptrs, scale_ptrs, zero_ptrs, first, second,
     GROUPED: tl.constexpr, IS_INT4: tl.constexpr, IS_E2M1: tl.constexpr, TILE: tl.constexpr,
+    GROUPS_OF_STEP: tl.constexpr,
 ):  # fmt: skip
-    """acc [TILE, BLOCK], and one step's products more. first, second: inputs [BLOCK, ..], of int4 of both halves."""
+    """acc [TILE, BLOCK], and one step's products more. first, second: inputs [BLOCK, ..], of int4 of both halves.
+
+    GROUPS_OF_STEP: if more than 1, scale_ptrs has as many columns.
+    """
     dtype: tl.constexpr = first.dtype
     NOTHING: tl.constexpr = 1024.0 if dtype == tl.float16 else 128.0
     codes = tl.load(codes_ptrs)
-    sums = tl.zeros(acc.shape, tl.float32) if GROUPED else acc
-    if IS_E2M1:
+    ADDS: tl.constexpr = GROUPED and GROUPS_OF_STEP == 1  # of a group, whose sum has a scale
+    sums = tl.zeros(acc.shape, tl.float32) if ADDS else acc
+    if GROUPS_OF_STEP > 1:
+        low, high = scaled_e2m1(codes, tl.load(scale_ptrs), TILE, GROUPS_OF_STEP)
+        sums = tl.dot(low, tl.trans(first), sums)
+        sums = tl.dot(high, tl.trans(second), sums)
+    elif IS_E2M1:
         sums = tl.dot(e2m1_numbers(codes & 15, dtype), tl.trans(first), sums)
         sums = tl.dot(e2m1_numbers(codes >> 4, dtype), tl.trans(second), sums)
     elif IS_INT4:
@@ -47,7 +65,7 @@ def _multiply_codes(
         if zero_ptrs is not None:
             numbers = (numbers.to(tl.float32) - tl.load(zero_ptrs).to(tl.float32)[:, None]).to(dtype)
         sums = tl.dot(numbers, tl.trans(first), sums)
-    return acc + sums * _load_scales(scale_ptrs, IS_E2M1)[:, None] if GROUPED else sums
+    return acc + sums * _load_scales(scale_ptrs, IS_E2M1)[:, None] if ADDS else sums
 
 
 @triton.jit
@@ -78,13 +96,15 @@ def _grouped_codes_kernel(
     SORTED: tl.constexpr,
     IS_INT4: tl.constexpr,
     IS_E2M1: tl.constexpr,
+    GROUPS_OF_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`moe._grouped_kernel`, whose `scale` is `weight` here. GROUPS: of inputs, each with a scale; steps fill them."""
+    """`moe._grouped_kernel`, whose `scale` is `weight` here. GROUPS: of inputs, each with a scale; steps fill them, or,
+    GROUPS_OF_STEP at a time, they fill steps."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -117,19 +137,35 @@ def _grouped_codes_kernel(
     acc = tl.zeros([TILE, BLOCK], tl.float32)
     up = tl.zeros([TILE, BLOCK], tl.float32)
     for i in tl.range(0, INPUTS // STEP, num_stages=STAGES):
-        group = place + i // STEPS_PER_GROUP if GROUPED else place
+        group = place
+        if GROUPS_OF_STEP > 1:
+            group = place[:, None] + i * GROUPS_OF_STEP + tl.arange(0, GROUPS_OF_STEP)[None, :]
+        elif GROUPED:
+            group += i // STEPS_PER_GROUP
         first = tl.load(x_ptrs + i * STEP)
         second = tl.load(x_ptrs + i * STEP + 16) if IS_INT4 else first
         zero_ptrs = None if zero_ptr is None else zero_ptr + group
         acc = _multiply_codes(
-            acc, codes_ptrs + i * BYTES, scale_ptr + group, zero_ptrs, first, second, GROUPED, IS_INT4, IS_E2M1, TILE
+            acc,
+            codes_ptrs + i * BYTES,
+            scale_ptr + group,
+            zero_ptrs,
+            first,
+            second,
+            GROUPED,
+            IS_INT4,
+            IS_E2M1,
+            TILE,
+            GROUPS_OF_STEP,
         )
         if GATED:
             up_zero_ptrs = None if zero_ptr is None else zero_ptr + group + OUTPUTS * GROUPS
             up = _multiply_codes(
                 up, codes_ptrs + i * BYTES + OUTPUTS * ROW_BYTES, scale_ptr + group + OUTPUTS * GROUPS, up_zero_ptrs,
-                first, second, GROUPED, IS_INT4, IS_E2M1, TILE,
+                first, second, GROUPED, IS_INT4, IS_E2M1, TILE, GROUPS_OF_STEP,
             )  # fmt: skip
+    if GROUPS_OF_STEP > 1:
+        acc, up = acc * SCALED_BACK, up * SCALED_BACK
     if not GROUPED:
         acc *= _load_scales(scale_ptr + place, IS_E2M1)[:, None]
         if GATED:
@@ -187,6 +223,11 @@ def quantized_experts_triton(
     if rounded is not None:
         x = rounded(x)
     gate_up_bias, down_bias = (None, None) if biases is None else biases
+    if num_tokens == 1 and gate_up.weight.is_e2m1 and rounded is None:
+        multiply_vectors(x, gate_up, gate_up_bias, gate, None, expert_ids, gated, top_k)
+        multiply_vectors(gated, down, down_bias, None, weights, expert_ids, chosen, 1)
+        sum_choices(chosen, out)
+        return out
     _multiply(x, gate_up, gate_up_bias, gate, None, rows, block_experts, block_size, gated, top_k)
     if rounded is not None:
         gated = rounded(gated)
@@ -210,10 +251,14 @@ def _multiply(
     """With a gate or with weights. rows None: block i is row i alone."""
     codes, scale, zero, _, _ = stack.weight
     num_rows, num_outputs = out.shape
+    is_e2m1, step = stack.weight.is_e2m1, _step(stack)
+    if is_e2m1 and x.dtype == torch.bfloat16 and x.shape[1] % WIDE_STEP == 0:
+        step = WIDE_STEP
     launch(
         _grouped_codes_kernel, (block_experts.numel() * cdiv(num_outputs, TILE),), x.device,
         x, codes, scale, zero, bias, weights, rows, block_experts, out, num_rows,
         INPUTS=x.shape[1], OUTPUTS=num_outputs, GROUPS=scale.shape[1], ROWS_PER_X=rows_per_x, **gate_arguments(gate),
-        SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, IS_E2M1=stack.weight.is_e2m1, BLOCK=block_size,
-        TILE=TILE, STEP=_step(stack), STAGES=3, num_warps=4,
+        SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, IS_E2M1=is_e2m1,
+        GROUPS_OF_STEP=step // 32 if is_e2m1 else 1, BLOCK=block_size, TILE=TILE, STEP=step, STAGES=3,
+        num_warps=4,
     )  # fmt: skip

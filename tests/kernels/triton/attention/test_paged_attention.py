@@ -135,6 +135,16 @@ def test_soft_caps(dtype: torch.dtype, window: int | None, head_dim: int, softca
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_very_wide_heads(dtype: torch.dtype) -> None:
+    """As Gemma 4's layers that see everything have them, in a cache whose blocks hold more than one layer's."""
+    case = make_case(
+        [1, 1, 40], [90, 7, 70], num_heads=4, num_kv_heads=1, head_dim=512, block_size=16, dtype=dtype,
+        layout="k and v adjacent",
+    )  # fmt: skip
+    check(case, None, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 3.0)])
 def test_sinks(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
     """Once for each head, also where a request is cut into parts, in decodes and in prompts of several tiles."""
