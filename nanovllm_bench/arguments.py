@@ -72,7 +72,7 @@ examples:
   nanovllm bench throughput --batch-sizes 1 16 64 --compare hf
   nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload offline
   nanovllm bench throughput --num-prompts 64 --output-len 128 --mixed
-  nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload groups context_32768 --before ../nanovllm-last-week
+  nanovllm bench throughput --model Qwen/Qwen3-0.6B --workload groups --before ../nanovllm-last-week
 """,
     )
     size = throughput.add_mutually_exclusive_group()

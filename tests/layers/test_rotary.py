@@ -182,7 +182,7 @@ def test_dynamic_through_the_engine(tmp_path: Path, options: dict[str, Any], pre
     assert (metrics["num_preemptions"] > 0) == preempts
 
 
-@pytest.mark.parametrize("rope_type", ["proportional", "mrope", "su", "ntk"])
+@pytest.mark.parametrize("rope_type", ["mrope", "su", "ntk"])
 def test_any_other_type_is_refused_by_name(rope_type: str) -> None:
     config = {**hugging_face_config(*TYPES["default"]).to_dict(), "architectures": ["LlamaForCausalLM"]}
     for key in ("rope_type", "type"):
@@ -195,8 +195,8 @@ def test_any_other_type_is_refused_by_name(rope_type: str) -> None:
 
 def test_an_unsupported_type_is_refused_by_llm(tmp_path: Path) -> None:
     folder = save_random(tmp_path)
-    edit_json(folder / "config.json", rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(ValueError, match="proportional"):
+    edit_json(folder / "config.json", rope_parameters={"rope_type": "ntk", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ValueError, match="rope_type 'ntk'"):
         LLM(str(folder), device="cpu", skip_tokenizer_init=True)
 
 
