@@ -160,8 +160,9 @@ _ARCHITECTURE_OF_HF = {
     "Lfm2ForCausalLM": "lfm2",
     "Lfm2MoeForCausalLM": "lfm2moe",
     "Qwen3_5ForCausalLM": "qwen35",
+    "NemotronHForCausalLM": "nemotron_h",
 }
-_PERMUTED = ("llama", "granite", "granitehybrid", "granitemoe", "smollm3", "arcee", "mistral3")
+_PERMUTED = ("llama", "granite", "granitehybrid", "nemotron_h", "granitemoe", "smollm3", "arcee", "mistral3")
 _ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -172,6 +173,10 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
     """
     hf = json.loads((folder / "config.json").read_text())
     architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
+    if architecture == "nemotron_h":  # as released without experts
+        hf = {name: value for name, value in hf.items() if "expert" not in name and "moe" not in name}
+        hf |= {"num_hidden_layers": len(hf["layers_block_type"]), "rms_norm_eps": hf["layer_norm_epsilon"]}
+        hf["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     if architecture == "granite" and "linear_attention" in hf.get("layer_types", ()):
         architecture = "granitehybrid"
     names = gguf.get_tensor_name_map(_ARCH[architecture], hf["num_hidden_layers"])
@@ -208,14 +213,16 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
 
 def _as_states(name: str, tensor: np.ndarray, hf: Mapping[str, Any]) -> tuple[str, np.ndarray]:
     """What belongs to layers with a state; value heads in turns of their key heads."""
-    module = name.partition(".linear_attn.")[2] or name.partition(".mamba.")[2]
+    if hf["model_type"] == "nemotron_h":
+        name = name.replace("model.", "backbone.").replace("mixer.dt_bias", "mixer.dt.bias")
+    module = name.partition(".linear_attn.")[2] or name.partition(".mamba.")[2] or name.partition(".mixer.")[2]
     if ".feed_forward.experts." in name:
         for ours, usual in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
             name = name.replace(f".{ours}.", f".{usual}.")
         return name.replace(".feed_forward.", ".mlp."), tensor
     if not module:
         return name.replace("expert_bias", "expert_bias.bias"), tensor
-    is_mamba = ".mamba." in name
+    is_mamba = ".linear_attn." not in name
     if module == "A_log":
         tensor = -np.exp(tensor)
     elif module == "conv1d.weight":
@@ -224,7 +231,7 @@ def _as_states(name: str, tensor: np.ndarray, hf: Mapping[str, Any]) -> tuple[st
         if module in ("A_log", "D"):
             tensor = tensor.reshape(-1, 1)
         elif module == "norm.weight":
-            tensor = tensor.reshape(hf["mamba_n_groups"], -1)
+            tensor = tensor.reshape(hf.get("mamba_n_groups") or hf["n_groups"], -1)
     else:
         heads, key_heads, size = (
             hf[f"linear_{part}"] for part in ("num_value_heads", "num_key_heads", "value_head_dim")
@@ -370,7 +377,10 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     if num_more:
         writer.add_nextn_predict_layers(num_more)
         writer.add_tensor(f"blk.{hf['num_hidden_layers']}.nextn.enorm.weight", np.ones(8, np.float32))
-    writer.add_feed_forward_length(hf["intermediate_size"])
+    widths = hf["intermediate_size"]
+    if hf["model_type"] == "nemotron_h":
+        widths = [widths if kind == "mlp" else 0 for kind in hf["layers_block_type"]]
+    writer.add_feed_forward_length(widths)
     writer.add_head_count(hf["num_attention_heads"])
     kv_heads = hf["num_key_value_heads"]
     if hf["model_type"] in ("lfm2", "lfm2_moe"):
@@ -387,6 +397,14 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_ssm_inner_size(hf["linear_value_head_dim"] * hf["linear_num_value_heads"])
         writer.add_full_attention_interval(hf["layer_types"].index("full_attention") + 1)
         writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if hf["model_type"] == "nemotron_h":
+        kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in hf["layers_block_type"]]
+        writer.add_ssm_conv_kernel(hf["conv_kernel"])
+        writer.add_ssm_state_size(hf["ssm_state_size"])
+        writer.add_ssm_group_count(hf["n_groups"])
+        writer.add_ssm_time_step_rank(hf["mamba_num_heads"])
+        writer.add_ssm_inner_size(hf["mamba_head_dim"] * hf["mamba_num_heads"])
+        writer.add_rope_scaling_finetuned(False)
     if hf["model_type"] == "granitemoehybrid" and "linear_attention" in hf["layer_types"]:
         kv_heads = [0 if layer_type == "linear_attention" else kv_heads for layer_type in hf["layer_types"]]
         writer.add_ssm_state_size(hf["mamba_d_state"])

@@ -182,8 +182,8 @@ class GGUFCheckpoint:
         return info.shape[0]
 
     def _hf_name(self, name: str) -> str:
-        if name in _NAMES:
-            return _NAMES[name]
+        if (outer := self._architecture.outer_names.get(name, _NAMES.get(name))) is not None:
+            return outer
         layer_tensor = _LAYER_TENSOR.fullmatch(name)
         names = self._architecture.layer_names
         if layer_tensor is None or layer_tensor[2] not in names:

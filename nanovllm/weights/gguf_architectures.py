@@ -148,10 +148,10 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "model_type": row.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
-        "intermediate_size": metadata.integer("feed_forward_length"),
+        "intermediate_size": _one_count(metadata, row, "feed_forward_length"),
         "num_hidden_layers": metadata.integer("block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": _num_kv_heads(metadata, row, num_heads),
+        "num_key_value_heads": _one_count(metadata, row, "attention.head_count_kv", num_heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": metadata.integer("context_length"),
@@ -164,13 +164,14 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
     }
 
 
-def _num_kv_heads(metadata: GGUFMetadata, row: GGUFArchitecture, num_heads: int) -> int:
-    by_layer = metadata.by_layer("attention.head_count_kv")
+def _one_count(metadata: GGUFMetadata, row: GGUFArchitecture, key: str, default: int | None = None) -> int:
+    """Layers that keep states may have 0 where the others all have the same."""
+    by_layer = metadata.by_layer(key)
     if not row.has_states or not isinstance(by_layer, list):
-        return metadata.integer("attention.head_count_kv", num_heads)
+        return metadata.integer(key, default)
     counts = {count for count in by_layer if count}
     if len(counts) != 1:
-        raise NotImplementedError(f"{metadata.file.path}: attention.head_count_kv {by_layer} differs between layers")
+        raise NotImplementedError(f"{metadata.file.path}: {key} {by_layer} differs between layers")
     return int(counts.pop())
 
 

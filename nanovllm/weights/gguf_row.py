@@ -32,7 +32,8 @@ NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFArchitecture:
-    """hf_class, model_type: as in config.json. names: of a layer's tensors, beside those that all have.
+    """hf_class, model_type: as in config.json. names: of a layer's tensors, beside those that all have. outer_names: of
+    tensors outside of layers that others call otherwise.
 
     fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
@@ -48,6 +49,7 @@ class GGUFArchitecture:
     hf_class: str
     model_type: str
     names: Mapping[str, str] = field(default_factory=dict)
+    outer_names: Mapping[str, str] = field(default_factory=dict)
     fields: Callable[[GGUFMetadata, Fields], Fields] = lambda metadata, common: {}
     has_pairs: bool = False
     norm_offset: float = 0.0

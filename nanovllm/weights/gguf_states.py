@@ -159,6 +159,54 @@ _GRANITE_HYBRID = GGUFArchitecture(
     transforms={"ssm_a": _decay, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": _convolution},
 )
 
+
+def _nemotron_h(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """Each layer is one of three; which one, its numbers of heads and of its MLP say."""
+    kv_heads, widths = metadata.by_layer("attention.head_count_kv"), metadata.by_layer("feed_forward_length")
+    if not all(isinstance(by, list) and len(by) == common["num_hidden_layers"] for by in (kv_heads, widths)):
+        raise ValueError(
+            f"{metadata.file.path}: attention.head_count_kv and feed_forward_length must have a number for each layer"
+        )
+    metadata.expect("rope.scaling.finetuned", False)
+    tensors, heads = metadata.file.tensors, metadata.integer("ssm.time_step_rank")
+
+    def has(name: str) -> bool:
+        return any(tensor.endswith(name) for tensor in tensors)
+
+    return {
+        "layers_block_type": [
+            "full_attention" if count else "mlp" if width else "linear_attention"
+            for count, width in zip(kv_heads, widths, strict=True)
+        ],
+        "layer_norm_epsilon": common["rms_norm_eps"],
+        "mamba_num_heads": heads,
+        "mamba_head_dim": metadata.integer("ssm.inner_size") // heads,
+        "n_groups": metadata.integer("ssm.group_count"),
+        "ssm_state_size": metadata.integer("ssm.state_size"),
+        "conv_kernel": metadata.integer("ssm.conv_kernel"),
+        "use_conv_bias": has("ssm_conv1d.bias"),
+        "use_bias": has("ssm_in.bias"),
+        "mlp_bias": has("ffn_up.bias"),
+        "attention_bias": None,
+    }
+
+
+_NEMOTRON_H = GGUFArchitecture(
+    hf_class="NemotronHForCausalLM",
+    model_type="nemotron_h",
+    names={
+        **{"attn_norm": "norm", "attn_q": "mixer.q_proj", "attn_k": "mixer.k_proj", "attn_v": "mixer.v_proj"},
+        **{"attn_output": "mixer.o_proj", "ffn_up": "mixer.up_proj", "ffn_down": "mixer.down_proj"},
+        **{"ssm_in": "mixer.in_proj", "ssm_conv1d": "mixer.conv1d", "ssm_dt": "mixer.dt_bias", "ssm_a": "mixer.A_log"},
+        **{"ssm_d": "mixer.D", "ssm_norm": "mixer.norm", "ssm_out": "mixer.out_proj"},
+    },
+    outer_names={"token_embd.weight": "model.embeddings.weight", "output_norm.weight": "model.norm_f.weight"},
+    fields=_nemotron_h,
+    has_pairs=True,
+    has_states=True,
+    transforms=_GRANITE_HYBRID.transforms,
+)
+
 STATES: Mapping[str, GGUFArchitecture] = {
     "lfm2moe": replace(
         DENSE["lfm2"],
@@ -173,4 +221,5 @@ STATES: Mapping[str, GGUFArchitecture] = {
     ),
     "qwen35": _QWEN35,
     "granitehybrid": _GRANITE_HYBRID,
+    "nemotron_h": _NEMOTRON_H,
 }

@@ -62,6 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
         },
     ),
+    "nemotron_h": ("NemotronHForCausalLM", {"use_conv_bias": False}),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {"mamba_n_groups": 2, "position_embedding_type": None}),
     "granitehybrid-moe": (
         "GraniteMoeHybridForCausalLM",
