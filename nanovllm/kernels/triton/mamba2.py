@@ -1,8 +1,8 @@
-"""Mamba-2 in Triton: decodes in one launch, prompts in chunks.
+"""Mamba-2 in Triton: decodes in one launch, and prompts.
 
 Owns how it runs on a GPU. Of a decode, a program has some columns of one head's state: it convolves, updates them,
 which are read and written once, and gates. Whoever is the last of a group of heads norms them, and moves on the
-convolution of what they share. Prompts go through their states in chunks (`mamba2_chunks.py`). Invariant: either way
+convolution of what they share. Prompts go through their states in `mamba2_chunks.py`. Invariant: either way
 the state is that of all tokens, float32.
 """
 
@@ -20,6 +20,9 @@ from nanovllm.kernels.triton.common.state_steps import behind_decodes, counters
 from nanovllm.kernels.triton.mamba2_chunks import mamba2_chunks_triton
 
 COLUMNS = 32  # of a state: 128 bytes of a row
+# Prompts go token by token: the kernel of chunks equals the reference in the interpreter, but an earlier form of it
+# made an illegal access on an H200, and this one has not run on a GPU.
+CHUNKS_ARE_PROVEN = False
 
 
 @triton.jit
@@ -139,8 +142,9 @@ def mamba2_triton(
     if num_decodes < step.meta.num_reqs and len(out):
         rest, channels = behind_decodes(step, num_decodes), net.conv_weight.shape[1]
         xbc = zxbcdt[:, net.num_values : net.num_values + channels]
+        one_by_one = is_exact or not CHUNKS_ARE_PROVEN
         mixed = causal_conv_triton(xbc, net.conv_weight, net.conv_bias, state.conv, rest, is_gated=False)
-        mamba2_chunks_triton(mixed, zxbcdt, net, state.matrices, rest, out, num_decodes, is_exact)
+        mamba2_chunks_triton(mixed, zxbcdt, net, state.matrices, rest, out, num_decodes, one_by_one)
     return out
 
 

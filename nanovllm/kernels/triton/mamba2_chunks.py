@@ -94,8 +94,8 @@ def _pass_chunks_kernel(
             found = tl.dot(scores, x, input_precision=PRECISION)
             found += tl.dot(c, matrix.to(dtype), input_precision=PRECISION) * tl.exp(faded)[:, None]
             whole = tl.sum(-decay * dt, 0)
-            weight = (b.to(tl.float32) * (dt * tl.exp(whole - faded))[:, None]).to(dtype)
-            matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+            new = (x.to(tl.float32) * (dt * tl.exp(whole - faded))[:, None]).to(dtype)
+            matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(b), new, input_precision=PRECISION)
         z_at = token[:, None] * stride + (head * DIM + dim)[None, :]
         z = tl.load(zxbcdt_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
         found = (found + skip * x.to(tl.float32)) * (z / (1.0 + tl.exp(-z)))
@@ -139,7 +139,7 @@ def mamba2_chunks_triton(
     step: StepStates,
     out: Tensor,
     first: int,
-    is_exact: bool,
+    one_by_one: bool,
 ) -> None:
     """Fill `out` from token `first` on, with which the step's requests begin. xbc: after the convolution."""
     out[first:].zero_()  # padding has tokens, too, and what they are must be numbers
@@ -150,8 +150,8 @@ def mamba2_chunks_triton(
         xbc, zxbcdt, net.decay, net.dt_bias, net.skip, matrices,
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         zxbcdt.stride(0), matrices.stride(0),
-        GROUPS=net.num_groups, HEADS=net.num_heads, STATE=net.state_dim, DIM=net.head_dim, CHUNK=CHUNK, STEPS=is_exact,
-        BLOCK_STATE=block_state, COLUMNS=columns, num_warps=4, num_stages=1,
+        GROUPS=net.num_groups, HEADS=net.num_heads, STATE=net.state_dim, DIM=net.head_dim, CHUNK=CHUNK,
+        STEPS=one_by_one, BLOCK_STATE=block_state, COLUMNS=columns, num_warps=4, num_stages=1,
     )  # fmt: skip
     if net.norm_weight is not None:
         size = net.num_values // net.num_groups
