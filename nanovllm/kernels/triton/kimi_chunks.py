@@ -62,13 +62,14 @@ def _kimi_chunks_kernel(
     is_number, is_column = number < DIM, column < DIM
     is_cell = is_number[:, None] & is_column[None, :]
     cell = (head * DIM + number[:, None]) * DIM + column[None, :]
-    had_tokens = (row >= 0) & (seq_len > end - start)
+    num_before = tl.maximum(seq_len - (end - start), 0)  # of padding, none
+    had_tokens = (row >= 0) & (num_before > 0)
     s = tl.load(matrices_ptr + row * matrix_stride + cell, mask=is_cell & had_tokens, other=0.0)
     decay = tl.load(decay_ptr + head)
     dt_bias = tl.load(dt_bias_ptr + head * DIM + number, mask=is_number, other=0.0)
     begin = start
     while begin < end:
-        size = tl.minimum(CHUNK - (seq_len - end + begin) % CHUNK, end - begin)
+        size = tl.minimum(CHUNK - (num_before + begin - start) % CHUNK, end - begin)
         is_token = nth < size
         token = (begin + nth).to(tl.int64)
         q = unit_rows(qkv_ptr, token, head * DIM, is_token, qkv_stride, DIM, BLOCK_DIM, L2_EPS) * (DIM**-0.5)

@@ -38,3 +38,17 @@ def test_equals_the_reference(
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
     assert relative_error(state.matrices.cpu(), host.matrices) < TOLERANCE[dtype]
     assert torch.equal(state.conv.cpu(), host.conv)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_tokens_of_padding_give_zeros(is_exact: bool) -> None:
+    """As behind the prompts of a captured step: a request without a row and without a length."""
+    case = make_states_case([3, 21], [0, 0], device=DEVICE, every=1000)
+    case.step.rows[1], case.step.meta.seq_lens[1] = -1, 0
+    *tensors, net, state = make_inputs(case, 2, 20, torch.float32)
+    kept = state.matrices.clone()
+    kept[case.step.rows[0]] = 0
+    out = twin.kimi_delta_triton(*tensors, net, state, case.step, is_exact)
+    assert torch.isfinite(out).all() and not out[3:].any()
+    state.matrices[case.step.rows[0]] = 0
+    assert torch.equal(state.matrices, kept)
