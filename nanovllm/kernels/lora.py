@@ -18,6 +18,7 @@ from torch import Tensor
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.moe import align
 from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
+from nanovllm.kernels.skinny_linear import skinny_linear
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 MAX_SINGLE_ROWS = 8  # of so few rows, each is a block of its own
@@ -71,6 +72,22 @@ def shrink(x: Tensor, a: Tensor, rows: AdapterRows, linear: Linear = F.linear) -
 
         return shrink_triton(x, a, rows)
     return shrink_reference(x, a, rows, linear)
+
+
+def linear_and_shrink(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, rows: AdapterRows, semaphores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(skinny_linear(x, weight, bias, semaphores), shrink(x, a, rows)): of one row, in one kernel."""
+    if use_triton(x) and x.shape[0] == 1 and rows.rows is None:
+        from nanovllm.kernels.triton.linear.skinny_gemv import GemvConfig
+        from nanovllm.kernels.triton.linear.skinny_linear import choose
+        from nanovllm.kernels.triton.lora import linear_and_shrink_triton
+
+        config = choose(x, weight)
+        if isinstance(config, GemvConfig):
+            return linear_and_shrink_triton(x, weight, bias, a, rows, config)
+    shrunk = shrink(x, a, rows)
+    return skinny_linear(x, weight, bias, semaphores), shrunk
 
 
 def expand(

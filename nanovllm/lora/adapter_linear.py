@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.kernels.lora import AdapterRows, Linear, expand, shrink
+from nanovllm.kernels.lora import AdapterRows, Linear, expand, linear_and_shrink, shrink
+from nanovllm.layers.fused_linear import FusedLinear
 from nanovllm.layers.linear_method import Gate, LinearMethod, LinearSpec, Norm, filler
 from nanovllm.layers.weight_specs import WeightSpec
 
@@ -149,8 +150,12 @@ class AdapterLinear(LinearMethod):
         return self.step.tokens if self.is_used else None
 
     def _adapted(self, x: Tensor, bias: Tensor | None, rows: AdapterRows, gate: Gate | None = None) -> Tensor:
-        shrunk = shrink(x, self.a, rows, self.step.linear)
-        return self._expanded(self.base.multiply(x, bias), shrunk, rows, gate)
+        if isinstance(self.base, FusedLinear):
+            product, shrunk = linear_and_shrink(x, self.base.weight, bias, self.a, rows, self.base.semaphores)
+        else:
+            shrunk = shrink(x, self.a, rows, self.step.linear)
+            product = self.base.multiply(x, bias)
+        return self._expanded(product, shrunk, rows, gate)
 
     def _expanded(self, product: Tensor, shrunk: Tensor, rows: AdapterRows, gate: Gate | None = None) -> Tensor:
         to = self.b, self.b_bias, self.sizes, rows

@@ -274,7 +274,10 @@ def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, 
         semaphores = torch.zeros(4096, dtype=torch.int32)
         rows = rows._replace(rows=torch.zeros(num_rows, 16, dtype=torch.int32), semaphores=semaphores)
     a = torch.zeros(4, len(sizes) * rank, inputs, dtype=dtype)
-    shrunk = twin.shrink_triton(torch.zeros(num_rows, inputs, dtype=dtype), a, rows)
+    x = torch.zeros(num_rows, inputs, dtype=dtype)
+    shrunk = twin.shrink_triton(x, a, rows)
+    if num_rows == 1 and (config := MODULES["linear.skinny_linear"].choose(x, weight := bf16(sum(sizes), inputs))):
+        twin.linear_and_shrink_triton(x, weight, None, a, rows, config)
     b, bias = torch.zeros(4, sum(sizes), rank, dtype=dtype), torch.zeros(4, sum(sizes), dtype=dtype)
     twin.expand_triton(torch.zeros(num_rows, sum(sizes), dtype=dtype), shrunk, b, bias, sizes, rows, activation)
 

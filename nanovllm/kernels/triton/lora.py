@@ -1,7 +1,8 @@
 """Low-rank adapters in Triton: both products for blocks of rows that share an adapter.
 
-Owns how they run on a GPU. What costs is not arithmetic but that two more kernels stand between others. So the first
-product splits the inputs until every multiprocessor has some. Its parts are added up in order: by whoever is last to
+Owns how they run on a GPU. What costs is not arithmetic but that more kernels stand between others. So of one row the
+first product is a part of the layer's own (`skinny_gemv.py`); of more it splits the inputs until every multiprocessor
+has some. Its parts are added up in order: by whoever is last to
 leave one, or, of few rows, by each program of the second product. That adds to the layer's outputs in place, or applies
 the gate on the way. Invariant: no sum depends on timing.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+from nanovllm.kernels.triton.linear.skinny_gemv import Beside, GemvConfig, launch_gemv
 
 CHUNK = 256  # inputs at a time
 # Parts of the inputs, by how many rows there are: few rows leave most multiprocessors to others' parts.
@@ -160,7 +162,8 @@ def _expand_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if SORTED:
+            tl.extra.cuda.gdc_wait()
     WIDTH: tl.constexpr = FIRST + SECOND + THIRD
     block = tl.program_id(1)
     slot = tl.load(block_slots_ptr + block)
@@ -189,6 +192,8 @@ def _expand_kernel(
     b = _load_b(b_ptr, output, valid & has_adapter, 0, RANK, RANK_BLOCK)
     if GATED:
         up_b = _load_b(b_ptr, output + FIRST, valid & has_adapter, 0, RANK, RANK_BLOCK)
+    if PDL and not SORTED:
+        tl.extra.cuda.gdc_wait()
     if (slot < 0) | (not GATED and not has_adapter):
         return
 
@@ -252,6 +257,17 @@ def _blocks(rows: AdapterRows) -> tuple[int, int]:
     """How many blocks there are, and the rows of each."""
     assert rows.block_slots is not None
     return rows.block_slots.shape[0], 1 if rows.rows is None else rows.rows.shape[1]
+
+
+def linear_and_shrink_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, rows: AdapterRows, config: GemvConfig
+) -> tuple[Tensor, Tensor]:
+    """See `lora.linear_and_shrink`, of one row."""
+    out = torch.empty((1, weight.shape[0]), dtype=x.dtype, device=x.device)
+    shrunk = torch.empty((1, 1, a.shape[1]), dtype=torch.float32, device=x.device)
+    beside = Beside(a, rows.slots, shrunk)
+    launch_gemv(x, None, None, 0.0, weight, bias, out, None, config, False, False, beside)
+    return out, shrunk
 
 
 def expand_triton(

@@ -7,6 +7,7 @@ from torch import Tensor
 from nanovllm.kernels import lora
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.moe import align_reference
+from nanovllm.kernels.triton.linear.skinny_gemv import GemvConfig
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
 twin = load_twin("lora")
@@ -59,6 +60,24 @@ def test_equal_the_reference(dtype: torch.dtype, size: tuple[int, tuple[int, ...
             assert relative_error(gated, lora._GATES[activation](want)) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("inputs", "config"),
+    [(512, GemvConfig(8, 4, 1)), (700, GemvConfig(4, 4, 8)), (4500, GemvConfig(4, 4, 2, chunk=1024))],
+)
+def test_one_row_is_shrunk_beside_the_product(dtype: torch.dtype, inputs: int, config: GemvConfig) -> None:
+    torch.manual_seed(0)
+    x, _, a, _, bias, _ = make_case((1, (32, 16), inputs, 16), dtype)
+    weight = randn(48, inputs, dtype=dtype) * inputs**-0.5
+    for slot in range(NUM_SLOTS + 1):
+        slots = torch.full((1,), slot, dtype=torch.int32, device=DEVICE)
+        product, shrunk = twin.linear_and_shrink_triton(x, weight, bias[0], a, make_rows(slots), config)
+        assert relative_error(product, torch.nn.functional.linear(x, weight, bias[0])) < TOLERANCE[dtype]
+        if slot < NUM_SLOTS:
+            want = lora.shrink_reference(x, a, lora.by_slot(slots, NUM_SLOTS))
+            assert relative_error(shrunk, want) < TOLERANCE[dtype]
+
+
 def test_in_fixed_order_a_row_is_the_same_in_any_batch() -> None:
     torch.manual_seed(0)
     x, outputs, a, b, bias, slots = make_case((40, (64,), 600, 16), torch.float32)
@@ -74,11 +93,13 @@ def test_in_fixed_order_a_row_is_the_same_in_any_batch() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.parametrize("num_rows", [1, 64, 600])
 def test_a_captured_graph_follows_its_slots(num_rows: int) -> None:
-    x, outputs, a, b, bias, slots = make_case((num_rows, (512, 512), 1024, 16), torch.bfloat16)
+    x, _, a, b, bias, slots = make_case((num_rows, (512, 512), 1024, 16), torch.bfloat16)
+    weight = randn(1024, 1024, dtype=torch.bfloat16) * 1024**-0.5
 
     def run() -> Tensor:
         rows = lora.adapter_rows(slots, NUM_SLOTS)
-        return lora.expand(outputs.clone(), lora.shrink(x, a, rows), b, bias, (512, 512), rows, "silu")
+        product, shrunk = lora.linear_and_shrink(x, weight, None, a, rows)
+        return lora.expand(product, shrunk, b, bias, (512, 512), rows, "silu")
 
     run()
     torch.cuda.synchronize()

@@ -12,6 +12,8 @@ kernel so launched keeps:
 4. Attention of decodes is the exception to rule 2: it reads the step's plan at once, and where decodes are few lengths,
    blocks, and older keys and values as well. All of them were written before the attention of an earlier layer, which
    triggers only after it has waited itself: by then, all that came before that kernel is done and seen by all.
+5. Another one: the slot of a single row's adapter is read at once, and by it A and B. What wrote them were copies of
+   PyTorch's, which trigger nothing: whatever comes behind one of them in the stream begins when it is done.
 
 Invariant: where the answer is no, kernels are compiled without these instructions and launched in turn, and compute the
 same bits. A CUDA graph keeps what it was captured with.
