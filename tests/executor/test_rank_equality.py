@@ -71,7 +71,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 ON_FOUR = ["LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"]
 OF_TWO = [*DENSE_FAMILIES, *STATE_FAMILIES, *MAMBA_FAMILIES, *LATENT_FAMILIES]
-OTHERS = [*OF_TWO, "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"]
+OTHERS = [
+    *OF_TWO,
+    *("Gemma4ForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+]
 
 
 @pytest.mark.parametrize(
