@@ -91,6 +91,7 @@ def test_both_engines_work(two: LLM) -> None:
     placed = [replica.num_tokens_left for replica in two._engine._replicas]  # type: ignore[union-attr]
     assert placed[0] == placed[1] == 3 * 28
     two.abort_request(ids)
+    assert not two.has_unfinished_requests()
     assert [replica.num_tokens_left for replica in two._engine._replicas] == [0, 0]  # type: ignore[union-attr]
 
 
@@ -158,6 +159,7 @@ def test_ctrl_c_loses_nothing_of_other_requests(one: LLM, two: LLM) -> None:
     for output in stream:
         found += output.outputs[0].token_ids
     assert found == expected.outputs[0].token_ids
+    assert not two.has_unfinished_requests()
 
 
 def test_bad_input_raises_here_before_anything_is_queued(two: LLM) -> None:
