@@ -90,11 +90,11 @@ def _patching_once(interpreter: ModuleType) -> Callable[[Any], Any]:
     """
     patch, languages, scopes = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core), {}
 
-    def patch_once(function: Any) -> Any:
+    def patch_once(function: Any, *more: Any) -> Any:
         known = tuple(any(value is module for value in function.__globals__.values()) for module in languages)
-        if known in scopes and scopes[known]._changes:
+        if getattr(scopes.get(known), "_changes", None):
             return interpreter._LangPatchScope()
-        scopes[known] = patch(function)
+        scopes[known] = patch(function, *more)
         return scopes[known]
 
     return patch_once
