@@ -23,6 +23,7 @@ from nanovllm.tiers.block_file import is_good
 
 _FORMAT = 1  # of what stands in a block: whoever changes how keys and values are computed or laid out raises it
 _NUM_THREADS = 16  # that check files: reading and adding up leave the interpreter to others
+_NUM_AHEAD = 64  # blocks whose check stands before those of a request's
 _PATIENCE_SECONDS = 0.002  # that a plan waits for them
 
 
@@ -110,12 +111,16 @@ class PrefixStore:
 
     def _check_ahead(self) -> None:
         """What was used last comes first, so yesterday's prompts are known by the time they are asked for."""
-        for block_hash in newest(self._folders[0]):
+        hashes = newest(self._folders[0])
+        for start in range(0, len(hashes), _NUM_AHEAD):
             if self._is_closed:
                 return
-            if block_hash not in self._good and self._check(block_hash):
-                self._good.add(block_hash)
-                self._kept.add(block_hash)
+            some = [block_hash for block_hash in hashes[start : start + _NUM_AHEAD] if block_hash not in self._good]
+            with suppress(RuntimeError):  # closed meanwhile
+                for block_hash, is_good_one in zip(some, self._threads.map(self._check, some), strict=True):
+                    if is_good_one:
+                        self._good.add(block_hash)
+                        self._kept.add(block_hash)
 
     def _check(self, block_hash: bytes) -> bool:
         about = {"block": block_hash.hex()}
