@@ -106,7 +106,8 @@ class PlainHead:
         x, n = (both @ self.weights["projection"].T)[None], len(following)
         mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
         positions = torch.arange(n)[None]
-        rotation = self.whole.model.rotary_emb(x, positions)
+        # Qwen3.5's positions have three axes, which releases of transformers do not all make of one.
+        rotation = self.whole.model.rotary_emb(x, positions if self.is_glm else positions.expand(3, 1, n))
         result = self.whole.model.layers[2](
             x, attention_mask=mask, position_ids=positions, position_embeddings=rotation
         )
