@@ -22,8 +22,8 @@ from nanovllm.kernels.triton.linear.quantized_gemm import (
     byte_numbers,
     e2m1_numbers,
     e8m0_numbers,
-    int4_numbers,
     scaled_e2m1,
+    split_int4,
 )
 from nanovllm.kernels.triton.moe import apply_gate, choose_block_size, gate_arguments, sum_choices
 
@@ -58,8 +58,9 @@ def _multiply_codes(
         off = tl.full([TILE], NOTHING + 8.0, dtype)
         if zero_ptrs is not None:
             off += tl.load(zero_ptrs).to(dtype)
-        sums = tl.dot(int4_numbers(codes & 15, off[:, None], dtype), tl.trans(first), sums)
-        sums = tl.dot(int4_numbers(codes >> 4, off[:, None], dtype), tl.trans(second), sums)
+        low_bits, high_bits = split_int4(codes, dtype)
+        sums = tl.dot(low_bits - off[:, None], tl.trans(first), sums)
+        sums = tl.dot(high_bits - off[:, None], tl.trans(second), sums)
     else:
         numbers = byte_numbers(codes, dtype)
         if zero_ptrs is not None:

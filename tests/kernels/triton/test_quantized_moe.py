@@ -9,6 +9,7 @@ from nanovllm.kernels import moe
 from nanovllm.kernels.quantized_linear import QuantizedWeight, dequantize_reference, round_rows_reference
 from nanovllm.kernels.quantized_moe import Stack
 from nanovllm.kernels.routing import Routing, route_reference
+from tests.kernels.triton.plain_codes import plain_split_int4
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
 twin = load_twin("quantized_moe")
@@ -37,6 +38,13 @@ def make_stack(
     zero = torch.randint(-8, 8, (rows, groups), dtype=torch.int8).to(DEVICE) if has_zeros else None
     weight = QuantizedWeight(codes.to(CODES[kind]).to(DEVICE), scale.to(DEVICE), zero, group_size or inputs)
     return Stack(weight, num_experts)
+
+
+@pytest.fixture(autouse=True)
+def without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter knows none."""
+    if INTERPRETED:
+        monkeypatch.setattr(twin, "split_int4", plain_split_int4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])

@@ -21,15 +21,26 @@ from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores, sum_in_order
 
 SCALED_BACK = tl.constexpr(2.0**63)  # of `scaled_e2m1`
+# Two bytes, $2, are two inputs in their lower halves, which become the two 16-bit numbers of $0, and two in their upper
+# ones, those of $1: a byte with four bits goes below the exponent of 1024 (or 128).
+_SPLIT = (
+    "{{.reg .b32 a, b, c; mov.b32 c, {0}; and.b32 a, $2, 0x0f0f; shr.b32 b, $2, 4; and.b32 b, b, 0x0f0f;"
+    "prmt.b32 $0, a, c, 0x4140; prmt.b32 $1, b, c, 0x4140;}}"
+)
+SPLIT_FLOAT16, SPLIT_BFLOAT16 = tl.constexpr(_SPLIT.format("0x64646464")), tl.constexpr(_SPLIT.format("0x43434343"))
 
 
 @triton.jit
-def int4_numbers(bits, off, dtype: tl.constexpr):
-    """Four bits each -> they less `off`, exact: put below the exponent of 1024 (or 128), which is in `off` too."""
+def split_int4(codes, dtype: tl.constexpr):
+    """Of each byte the lower and the upper four bits, with 1024 (or, of bfloat16, 128) added."""
     if dtype == tl.float16:
-        return (bits.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - off
+        return tl.inline_asm_elementwise(
+            SPLIT_FLOAT16, "=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
     else:
-        return (bits.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - off
+        return tl.inline_asm_elementwise(
+            SPLIT_BFLOAT16, "=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -139,8 +150,9 @@ def _quantized_gemm_kernel(
                 off += 8.0
             first = tl.load(x_ptr + i * STEP)
             second = tl.load(x_ptr + i * STEP + 16)
-            sums = tl.dot(int4_numbers(codes & 15, off[:, None], dtype), tl.trans(first), sums)
-            sums = tl.dot(int4_numbers(codes >> 4, off[:, None], dtype), tl.trans(second), sums)
+            low_bits, high_bits = split_int4(codes, dtype)
+            sums = tl.dot(low_bits - off[:, None], tl.trans(first), sums)
+            sums = tl.dot(high_bits - off[:, None], tl.trans(second), sums)
             if low_ptr is not None:
                 sum_of_x = tl.sum(first.to(tl.float32), axis=1) + tl.sum(second.to(tl.float32), axis=1)
         else:

@@ -54,7 +54,10 @@ def choose(x: Tensor, weight: QuantizedWeight) -> Config | None:
     if step is None:
         return None
     if num_rows == 1:
-        return GemvConfig(step // 2 if codes.dtype == torch.uint8 else step, outputs=8, num_warps=4, ahead=4)
+        is_int4 = codes.dtype == torch.uint8
+        # Words of eight codes take registers: with more programs than run at a time, fewer of them are asked for early.
+        ahead = 2 if is_int4 and codes.shape[0] > 4096 else 4
+        return GemvConfig(step // 2 if is_int4 else step, outputs=8, num_warps=4, ahead=ahead)
     return _gemm_config(num_rows, codes, num_inputs, step)
 
 

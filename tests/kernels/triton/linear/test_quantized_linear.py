@@ -10,12 +10,21 @@ from nanovllm.kernels.quantized_linear import (
     pack_int4,
     round_rows_reference,
 )
+from tests.kernels.triton.plain_codes import plain_split_int4, plain_split_words
 from tests.kernels.twins import DEVICE, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
 pytestmark = twin_test
 twin = load_twin("linear.quantized_linear")
 new_semaphores = load_twin("linear.skinny_gemm").new_semaphores
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter knows none."""
+    if INTERPRETED:
+        monkeypatch.setattr(load_twin("linear.quantized_gemm"), "split_int4", plain_split_int4)
+        monkeypatch.setattr(load_twin("linear.quantized_gemv"), "split_words", plain_split_words)
 
 
 def random_weight(
