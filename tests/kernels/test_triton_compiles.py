@@ -283,7 +283,7 @@ def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, 
 
 
 def mix_quantized_experts(
-    num_tokens: int, kind: str, groups: int, has_zeros: bool, dtype: torch.dtype = torch.bfloat16
+    num_tokens: int, kind: str, groups: int, has_zeros: bool, dtype: torch.dtype = torch.bfloat16, inputs: int = 256
 ) -> None:
     twin = MODULES["quantized_moe"]
     if kind == "fp8" and not twin.has_fp8(torch.device("cpu")):
@@ -297,11 +297,12 @@ def mix_quantized_experts(
         zero = torch.zeros(8 * rows, groups, dtype=torch.int8) if has_zeros else None
         return Stack(QuantizedWeight(codes, torch.rand(8 * rows, groups), zero, inputs // groups), 8)
 
-    x, ids, more = torch.randn(num_tokens, 256).to(dtype), random_ids(num_tokens, 2, 8), ()
+    x, ids, more = torch.randn(num_tokens, inputs).to(dtype), random_ids(num_tokens, 2, 8), ()
+    up, down = stack(1024, inputs), stack(inputs, 512)
     if kind == "e2m1":
-        more = Biases(*(torch.zeros(8, size, dtype=dtype) for size in (1024, 256))), Gate("clamped", 1.7, 7.0)
-        MODULES["linear.quantized_linear"].dequantize_triton(stack(1024, 256).weight, dtype)
-    twin.quantized_experts_triton(x, stack(1024, 256), stack(256, 512), torch.rand(num_tokens, 2), ids, None, *more)
+        more = Biases(*(torch.zeros(8, size, dtype=dtype) for size in (1024, inputs))), Gate("clamped", 1.7, 7.0)
+        MODULES["linear.quantized_linear"].dequantize_triton(up.weight, dtype)
+    twin.quantized_experts_triton(x, up, down, torch.rand(num_tokens, 2), ids, None, *more)
 
 
 def route_tokens(name: str) -> None:
@@ -558,7 +559,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),
     "moe in int4, float16": lambda: mix_quantized_experts(5, "int4", 1, False, torch.float16),
     "moe in e2m1": lambda: mix_quantized_experts(5, "e2m1", 8, False),
-    "moe in e2m1, a token": lambda: mix_quantized_experts(1, "e2m1", 8, False),
+    "moe in e2m1, a token": lambda: mix_quantized_experts(
+        1, "e2m1", 8, False, inputs=1280
+    ),  # a whole chunk, and a part
     "moe in e2m1, float16": lambda: mix_quantized_experts(5, "e2m1", 8, False, torch.float16),
     "moe, biases, clamped gate": lambda: mix_experts(
         5, 8, 256, (Biases(bf16(8, 512), bf16(8, 256)), Gate("clamped", 1.7, 7.0))
