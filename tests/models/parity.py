@@ -1,12 +1,16 @@
 """An engine beside Hugging Face: the checks that every family's checkpoints go through."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from tests.llm_checks import check_nothing_is_left
+from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import (
     hugging_face_greedy,
     hugging_face_logits,
@@ -57,6 +61,12 @@ def check_greedy_tokens(
         assert metrics["num_prompt_tokens_cached"] > 0
 
 
+def prompts_that_share(first_len: int = 70, num_shared: int = 48) -> list[list[int]]:
+    """The last shares whole blocks with the first."""
+    prompts = random_prompts([first_len, 1, 17])
+    return [*prompts, prompts[0][:num_shared] + prompts[2]]
+
+
 def check_every_way_of_running(
     folder: Path, prompts: list[list[int]], *, max_num_batched_tokens: int, num_blocks: int, num_cached: int
 ) -> None:
@@ -80,3 +90,36 @@ def check_every_way_of_running(
         llm.generate(prompts[:1], ONE, use_tqdm=False)
     expected = hugging_face_logits(hugging_face, prompts[0] + outputs[0][:-1])
     torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
+
+
+def greedy_tokens(folder: Path, **options: Any) -> list[list[int]]:
+    with make_llm(folder, **options) as llm:
+        outputs = llm.generate(random_prompts([30, 3]), ONE, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def check_captured_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = greedy_tokens(folder)
+    fake = fake_graphs(monkeypatch)
+    assert greedy_tokens(folder, overlap_depth=2) == expected and fake.replayed
+
+
+def check_deterministic_bits(folder: Path, prompt_len: int, num_before: int) -> None:
+    """On a hit, in chunks and beside others they are those of a miss. num_before: tokens of the prompt that the cache
+    has read before the hit.
+    """
+    if load_cpu_kernels() is None:
+        pytest.skip("needs a C++ compiler")
+    prompt, other = random_prompts([prompt_len, 33])
+
+    def logprobs(num_batched_tokens: int, before: list[list[int]], beside: list[list[int]]) -> list[Any]:
+        options = {"block_size": 8, "max_num_batched_tokens": num_batched_tokens, "deterministic": True}
+        with make_llm(folder, max_num_seqs=4, **options) as llm:
+            llm.generate(before, ONE, use_tqdm=False)
+            output = llm.generate([prompt, *beside], replace(ONE, logprobs=5), use_tqdm=False)[0]
+        assert bool(output.num_cached_tokens) == bool(before)
+        return [{i: entry.logprob for i, entry in entries.items()} for entries in output.outputs[0].logprobs]
+
+    miss = logprobs(128, [], [])
+    assert logprobs(128, [prompt[:num_before]], []) == miss
+    assert logprobs(19, [], [other]) == miss

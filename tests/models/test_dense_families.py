@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.models.parity import check_every_way_of_running
-from tests.tiny_models import random_prompts, save_random
+from tests.models.parity import check_every_way_of_running, prompts_that_share
+from tests.tiny_models import save_random
 
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,6 +57,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:
     architecture, config = CASES[case]
     folder = save_random(tmp_path, architecture, **config)
-    prompts = random_prompts([40, 1, 17])
-    prompts.append(prompts[0][:32] + prompts[2])  # shares whole blocks with another one
+    prompts = prompts_that_share(40, 32)
     check_every_way_of_running(folder, prompts, max_num_batched_tokens=64, num_blocks=8, num_cached=1)

@@ -1,7 +1,6 @@
 """Gemma 4 beside Hugging Face: heads of two sizes, shared keys and values, an input for each layer, experts."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanovllm.cli.main import main
-from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
-from tests.models.parity import ONE, check_every_way_of_running, make_llm
-from tests.runner.fake_graphs import fake_graphs
-from tests.tiny_models import edit_json, random_prompts, save_random
+from tests.models.parity import (
+    check_captured_steps,
+    check_deterministic_bits,
+    check_every_way_of_running,
+    greedy_tokens,
+    make_llm,
+    prompts_that_share,
+)
+from tests.tiny_models import edit_json, save_random
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 CASES: dict[str, dict[str, Any]] = {
@@ -38,49 +42,25 @@ def save(folder: Path, case: str = "like-e2b", **more: Any) -> Path:
 
 @pytest.mark.parametrize(("case", "num_blocks"), [("like-e2b", 12), ("like-31b", 10), ("like-26b-a4b", 12)])
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str, num_blocks: int) -> None:
-    prompts = random_prompts([70, 1, 17])
-    prompts.append(prompts[0][:48] + prompts[2])  # shares whole blocks with another one
+    prompts = prompts_that_share()
     options = {"max_num_batched_tokens": 128, "num_blocks": num_blocks, "num_cached": 64 + 16 + 48}
     check_every_way_of_running(save(tmp_path, case), prompts, **options)
 
 
-def tokens(folder: Path, **options: Any) -> list[list[int]]:
-    with make_llm(folder, **options) as llm:
-        outputs = llm.generate(random_prompts([30, 3]), ONE, use_tqdm=False)
-    return [output.outputs[0].token_ids for output in outputs]
-
-
 def test_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(tmp_path)
-    expected = tokens(folder)
-    fake = fake_graphs(monkeypatch)
-    assert tokens(folder, overlap_depth=2) == expected and fake.replayed
+    check_captured_steps(save(tmp_path), monkeypatch)
 
 
 @pytest.mark.parametrize("case", ["like-e2b", "like-26b-a4b"])
 def test_deterministic_bits_are_those_of_a_miss(tmp_path: Path, case: str) -> None:
-    if load_cpu_kernels() is None:
-        pytest.skip("needs a C++ compiler")
     folder = save(tmp_path, case, final_logit_softcapping=None)  # a soft-cap is refused
-    prompt, other = random_prompts([60, 33])
-
-    def logprobs(num_batched_tokens: int, before: list[list[int]], beside: list[list[int]]) -> list[Any]:
-        options = {"block_size": 8, "max_num_batched_tokens": num_batched_tokens, "deterministic": True}
-        with make_llm(folder, max_num_seqs=4, **options) as llm:
-            llm.generate(before, ONE, use_tqdm=False)
-            output = llm.generate([prompt, *beside], replace(ONE, logprobs=5), use_tqdm=False)[0]
-        assert bool(output.num_cached_tokens) == bool(before)
-        return [{i: entry.logprob for i, entry in entries.items()} for entries in output.outputs[0].logprobs]
-
-    miss = logprobs(128, [], [])
-    assert logprobs(128, [prompt[:40]], []) == miss
-    assert logprobs(19, [], [other]) == miss
+    check_deterministic_bits(folder, prompt_len=60, num_before=40)
 
 
 def test_released_checkpoints_mean_the_same(tmp_path: Path) -> None:
     """Their config.json say the global heads by themselves, and they hold tensors that nobody reads."""
     folder = save(tmp_path)
-    expected, path = tokens(folder), folder / "config.json"
+    expected, path = greedy_tokens(folder), folder / "config.json"
     config = json.loads(path.read_text())
     del config["per_layer_config"], config["rope_parameters"]  # the latter are the default, too
     path.write_text(json.dumps({**config, "global_head_dim": 32, "num_global_key_value_heads": None}))
@@ -88,7 +68,7 @@ def test_released_checkpoints_mean_the_same(tmp_path: Path) -> None:
     for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
         tensors[f"model.layers.5.self_attn.{name}"] = tensors[f"model.layers.3.self_attn.{name}"] + 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert tokens(folder) == expected
+    assert greedy_tokens(folder) == expected
 
 
 @pytest.mark.parametrize(

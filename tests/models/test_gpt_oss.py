@@ -1,7 +1,6 @@
 """gpt-oss beside Hugging Face, with its experts as they are and in MXFP4, and what is refused of them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
-from tests.models.parity import ONE, check_every_way_of_running, make_llm
-from tests.runner.fake_graphs import fake_graphs
-from tests.tiny_models import edit_json, random_prompts, save_random
+from tests.models.parity import (
+    check_captured_steps,
+    check_deterministic_bits,
+    check_every_way_of_running,
+    greedy_tokens,
+    make_llm,
+    prompts_that_share,
+)
+from tests.tiny_models import edit_json, save_random
 
 CONFIG: dict[str, Any] = {
     **{"head_dim": 16, "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 3},
@@ -45,57 +49,33 @@ def save(folder: Path, is_packed: bool = False, **config: Any) -> Path:
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "mxfp4"])
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, is_packed: bool) -> None:
-    prompts = random_prompts([70, 1, 17])
-    prompts.append(prompts[0][:48] + prompts[2])  # shares whole blocks with another one
+    prompts = prompts_that_share()
     options = {"max_num_batched_tokens": 128, "num_blocks": 20, "num_cached": 64 + 16 + 48}
     check_every_way_of_running(save(tmp_path, is_packed), prompts, **options)
 
 
-def tokens(folder: Path, **options: Any) -> list[list[int]]:
-    with make_llm(folder, **options) as llm:
-        outputs = llm.generate(random_prompts([30, 3]), ONE, use_tqdm=False)
-    return [output.outputs[0].token_ids for output in outputs]
-
-
 def test_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(tmp_path)
-    expected = tokens(folder)
-    fake = fake_graphs(monkeypatch)
-    assert tokens(folder, overlap_depth=2) == expected and fake.replayed
+    check_captured_steps(save(tmp_path), monkeypatch)
 
 
 def test_deterministic_bits_are_those_of_a_miss(tmp_path: Path) -> None:
-    if load_cpu_kernels() is None:
-        pytest.skip("needs a C++ compiler")
     folder = save(tmp_path)
-    prompt, other = random_prompts([60, 33])
-
-    def logprobs(num_batched_tokens: int, before: list[list[int]], beside: list[list[int]]) -> list[Any]:
-        options = {"block_size": 8, "max_num_batched_tokens": num_batched_tokens, "deterministic": True}
-        with make_llm(folder, max_num_seqs=4, **options) as llm:
-            llm.generate(before, ONE, use_tqdm=False)
-            output = llm.generate([prompt, *beside], replace(ONE, logprobs=5), use_tqdm=False)[0]
-        assert bool(output.num_cached_tokens) == bool(before)
-        return [{i: entry.logprob for i, entry in entries.items()} for entries in output.outputs[0].logprobs]
-
-    miss = logprobs(128, [], [])
-    assert logprobs(128, [prompt[:40]], []) == miss
-    assert logprobs(19, [], [other]) == miss
+    check_deterministic_bits(folder, prompt_len=60, num_before=40)
 
 
 def test_released_config_files_mean_the_same(tmp_path: Path) -> None:
     """They spell some fields as transformers did before 5, and leave out what is a default now."""
     folder = save(tmp_path)
-    expected, path = tokens(folder), folder / "config.json"
+    expected, path = greedy_tokens(folder), folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "initial_context_length": 4096}
     for name in ("layer_types", "swiglu_alpha"):
         del config[name]
     path.write_text(json.dumps({**config, **old, "experts_per_token": 3}))
-    assert tokens(folder) == expected
+    assert greedy_tokens(folder) == expected
     path.write_text(json.dumps({**config, "rope_theta": old["rope_theta"]}))  # YaRN as released is the default, too
-    assert tokens(folder) == expected
+    assert greedy_tokens(folder) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,18 @@ import pytest
 from torch import Tensor
 
 from nanovllm.attention.cpu_latent import CpuLatentBackend
-from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.models.registry import read_model_config
 from tests.lora.random_adapters import make_tensors, merged, request
-from tests.models.parity import ONE, check_every_way_of_running, check_greedy_outputs, make_llm
+from tests.models.parity import (
+    ONE,
+    check_deterministic_bits,
+    check_every_way_of_running,
+    check_greedy_outputs,
+    make_llm,
+    prompts_that_share,
+)
 from tests.runner.fake_graphs import fake_graphs
-from tests.tiny_models import edit_json, load_hugging_face, random_prompts, save_random
+from tests.tiny_models import edit_json, load_hugging_face, save_random
 
 SIZES: dict[str, Any] = {
     **{"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20, "num_key_value_heads": 4},
@@ -77,8 +83,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    prompts = random_prompts([70, 1, 17])
-    return [*prompts, prompts[0][:48] + prompts[2]]  # shares whole blocks with another one
+    return prompts_that_share()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,22 +94,7 @@ def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str, pro
 
 
 def test_deterministic_bits_are_those_of_a_miss(lite: Path) -> None:
-    """On a hit, in chunks and beside others, to the bit."""
-    if load_cpu_kernels() is None:
-        pytest.skip("needs a C++ compiler")
-    prompt, other = random_prompts([60, 33])
-
-    def logprobs(num_batched_tokens: int, before: list[list[int]], beside: list[list[int]]) -> list[Any]:
-        options = {"block_size": 8, "max_num_batched_tokens": num_batched_tokens, "deterministic": True}
-        with make_llm(lite, max_num_seqs=4, **options) as llm:
-            llm.generate(before, ONE, use_tqdm=False)
-            output = llm.generate([prompt, *beside], replace(ONE, logprobs=5), use_tqdm=False)[0]
-        assert bool(output.num_cached_tokens) == bool(before)
-        return [{i: entry.logprob for i, entry in entries.items()} for entries in output.outputs[0].logprobs]
-
-    miss = logprobs(128, [], [])
-    assert logprobs(128, [prompt[:40]], []) == miss
-    assert logprobs(19, [], [other]) == miss
+    check_deterministic_bits(lite, prompt_len=60, num_before=40)
 
 
 def tokens(folder: Path, prompts: list[list[int]], **options: Any) -> list[list[int]]:

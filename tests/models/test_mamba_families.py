@@ -10,8 +10,8 @@ import pytest
 
 from nanovllm.cache_specs import StateShape
 from nanovllm.models.registry import read_model_config
-from tests.models.parity import check_every_way_of_running
-from tests.tiny_models import random_prompts, save_random
+from tests.models.parity import check_every_way_of_running, prompts_that_share
+from tests.tiny_models import save_random
 
 MULTIPLIERS = {
     **{"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 5.0},
@@ -58,8 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:
     architecture, config = CASES[case]
     folder = save_random(tmp_path, architecture, **config)
-    prompts = random_prompts([70, 1, 17])
-    prompts.append(prompts[0][:48] + prompts[2])  # shares whole blocks with another one
+    prompts = prompts_that_share()
     check_every_way_of_running(folder, prompts, max_num_batched_tokens=128, num_blocks=12, num_cached=64 + 16 + 48)
 
 

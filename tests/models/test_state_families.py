@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
-from tests.models.parity import ONE, check_every_way_of_running, make_llm
+from tests.models.parity import ONE, check_deterministic_bits, check_every_way_of_running, make_llm, prompts_that_share
 from tests.models.test_mamba_families import CASES as MAMBA
-from tests.models.test_mamba_families import CASES as MAMBA_CASES
 from tests.runner.fake_graphs import fake_graphs
 from tests.test_llm_speculation import Adversary, drafting
 from tests.tiny_models import random_prompts, save_random
@@ -58,31 +56,15 @@ CASES |= {
 def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str) -> None:
     architecture, config = CASES[case]
     folder = save_random(tmp_path, architecture, **config)
-    prompts = random_prompts([70, 1, 17])
-    prompts.append(prompts[0][:48] + prompts[2])  # shares whole blocks with another one
+    prompts = prompts_that_share()
     check_every_way_of_running(folder, prompts, max_num_batched_tokens=128, num_blocks=12, num_cached=64 + 16 + 48)
 
 
 @pytest.mark.parametrize("case", ["lfm2", "qwen3.5", "granite4"])
 def test_deterministic_bits_are_those_of_a_miss(tmp_path: Path, case: str) -> None:
-    """On a hit, in chunks and beside others, to the bit."""
-    if load_cpu_kernels() is None:
-        pytest.skip("needs a C++ compiler")
-    architecture, config = {**CASES, **MAMBA_CASES}[case]
+    architecture, config = (CASES | MAMBA)[case]
     folder = save_random(tmp_path, architecture, **config)
-    prompt, other = random_prompts([90, 33])
-
-    def logprobs(num_batched_tokens: int, before: list[list[int]], beside: list[list[int]]) -> list[Any]:
-        options = {"block_size": 8, "max_num_batched_tokens": num_batched_tokens, "deterministic": True}
-        with make_llm(folder, max_num_seqs=4, **options) as llm:
-            llm.generate(before, ONE, use_tqdm=False)
-            output = llm.generate([prompt, *beside], replace(ONE, logprobs=5), use_tqdm=False)[0]
-        assert bool(output.num_cached_tokens) == bool(before)
-        return [{i: entry.logprob for i, entry in entries.items()} for entries in output.outputs[0].logprobs]
-
-    miss = logprobs(128, [], [])
-    assert logprobs(128, [prompt[:60]], []) == miss
-    assert logprobs(19, [], [other]) == miss
+    check_deterministic_bits(folder, prompt_len=90, num_before=60)
 
 
 def test_captured_steps_keep_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
