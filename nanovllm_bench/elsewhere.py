@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class _Elsewhere:
 
     def ask(self, line: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        print(json.dumps(line), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended, and `read` says how
+            print(json.dumps(line), file=self._process.stdin, flush=True)
         return self.read()
 
     def read(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class _Elsewhere:
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()  # it ends
+        with suppress(BrokenPipeError):  # it has ended before it read all
+            self._process.stdin.close()  # it ends
         self._process.wait()
         self._process.stdout.close()
 

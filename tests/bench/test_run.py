@@ -13,6 +13,7 @@ import nanovllm
 from nanovllm.cli.main import main
 from nanovllm.llm import LLM
 from nanovllm_bench.earlier_build_worker import run_job
+from nanovllm_bench.elsewhere import EarlierBuild
 from nanovllm_bench.engines import NanoVLLM
 from nanovllm_bench.workload import check_counts, uniform
 from tests.tiny_models import save_random
@@ -158,6 +159,16 @@ def test_an_earlier_build_is_told_all_that_a_workload_asks_for(model: str, more:
         seconds, counts = run_job(nanovllm, llm, job)
     check_counts("before", workload, counts)
     assert seconds > 0
+
+
+def test_an_earlier_build_that_ends_by_itself_is_said(tmp_path: Path) -> None:
+    """Before it is asked for anything."""
+    (tmp_path / "nanovllm").mkdir()
+    (tmp_path / "nanovllm" / "__init__.py").write_text("raise SystemExit(3)")
+    earlier = EarlierBuild(tmp_path)
+    earlier._process._process.wait()
+    with closing(earlier), pytest.raises(RuntimeError, match="before ended with status 3"):
+        earlier.load("model", {}, False)
 
 
 def test_a_folder_that_holds_no_build_is_refused(
