@@ -42,7 +42,10 @@ class ForkServer:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
             connection.sendmsg([len(message).to_bytes(4, "little")], rights)
             connection.sendall(message)
-            return int.from_bytes(connection.recv(4), "little")
+            answer = connection.recv(4)
+            if not answer:
+                raise ConnectionError("the server that forks children has ended")  # number 0 would be a group's
+            return int.from_bytes(answer, "little")
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -165,7 +168,7 @@ def become(request: dict[str, Any], fds: Sequence[int], parent: int) -> None:
     os.environ.update(request["env"])
     os.chdir(request["folder"])
     path = request["env"]["PYTHONPATH"].split(os.pathsep)
-    sys.path[:] = path + [entry for entry in sys.path if entry not in path]
+    sys.path[:] = dict.fromkeys([*path, *sys.path])
     sys.argv = request["command"][3:]
     getppid, server = os.getppid, os.getppid()
     os.getppid = lambda: parent if getppid() == server else getppid()  # the server ends when the parent does
