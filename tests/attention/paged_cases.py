@@ -29,6 +29,25 @@ class PagedCase:
         codes, scales = encode(self.kv_cache, CODES[kind])
         return replace(self, kv_cache=codes.contiguous(), scales=scales.permute(1, 2, 3, 0).contiguous())
 
+    def to(self, device: torch.device) -> "PagedCase":
+        tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
+        meta = replace(self.meta, **{name: getattr(self.meta, name).to(device) for name in tensors})
+        scales = None if self.scales is None else self.scales.to(device)
+        return replace(self, q=self.q.to(device), kv_cache=self.kv_cache.to(device), meta=meta, scales=scales)
+
+    def poison_unused(self) -> None:
+        """NaN in every cell that holds no token of a request, as in blocks that were freed and poisoned."""
+        block_size, device = self.kv_cache.shape[3], self.kv_cache.device
+        used = torch.zeros(self.kv_cache.shape[1], block_size, dtype=torch.bool, device=device)
+        for table, seq_len in zip(self.meta.block_table, self.meta.seq_lens.tolist(), strict=True):
+            token = torch.arange(seq_len, device=device)
+            used[table.long()[token // block_size], token % block_size] = True
+        if self.scales is None:
+            self.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
+        else:  # the largest code; NaN is none
+            self.kv_cache.view(torch.int8).masked_fill_(~used[None, :, None, :, None], 126)
+            self.scales.masked_fill_(~used[:, None, :, None], float("nan"))
+
     def shape(self, scale: float, window: int | None = None, softcap: float | None = None) -> AttentionShape:
         return AttentionShape(self.q.shape[1], self.kv_cache.shape[2], self.q.shape[2], scale, window, softcap)
 

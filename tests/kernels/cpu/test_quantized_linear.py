@@ -1,9 +1,11 @@
 """Products from codes in C++ against the PyTorch reference: every form, in float32 and bfloat16."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
+from nanovllm.kernels.cpu.cpu_kernels import CpuKernels, load_cpu_kernels
 from nanovllm.kernels.quantized_linear import MAX_CPU_ROWS, dequantize_reference, quantized_linear
 from tests.kernels.cpu.quantized_cases import check_products, check_rounded_products, random_weight
 from tests.kernels.cpu.test_cpu_kernels import DTYPES, needs_compiler
@@ -11,18 +13,11 @@ from tests.kernels.cpu.test_cpu_kernels import DTYPES, needs_compiler
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("check", [check_products, check_rounded_products])
+def test_products(check: Callable[[CpuKernels, torch.dtype], None], dtype: torch.dtype) -> None:
     kernels = load_cpu_kernels()
     assert kernels is not None
-    check_products(kernels, dtype)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_of_rounded_inputs(dtype: torch.dtype) -> None:
-    kernels = load_cpu_kernels()
-    assert kernels is not None
-    check_rounded_products(kernels, dtype)
+    check(kernels, dtype)
 
 
 @needs_compiler

@@ -35,9 +35,7 @@ def shared_case(
     for first, count, begin, end in prefixes:
         blocks = slice(begin // block_size, end // block_size)
         case.meta.block_table[first : first + count, blocks] = case.meta.block_table[first, blocks].clone()
-    tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
-    meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
-    return PagedCase(case.q.to(DEVICE), case.kv_cache.to(DEVICE), meta, [])
+    return case.to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ from nanovllm.kernels.qkv_rope_store import qkv_rope_store_reference
 from nanovllm.runner.cascade_items import cut
 from tests.attention.paged_cases import make_case
 from tests.kernels.triton.attention.test_cascade import TREES, shared_case
-from tests.kernels.triton.attention.test_paged_attention import check, decode, on_device, poison_unused, prefill
+from tests.kernels.triton.attention.test_paged_attention import check, decode, prefill
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
 cells = load_twin("attention.cells")
@@ -90,9 +90,9 @@ def test_decodes_from_the_qkv_product(
         [1] * 6, [max(n, 1) for n in lengths], num_heads=4, num_kv_heads=2, head_dim=head_dim, block_size=16,
         dtype=dtype, layout="heads outside",
     )  # fmt: skip
-    case = on_device(case.coded(kind))
+    case = case.coded(kind).to(DEVICE)
     case.meta.seq_lens[-1], case.meta.slot_mapping[-1] = 0, -1  # padding
-    poison_unused(case)
+    case.poison_unused()
     assert case.scales is not None
     qkv = randn(6, 8 * head_dim, dtype=dtype)
     norm = torch.rand(head_dim, device=DEVICE).to(dtype) if has_more else None
@@ -151,7 +151,7 @@ def test_shared_prefixes(kind: str) -> None:
 def test_a_token_is_the_same_in_any_batch(kind: str) -> None:
     """With the batch-invariant kernel, to the bit."""
     case = make_case([1, 30, 5], [40, 70, 5], head_dim=64, block_size=16, dtype=torch.float16, layout="heads outside")
-    case = on_device(case.coded(kind))
+    case = case.coded(kind).to(DEVICE)
     shape = case.shape(0.2)
     out = invariant.batch_invariant_attention_triton(case.q, case.cache, case.meta, shape)
     want = paged_attention_reference(case.q.float(), case.cache, case.meta, shape)

@@ -31,14 +31,8 @@ pytestmark = twin_test
 def latents(query_lens: list[int], seq_lens: list[int], num_heads: int, head_dim: int, **sizes: object) -> PagedCase:
     """A cache of rows that are keys, whose first numbers are values; NaN wherever no token is."""
     case = make_case(query_lens, seq_lens, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, **sizes)  # type: ignore[arg-type]
-    used = torch.zeros(case.kv_cache.shape[1], case.kv_cache.shape[3], dtype=torch.bool)
-    for table, seq_len in zip(case.meta.block_table, seq_lens, strict=True):
-        token = torch.arange(seq_len)
-        used[table.long()[token // used.shape[1]], token % used.shape[1]] = True
-    cache = case.kv_cache[:1].masked_fill(~used[None, :, None, :, None], float("nan"))
-    tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
-    meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
-    return PagedCase(case.q.to(DEVICE), cache.to(DEVICE), meta, [])
+    case.poison_unused()
+    return replace(case, kv_cache=case.kv_cache[:1]).to(DEVICE)
 
 
 def reference(case: PagedCase, rank: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Triton paged attention, decode and prefill, against the reference on ragged batches."""
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,27 +32,6 @@ pytestmark = twin_test
 LENGTHS = 1 if INTERPRETED else 10  # the interpreter takes a hundred times longer
 
 
-def on_device(case: PagedCase) -> PagedCase:
-    tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
-    meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
-    scales = None if case.scales is None else case.scales.to(DEVICE)
-    return PagedCase(case.q.to(DEVICE), case.kv_cache.to(DEVICE), meta, [], scales)
-
-
-def poison_unused(case: PagedCase) -> None:
-    """NaN in every cell that holds no token of a request, as in blocks that were freed and poisoned."""
-    block_size = case.kv_cache.shape[3]
-    used = torch.zeros(case.kv_cache.shape[1], block_size, dtype=torch.bool, device=DEVICE)
-    for table, seq_len in zip(case.meta.block_table, case.meta.seq_lens.tolist(), strict=True):
-        token = torch.arange(seq_len, device=DEVICE)
-        used[table.long()[token // block_size], token % block_size] = True
-    if case.scales is None:
-        case.kv_cache.masked_fill_(~used[None, :, None, :, None], float("nan"))
-    else:
-        case.kv_cache.view(torch.int8).masked_fill_(~used[None, :, None, :, None], 126)  # the largest; NaN is no code
-        case.scales.masked_fill_(~used[:, None, :, None], float("nan"))
-
-
 def planned(case: PagedCase, window: int | None, decodes: Any, prefills: Any) -> Any:
     """Plans of a step with configurations of the caller's choice.
 
@@ -83,8 +61,8 @@ def check(
     configs: tuple[Any, Any] | None = None,
     has_sinks: bool = False,
 ) -> None:
-    case = on_device(case)
-    poison_unused(case)
+    case = case.to(DEVICE)
+    case.poison_unused()
     shape = case.shape(case.q.shape[2] ** -0.5, window, softcap)
     plans = planned(case, window, *configs) if configs else None
     sinks = sinks_of(shape) if has_sinks else None
@@ -168,14 +146,12 @@ def test_decodes_from_the_qkv_product(
 ) -> None:  # fmt: skip
     """Equals the two kernels apart: what comes out, and what is in the cache. The new tokens' cells hold NaN before."""
     lengths = [1, 64, 65, block_size + 1, 130 * LENGTHS, 0]
-    case = on_device(
-        make_case(
-            [1] * len(lengths), [max(n, 1) for n in lengths],
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype,
-        )
-    )  # fmt: skip
+    case = make_case(
+        [1] * len(lengths), [max(n, 1) for n in lengths],
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype,
+    ).to(DEVICE)  # fmt: skip
     case.meta.seq_lens[-1], case.meta.slot_mapping[-1] = 0, -1  # padding
-    poison_unused(case)
+    case.poison_unused()
     slots = case.meta.slot_mapping[:-1]
     case.kv_cache[:, slots // block_size, :, slots % block_size] = float("nan")
     qkv = torch.randn(len(lengths), (num_heads + 2 * num_kv_heads) * head_dim, device=DEVICE).to(dtype)
@@ -228,7 +204,7 @@ def test_prefills_alone(query_lens: list[int]) -> None:
 
 def test_padding_gives_zeros() -> None:
     """Rows of length 0, whatever their table says, and rows beyond the last request."""
-    case = on_device(make_case([1] * 5 + [4], [20, 1, 9, 1, 70, 10], head_dim=64, block_size=16))
+    case = make_case([1] * 5 + [4], [20, 1, 9, 1, 70, 10], head_dim=64, block_size=16).to(DEVICE)
     case.meta.seq_lens[[1, 3]] = 0
     case.meta.block_table[[1, 3]] = 1_000_000
     q = torch.cat((case.q, torch.full_like(case.q[:3], float("nan"))))
@@ -240,7 +216,7 @@ def test_padding_gives_zeros() -> None:
 
 def test_plans_serve_many_layers() -> None:
     """Partial results of one call leave nothing behind for the next."""
-    case = on_device(make_case([1] * 3 + [20, 9], [300, 5, 150, 20, 50], head_dim=64, block_size=64))
+    case = make_case([1] * 3 + [20, 9], [300, 5, 150, 20, 50], head_dim=64, block_size=64).to(DEVICE)
     plans = twin.StepPlans()
     for layer in range(3):
         q = torch.randn_like(case.q) * (layer + 1)
@@ -287,7 +263,7 @@ def test_soft_caps_of_tiles_loaded_whole(softcap: float | None) -> None:
 ])  # fmt: skip
 def test_order_of_prompts(query_lens: list[int], seq_lens: list[int]) -> None:
     """Every tile of queries once, those with the most keys first, of equal ones the earlier request; then none."""
-    case = on_device(make_case(query_lens, seq_lens, num_heads=4, num_kv_heads=2, head_dim=16, block_size=16))
+    case = make_case(query_lens, seq_lens, num_heads=4, num_kv_heads=2, head_dim=16, block_size=16).to(DEVICE)
     meta, tokens = case.meta, 8
     config = prefill.PrefillConfig(rows=2 * tokens, tile=16)
     plan = prefill.plan_prefill(meta.query_start_loc, meta.seq_lens, meta.num_decodes, case.q, case.cache, config)
@@ -306,7 +282,7 @@ def test_order_of_prompts(query_lens: list[int], seq_lens: list[int]) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
 def test_graph_replays_with_other_lengths() -> None:
     """A captured step reads its lengths and blocks anew."""
-    case = on_device(make_case([1] * 16, [random.Random(i).randint(1, 900) for i in range(16)], block_size=64))
+    case = make_case([1] * 16, [random.Random(i).randint(1, 900) for i in range(16)], block_size=64).to(DEVICE)
     twin.paged_attention_triton(case.q, case.cache, case.meta, case.shape(0.2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -57,18 +57,13 @@ def test_rows_are_those_of_the_reference(
     case = long_prompts(
         num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype
     )
-    used = torch.zeros(case.kv_cache.shape[1], block_size, dtype=torch.bool)
-    for table, seq_len in zip(case.meta.block_table, case.meta.seq_lens.tolist(), strict=True):
-        token = torch.arange(seq_len)
-        used[table.long()[token // block_size], token % block_size] = True
-    kv_cache = case.kv_cache.masked_fill(~used[None, :, None, :, None], float("nan"))
+    case.poison_unused()
     shape = case.shape(head_dim**-0.5)
     sinks = torch.linspace(-3, 4, num_heads) if block_size == 64 else None
-    want = paged_attention_reference(case.q.float(), LayerCache(kv_cache.float()), case.meta, shape, sinks)
-    tensors = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
-    meta = replace(case.meta, **{name: getattr(case.meta, name).to(DEVICE) for name in tensors})
+    want = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape, sinks)
+    case = case.to(DEVICE)
     plans, sinks = paged.StepPlans(), None if sinks is None else sinks.to(DEVICE)
-    got = paged.paged_attention_triton(case.q.to(DEVICE), LayerCache(kv_cache.to(DEVICE)), meta, shape, plans, sinks)
+    got = paged.paged_attention_triton(case.q, case.cache, case.meta, shape, plans, sinks)
     assert list(plans.prefill) == [True]
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
 
