@@ -147,14 +147,8 @@ class GGUFCheckpoint:
         return self._file.tensors[name]
 
     def _in_shape(self, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
-        layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
-        if layer_tensor is not None and layer_tensor[2] in self._architecture.rows:
-            return tensor.reshape(1, -1)
-        if layer_tensor is not None and layer_tensor[2] in self._architecture.convolutions:
-            return tensor.unsqueeze(1)
-        if (transform := self._transform(info)) is not None:
-            return transform(tensor, self.config)
-        return tensor
+        transform = self._transform(info)
+        return tensor if transform is None else transform(tensor, self.config)
 
     def _transform(self, info: TensorInfo) -> Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None:
         layer_tensor = _LAYER_TENSOR.fullmatch(info.name)

@@ -10,6 +10,7 @@ from nanovllm.weights.gguf_row import (
     NORMS_AFTER,
     Fields,
     GGUFArchitecture,
+    as_convolution,
     granite_fields,
     layer_types,
     partial_rotary_factor,
@@ -146,8 +147,8 @@ DENSE: Mapping[str, GGUFArchitecture] = {
         model_type="lfm2",
         names=_LFM2_NAMES,
         fields=_lfm2,
-        convolutions=("shortconv.conv",),
         has_states=True,
+        transforms={"shortconv.conv": as_convolution},
     ),
     "gemma": GGUFArchitecture(
         hf_class="GemmaForCausalLM",

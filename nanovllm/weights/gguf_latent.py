@@ -19,7 +19,7 @@ from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_row import Fields, GGUFArchitecture
 
 K_B, V_B = "attn_k_b", "attn_v_b"
-_SIGMOID, _SOFTMAX = 2, 1  # llama.cpp's functions of the router; 0: files before it was written
+SIGMOID, _SOFTMAX = 2, 1  # llama.cpp's functions of the router; 0: files before it was written
 LATENT_NAMES: Mapping[str, str] = {
     "attn_q_a": "self_attn.q_a_proj",
     "attn_q_a_norm": "self_attn.q_a_layernorm",
@@ -39,9 +39,9 @@ def joined(k_b: Tensor, v_b: Tensor) -> Tensor:
 def latent_row(metadata: GGUFMetadata, row: GGUFArchitecture) -> GGUFArchitecture:
     """For the functions of the router that there are. Raises NotImplementedError for another one."""
     score = metadata.integer("expert_gating_func", 0)
-    if score not in (0, _SOFTMAX, _SIGMOID):
-        metadata.expect("expert_gating_func", _SIGMOID)
-    if score == _SIGMOID:
+    if score not in (0, _SOFTMAX, SIGMOID):
+        metadata.expect("expert_gating_func", SIGMOID)
+    if score == SIGMOID:
         return row
     return replace(row, hf_class="DeepseekV2ForCausalLM", model_type="deepseek_v2")
 
@@ -70,7 +70,7 @@ def latent_fields(metadata: GGUFMetadata, common: Fields, experts: Fields) -> Fi
             **scaling,
             **({"mscale": stretched, "mscale_all_dim": stretched} if stretched else {}),
         }
-    if metadata.integer("expert_gating_func", 0) != _SIGMOID:
+    if metadata.integer("expert_gating_func", 0) != SIGMOID:
         has_groups = experts["topk_group"] < experts["n_group"]
         fields["topk_method"] = "group_limited_greedy" if has_groups else "greedy"
     return fields

@@ -7,11 +7,9 @@ what llama.cpp takes for it.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from nanovllm.weights.gguf_latent import LATENT_NAMES, latent_fields, latent_row
+from nanovllm.weights.gguf_latent import LATENT_NAMES, SIGMOID, latent_fields, latent_row
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
-
-SIGMOID = 2  # among llama.cpp's functions of the router
+from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, as_row, granite_fields, partial_rotary_factor
 
 
 def expert_names(block: str, router: str, gate: str, up: str, down: str) -> dict[str, str]:
@@ -153,7 +151,7 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
         model_type="qwen2_moe",
         names=_QWEN2_NAMES,
         fields=_qwen2_moe,
-        rows=("ffn_gate_inp_shexp",),
+        transforms={"ffn_gate_inp_shexp": as_row},
     ),
     "qwen3moe": GGUFArchitecture(
         hf_class="Qwen3MoeForCausalLM", model_type="qwen3_moe", names=_NAMES, fields=_qwen3_moe
@@ -180,7 +178,7 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
         model_type="ernie4_5_moe",
         names=_ERNIE_NAMES,
         fields=_ernie,
-        rows=("exp_probs_b",),
+        transforms={"exp_probs_b": as_row},
     ),
     "hunyuan-moe": GGUFArchitecture(
         hf_class="HunYuanMoEV1ForCausalLM", model_type="hunyuan_v1_moe", names=_HUNYUAN_NAMES, fields=_hunyuan_moe

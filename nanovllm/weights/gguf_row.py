@@ -37,9 +37,8 @@ class GGUFArchitecture:
 
     fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
-    rows: tensors of a layer that are a matrix of one row in Hugging Face's checkpoints, and here may be a vector.
-    convolutions: those that have a dimension of 1 in their midst there. has_states: layers without key/value heads keep
-    states. has_latents: what is cached is one latent for all heads, and sizes of heads are told otherwise.
+    has_states: layers without key/value heads keep states. has_latents: what is cached is one latent for all heads, and
+    sizes of heads are told otherwise.
     layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
     number that the file has in its metadata, one a layer: what follows a layer's name, by key.
     row_orders: of tensors of a layer whose rows are in another order, by place in Hugging Face's its place in the file.
@@ -54,8 +53,6 @@ class GGUFArchitecture:
     has_pairs: bool = False
     norm_offset: float = 0.0
     has_partial_rotary: bool = False
-    rows: tuple[str, ...] = ()
-    convolutions: tuple[str, ...] = ()
     has_states: bool = False
     has_latents: bool = False
     layer_norm_eps: str | None = None
@@ -66,6 +63,16 @@ class GGUFArchitecture:
     @property
     def layer_names(self) -> Mapping[str, str]:
         return {**_LAYER_NAMES, **self.names}
+
+
+def as_row(tensor: Tensor, config: Fields) -> Tensor:
+    """A matrix of one row in Hugging Face's checkpoints, which here may be a vector."""
+    return tensor.reshape(1, -1)
+
+
+def as_convolution(tensor: Tensor, config: Fields) -> Tensor:
+    """Hugging Face's have a dimension of 1 in their midst; a bias is as it is."""
+    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor
 
 
 def partial_rotary_factor(metadata: GGUFMetadata, common: Fields) -> float:

@@ -14,9 +14,21 @@ import numpy as np
 from torch import Tensor
 
 from nanovllm.weights.gguf_dense import DENSE
+from nanovllm.weights.gguf_latent import SIGMOID
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_mixtures import GRANITE_NAMES, SIGMOID, expert_names, local_experts
-from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, granite_fields, partial_rotary_factor
+from nanovllm.weights.gguf_mixtures import GRANITE_NAMES, expert_names, local_experts
+from nanovllm.weights.gguf_row import (
+    Fields,
+    GGUFArchitecture,
+    as_convolution,
+    granite_fields,
+    partial_rotary_factor,
+)
+
+
+def _has(metadata: GGUFMetadata, ending: str) -> bool:
+    """Whether the name of a tensor ends so."""
+    return any(name.endswith(ending) for name in metadata.file.tensors)
 
 
 def _decay(tensor: Tensor, config: Fields) -> Tensor:
@@ -26,10 +38,6 @@ def _decay(tensor: Tensor, config: Fields) -> Tensor:
 
 def _flat(tensor: Tensor, config: Fields) -> Tensor:
     return tensor.flatten()
-
-
-def _convolution(tensor: Tensor, config: Fields) -> Tensor:
-    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor  # else it is the bias
 
 
 # --- LFM2 --------------------------------------------------------------------------
@@ -69,7 +77,7 @@ def _qwen35(metadata: GGUFMetadata, common: Fields) -> Fields:
         "linear_num_value_heads": heads,
         "linear_key_head_dim": metadata.integer("ssm.state_size"),
         "linear_value_head_dim": metadata.integer("ssm.inner_size") // heads,
-        "attention_bias": any(name.endswith("attn_q.bias") for name in metadata.file.tensors),
+        "attention_bias": _has(metadata, "attn_q.bias"),
     }
 
 
@@ -103,7 +111,7 @@ _QWEN35 = GGUFArchitecture(
     has_partial_rotary=True,
     has_states=True,
     transforms={
-        **{"ssm_a": _decay, "ssm_conv1d": _convolution, "ssm_out": _columns_of_values},
+        **{"ssm_a": _decay, "ssm_conv1d": as_convolution, "ssm_out": _columns_of_values},
         "ssm_norm": _flat,  # as it is: nothing was added to this one
     },
     row_orders={
@@ -122,8 +130,7 @@ def _granite_hybrid(metadata: GGUFMetadata, common: Fields) -> Fields:
     if not isinstance(kv_heads, list) or len(kv_heads) != common["num_hidden_layers"]:
         raise ValueError(f"{metadata.file.path}: attention.head_count_kv must have a number for each layer")
     has_experts = metadata.integer("expert_count", 0)
-    tensors = metadata.file.tensors
-    shared = tensors["blk.0.ffn_up_shexp.weight" if has_experts else "blk.0.ffn_up.weight"].shape[0]
+    up = "blk.0.ffn_up_shexp.weight" if has_experts else "blk.0.ffn_up.weight"
     metadata.ignore("expert_shared_feed_forward_length", "expert_used_count")
     experts = local_experts(metadata, common) if has_experts else {"num_local_experts": 0}
     is_rotated = metadata.flag("rope.scaling.finetuned", True)
@@ -131,7 +138,7 @@ def _granite_hybrid(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {
         **granite_fields(metadata, common, is_rotated=is_rotated),
         **experts,
-        "shared_intermediate_size": shared,
+        "shared_intermediate_size": metadata.file.tensors[up].shape[0],
         "position_embedding_type": "rope" if is_rotated else "nope",
         "layer_types": ["attention" if count else "mamba" for count in kv_heads],
         "mamba_n_heads": metadata.integer("ssm.time_step_rank"),
@@ -139,8 +146,8 @@ def _granite_hybrid(metadata: GGUFMetadata, common: Fields) -> Fields:
         "mamba_d_state": metadata.integer("ssm.state_size"),
         "mamba_d_conv": metadata.integer("ssm.conv_kernel"),
         "mamba_expand": inner // common["hidden_size"],
-        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in tensors),
-        "attention_bias": any(name.endswith("attn_q.bias") for name in tensors),
+        "mamba_conv_bias": _has(metadata, "ssm_conv1d.bias"),
+        "attention_bias": _has(metadata, "attn_q.bias"),
     }
 
 
@@ -156,7 +163,7 @@ _GRANITE_HYBRID = GGUFArchitecture(
     fields=_granite_hybrid,
     has_pairs=True,
     has_states=True,
-    transforms={"ssm_a": _decay, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": _convolution},
+    transforms={"ssm_a": _decay, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": as_convolution},
 )
 
 
@@ -168,11 +175,7 @@ def _nemotron_h(metadata: GGUFMetadata, common: Fields) -> Fields:
             f"{metadata.file.path}: attention.head_count_kv and feed_forward_length must have a number for each layer"
         )
     metadata.expect("rope.scaling.finetuned", False)
-    tensors, heads = metadata.file.tensors, metadata.integer("ssm.time_step_rank")
-
-    def has(name: str) -> bool:
-        return any(tensor.endswith(name) for tensor in tensors)
-
+    heads = metadata.integer("ssm.time_step_rank")
     return {
         "layers_block_type": [
             "full_attention" if count else "mlp" if width else "linear_attention"
@@ -184,9 +187,9 @@ def _nemotron_h(metadata: GGUFMetadata, common: Fields) -> Fields:
         "n_groups": metadata.integer("ssm.group_count"),
         "ssm_state_size": metadata.integer("ssm.state_size"),
         "conv_kernel": metadata.integer("ssm.conv_kernel"),
-        "use_conv_bias": has("ssm_conv1d.bias"),
-        "use_bias": has("ssm_in.bias"),
-        "mlp_bias": has("ffn_up.bias"),
+        "use_conv_bias": _has(metadata, "ssm_conv1d.bias"),
+        "use_bias": _has(metadata, "ssm_in.bias"),
+        "mlp_bias": _has(metadata, "ffn_up.bias"),
         "attention_bias": None,
     }
 
