@@ -123,18 +123,9 @@ def deepseek_moe(
             raise ValueError(f"config.json of {config.architecture}: {name}={fields[name]!r} is not supported")
     if layer_idx < integer(fields, "first_k_dense_replace", low=0):
         return MLP(config, layer_idx, dtype, tp, ops)
-    routing = Routing(
-        integer(fields, "num_experts_per_tok"),
-        flag(fields, "norm_topk_prob"),
-        scores="sigmoid",
-        has_bias=True,
-        scale=number(fields, "routed_scaling_factor"),
-        least_sum=1e-20,
-        **expert_groups(fields, "n_routed_experts"),
-    )
     size = integer(fields, "moe_intermediate_size")
     shared = _shared_experts(config, size, "n_shared_experts", dtype, tp, ops, names.block)
-    return _experts(config, size, "n_routed_experts", routing, names, dtype, tp, ops, shared)
+    return _experts(config, size, "n_routed_experts", deepseek_routing(fields), names, dtype, tp, ops, shared)
 
 
 def kimi_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
@@ -155,7 +146,7 @@ def deepseek_v2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp:
         return MLP(config, layer_idx, dtype, tp, ops)
     groups: dict[str, int] = {}
     if fields["topk_method"] == "group_limited_greedy":
-        groups = {**expert_groups(fields, "n_routed_experts", least=1), "group_judges": 1}
+        groups = _expert_groups(fields, judges=1)
     elif fields["topk_method"] != "greedy":
         raise ValueError(
             f"config.json of {config.architecture}: topk_method={fields['topk_method']!r} is not supported; supported "
@@ -238,17 +229,31 @@ def _is_sparse_in_qwen(config: ModelConfig, layer_idx: int) -> bool:
     return layer_idx not in (plain or ()) and (layer_idx + 1) % integer(fields, "decoder_sparse_step") == 0
 
 
-def expert_groups(fields: Mapping[str, Any], count_name: str, least: int = 2) -> dict[str, int]:
-    """least: experts of a group."""
-    num_experts, top_k = integer(fields, count_name, high=MAX_EXPERTS), integer(fields, "num_experts_per_tok")
+def deepseek_routing(fields: Mapping[str, Any]) -> Routing:
+    """DeepSeek-V3's."""
+    return Routing(
+        integer(fields, "num_experts_per_tok"),
+        flag(fields, "norm_topk_prob"),
+        scores="sigmoid",
+        has_bias=True,
+        scale=number(fields, "routed_scaling_factor"),
+        least_sum=1e-20,
+        **_expert_groups(fields),
+    )
+
+
+def _expert_groups(fields: Mapping[str, Any], judges: int = 2) -> dict[str, int]:
+    """Arguments of `Routing`. judges: experts that say how good a group is."""
+    num_experts = integer(fields, "n_routed_experts", high=MAX_EXPERTS)
+    top_k = integer(fields, "num_experts_per_tok")
     num_groups, top_groups = integer(fields, "n_group"), integer(fields, "topk_group")
     size = num_experts // num_groups
-    if top_groups > num_groups or num_experts % num_groups or size < least or top_k > top_groups * size:
+    if top_groups > num_groups or num_experts % num_groups or size < judges or top_k > top_groups * size:
         raise ValueError(
-            f"config.json: n_group={num_groups} with topk_group={top_groups} does not fit {count_name}={num_experts} "
-            f"and num_experts_per_tok={top_k}"
+            f"config.json: n_group={num_groups} with topk_group={top_groups} does not fit "
+            f"n_routed_experts={num_experts} and num_experts_per_tok={top_k}"
         )
-    return {"num_groups": num_groups, "top_groups": top_groups}
+    return {"num_groups": num_groups, "top_groups": top_groups, "group_judges": judges}
 
 
 def _shared_experts(

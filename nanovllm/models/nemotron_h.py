@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.moe import Gate
-from nanovllm.kernels.routing import Routing
 from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.ungated_experts import UngatedSharedExpert
 from nanovllm.layers.weight_specs import WeightSpecs
-from nanovllm.models.hf_fields import flag, integer, number
+from nanovllm.models.hf_fields import flag, integer
 from nanovllm.models.llama import LlamaForCausalLM, SelfAttention
 from nanovllm.models.mamba2 import Mamba2Mixer
 from nanovllm.models.mamba_families import nemotron_layers
-from nanovllm.models.mixture import expert_groups
+from nanovllm.models.mixture import deepseek_routing
 from nanovllm.models.ungated import UngatedMLP
 
 _EXPERT_NAMES = ExpertNames(stacked=())
@@ -60,19 +59,10 @@ def _experts(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Tensor
     fields = config.extra
     if config.activation != "relu2":
         raise ValueError(f"{config.architecture} with experts and another mlp_hidden_act than 'relu2' is not supported")
-    routing = Routing(
-        integer(fields, "num_experts_per_tok"),
-        flag(fields, "norm_topk_prob"),
-        scores="sigmoid",
-        has_bias=True,
-        scale=number(fields, "routed_scaling_factor"),
-        least_sum=1e-20,
-        **expert_groups(fields, "n_routed_experts"),
-    )
     shared_size, bias = integer(fields, "moe_shared_expert_intermediate_size"), config.mlp_bias
     shared = UngatedSharedExpert(config.hidden_size, shared_size, bias, "mlp.shared_experts", dtype, tp, ops)
     sizes = config.hidden_size, integer(fields, "moe_intermediate_size"), integer(fields, "n_routed_experts")
-    return Experts(*sizes, routing, _EXPERT_NAMES, dtype, tp, ops, shared, Gate("relu2"))
+    return Experts(*sizes, deepseek_routing(fields), _EXPERT_NAMES, dtype, tp, ops, shared, Gate("relu2"))
 
 
 class NemotronHForCausalLM(LlamaForCausalLM):
