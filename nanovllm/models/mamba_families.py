@@ -136,7 +136,7 @@ _NEMOTRON_UNREAD = dict.fromkeys(
     "attention_bias chunk_size expand hidden_dropout mamba_chunk_size mamba_dt_init_floor mamba_proj_bias "
     "mamba_ssm_cache_dtype mtp_hybrid_override_pattern mtp_layers_block_type num_logits_to_keep "
     "num_nextn_predict_layers rescale_prenorm_residual residual_in_fp32 time_step_floor time_step_max time_step_min "
-    "use_mamba_kernels layer_norm_epsilon num_query_groups rms_norm_eps".split()
+    "use_mamba_kernels num_query_groups rms_norm_eps".split()
 )
 
 MAMBA_FAMILIES: Mapping[str, Architecture] = {

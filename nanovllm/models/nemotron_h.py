@@ -69,6 +69,9 @@ class NemotronHForCausalLM(LlamaForCausalLM):
     def __init__(self, config: ModelConfig, *args: Any, **parts: Any) -> None:
         super().__init__(config, *args, **parts)
         self.numbers = nemotron_layers(config.extra)
+        for layer, numbers in zip(self.layers, self.numbers, strict=True):
+            if numbers.mlp is None:
+                layer.before_mlp = NoNorm()
 
     @property
     def ends_of_layers(self) -> list[int]:
@@ -79,17 +82,15 @@ class NemotronHForCausalLM(LlamaForCausalLM):
         """By transformers' names, and by those of released checkpoints."""
         for own_name, spec in super().weights():
             name = self._name(own_name)
-            if name is None:  # the norm before an MLP that is not there
-                continue
-            replaced = tuple(filter(None, map(self._name, spec.instead_of)))
+            replaced = tuple(map(self._name, spec.instead_of))
             yield name, spec._replace(instead_of=replaced)
             if name.startswith("model."):
                 yield name.replace("model.", "backbone.", 1), spec._replace(instead_of=replaced or (name,))
 
-    def _name(self, name: str) -> str | None:
+    def _name(self, name: str) -> str:
         match = _LAYER.fullmatch(name)
         if match is None:
             return name.replace(".embed_tokens.", ".embeddings.").replace("model.norm.", "model.norm_f.")
         layer, block, rest = self.numbers[int(match[1])], match[2], match[3]
         number = layer.mixer if block in ("self_attn", "input_layernorm") else layer.mlp
-        return None if number is None else f"model.layers.{number}.{'norm' if 'norm' in block else 'mixer'}.{rest}"
+        return f"model.layers.{number}.{'norm' if 'norm' in block else 'mixer'}.{rest}"
