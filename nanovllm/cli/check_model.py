@@ -236,8 +236,8 @@ def _record(layers: Iterable[nn.Module], last: nn.Module, first: nn.Module) -> I
 
     def recorder(stage: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            whole = torch.stack(output).sum(0) if isinstance(output, tuple) else output.clone()
-            recorded[stage].append(whole.detach())
+            parts = [part for part in output if part is not None] if isinstance(output, tuple) else [output]
+            recorded[stage].append(torch.stack(parts).sum(0).detach())
 
         return record
 

@@ -97,7 +97,8 @@ def put_sums_into_norms(model: Any, tp: TensorParallel) -> None:
 
 def _is_standard(layer: Any) -> bool:
     return (
-        not layer.is_parallel
+        hasattr(layer, "is_parallel")  # else it is not of that decoder
+        and not layer.is_parallel
         and layer.residual_scale == 1.0
         and type(layer.before_attention) is type(layer.before_mlp) is RMSNorm
         and isinstance(layer.after_attention, NoNorm)

@@ -163,12 +163,15 @@ class Gemma4Layer(nn.Module):
             self.projection = Linear(size, hidden, False, dtype, ops)
             self.norms["post_per_layer_input_norm"] = rms_norm(config, dtype, ops)
 
-    def forward(self, x: Tensor, own_input: Tensor | None, cos_sin: Tensor, ctx: ForwardContext) -> Tensor:
-        """x: the residual stream, [num_tokens, hidden_size], before this layer; returns it behind the layer."""
+    def forward(
+        self, x: Tensor, residual: None, cos_sin: Tensor, ctx: ForwardContext, own_input: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Called as `llama.DecoderLayer`, but x is the whole residual stream, [num_tokens, hidden_size], before this
+        layer; returns it behind the layer."""
         norms = self.norms
-        attended, residual = self.self_attn(norms["input_layernorm"], x, None, cos_sin, ctx)
+        attended, before = self.self_attn(norms["input_layernorm"], x, None, cos_sin, ctx)
         attended, _ = norms["post_attention_layernorm"](attended)
-        added, total = self.mlp(norms["pre_feedforward_layernorm"], attended, residual)
+        added, total = self.mlp(norms["pre_feedforward_layernorm"], attended, before)
         if self.experts is not None:
             added, _ = norms["post_feedforward_layernorm_1"](added)
             added = added + norms["post_feedforward_layernorm_2"](self.experts.added(total))[0]
@@ -176,7 +179,7 @@ class Gemma4Layer(nn.Module):
         if self.gate is not None and self.projection is not None and own_input is not None:
             gated = self.gelu_and_mul(torch.cat((self.gate(total), own_input), dim=1))
             total = total + norms["post_per_layer_input_norm"](self.projection(gated))[0]
-        return total * self.layer_scalar
+        return total * self.layer_scalar, None
 
     def weights(self, name: str) -> WeightSpecs:
         yield from self.self_attn.weights(f"{name}.self_attn")
@@ -253,7 +256,8 @@ class Gemma4ForCausalLM(LlamaForCausalLM):
         x: Tensor = self.embed_tokens(input_ids) * self.embedding_scale
         inputs = None if self.layer_inputs is None else self.layer_inputs(input_ids, x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if inputs is None else inputs[:, i], tables[self.rotary_of_layer[i] or 0], ctx)
+            own_input = None if inputs is None else inputs[:, i]
+            x, _ = layer(x, None, tables[self.rotary_of_layer[i] or 0], ctx, own_input)
         hidden, _ = self.norm(x)
         return hidden  # type: ignore[no-any-return]
 

@@ -26,9 +26,9 @@ def captured_layers(
     """Inside, the result fills with the residual stream behind the layers, for those rows that name some.
 
     rows, query_lens: the step's requests, and the tokens of each. model.layers: modules that return (what the layer
-    adds to the residual stream, the stream before that). "norm" is model.norm, which returns (the stream
-    normalized, anything). Each part goes to the host at once, so that the device holds what is behind one
-    layer at a time.
+    adds to the residual stream, the stream before that), or (the stream behind it, None). "norm" is model.norm, which
+    returns (the stream normalized, anything). Each part goes to the host at once, so that the device holds what is
+    behind one layer at a time.
     """
     captured: list[dict[int | str, Tensor]] = []
     parts: dict[int | str, list[tuple[dict[int | str, Tensor], slice]]] = {}  # per layer, whose
@@ -41,10 +41,11 @@ def captured_layers(
         first += count
 
     def keep(layer: int | str) -> Callable[..., None]:
-        def hook(module: Any, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
+        def hook(module: Any, arguments: Any, output: tuple[Tensor, Tensor | None]) -> None:
+            added, before = output
             for request, tokens in parts[layer]:
-                states = output[0][tokens]
-                request[layer] = to_host(states if layer == "norm" else states + output[1][tokens])
+                states = added[tokens]
+                request[layer] = to_host(states if layer == "norm" or before is None else states + before[tokens])
 
         return hook
 

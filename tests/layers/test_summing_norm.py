@@ -56,7 +56,7 @@ def test_tokens_are_those_of_norms_behind_sums(tmp_path: Path) -> None:
         assert alone.num_calls == 6 * 4, "who looks between layers sees sums"
 
 
-@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "CohereForCausalLM"])
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "CohereForCausalLM", "Gemma4ForCausalLM"])
 def test_other_orders_of_norms_stay_as_they_are(tmp_path: Path, architecture: str) -> None:
     folder = save_random(tmp_path, architecture)
     with LLM(str(folder), skip_tokenizer_init=True, dtype="float32", device="cpu") as llm:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from nanovllm import SamplingParams
 from nanovllm.cli.main import main
 from tests.models.parity import (
     check_captured_steps,
@@ -16,7 +18,7 @@ from tests.models.parity import (
     make_llm,
     prompts_that_share,
 )
-from tests.tiny_models import edit_json, save_random
+from tests.tiny_models import edit_json, load_hugging_face, random_prompts, save_random
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 CASES: dict[str, dict[str, Any]] = {
@@ -45,6 +47,18 @@ def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str, num
     prompts = prompts_that_share()
     options = {"max_num_batched_tokens": 128, "num_blocks": num_blocks, "num_cached": 64 + 16 + 48}
     check_every_way_of_running(save(tmp_path, case), prompts, **options)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_hugging_face(tmp_path: Path) -> None:
+    folder, (prompt,) = save(tmp_path), random_prompts([20])
+    with make_llm(folder) as llm:
+        params = SamplingParams(temperature=0, max_tokens=3, capture={"layers": [0, 4]})
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    token_ids = prompt + output.outputs[0].token_ids[:-1]
+    expected = load_hugging_face(folder).model(torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+    for layer, states in output.outputs[0].hidden_states.items():
+        torch.testing.assert_close(states, expected[layer + 1][0], atol=1e-4, rtol=1e-4)
 
 
 def test_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
