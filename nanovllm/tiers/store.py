@@ -58,12 +58,13 @@ def path_of(folder: Path, block_hash: bytes) -> Path:
 
 
 def newest(folder: Path) -> list[bytes]:
-    """The hashes of a folder's blocks, those that were used last first."""
+    """The hashes of a folder's blocks, those that were used last first. Of a folder that somebody removed, none."""
     found = []
-    for entry in os.scandir(folder):
-        if entry.name.endswith(".kv"):
-            with suppress(OSError, ValueError):  # gone meanwhile, or not ours
-                found.append((entry.stat().st_mtime_ns, bytes.fromhex(entry.name.removesuffix(".kv"))))
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".kv"):
+                with suppress(OSError, ValueError):  # gone meanwhile, or not ours
+                    found.append((entry.stat().st_mtime_ns, bytes.fromhex(entry.name.removesuffix(".kv"))))
     return [block_hash for _, block_hash in sorted(found, reverse=True)]
 
 

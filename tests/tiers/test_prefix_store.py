@@ -22,7 +22,7 @@ from nanovllm.tiers import block_files, host_memory, mover
 from nanovllm.tiers.block_file import is_good, read_block, write_block
 from nanovllm.tiers.block_files import BlockFiles
 from nanovllm.tiers.mover import TierMover
-from nanovllm.tiers.store import PrefixStore, path_of
+from nanovllm.tiers.store import PrefixStore, newest, path_of
 from nanovllm.tiers.tiered_cache import TieredCache
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, load_hugging_face, save_random, save_tokenizer
 
@@ -144,6 +144,19 @@ def test_a_harmed_file_is_not_found(tmp_path: Path) -> None:
     assert path_of(tmp_path, b"good").stat().st_mtime > 1, "it counts as used now"
     assert not store.wants(b"good") and store.wants(b"bad") and not store.wants(b"bad")
     store.close()
+
+
+@pytest.mark.filterwarnings("error")  # of a thread that ends with an exception
+def test_a_folder_that_is_gone_has_no_blocks(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert newest(gone) == []
+    store = PrefixStore([gone])
+    assert not store.begin_checks([b"any"]) and not store.find(b"any")
+    store.close()
+    cache = LayerCache(torch.zeros(2, 6, 2, 4, 8), None)
+    moving = TierMover([cache], 0, gone, 10**9, 10**6, torch.device("cpu"))
+    assert moving._warm is not None and moving._warm.find(b"any") is None
+    moving.close()
 
 
 # -- the worker's part --
