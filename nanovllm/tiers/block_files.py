@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from nanovllm.tiers.block_file import read_block, write_block
-from nanovllm.tiers.store import path_of
+from nanovllm.tiers.store import newest, path_of
 
 _NUM_READERS = 16
 _YOUNG_SECONDS = 60.0
@@ -31,6 +31,10 @@ class BlockFiles:
         self._readers = ThreadPoolExecutor(_NUM_READERS, "nanovllm store")
         self._num_written = 0
         self._is_full = False
+
+    def newest(self) -> list[bytes]:
+        """See `store.newest`."""
+        return newest(self._folder)
 
     def begin_reading(self, block_hash: bytes, into: np.ndarray) -> "Future[None]":
         return self._readers.submit(read_block, path_of(self._folder, block_hash), into)

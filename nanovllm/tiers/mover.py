@@ -100,7 +100,7 @@ class TierMover:
             self._read = [host_blocks(self._at_once, num_bytes, device) for _ in range(count)]
             self._files = BlockFiles(folder, store_bytes)
             if warm_bytes >= num_bytes:
-                self._warm = WarmBlocks(folder, num_bytes, warm_bytes, device)
+                self._warm = WarmBlocks(self._files, num_bytes, warm_bytes, device)
 
     def move(self, moves: BlockMoves) -> None:
         for some in self._some(moves.keeps):

@@ -8,37 +8,30 @@ They are read before anything is asked: while memory is being pinned, whatever e
 """
 
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
-from nanovllm.tiers.block_file import read_block
+from nanovllm.tiers.block_files import BlockFiles
 from nanovllm.tiers.host_memory import blocks_at_once, host_blocks
-from nanovllm.tiers.store import newest, path_of
-
-_NUM_READERS = 16
 
 
 class WarmBlocks:
-    def __init__(self, folder: Path, num_bytes: int, max_bytes: int, device: torch.device) -> None:
-        """folder: of one rank's files. num_bytes: of a block. max_bytes: of memory for all of them."""
-        hashes = newest(folder)[: max_bytes // num_bytes]
+    def __init__(self, files: BlockFiles, num_bytes: int, max_bytes: int, device: torch.device) -> None:
+        """num_bytes: of a block. max_bytes: of memory for all of them."""
+        hashes = files.newest()[: max_bytes // num_bytes]
         at_once = blocks_at_once(num_bytes)
         reads: list[tuple[bytes, Tensor, Future[None]]] = []
-        with ThreadPoolExecutor(_NUM_READERS, "nanovllm store") as readers:
-            for start in range(0, len(hashes), at_once):
-                some = hashes[start : start + at_once]
-                try:
-                    rows = host_blocks(len(some), num_bytes, device)
-                except RuntimeError as error:
-                    warnings.warn(f"no pinned memory for more of prefix_store: {error}", RuntimeWarning, stacklevel=1)
-                    break
-                for block_hash, row in zip(some, rows, strict=True):
-                    reads.append(
-                        (block_hash, row, readers.submit(read_block, path_of(folder, block_hash), row.numpy()))
-                    )
+        for start in range(0, len(hashes), at_once):
+            some = hashes[start : start + at_once]
+            try:
+                rows = host_blocks(len(some), num_bytes, device)
+            except RuntimeError as error:
+                warnings.warn(f"no pinned memory for more of prefix_store: {error}", RuntimeWarning, stacklevel=1)
+                break
+            for block_hash, row in zip(some, rows, strict=True):
+                reads.append((block_hash, row, files.begin_reading(block_hash, row.numpy())))
         # One that is gone, or has lost a part, is for the planner's check to find.
         self._blocks = {block_hash: row for block_hash, row, read in reads if read.exception() is None}
 
