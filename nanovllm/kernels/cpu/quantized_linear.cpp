@@ -74,7 +74,7 @@ template <int SIZE> struct Eights {
   static inline void add(const uint8_t* const* codes, const float* const* x, int64_t i, int64_t, f32 (&sums)[N][R]) {
     for (int n = 0; n < N; n++)
       for (int j = 0; j < SIZE; j += W) {
-        const f32 values = __builtin_convertvector(widen((const int8_t*)codes[n] + i + j), f32);
+        const f32 values = load((const int8_t*)codes[n] + i + j);
         for (int r = 0; r < R; r++) sums[n][r] = plus_product(sums[n][r], values, load(x[r] + i + j));
       }
   }
@@ -235,7 +235,7 @@ template <int BITS, class S, class X> void dense_rows(const Weight<S>& w, X* out
             store(to + i, (values_of<IS_E2M1<S>>(bytes & 15) - zero[g]) * scale[g] + low[g]);
             store(to + i + 16, (values_of<IS_E2M1<S>>(bytes >> 4) - zero[g]) * scale[g] + low[g]);
           } else {
-            const f32 values = __builtin_convertvector(widen((const int8_t*)codes + i), f32);
+            const f32 values = load((const int8_t*)codes + i);
             store(to + i, (values - zero[g]) * scale[g] + low[g]);
           }
     }

@@ -21,8 +21,7 @@ template <class S> constexpr bool IS_E2M1 = std::is_same<S, e8m0>::value;
 
 inline void put(float* to, float x) { *to = x; }
 inline void put(bf16* to, float x) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = to_bits(x);
   to->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 inline void numbers(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
@@ -33,14 +32,10 @@ inline void numbers(const fp16* from, float* to, int64_t n) {
   for (; i < n; i++) to[i] = _cvtsh_ss(from[i].bits);
 #endif
   for (; i < n; i++) {  // the exponent is moved and multiplied into place, which also holds for denormals
-    const uint32_t sign = (uint32_t)(from[i].bits & 0x8000) << 16, rest = (uint32_t)(from[i].bits & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &rest, 4);
-    value = (from[i].bits & 0x7c00) == 0x7c00 ? value + __builtin_inff() : value * 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-    std::memcpy(to + i, &bits, 4);
+    const uint32_t sign = (uint32_t)(from[i].bits & 0x8000) << 16;
+    const float value = from_bits((uint32_t)(from[i].bits & 0x7fff) << 13);
+    const bool is_finite = (from[i].bits & 0x7c00) != 0x7c00;
+    to[i] = from_bits(to_bits(is_finite ? value * 0x1p112f : value + __builtin_inff()) | sign);
   }
 }
 inline void numbers(const e8m0* from, float* to, int64_t n) {

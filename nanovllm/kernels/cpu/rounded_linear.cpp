@@ -124,7 +124,6 @@ inline u32 load_codes(const int8_t* p) {
   return codes;
 }
 
-// Of W blocks of an output from `first` on, scales and what a code of no bits stands for; zeros where there are none.
 // Scales from p on, `left` of them and then zeros.
 inline f32 read_scales(const fp16* p, int64_t left) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

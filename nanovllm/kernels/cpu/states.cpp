@@ -1,5 +1,5 @@
-// Layers with a state, for float32 and bfloat16: twins of causal_conv.py, delta_net.py and mamba2.py. `state_kernels.py` checks
-// arguments and allocates results.
+// Layers with a state, for float32 and bfloat16: twins of causal_conv.py, delta_net.py and mamba2.py.
+// `state_kernels.py` checks arguments and allocates results.
 //
 // Layout    Rows are contiguous; inputs have any stride between tokens, the states one between slots.
 // Rounding  As in cpu_kernels.cpp; states are float32.
@@ -61,10 +61,26 @@ void causal_conv(const T* x, const T* weight, const T* bias, float* state, const
   }
 }
 
-// --- the gated delta net -------------------------------------------------------
+// --- matrices [keys, values] of heads ------------------------------------------
 
 constexpr int MAX_KEY = 256;  // numbers of a key
 constexpr int COLUMNS = 32;   // of a matrix that go through all tokens together, so that they stay in the cache
+
+// `columns` of them, and zeros behind; without a matrix, zeros.
+[[gnu::always_inline]] inline void read_columns(const float* matrix, float (*s)[COLUMNS], int64_t keys, int64_t values, int64_t columns) {
+  for (int64_t i = 0; i < keys; i++)
+    for (int64_t c = 0; c < COLUMNS; c++) s[i][c] = matrix && c < columns ? matrix[i * values + c] : 0.0f;
+}
+[[gnu::always_inline]] inline void keep_columns(const float (*s)[COLUMNS], float* matrix, int64_t keys, int64_t values, int64_t columns) {
+  for (int64_t i = 0; i < keys; i++) std::copy(s[i], s[i] + columns, matrix + i * values);
+}
+// Of one token's values.
+template <class T> [[gnu::always_inline]] inline void read_values(const T* value, float* v, int64_t columns) {
+  for (int64_t c = 0; c < COLUMNS; c += W) store(v + c, c < columns ? load(value + c, columns - c) : f32{});
+}
+inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
+// --- the gated delta net -------------------------------------------------------
 
 template <class T> inline void unit_length(const T* in, float* out, int64_t dim, float scale) {
   f32 squares = {};
@@ -114,21 +130,15 @@ void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const 
     float s[MAX_KEY][COLUMNS], q[MAX_KEY + W], k[MAX_KEY + W], v[COLUMNS], result[COLUMNS];
     for (int64_t first = 0; first < values; first += COLUMNS) {
       const int64_t columns = std::min<int64_t>(COLUMNS, values - first);
-      for (int64_t i = 0; i < keys; i++)
-        for (int64_t c = 0; c < COLUMNS; c++)
-          s[i][c] = had_tokens && c < columns ? own[i * values + first + c] : 0.0f;
-      auto keep = [&](float* to) {
-        for (int64_t i = 0; i < keys; i++) std::copy(s[i], s[i] + columns, to + i * values + first);
-      };
+      read_columns(had_tokens ? own + first : nullptr, s, keys, values, columns);
+      auto keep = [&](float* to) { keep_columns(s, to + first, keys, values, columns); };
       for (int64_t token = begin; token < stop; token++) {
         const T *in = qkv + token * qkv_stride, *gates = ba + token * 2 * heads;
         unit_length(in + query_at, q, keys, unit);
         unit_length(in + key_at, k, keys, 1.0f);
-        const T* value = in + 2 * key_heads * keys + head * values + first;
-        for (int64_t c = 0; c < COLUMNS; c += W) store(v + c, c < columns ? load(value + c, columns - c) : f32{});
+        read_values(in + 2 * key_heads * keys + head * values + first, v, columns);
         const float b = load(gates + head, 1)[0], a = load(gates + heads + head, 1)[0] + dt_bias[head];
-        const float softplus = a > 20.0f ? a : std::log1p(std::exp(a));
-        delta_step(s, q, k, v, result, keys, std::exp(-decay[head] * softplus), 1.0f / (1.0f + std::exp(-b)));
+        delta_step(s, q, k, v, result, keys, std::exp(-decay[head] * softplus(a)), 1.0f / (1.0f + std::exp(-b)));
         std::copy(result, result + columns, scratch + (token * heads + head) * values + first);
         if (snapshots[token] >= 0) keep(state + snapshots[token] * slot_stride + head * keys * values);
       }
@@ -192,22 +202,17 @@ void mamba2(const T* xbc, const T* zxbcdt, const float* decay, const float* dt_b
     float s[MAX_KEY][COLUMNS], b[MAX_KEY + W], c[MAX_KEY + W], x[COLUMNS], y[COLUMNS];
     for (int64_t first = 0; first < values; first += COLUMNS) {
       const int64_t columns = std::min<int64_t>(COLUMNS, values - first);
-      for (int64_t i = 0; i < keys; i++)
-        for (int64_t j = 0; j < COLUMNS; j++)
-          s[i][j] = had_tokens && j < columns ? own[i * values + first + j] : 0.0f;
-      auto keep = [&](float* to) {
-        for (int64_t i = 0; i < keys; i++) std::copy(s[i], s[i] + columns, to + i * values + first);
-      };
+      read_columns(had_tokens ? own + first : nullptr, s, keys, values, columns);
+      auto keep = [&](float* to) { keep_columns(s, to + first, keys, values, columns); };
       for (int64_t token = begin; token < stop; token++) {
         const T *in = xbc + token * xbc_stride, *whole = zxbcdt + token * in_stride;
-        const float raw = load(whole + inner + channels + head, 1)[0] + dt_bias[head];
-        const float dt = raw > 20.0f ? raw : std::log1p(std::exp(raw));
+        const float dt = softplus(load(whole + inner + channels + head, 1)[0] + dt_bias[head]);
         for (int64_t i = 0; i < keys; i += W) {
           store(b + i, load(in + b_at + i, keys - i) * dt);
           store(c + i, load(in + c_at + i, keys - i));
         }
-        const T *value = in + head * values + first, *z = whole + head * values + first;
-        for (int64_t j = 0; j < COLUMNS; j += W) store(x + j, j < columns ? load(value + j, columns - j) : f32{});
+        const T* z = whole + head * values + first;
+        read_values(in + head * values + first, x, columns);
         mamba_step(s, b, c, x, y, keys, std::exp(-decay[head] * dt));
         for (int64_t j = 0; j < columns; j += W) {
           f32 gate = load(z + j, columns - j);
