@@ -22,11 +22,10 @@ GLM = {
 # Latent attention in the target's layers and in the head's.
 DEEPSEEK = {**GLM, "num_mtp_layers": 0, "num_key_value_heads": 4}
 
-
 QWEN: dict[str, Any] = {
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
-    **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
-    **{"head_dim": 16, "num_key_value_heads": 2},
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "num_key_value_heads": 2,
 }
 SHAPE = {"vocab_size": VOCAB_WITH_TOKENIZER, "eos_token_id": EOS, "hidden_size": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,12 +1,13 @@
 """Steps for layers with a state: requests of some lengths, new or not, some of whose states are to be kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata
-from nanovllm.kernels.state_types import StepStates
+from nanovllm.kernels.state_types import LayerState, StepStates
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,13 @@ def make_states_case(
     )
     step = StepStates(rows.to(device), snapshots.to(device), meta, {})
     return StateCase(step, len(positions), num_rows + len(kept) + 1)
+
+
+def on_host(net: Any, state: LayerState, step: StepStates) -> tuple[Any, LayerState, StepStates]:
+    """Copies on the CPU: what a reference takes behind its inputs."""
+
+    def copied(one: Any) -> Any:
+        tensors = {name: value for name, value in vars(one).items() if isinstance(value, Tensor)}
+        return replace(one, **{name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()})
+
+    return copied(net), copied(state), replace(copied(step), meta=copied(step.meta))

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from nanovllm.kernels.delta_net import delta_net_reference
-from nanovllm.kernels.state_types import LayerState
-from tests.kernels.state_cases import make_states_case
-from tests.kernels.test_delta_net import copy, make_inputs
+from tests.kernels.state_cases import make_states_case, on_host
+from tests.kernels.test_delta_net import make_inputs
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, relative_error, twin_test
 
 twin = load_twin("delta_net")
@@ -31,13 +30,8 @@ def test_equals_the_reference(
     torch.manual_seed(1)
     case = make_states_case(lens, before, num_padding=2, device=DEVICE, every=64)
     qkvz, ba, net, state = make_inputs(case, sizes, dtype)
-    want_state = copy(state)
-    cpu = make_states_case(lens, before, num_padding=2, every=64)
-    for name in ("rows", "snapshots"):
-        getattr(cpu.step, name).copy_(getattr(case.step, name))
-    host = LayerState(want_state.conv.cpu(), want_state.matrices.cpu())
-    weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(net).items()}
-    want = delta_net_reference(qkvz.cpu(), ba.cpu(), type(net)(**weights), host, cpu.step)
+    host_net, host, step = on_host(net, state, case.step)
+    want = delta_net_reference(qkvz.cpu(), ba.cpu(), host_net, host, step)
     semaphores = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     got = twin.delta_net_triton(qkvz, ba, net, state, case.step, is_exact, semaphores)
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels.kimi_delta import kimi_delta_reference
-from nanovllm.kernels.state_types import LayerState
-from tests.kernels.state_cases import make_states_case
+from tests.kernels.state_cases import make_states_case, on_host
 from tests.kernels.test_kimi_delta import make_inputs
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, relative_error, twin_test
 
@@ -28,12 +27,8 @@ def test_equals_the_reference(
     torch.manual_seed(1)
     case = make_states_case(lens, before, num_padding=2, device=DEVICE, every=16)
     *tensors, net, state = make_inputs(case, *sizes, dtype)
-    cpu = make_states_case(lens, before, num_padding=2, every=16)
-    for name in ("rows", "snapshots"):
-        getattr(cpu.step, name).copy_(getattr(case.step, name))
-    host = LayerState(state.conv.cpu().clone(), state.matrices.cpu().clone())
-    weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(net).items()}
-    want = kimi_delta_reference(*(tensor.cpu() for tensor in tensors), type(net)(**weights), host, cpu.step)
+    host_net, host, step = on_host(net, state, case.step)
+    want = kimi_delta_reference(*(tensor.cpu() for tensor in tensors), host_net, host, step)
     got = twin.kimi_delta_triton(*tensors, net, state, case.step, is_exact)
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
     assert relative_error(state.matrices.cpu(), host.matrices) < TOLERANCE[dtype]

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from nanovllm.kernels.mamba2 import Mamba2, mamba2_reference
-from nanovllm.kernels.state_types import LayerState
-from tests.kernels.state_cases import make_states_case
-from tests.kernels.test_delta_net import copy
+from nanovllm.kernels.mamba2 import mamba2_reference
+from tests.kernels.state_cases import make_states_case, on_host
 from tests.kernels.test_mamba2 import make_inputs
 from tests.kernels.triton.test_delta_net import LENS, TOLERANCE
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, load_twin, relative_error, twin_test
@@ -41,13 +39,8 @@ def test_equals_the_reference(
     torch.manual_seed(1)
     case = make_states_case(lens, before, num_padding=2, device=DEVICE, every=64)
     zxbcdt, net, state = make_inputs(case, sizes, dtype, has_bias=has_bias, has_norm=has_norm)
-    cpu = make_states_case(lens, before, num_padding=2, every=64)
-    for name in ("rows", "snapshots"):
-        getattr(cpu.step, name).copy_(getattr(case.step, name))
-    start = copy(state)
-    host = LayerState(start.conv.cpu(), start.matrices.cpu())
-    weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in vars(net).items()}
-    want = mamba2_reference(zxbcdt.cpu(), Mamba2(**weights), host, cpu.step)
+    host_net, host, step = on_host(net, state, case.step)
+    want = mamba2_reference(zxbcdt.cpu(), host_net, host, step)
     semaphores = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     got = twin.mamba2_triton(zxbcdt, net, state, case.step, is_exact, semaphores)
     assert relative_error(got.cpu(), want) < TOLERANCE[dtype]
