@@ -78,12 +78,12 @@ def build_engine(config: EngineConfig) -> EngineParts:
     times = [perf_counter()]
     if isinstance(config.model, NamedModule) and config.device == "auto":
         config = replace(config, device=str(config.model.module.device))
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     is_packed = config.quantization == "gguf"
     checkpoint = open_checkpoint(
         config.model, load_format=config.load_format, revision=config.revision, is_packed=is_packed
     )
-    model_config = read_model_config(checkpoint.config, _choose_dtype(config.dtype, checkpoint.config, device))
+    model_config = read_model_config(checkpoint.config, choose_dtype(config.dtype, checkpoint.config, device))
     config = config.resolve(model_config, device.type)
     times.append(perf_counter())
     tokenizer = None
@@ -320,7 +320,7 @@ def _start_executor(
     return InlineExecutor(runner), times
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -336,7 +336,7 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_dtype(name: str, hf: Mapping[str, Any], device: torch.device) -> str:
+def choose_dtype(name: str, hf: Mapping[str, Any], device: torch.device) -> str:
     """ "auto" is the checkpoint's dtype, where the device computes in it at speed."""
     if name != "auto":
         return name

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from nanovllm.build import choose_device, choose_dtype
 from nanovllm.cli.options import engine_options
 from nanovllm.config import EngineConfig, ModelConfig, ResolvedConfig
 from nanovllm.executor.worker import choose_backend
@@ -34,18 +35,16 @@ def run(args: Namespace) -> int:
         raise ValueError("--lengths must be at least 2, and --behind at least 0")
     asked = EngineConfig(model=args.model, **engine_options(args))
     hf = open_checkpoint(args.model, load_format="dummy", revision=asked.revision).config
-    stored = hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
-    model = read_model_config(hf, stored if asked.dtype == "auto" else asked.dtype)
+    device = choose_device(asked.device)
+    model = read_model_config(hf, choose_dtype(asked.dtype, hf, device))
     if model.latent is not None:
         raise NotImplementedError(f"{args.model}: attention over latents is not measured by itself")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(default if asked.device == "auto" else asked.device)
     config = asked.resolve(model, device.type)
     peak = measure_ceilings(str(device), model.dtype).flops_per_second
     rows = []
     for length in args.lengths:
         seconds = _time(model, config, device, length, args.behind, args.repeats)
-        rate = operations(model, length, args.behind) / median(seconds)
+        rate = _operations(model, length, args.behind) / median(seconds)
         rows.append(
             {
                 "prompt_len": length,
@@ -64,7 +63,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def operations(model: ModelConfig, prompt_len: int, context_len: int) -> int:
+def _operations(model: ModelConfig, prompt_len: int, context_len: int) -> int:
     """Of q k^T and of the weights with the values, a multiplication and an addition each, up to the diagonal."""
     pairs = prompt_len * context_len + prompt_len * (prompt_len + 1) // 2
     return 4 * model.num_heads * model.head_dim * pairs

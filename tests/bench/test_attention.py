@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm.cli.main import main
-from tests.tiny_models import save_random
+from tests.tiny_models import edit_json, save_random
 
 
 def test_prompts_behind_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,3 +21,15 @@ def test_prompts_behind_a_context(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert len(row["seconds"]) == 2
         assert row["teraflops_per_second"] == pytest.approx(4 * heads * dim * pairs / row["us"] / 1e6)
     assert main([*argv, "--behind", "-1"]) == 2
+
+
+def test_device_and_dtype_are_those_that_an_engine_would_choose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_random(tmp_path)
+    edit_json(folder / "config.json", dtype="float16")
+    argv = ["bench", "attention", "--model", str(folder), "--repeat", "1", "--lengths", "20", "--device"]
+    assert main([*argv, "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["dtype"] == "float32"
+    assert main([*argv, "meta"]) == 2
+    assert "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'meta'" in capsys.readouterr().err

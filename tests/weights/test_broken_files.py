@@ -49,7 +49,7 @@ def open_all(path: Path) -> None:
     """All that a start does before memory is taken, and then each tensor."""
     config = EngineConfig(model=str(path), device="cpu", skip_tokenizer_init=True)
     checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=None)
-    dtype = build._choose_dtype("auto", checkpoint.config, torch.device("cpu"))
+    dtype = build.choose_dtype("auto", checkpoint.config, torch.device("cpu"))
     model_config = read_model_config(checkpoint.config, dtype)
     build._eos_token_ids(checkpoint, None, model_config.vocab_size)
     build._rehearse_loading(config.resolve(model_config, "cpu"), model_config, checkpoint)
