@@ -76,7 +76,7 @@ def _time(
     seq_len = prompt_len + context_len
     num_blocks = -(-seq_len // config.block_size)
     dtype = getattr(torch, model.dtype)
-    backend = choose_backend(device, config.compilation, config.deterministic)
+    backend = choose_backend(config, model, device)
     size = 2, num_blocks, model.num_kv_heads, config.block_size, model.head_dim
     cache = LayerCache(torch.randn(size, device=device).to(dtype))
     q = torch.randn(prompt_len, model.num_heads, model.head_dim, device=device).to(dtype)

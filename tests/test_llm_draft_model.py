@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from tests.models.test_latent_families import CASES
 from tests.runner.fake_graphs import fake_graphs
 from tests.test_llm_outputs import check_nothing_is_left
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_scripted, save_tokenizer
@@ -91,6 +92,22 @@ def test_the_same_tokens_with_any_draft_model(
                 assert counters["spec_decode_num_accepted_tokens"] > 60
             if "num_gpu_blocks_override" in way:
                 assert counters["num_preemptions"] > 0
+
+
+def test_a_draft_model_may_cache_latents_and_the_target_keys_and_values_or_the_other_way_round(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    architecture, fields = CASES["deepseek-v2-lite"]
+    sizes = {"vocab_size": VOCAB_WITH_TOKENIZER, "eos_token_id": EOS}
+    latent = save_random(tmp_path / "latent", architecture, **fields, **sizes)
+    save_tokenizer(latent)
+    for target, draft in [(folders["random"], latent), (latent, folders["random"])]:
+        with make_llm(target) as llm:
+            expected = [o.outputs[0].token_ids for o in llm.generate(RANDOM, PARAMS, use_tqdm=False)]
+        with make_llm(target, draft) as llm:
+            outputs = llm.generate(RANDOM, PARAMS, use_tqdm=False)
+            assert [o.outputs[0].token_ids for o in outputs] == expected
+            assert llm.get_metrics()["spec_decode_num_drafts"] > 20
 
 
 def test_what_cannot_draft_is_said_before_weights_are_read(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class PreparedLatentStep(PreparedStep, LatentStep):
 
 
 class CpuLatentBackend(CpuPagedBackend, LatentBackend):
-    """Layers of another kind, of a model that drafts, are the other backend's."""
+    """Layers of another kind are the other backend's."""
 
     def prepare(self, meta: AttentionMetadata) -> PreparedLatentStep:
         return PreparedLatentStep(meta)

@@ -21,7 +21,7 @@ class PreparedLatentStep(PreparedStep, LatentStep):
 
 
 class TritonLatentBackend(TritonBackend, LatentBackend):
-    """is_exact: for `deterministic=True`. Layers of another kind, of a model that drafts, are TritonBackend's."""
+    """is_exact: for `deterministic=True`. Layers of another kind are TritonBackend's."""
 
     def __init__(self, is_exact: bool = False) -> None:
         self._is_exact = is_exact

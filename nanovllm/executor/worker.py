@@ -101,7 +101,7 @@ def build_runner(
             sleeper.hold_weights(draft.model, are_updated=False)
     times.append(perf_counter())
     spec = cache_spec(config, model_config, tp, 0 if draft is None else draft.bytes_per_block)
-    backend = choose_backend(device, config.compilation, config.deterministic, model_config.latent is not None)
+    backend = choose_backend(config, model_config, device)
 
     def make_runner(config: ResolvedConfig, num_blocks: int, make: MakeZeros = zeros) -> ModelRunner:
         caches = spec.allocate(num_blocks, device, make)
@@ -112,7 +112,8 @@ def build_runner(
     times.append(perf_counter())
     make = zeros if sleeper is None else sleeper.zeros
     eager = make_runner(config, num_blocks, make)
-    drafter: Any = None if draft is None else draft.runner(eager, backend, make)  # before steps of `eager` are captured
+    if draft is not None:  # before steps of `eager` are captured
+        drafter: Any = draft.runner(eager, choose_backend(config, draft.model_config, device), make)
     runner: Runner = eager
     graphs = None
     if captures_steps(config, model_config, device):
@@ -255,25 +256,24 @@ def with_quantization(ops: Ops, model_config: ModelConfig, quantization: str | N
     return ops._replace(linear_method=linear_method, experts_method=partial(experts_by, scheme))
 
 
-def choose_backend(
-    device: torch.device, compilation: str, is_deterministic: bool, has_latents: bool = False
-) -> AttentionBackend:
-    if has_latents and device.type == "cuda":
+def choose_backend(config: ResolvedConfig, model_config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """For the layers of this model, which may be one that drafts."""
+    if model_config.latent is not None and device.type == "cuda":
         from nanovllm.attention.triton_latent import TritonLatentBackend
 
-        return TritonLatentBackend(is_deterministic)
-    if is_deterministic and device.type == "cuda":
+        return TritonLatentBackend(config.deterministic)
+    if config.deterministic and device.type == "cuda":
         from nanovllm.attention.triton_paged import BatchInvariantTritonBackend
 
         return BatchInvariantTritonBackend()
-    if is_deterministic:
+    if config.deterministic:
         return BatchInvariantBackend(cpp_or_reference(load_cpu_kernels()))
     if device.type == "cuda":
         from nanovllm.attention.triton_paged import TritonBackend
 
         return TritonBackend()
-    native = load_cpu_kernels() if compilation != "none" else None
-    if has_latents:
+    native = load_cpu_kernels() if config.compilation != "none" else None
+    if model_config.latent is not None:
         from nanovllm.attention.cpu_latent import CpuLatentBackend  # a leaf: most models cache keys and values
 
         return CpuLatentBackend(native)
