@@ -13,6 +13,7 @@ somebody's draft.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from nanovllm.engine.cache_manager import CacheManager
@@ -189,33 +190,28 @@ class SpeculativeScheduler(Scheduler):
     def _take_in(self, step: PlannedStep, output: ModelRunnerOutput, find_stop_string: FindStopString) -> list[Request]:
         if not isinstance(step, VerifyingStep):
             return super()._take_in(step, output, find_stop_string)
-        ended = []
+        ended, rejected = [], {}
         for index, (request, token_ids) in enumerate(zip(step.sampled, output.token_ids, strict=True)):
             num_drafted = step.num_drafted.get(request)
             if num_drafted is None:
                 continue
             num_accepted = len(token_ids) - 1
-            self._correct(request, num_drafted, num_accepted)
+            request.num_pending_tokens -= num_drafted
+            if request.is_running:
+                rejected[request.row] = num_drafted - num_accepted
+                request.num_computed_tokens -= rejected[request.row]
             self.stats.count_draft(num_drafted, num_accepted)
             self.stats.num_tokens_sampled += num_accepted
             self._pace.note_draft(request, num_drafted, num_accepted)
             if index in output.failures:
                 ended += self._take_before_failure(request, token_ids[:-1], find_stop_string)
+        for later in islice(self._planned, 1, None):
+            _correct(later.plan, rejected)
         changed = super()._take_in(step, output, find_stop_string)
         for request in step.num_drafted:
             if request.is_finished:  # maybe by a token before the last
                 del request.logprobs[len(request.token_ids) - request.num_prompt_tokens :]
         return changed + ended
-
-    def _correct(self, request: Request, num_drafted: int, num_accepted: int) -> None:
-        """The counters, which were upper bounds; also those of steps that have been planned by them."""
-        num_rejected = num_drafted - num_accepted
-        request.num_pending_tokens -= num_drafted
-        if request.is_running:
-            request.num_computed_tokens -= num_rejected
-        for later in list(self._planned)[1:]:
-            for index in [i for i, row in enumerate(later.plan.rows) if num_rejected and row == request.row]:
-                later.plan.num_computed_tokens[index] -= num_rejected
 
     def _take_before_failure(
         self, request: Request, token_ids: list[int], find_stop_string: FindStopString
@@ -225,6 +221,12 @@ class SpeculativeScheduler(Scheduler):
             if not request.is_finished:
                 self._take_token(request, token_id, find_stop_string)
         return [request] if request.is_finished and token_ids else []
+
+
+def _correct(plan: SchedulerOutput, rejected: Mapping[int, int]) -> None:
+    """The counters of a step that was planned by upper bounds; rejected: by row, by how many these were too high."""
+    starts = zip(plan.rows, plan.num_computed_tokens, strict=True)
+    plan.num_computed_tokens = [start - rejected.get(row, 0) for row, start in starts]
 
 
 def can_draft(request: Request) -> bool:
