@@ -374,8 +374,8 @@ class ModelConfig:
     extra: the config.json fields that this architecture has beyond those of all decoders. quantization: its
     quantization_config, read by `quantization/scheme.py`. layer_heads: per layer, KV heads and their size, where layers
     differ in them; empty else. kv_sources: per layer, the one whose keys and values it reads; empty where each has its
-    own. latent: where all attention is over latents; num_kv_heads is
-    1 then, and head_dim what the cache holds of a token.
+    own. latent: where all attention is over latents; num_kv_heads is 1 then, and head_dim what the cache holds of a
+    token.
     """
 
     architecture: str

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.config import ModelConfig
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.weight_specs import WeightSpecs
 from nanovllm.models.registry import read_model_config
 
@@ -128,6 +129,7 @@ class SteppedHead(DraftHead):
     is_chained: of the step that runs, or is captured, whether its states are the head's own, of the step before.
     """
 
+    norm: RMSNorm  # the last one
     own: Tensor  # the states of the step before
 
     def __init__(
@@ -155,7 +157,7 @@ class SteppedHead(DraftHead):
         return self.guess(self._embed[0](input_ids), states, positions, ctx)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        normed = self.last_norm(hidden)
+        normed, _ = self.norm(hidden)
         num_kept = min(len(hidden), len(self.own))  # more rows come only while kernels are compiled
         self.own[:num_kept] = (normed if self._norms_own else hidden)[:num_kept]
         return self.logits(normed)
@@ -166,9 +168,6 @@ class SteppedHead(DraftHead):
 
     def guess(self, embedded: Tensor, states: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """Hidden states before the last norm."""
-        raise NotImplementedError
-
-    def last_norm(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
 
     def logits(self, normed: Tensor) -> Tensor:

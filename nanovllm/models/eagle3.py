@@ -117,10 +117,6 @@ class Eagle3Head(SteppedHead):
     def guess(self, embedded: Tensor, states: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         return self.layers[0](embedded, states, self.rotary(positions, None), ctx)  # type: ignore[no-any-return]
 
-    def last_norm(self, hidden: Tensor) -> Tensor:
-        normed, _ = self.norm(hidden)
-        return normed  # type: ignore[no-any-return]
-
     def logits(self, normed: Tensor) -> Tensor:
         return self.lm_head(normed)  # type: ignore[no-any-return]
 

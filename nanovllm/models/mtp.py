@@ -129,10 +129,6 @@ class MTPHead(SteppedHead):
         x, residual = self.layers[0](self.projection(both), None, cos_sin, ctx)
         return x + residual  # type: ignore[no-any-return]
 
-    def last_norm(self, hidden: Tensor) -> Tensor:
-        normed, _ = self.norm(hidden)
-        return normed  # type: ignore[no-any-return]
-
     def logits(self, normed: Tensor) -> Tensor:
         return self._target[0].compute_logits(normed)  # type: ignore[no-any-return]
 

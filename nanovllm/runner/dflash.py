@@ -66,7 +66,7 @@ class DFlashRunner:
         if not len(masks):
             return PendingBlocks(torch.zeros(0, length, dtype=torch.int32), None, NO_EXTRAS)
         ids = self._head.compute_logits(hidden[upload(masks, device)]).argmax(-1).int()
-        pending = runner.read_back((ids + self._head.offsets[ids.long()]).view(-1, length))
+        pending = runner.read_back(self._head.as_target(ids).view(-1, length))
         return PendingBlocks(pending.tokens, pending.event, NO_EXTRAS)
 
     def draft(self, unseen: Unseen, num_computed: Tensor, length: int) -> Tensor:

@@ -75,10 +75,7 @@ def run_with_hidden_states(runner: "ModelRunner", plan: SchedulerOutput) -> "Pen
         )
     with captures as captured:
         if plan.num_draft_tokens:
-            from nanovllm.runner.verify import (
-                begin_verifying,
-                verify,
-            )  # a room: only engines that speculate have drafts
+            from nanovllm.runner.verify import begin_verifying, verify  # a room: most engines never have drafts
 
             begin_verifying(runner, plan)
         hidden, seq_lens = runner.forward(plan, batch)
