@@ -165,7 +165,7 @@ def _start_engine(
         replicas = DataParallelEngine(config, setups, OutputProcessor(tokenizer, config.deterministic))
         return replicas, replicas.num_blocks, replicas.runner_times
     make_scheduler, make_engine = _planner_and_loop(config, model_config, device)
-    executor, times = _start_executor(_of_workers(config, model_config), model_config, checkpoint, device)
+    executor, times = _start_executor(_of_workers(config, model_config, checkpoint), model_config, checkpoint, device)
     cache = _cache_manager(config, model_config, executor.num_blocks, device)
     if config.has_tiers:
         executor, cache = _with_tiers(config, model_config, executor, checkpoint.path)
@@ -217,7 +217,7 @@ def _planner_and_loop(
     )
 
 
-def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedConfig:
+def _of_workers(config: ResolvedConfig, model_config: ModelConfig, checkpoint: Checkpoint) -> ResolvedConfig:
     """Workers are told of speculation if they have a part in it. Raises ValueError for a wrong draft model."""
     speculative = config.speculative_config
     if speculative is None or speculative.method not in MODEL_METHODS:
@@ -225,7 +225,7 @@ def _of_workers(config: ResolvedConfig, model_config: ModelConfig) -> ResolvedCo
         return replace(config, speculative_config=speculative.sizes if speculative and has_states else None)
     from nanovllm.runner.drafting import check_draft
 
-    check_draft(config, model_config)
+    check_draft(config, model_config, checkpoint)
     return config
 
 

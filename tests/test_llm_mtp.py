@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm.weights.checkpoint import SafetensorsCheckpoint
 from tests.heads import check_drafts, check_small, norm, run
 from tests.runner.fake_graphs import fake_graphs
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, edit_json, save_random
@@ -135,6 +136,19 @@ def test_drafts_are_those_of_the_plain_head_and_tokens_those_without_it(
 
 def test_in_chunks_and_after_a_preemption_tokens_are_the_same(folder: Path) -> None:
     check_small(folder, ("mtp", None))
+
+
+def test_the_checkpoint_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, init = [], SafetensorsCheckpoint.__init__
+
+    def noted(checkpoint: SafetensorsCheckpoint, path: Path, files: list[Path]) -> None:
+        opened.append(path)
+        init(checkpoint, path, files)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "__init__", noted)
+    folder = save_with_head(tmp_path / "glm", "glm")
+    run(folder, ("mtp", None))
+    assert opened == [folder]
 
 
 def test_what_has_no_head_is_said_before_weights_are_read(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def build_runner(
             return _load_model(config, config.max_model_len, model_config, checkpoint, device, tp)
 
         kind = DraftModel if config.speculative_config.method == "draft_model" else HeadDraft
-        draft = kind(config, model_config, model, device, tp, load)
+        draft = kind(config, model_config, model, checkpoint, device, tp, load)
         if sleeper is not None:
             sleeper.hold_weights(draft.model, are_updated=False)
     times.append(perf_counter())

@@ -61,12 +61,12 @@ def open_draft(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint,
 HeadConfig = Eagle3Config | DFlashConfig | MTPConfig
 
 
-def open_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, HeadConfig]:
+def open_head(config: ResolvedConfig, target: ModelConfig, of_target: Checkpoint) -> tuple[Checkpoint, HeadConfig]:
     """The head's checkpoint and config. Raises ValueError or NotImplementedError if it is none for this model."""
     speculative = config.speculative_config
     assert speculative is not None
     if speculative.method == "mtp":
-        return _open_own_head(config, target)
+        return of_target, _own_head(config, target, of_target)
     assert speculative.model is not None
     name = f"speculative_config.model={speculative.model!r}"
     checkpoint = open_checkpoint(speculative.model, load_format=config.load_format, revision=speculative.revision)
@@ -84,25 +84,27 @@ def open_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, 
     return checkpoint, dflash
 
 
-def _open_own_head(config: ResolvedConfig, target: ModelConfig) -> tuple[Checkpoint, MTPConfig]:
+def _own_head(config: ResolvedConfig, target: ModelConfig, checkpoint: Checkpoint) -> MTPConfig:
     """That of the model's own checkpoint."""
     name = f"speculative_config.method='mtp': {config.model!r}"
     if isinstance(config.model, NamedModule):
         raise NotImplementedError(f"{name} is a model in this process, whose prediction head is not read")
-    checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=config.revision)
     if not isinstance(checkpoint, SafetensorsCheckpoint):
         raise NotImplementedError(f"{name} is a GGUF file, whose prediction head is not read")
     head = read_mtp_config(checkpoint.config, target, name)
     if config.load_format != "dummy" and not checkpoint.num_of_prediction_head:
         raise ValueError(f"{name} has no tensors of a prediction head; use another method")
     _check_layers(config, (head.layer, target), name)
-    return checkpoint, head
+    return head
 
 
-def check_draft(config: ResolvedConfig, target: ModelConfig) -> None:
+def check_draft(config: ResolvedConfig, target: ModelConfig, of_target: Checkpoint) -> None:
     """Raises as `open_draft` and `open_head` do; no weight is read."""
     assert config.speculative_config is not None
-    (open_draft if config.speculative_config.method == "draft_model" else open_head)(config, target)
+    if config.speculative_config.method == "draft_model":
+        open_draft(config, target)
+    else:
+        open_head(config, target, of_target)
 
 
 def _check_layers(config: ResolvedConfig, kinds: Sequence[ModelConfig], name: str) -> None:
@@ -140,11 +142,14 @@ class DraftModel:
         config: ResolvedConfig,
         target_config: ModelConfig,
         target: Any,
+        of_target: Checkpoint,
         device: torch.device,
         tp: TensorParallel,
         load: Callable[[ModelConfig, Checkpoint], Any],
     ) -> None:
-        """target: the model. load: (config of the draft model, its checkpoint) -> the draft model with its weights."""
+        """target, of_target: the model and its checkpoint. load: (config of the draft model, its own checkpoint) -> the
+        draft model with its weights.
+        """
         checkpoint, self.model_config = open_draft(config, target_config)
         self.config = _config_of_chain(config)
         self.model = load(self.model_config, checkpoint)
@@ -173,12 +178,13 @@ class HeadDraft(DraftModel):
         config: ResolvedConfig,
         target_config: ModelConfig,
         target: Any,
+        of_target: Checkpoint,
         device: torch.device,
         tp: TensorParallel,
         load: Callable[[ModelConfig, Checkpoint], Any],
     ) -> None:
         assert config.speculative_config is not None
-        checkpoint, head_config = open_head(config, target_config)
+        checkpoint, head_config = open_head(config, target_config, of_target)
         self.in_one_pass = isinstance(head_config, DFlashConfig)
         self._aux_layers, self._head_config = head_config.aux_layers, head_config
         self._device, self._tp, self._target = device, TensorParallel(), target
