@@ -172,5 +172,7 @@ class TieredExecutor:
         return self._executor.apply(function)
 
     def close(self) -> None:
-        self._executor.close()
-        self._cache.close()
+        try:
+            self._executor.close()
+        finally:
+            self._cache.close()  # its threads would go on reading files

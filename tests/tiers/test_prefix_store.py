@@ -23,7 +23,7 @@ from nanovllm.tiers.block_file import is_good, read_block, write_block
 from nanovllm.tiers.block_files import BlockFiles
 from nanovllm.tiers.mover import TierMover
 from nanovllm.tiers.store import PrefixStore, newest, path_of
-from nanovllm.tiers.tiered_cache import TieredCache
+from nanovllm.tiers.tiered_cache import TieredCache, TieredExecutor
 from tests.tiny_models import EOS, VOCAB_WITH_TOKENIZER, load_hugging_face, save_random, save_tokenizer
 
 ABOUT = {"block": "00"}
@@ -290,6 +290,22 @@ def test_a_sleep_takes_what_was_to_be_kept(model: Path) -> None:
     cache._found, cache._found_now = [(1, b"a")], [(2, b"b")]
     cache.pool.forget_cached()
     assert cache.take_moves() is None and cache.take_moves() is None
+
+
+def test_the_stores_threads_end_also_where_the_executor_fails(tmp_path: Path) -> None:
+    class Broken:
+        num_blocks = 8
+
+        def close(self) -> None:
+            raise RuntimeError("the device is lost")
+
+    store = PrefixStore([tmp_path])
+    executor = TieredExecutor(Broken(), TieredCache(8, 8, None, store))
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        executor.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        store._threads.submit(print)
+    assert not store._ahead.is_alive()
 
 
 def test_a_model_of_this_process_has_no_files(model: Path, tmp_path: Path) -> None:
