@@ -16,6 +16,7 @@ from nanovllm.kernels.delta_net import CHUNK, L2_EPS, DeltaNet
 from nanovllm.kernels.state_types import StepStates
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
+from nanovllm.kernels.triton.state_parts import keep_matrix, part_of_step, softplus
 
 COLUMNS = 32  # of S, that one program takes through a prompt
 # Of float32: three products on the matrix units, which leave as much as one without them, and take a tenth of its time.
@@ -36,9 +37,8 @@ def gates(ba_ptr, decay_ptr, dt_bias_ptr, token, is_row, head, ba_stride, HEADS:
     """beta and the logarithm of alpha of each token; what is no row changes nothing."""
     at = ba_ptr + token * ba_stride + head
     b = tl.load(at, mask=is_row, other=0.0).to(tl.float32)
-    a = tl.load(at + HEADS, mask=is_row, other=0.0).to(tl.float32) + tl.load(dt_bias_ptr + head)
-    softplus = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
-    log_alpha = tl.where(is_row, -tl.load(decay_ptr + head) * softplus, 0.0)
+    a = softplus(tl.load(at + HEADS, mask=is_row, other=0.0).to(tl.float32) + tl.load(dt_bias_ptr + head))
+    log_alpha = tl.where(is_row, -tl.load(decay_ptr + head) * a, 0.0)
     return tl.where(is_row, 1.0 / (1.0 + tl.exp(-b)), 0.0), log_alpha
 
 
@@ -172,9 +172,7 @@ def _pass_chunks_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     request, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(rows_ptr + request).to(tl.int64)
-    start = tl.load(starts_ptr + request)
-    length = tl.load(starts_ptr + request + 1) - start
+    slot, start, length = part_of_step(request, rows_ptr, starts_ptr)
     if (slot < 0) | (length == 0):
         return
     before = tl.load(seq_lens_ptr + request) - length
@@ -202,9 +200,7 @@ def _pass_chunks_kernel(
         tl.store(change_at, change, mask=is_change)
         matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(keys), change, input_precision=PRECISION)
         last = tl.minimum(first + CHUNK, length) - 1
-        snapshot = tl.load(snapshots_ptr + start + last).to(tl.int64)
-        if snapshot >= 0:
-            tl.store(matrices_ptr + snapshot * slot_stride + cell, matrix, mask=is_cell)
+        keep_matrix(matrix, matrices_ptr, slot_stride, cell, is_cell, snapshots_ptr + start + last)
         place += 1
     tl.store(matrices_ptr + slot * slot_stride + cell, matrix, mask=is_cell)
 
@@ -310,9 +306,7 @@ def _steps_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     request, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(rows_ptr + request).to(tl.int64)
-    start = tl.load(starts_ptr + request)
-    length = tl.load(starts_ptr + request + 1) - start
+    slot, start, length = part_of_step(request, rows_ptr, starts_ptr)
     if (slot < 0) | (length == 0):
         return
     key, value = tl.arange(0, BLOCK_KEYS), tl.arange(0, BLOCK_VALUES)
@@ -341,9 +335,7 @@ def _steps_kernel(
         z = tl.load(z_at, mask=is_value[None, :], other=0.0).to(tl.float32)
         at = out_ptr + (token * HEADS + head)[:, None] * VALUES + value[None, :]
         tl.store(at, gated_norm(found, z, weight, eps, VALUES, dtype), mask=is_value[None, :])
-        snapshot = tl.load(snapshots_ptr + start + index).to(tl.int64)
-        if snapshot >= 0:
-            tl.store(matrices_ptr + snapshot * slot_stride + cell, matrix, mask=is_cell)
+        keep_matrix(matrix, matrices_ptr, slot_stride, cell, is_cell, snapshots_ptr + start + index)
     tl.store(matrices_ptr + slot * slot_stride + cell, matrix, mask=is_cell)
 
 

@@ -18,6 +18,7 @@ from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.common.state_steps import behind_decodes, counters
 from nanovllm.kernels.triton.delta_chunks import delta_chunks_triton
+from nanovllm.kernels.triton.state_parts import softplus
 
 COLUMNS = 32  # of a matrix: 128 bytes of a row
 
@@ -26,9 +27,8 @@ COLUMNS = 32  # of a matrix: 128 bytes of a row
 def gates_of(ba_ptr, decay_ptr, dt_bias_ptr, head, HEADS: tl.constexpr):
     """alpha and beta of one token and head. ba_ptr: of the token."""
     b = tl.load(ba_ptr + head).to(tl.float32)
-    a = tl.load(ba_ptr + HEADS + head).to(tl.float32) + tl.load(dt_bias_ptr + head)
-    softplus = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
-    return tl.exp(-tl.load(decay_ptr + head) * softplus), 1.0 / (1.0 + tl.exp(-b))
+    a = softplus(tl.load(ba_ptr + HEADS + head).to(tl.float32) + tl.load(dt_bias_ptr + head))
+    return tl.exp(-tl.load(decay_ptr + head) * a), 1.0 / (1.0 + tl.exp(-b))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from nanovllm.kernels.state_types import StepStates
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.delta_chunks import PRECISION, inverse, unit_rows
+from nanovllm.kernels.triton.state_parts import keep_matrix, softplus
 
 CHUNK = 16
 NUM_COLUMNS = 32  # of S, that one program takes through a prompt
@@ -80,8 +81,7 @@ def _kimi_chunks_kernel(
         is_gate = is_token[:, None] & is_number[None, :]
         f = tl.load(f_ptr + token[:, None] * f_stride + head * DIM + number[None, :], mask=is_gate, other=0.0)
         f = f.to(tl.float32) + dt_bias[None, :]
-        softplus = tl.where(f > 20.0, f, tl.log(1.0 + tl.exp(tl.minimum(f, 20.0))))
-        faded = tl.cumsum(tl.where(is_gate, -decay * softplus, 0.0), 0)  # logarithms, from the chunk's begin on
+        faded = tl.cumsum(tl.where(is_gate, -decay * softplus(f), 0.0), 0)  # logarithms, from the chunk's begin on
 
         of_keys = tl.zeros([CHUNK, CHUNK], tl.float32)
         of_queries = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -109,9 +109,7 @@ def _kimi_chunks_kernel(
         k_left = tl.where(is_token[:, None], k * tl.exp(tl.minimum(last[None, :] - faded, 0.0)), 0.0)
         s = tl.exp(last)[:, None] * s + tl.dot(tl.trans(k_left), change, input_precision=PRECISION)
         begin += size
-        snapshot = tl.load(snapshots_ptr + begin - 1).to(tl.int64)
-        if snapshot >= 0:
-            tl.store(matrices_ptr + snapshot * matrix_stride + cell, s, mask=is_cell)
+        keep_matrix(s, matrices_ptr, matrix_stride, cell, is_cell, snapshots_ptr + begin - 1)
     if (row >= 0) & (end > start):
         tl.store(matrices_ptr + row * matrix_stride + cell, s, mask=is_cell)
 

@@ -18,6 +18,7 @@ from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 from nanovllm.kernels.triton.common.state_steps import behind_decodes
 from nanovllm.kernels.triton.kimi_chunks import kimi_chunks_triton
+from nanovllm.kernels.triton.state_parts import softplus
 
 NUM_COLUMNS = 32  # of a matrix that are in registers at a time
 
@@ -86,8 +87,7 @@ def _kimi_delta_kernel(
         q *= tl.rsqrt(tl.sum(q * q, 0) + L2_EPS) * (DIM**-0.5)
         k *= tl.rsqrt(tl.sum(k * k, 0) + L2_EPS)
         f = tl.load(f_ptr + token * f_stride + at, mask=mask, other=0.0).to(tl.float32) + dt_bias
-        softplus = tl.where(f > 20.0, f, tl.log(1.0 + tl.exp(tl.minimum(f, 20.0))))
-        alpha = tl.exp(-decay * softplus)
+        alpha = tl.exp(-decay * softplus(f))
         beta = 1.0 / (1.0 + tl.exp(-tl.load(b_ptr + token * b_stride + head).to(tl.float32)))
         squares = 0.0
         for first in range(0, DIM, COLUMNS):

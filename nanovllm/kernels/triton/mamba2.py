@@ -18,17 +18,12 @@ from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.common.state_steps import behind_decodes, counters
 from nanovllm.kernels.triton.mamba2_chunks import mamba2_chunks_triton
+from nanovllm.kernels.triton.state_parts import softplus
 
 COLUMNS = 32  # of a state: 128 bytes of a row
 # Prompts go token by token: the kernel of chunks equals the reference in the interpreter, but an earlier form of it
 # made an illegal access on an H200, and this one has not run on a GPU.
 CHUNKS_ARE_PROVEN = False
-
-
-@triton.jit
-def step_size(dt_ptr, dt_bias_ptr, head):
-    dt = tl.load(dt_ptr + head).to(tl.float32) + tl.load(dt_bias_ptr + head)
-    return tl.where(dt > 20.0, dt, tl.log(1.0 + tl.exp(tl.minimum(dt, 20.0))))
 
 
 @triton.jit
@@ -104,7 +99,7 @@ def _decode_kernel(
         x_ptr, conv_weight_ptr, conv_bias_ptr, conv, had_tokens, c_channel, is_number, CHANNELS, WIDTH, HAS_BIAS
     )
     advance(x_ptr, conv_ptr, conv_stride, row, snapshot, had_tokens, x_channel, is_dim, CHANNELS, WIDTH)
-    dt = step_size(x_ptr + CHANNELS, dt_bias_ptr, head)
+    dt = softplus(tl.load(x_ptr + CHANNELS + head).to(tl.float32) + tl.load(dt_bias_ptr + head))
     matrix = tl.exp(-tl.load(decay_ptr + head) * dt) * matrix + (dt * b)[:, None] * x[None, :]
     tl.store(matrices_ptr + row * matrix_stride + cell, matrix, mask=is_cell)
     tl.store(matrices_ptr + snapshot * matrix_stride + cell, matrix, mask=is_cell & (snapshot >= 0))

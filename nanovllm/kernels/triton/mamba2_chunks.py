@@ -16,6 +16,7 @@ from nanovllm.kernels.state_types import StepStates
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.delta_chunks import COLUMNS, PRECISION
+from nanovllm.kernels.triton.state_parts import keep_matrix, part_of_step, softplus
 
 
 @triton.jit
@@ -50,9 +51,7 @@ def _pass_chunks_kernel(
     VALUES: tl.constexpr = HEADS * DIM
     CHANNELS: tl.constexpr = VALUES + 2 * GROUPS * STATE
     request, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(rows_ptr + request).to(tl.int64)
-    start = tl.load(starts_ptr + request)
-    length = tl.load(starts_ptr + request + 1) - start
+    slot, start, length = part_of_step(request, rows_ptr, starts_ptr)
     if (slot < 0) | (length == 0):
         return
     before = tl.load(seq_lens_ptr + request) - length
@@ -78,9 +77,7 @@ def _pass_chunks_kernel(
         mask = is_row[:, None] & is_dim[None, :]
         x = tl.load(xbc_ptr + token[:, None] * CHANNELS + (head * DIM + dim)[None, :], mask=mask, other=0.0)
         dt = tl.load(zxbcdt_ptr + token * stride + VALUES + CHANNELS + head, mask=is_row, other=0.0).to(tl.float32)
-        dt += dt_bias
-        dt = tl.where(dt > 20.0, dt, tl.log(1.0 + tl.exp(tl.minimum(dt, 20.0))))
-        dt = tl.where(is_row, dt, 0.0)
+        dt = tl.where(is_row, softplus(dt + dt_bias), 0.0)
         if STEPS:
             new = tl.sum((dt[:, None] * b.to(tl.float32))[:, :, None] * x.to(tl.float32)[:, None, :], 0)
             matrix = matrix * tl.exp(-decay * tl.sum(dt, 0)) + new
@@ -101,9 +98,7 @@ def _pass_chunks_kernel(
         found = (found + skip * x.to(tl.float32)) * (z / (1.0 + tl.exp(-z)))
         tl.store(gated_ptr + token[:, None] * VALUES + (head * DIM + dim)[None, :], found.to(dtype), mask=mask)
         last = tl.minimum(first + SPAN, length) - 1
-        snapshot = tl.load(snapshots_ptr + start + last).to(tl.int64)
-        if snapshot >= 0:
-            tl.store(matrices_ptr + snapshot * slot_stride + cell, matrix, mask=is_cell)
+        keep_matrix(matrix, matrices_ptr, slot_stride, cell, is_cell, snapshots_ptr + start + last)
     tl.store(matrices_ptr + slot * slot_stride + cell, matrix, mask=is_cell)
 
 
