@@ -5,6 +5,8 @@ Owns the meaning: y[t] = bias + sum_j weight[j] x[t - width + 1 + j], where inpu
 Invariant: each token is computed from the same numbers in the same order, however its prompt is cut into steps.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,17 @@ def _inputs(x: Tensor, state: Tensor, step: StepStates) -> Tensor:
     offset = token - starts[request][:, None]  # in the step; negative: before it
     in_state = before[request[:, None], (offset + width - 1).clamp(0, width - 2)]
     return torch.where((offset >= 0).unsqueeze(-1), x.float()[token.clamp(min=0)], in_state)
+
+
+def pass_states(states: Tensor, num_tokens: int, step: StepStates, follow: Callable[[int, Tensor], Tensor]) -> None:
+    """Take each request's state through its tokens. follow: of a token and the state before it, the state behind it."""
+    after, starts = torch.empty(num_tokens, *states.shape[1:]), step.meta.query_start_loc.tolist()
+    for request, (row, seq_len) in enumerate(zip(step.rows.tolist(), step.meta.seq_lens.tolist(), strict=True)):
+        start, end = starts[request : request + 2]
+        state = states[row] if seq_len > end - start else torch.zeros_like(states[row])
+        for token in range(start, end):
+            state = after[token] = follow(token, state)
+    keep_states(states, after, step)
 
 
 def keep_states(state: Tensor, after: Tensor, step: StepStates) -> None:

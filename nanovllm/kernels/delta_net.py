@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.causal_conv import conv_silu_reference, keep_states
+from nanovllm.kernels.causal_conv import conv_silu_reference, pass_states
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.state_types import LayerState, StepStates
@@ -87,17 +87,16 @@ def advance(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, state: LayerState, step: StepStates
 ) -> Tensor:
     """The rule itself, token after token: q S of each, like v. alpha [num_tokens, num_value_heads, 1 or key_dim]."""
-    matrices, out = torch.empty(len(v), *state.matrices.shape[1:]), torch.empty_like(v)
-    starts = step.meta.query_start_loc.tolist()
-    for request, (row, seq_len) in enumerate(zip(step.rows.tolist(), step.meta.seq_lens.tolist(), strict=True)):
-        start, end = starts[request : request + 2]
-        matrix = state.matrices[row] if seq_len > end - start else torch.zeros_like(state.matrices[row])
-        for t in range(start, end):
-            matrix = alpha[t].unsqueeze(-1) * matrix
-            change = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], matrix))
-            matrix = matrices[t] = matrix + k[t].unsqueeze(-1) * change.unsqueeze(-2)
-            out[t] = torch.einsum("hk,hkv->hv", q[t], matrix)
-    keep_states(state.matrices, matrices, step)
+    out = torch.empty_like(v)
+
+    def follow(t: int, matrix: Tensor) -> Tensor:
+        matrix = alpha[t].unsqueeze(-1) * matrix
+        change = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], matrix))
+        matrix = matrix + k[t].unsqueeze(-1) * change.unsqueeze(-2)
+        out[t] = torch.einsum("hk,hkv->hv", q[t], matrix)
+        return matrix
+
+    pass_states(state.matrices, len(v), step, follow)
     return out
 
 

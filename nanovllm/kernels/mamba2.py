@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.causal_conv import conv_silu_reference, keep_states
+from nanovllm.kernels.causal_conv import conv_silu_reference, pass_states
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.state_types import LayerState, StepStates
 
@@ -77,17 +77,15 @@ def mamba2_reference(zxbcdt: Tensor, net: Mamba2, state: LayerState, step: StepS
     z, xbc, dt = zxbcdt.split([net.num_values, net.conv_weight.shape[1], net.num_heads], dim=1)
     mixed = conv_silu_reference(xbc, net.conv_weight, net.conv_bias, state.conv, step)
     x, b, c, dt = heads(mixed, dt, net)
-    alpha = torch.exp(-net.decay * dt)
-    matrices, out = torch.empty(len(x), *state.matrices.shape[1:]), torch.empty_like(x)
-    starts = step.meta.query_start_loc.tolist()
-    for request, (row, seq_len) in enumerate(zip(step.rows.tolist(), step.meta.seq_lens.tolist(), strict=True)):
-        start, end = starts[request : request + 2]
-        matrix = state.matrices[row] if seq_len > end - start else torch.zeros_like(state.matrices[row])
-        for t in range(start, end):
-            new = (dt[t, :, None] * b[t]).unsqueeze(-1) * x[t].unsqueeze(-2)
-            matrix = matrices[t] = alpha[t, :, None, None] * matrix + new
-            out[t] = torch.einsum("hn,hnp->hp", c[t], matrix) + net.skip[:, None] * x[t]
-    keep_states(state.matrices, matrices, step)
+    alpha, out = torch.exp(-net.decay * dt), torch.empty_like(x)
+
+    def follow(t: int, matrix: Tensor) -> Tensor:
+        new = (dt[t, :, None] * b[t]).unsqueeze(-1) * x[t].unsqueeze(-2)
+        matrix = alpha[t, :, None, None] * matrix + new
+        out[t] = torch.einsum("hn,hnp->hp", c[t], matrix) + net.skip[:, None] * x[t]
+        return matrix
+
+    pass_states(state.matrices, len(x), step, follow)
     return gated_norm(out.flatten(1), z, net)
 
 
