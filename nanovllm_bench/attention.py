@@ -94,7 +94,6 @@ def _time(
             num_decodes=0,
             num_reqs=1,
             max_query_len=prompt_len,
-            max_seq_len=seq_len,
             query_lens_host=[prompt_len],
             seq_lens_host=[seq_len],
         )

@@ -85,7 +85,6 @@ class AttentionMetadata:
     num_decodes: int
     num_reqs: int
     max_query_len: int
-    max_seq_len: int
     query_lens_host: Sequence[int]
     seq_lens_host: Sequence[int]
     cascade: CascadeInputs | None = None

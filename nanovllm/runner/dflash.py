@@ -118,7 +118,6 @@ class DFlashRunner:
             num_decodes=n,
             num_reqs=n,
             max_query_len=1,
-            max_seq_len=max(lens),
             query_lens_host=[1] * n,
             seq_lens_host=lens,
             reads_step=True,

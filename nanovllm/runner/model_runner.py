@@ -139,7 +139,6 @@ class ModelRunner:
             num_decodes=plan.num_decodes,
             num_reqs=len(seq_lens),
             max_query_len=max(plan.num_scheduled_tokens),
-            max_seq_len=max(seq_lens),
             query_lens_host=plan.num_scheduled_tokens,
             seq_lens_host=seq_lens,
             cascade=None if self.cascade_items is None else self.cascade_items.upload(plan, self.device),

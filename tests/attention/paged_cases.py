@@ -77,7 +77,6 @@ def make_metadata(
         num_decodes=num_decodes,
         num_reqs=len(query_lens),
         max_query_len=max(query_lens, default=0),
-        max_seq_len=max(seq_lens, default=0),
         query_lens_host=query_lens,
         seq_lens_host=seq_lens,
     )

@@ -47,7 +47,6 @@ def make_states_case(
         num_decodes=num_decodes,
         num_reqs=num_reqs,
         max_query_len=max(lens),
-        max_seq_len=max(seq_lens),
         query_lens_host=lens,
         seq_lens_host=seq_lens,
     )

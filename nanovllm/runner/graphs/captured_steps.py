@@ -69,7 +69,6 @@ class CapturedSteps:
             num_decodes=num_decodes,
             num_reqs=len(query_lens),
             max_query_len=max(query_lens),
-            max_seq_len=max_len,
             query_lens_host=query_lens,
             seq_lens_host=[max_len] * len(query_lens),
             cascade=cascade,

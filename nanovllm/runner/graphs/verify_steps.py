@@ -88,7 +88,6 @@ def places_metadata(prepared: StepInputs, starts: Tensor, runner: ModelRunner) -
         num_decodes=size,
         num_reqs=size,
         max_query_len=1,
-        max_seq_len=max_len,
         query_lens_host=[1] * size,
         seq_lens_host=[max_len] * size,
         reads_step=True,

@@ -57,12 +57,10 @@ class PrefillConfig:
 class PrefillPlan:
     """The order of one step's tiles of queries; serves every layer.
 
-    order [n, 2] int32: request and first query of the request, or -1 and anything where no tile is left. first_req:
-    requests before it are decodes, with a row each.
+    order [n, 2] int32: request and first query of the request, or -1 and anything where no tile is left.
     """
 
     order: Tensor
-    first_req: int
     config: PrefillConfig
 
 
@@ -134,7 +132,8 @@ def plan_prefill(
     cache: LayerCache,
     config: PrefillConfig | None = None,
 ) -> PrefillPlan:
-    """Plans requests first_req .. n - 1 of a step. query_start_loc [n + 1], seq_lens [n] int32, read on the device.
+    """Plans requests first_req .. n - 1 of a step; those before are decodes, with a row each. query_start_loc [n + 1],
+    seq_lens [n] int32, read on the device.
 
     Of q and the cache only shapes, strides, dtype and device count.
     """
@@ -149,7 +148,7 @@ def plan_prefill(
         query_start_loc, seq_lens, order, first_req, num_reqs, num_programs, TOKENS=tokens,
         BLOCK_REQS=coarse_size(num_reqs - first_req), BLOCK_PROGRAMS=PLAN_PROGRAMS, num_warps=8,
     )  # fmt: skip
-    return PrefillPlan(order, first_req, config)
+    return PrefillPlan(order, config)
 
 
 def rows_of_program(config: PrefillConfig, group: int) -> int:

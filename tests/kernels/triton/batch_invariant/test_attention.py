@@ -18,7 +18,7 @@ def batch(query_lens: list[int], seq_lens: list[int], table: torch.Tensor) -> At
     return AttentionMetadata(
         query_start_loc=starts, seq_lens=lens, block_table=table.contiguous(),
         slot_mapping=torch.empty(0, dtype=torch.int64), num_decodes=0, num_reqs=len(lens),
-        max_query_len=max(query_lens), max_seq_len=max(seq_lens), query_lens_host=query_lens, seq_lens_host=seq_lens,
+        max_query_len=max(query_lens), query_lens_host=query_lens, seq_lens_host=seq_lens,
     )  # fmt: skip
 
 
