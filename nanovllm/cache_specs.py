@@ -192,18 +192,18 @@ def group_layers(
     def cost(num_places: int) -> tuple[int, int, int]:
         """Places unused in the groups that grow with the context, then in all; larger groups before smaller ones."""
         unused = [
-            (num_groups(kind, num_places) * num_places - len(kind[1]) * kind[0][1], kind[0][0].window is None)
-            for kind in ordered
+            (num_groups(layers, width, num_places) * num_places - len(layers) * width, spec.window is None)
+            for (spec, width), layers in ordered
         ]
         return sum(count for count, grows in unused if grows), sum(count for count, _ in unused), -num_places
 
-    def num_groups(kind: tuple[tuple[PagedKV, int], list[int]], num_places: int) -> int:
-        (_, width), layers = kind
+    def num_groups(layers: list[int], width: int, num_places: int) -> int:
         return -(-len(layers) // (num_places // width))
 
     widest = max(width for (_, width), _ in ordered)
     sizes = range(widest, max(width * len(layers) for (_, width), layers in ordered) + 1)
-    few = [size for size in sizes if sum(num_groups(kind, size) for kind in ordered) <= MAX_GROUPS]
+    counts = {size: sum(num_groups(layers, width, size) for (_, width), layers in ordered) for size in sizes}
+    few = [size for size in sizes if counts[size] <= MAX_GROUPS]
     size = min(few or [sizes[-1]], key=cost)
     parts = [
         (spec, tuple(layers[i : i + size // width]))
