@@ -41,7 +41,6 @@ class DFlashConfig:
 
 def read_dflash_config(given: Mapping[str, Any], target: ModelConfig, name: str) -> DFlashConfig:
     """given: the checkpoint's config.json. ValueError or NotImplementedError for `name` if it is no such head."""
-    size = given.get("draft_vocab_size") or target.vocab_size
     layers, aux = read_speculators_config(
         given,
         target,
@@ -51,12 +50,12 @@ def read_dflash_config(given: Mapping[str, Any], target: ModelConfig, name: str)
         architectures={"qwen3": "Qwen3ForCausalLM"},
         off=("sample_from_anchor",),
         aux_field="aux_hidden_state_layer_ids",
-        vocab_size=size,
+        vocab_size=target.vocab_size,
     )
     if given.get("mask_token_id") is None:
         raise ValueError(f"{name} names no mask_token_id")
-    block_size = int(given.get("block_size", 8))
-    return DFlashConfig(layers, aux, block_size, int(given["mask_token_id"]), size != target.vocab_size)
+    block_size, has_own = int(given.get("block_size", 8)), layers.vocab_size != target.vocab_size
+    return DFlashConfig(layers, aux, block_size, int(given["mask_token_id"]), has_own)
 
 
 class DFlashHead(DraftHead):

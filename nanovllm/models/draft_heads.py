@@ -39,10 +39,11 @@ def read_speculators_config(
     architectures: Mapping[str, str],
     off: tuple[str, ...],
     aux_field: str,
-    vocab_size: Any,
+    vocab_size: int | None,
 ) -> SpeculatorsConfig:
     """given: the checkpoint's config.json. kind, and in words: what it must be; architectures: by the model_type of its
-    layers; off: switches that are not supported. Raises ValueError or NotImplementedError for `name` if it is not so.
+    layers; off: switches that are not supported; vocab_size: of a head that names none, where it is not its layers'.
+    Raises ValueError or NotImplementedError for `name` if it is not so.
     """
     found, inner = given.get("speculators_model_type"), given.get("transformer_layer_config")
     if found != kind or not isinstance(inner, Mapping):
@@ -53,8 +54,8 @@ def read_speculators_config(
     for switch in off:
         if given.get(switch):
             raise NotImplementedError(f"{name}: {switch} is not supported")
-    vocab_size = given.get("draft_vocab_size") or vocab_size or inner.get("vocab_size")
-    fields = {"architectures": [architecture], "vocab_size": vocab_size, "tie_word_embeddings": False}
+    size = given.get("draft_vocab_size") or vocab_size or inner.get("vocab_size")
+    fields = {"architectures": [architecture], "vocab_size": size, "tie_word_embeddings": False}
     layers = read_model_config({**inner, **fields}, target.dtype)
     if layers.hidden_size != target.hidden_size:
         raise ValueError(f"{name} reads states of size {layers.hidden_size}, and the model's have {target.hidden_size}")
