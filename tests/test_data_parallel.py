@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from nanovllm.executor import children
 from tests.executor.test_mp import is_alive, pid_of
 from tests.tiny_models import VOCAB_WITH_TOKENIZER, random_prompts, save_random, save_tokenizer
 
@@ -79,6 +81,14 @@ def test_results_are_those_of_one_engine_in_the_prompts_order(folder: Path) -> N
         assert generate(two, GREEDY) == generate(one, GREEDY)
         metrics = two.get_metrics()
         assert metrics["num_free_blocks"] == metrics["num_blocks"]
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_forked(folder: Path, one: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users start them; what the other tests start has imported everything (`tests/forked_children.py`)."""
+    monkeypatch.setattr(children, "subprocess", subprocess)
+    with make_llm(folder, data_parallel_size=2) as llm:
+        assert generate(llm, GREEDY) == generate(one, GREEDY)
 
 
 def test_both_engines_work(two: LLM) -> None:
