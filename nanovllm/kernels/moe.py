@@ -50,6 +50,11 @@ class Biases(NamedTuple):
     down: Tensor
 
 
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al., 2021)."""
+    return F.relu(x).square_()
+
+
 def fused_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -97,7 +102,7 @@ def fused_experts_reference(
         if gate.activation == "clamped":
             gated = clamped_and_mul(both, gate)
         elif gate.activation == "relu2":
-            gated = F.relu(both).square_()
+            gated = relu2(both)
         else:
             gated = (silu_and_mul if gate.activation == "silu" else gelu_and_mul)(both)
         hidden = linear(gated, down[expert], down_bias)

@@ -98,21 +98,10 @@ class DenseExperts(nn.Module):
             for projection in (names.gate, names.up, names.down)
         )
         gate, up, down = self.gate_up.data[:, :part], self.gate_up.data[:, part:], self.down.data
-
-        is_whole = part == size
-
-        def rows(target: Tensor) -> WeightSpec:
-            place = target if is_whole else None
-            return WeightSpec((size, hidden_size), lambda tensor: target.copy_(tensor[first:last]), place=place)
-
-        def columns(target: Tensor) -> WeightSpec:
-            place = target if is_whole else None
-            return WeightSpec((hidden_size, size), lambda tensor: target.copy_(tensor[:, first:last]), place=place)
-
         for expert in range(num_experts):
-            yield gate_names[expert], rows(gate[expert])
-            yield up_names[expert], rows(up[expert])
-            yield down_names[expert], columns(down[expert])
+            yield gate_names[expert], self.rows(gate[expert])
+            yield up_names[expert], self.rows(up[expert])
+            yield down_names[expert], self.columns(down[expert])
 
         def fill_gate_up(tensor: Tensor) -> None:
             gate.copy_(tensor[:, first:last])
@@ -126,6 +115,21 @@ class DenseExperts(nn.Module):
             both = WeightSpec(shapes[0], fill_gate_up, instead_of=(*gate_names, *up_names))
             yield f"{layer}{stacked.gate_up}", both
             yield f"{layer}{stacked.down}", WeightSpec(shapes[1], fill_down, instead_of=tuple(down_names))
+
+    def rows(self, target: Tensor) -> WeightSpec:
+        """Of a matrix [intermediate, hidden] of one expert, those that are held: target."""
+        held, place = slice(self.held.start, self.held.stop), self._place(target)
+        shape = self.intermediate_size, target.shape[1]
+        return WeightSpec(shape, lambda tensor: target.copy_(tensor[held]), place=place)
+
+    def columns(self, target: Tensor) -> WeightSpec:
+        """Of a matrix [hidden, intermediate]."""
+        held, place = slice(self.held.start, self.held.stop), self._place(target)
+        shape = target.shape[0], self.intermediate_size
+        return WeightSpec(shape, lambda tensor: target.copy_(tensor[:, held]), place=place)
+
+    def _place(self, target: Tensor) -> Tensor | None:
+        return target if len(self.held) == self.intermediate_size else None
 
 
 def dense_experts(spec: ExpertsSpec) -> DenseExperts:

@@ -1,4 +1,4 @@
-"""Experts without a gate, as Nemotron 3 has them: up projection, relu(x)^2 (So et al., 2021), down projection.
+"""Experts without a gate, as Nemotron 3 has them: up projection, relu(x)^2, down projection.
 
 Owns how their tensors map to what is held, and the shared expert of that kind. Invariant: held as `DenseExperts`, with
 the up projection alone in the place of gate and up.
@@ -8,10 +8,10 @@ the up projection alone in the place of gate and up.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.moe import relu2
 from nanovllm.layers.experts import DenseExperts, ExpertNames
 from nanovllm.layers.linear import MergedColumnParallelLinear
 from nanovllm.layers.ops import Ops
@@ -24,20 +24,13 @@ class UngatedExperts(DenseExperts):
         num_experts, hidden, _ = self.down.shape
         size, held = self.intermediate_size, slice(self.held.start, self.held.stop)
         block, up, down = f"{layer}{names.block}.experts", self.gate_up.data, self.down.data
-
-        def rows(target: Tensor) -> WeightSpec:
-            return WeightSpec((size, hidden), lambda tensor: target.copy_(tensor[held]))
-
-        def columns(target: Tensor) -> WeightSpec:
-            return WeightSpec((hidden, size), lambda tensor: target.copy_(tensor[:, held]))
-
         up_names, down_names = (
             tuple(f"{block}.{expert}.{projection}.weight" for expert in range(num_experts))
             for projection in (names.up, names.down)
         )
         for expert in range(num_experts):
-            yield up_names[expert], rows(up[expert])
-            yield down_names[expert], columns(down[expert])
+            yield up_names[expert], self.rows(up[expert])
+            yield down_names[expert], self.columns(down[expert])
         shape = num_experts, size, hidden
         yield f"{block}.{names.up}", WeightSpec(shape, lambda tensor: up.copy_(tensor[:, held]), up_names)
         shape = num_experts, hidden, size
@@ -56,13 +49,9 @@ class UngatedSharedExpert(nn.Module):
         self.down_proj = PartialSum(size, hidden, bias, dtype, tp, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(self.by_row(_relu2, self.up_proj(x)))
+        result: Tensor = self.down_proj(self.by_row(relu2, self.up_proj(x)))
         return result
 
     def weights(self, layer: str) -> WeightSpecs:
         yield from self.up_proj.weights(f"{layer}{self.block}.up_proj")
         yield from self.down_proj.weights(f"{layer}{self.block}.down_proj")
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square_()

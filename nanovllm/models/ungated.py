@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.moe import relu2
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
@@ -20,7 +21,7 @@ from nanovllm.layers.weight_specs import WeightSpecs, parameter_spec
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square_(),  # So et al., 2021
+    "relu2": relu2,
 }
 
 
