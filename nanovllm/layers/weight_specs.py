@@ -35,6 +35,11 @@ class WeightSpec(NamedTuple):
 WeightSpecs = Iterator[tuple[str, WeightSpec]]  # (name in the checkpoint, spec)
 
 
+def unfilled(*size: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter that specs fill."""
+    return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+
+
 def parameter_spec(name: str, parameter: Tensor) -> tuple[str, WeightSpec]:
     """The spec of a parameter that every rank holds whole."""
     return name, WeightSpec(tuple(parameter.shape), parameter.copy_, place=parameter.detach())

@@ -5,7 +5,7 @@ as SelfAttention; attention itself, with its cache and its kernels, is the same.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.config import ModelConfig
@@ -13,7 +13,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.rope import apply_rope_reference
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, unfilled
 from nanovllm.models.llama import SelfAttention
 
 
@@ -38,7 +38,7 @@ class SinkAttention(SelfAttention):
     def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> None:
         super().__init__(config, layer_idx, dtype, tp, ops)
         self.num_heads, self.heads = config.num_heads, tp.part(config.num_heads, "num_attention_heads")
-        self.sinks = nn.Parameter(torch.empty(len(self.heads), dtype=torch.float32), requires_grad=False)
+        self.sinks = unfilled(len(self.heads), dtype=torch.float32)
         self.attention.sinks = self.sinks
 
     def weights(self, name: str) -> WeightSpecs:

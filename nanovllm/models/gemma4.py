@@ -28,7 +28,7 @@ from nanovllm.layers.linear import Linear, MergedColumnParallelLinear, RowParall
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, unfilled
 from nanovllm.models.hf_fields import MAX_EXPERTS, flag, integer
 from nanovllm.models.llama import MLP, LlamaForCausalLM, SelfAttention, rms_norm
 
@@ -125,7 +125,7 @@ class Gemma4Experts(Experts):
         gate = Gate(config.activation)
         super().__init__(config.hidden_size, size, num_experts, Routing(top_k), names, dtype, tp, ops, gate=gate)
         self.before_router, self.before = rms_norm(config, dtype, ops), rms_norm(config, dtype, ops)
-        self.expert_scale = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
+        self.expert_scale = unfilled(num_experts, dtype=torch.float32)
 
     def added(self, total: Tensor) -> Tensor:
         """total [num_tokens, hidden_size]: the residual stream -> what the experts make of it."""
@@ -152,7 +152,7 @@ class Gemma4Layer(nn.Module):
         self.self_attn = attention(own, layer_idx, dtype, tp, ops)
         self.mlp = MLP(own, layer_idx, dtype, tp, ops)
         self.norms = nn.ModuleDict({name: rms_norm(config, dtype, ops) for name in _NORMS})
-        self.layer_scalar = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
+        self.layer_scalar = unfilled(1, dtype=dtype)
         self.experts: Gemma4Experts | None = None
         if flag(config.extra, "enable_moe_block"):
             self.experts = Gemma4Experts(config, dtype, tp, ops)

@@ -15,7 +15,7 @@ from nanovllm.layers.linear import LinearBase, MergedColumnParallelLinear, RowPa
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, unfilled
 from nanovllm.models.latent import LatentAttention
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import MLP
@@ -38,14 +38,10 @@ class KimiDeltaAttention(nn.Module):
         self.o_proj = RowParallelLinear(values, hidden, False, dtype, tp, ops)
         self.channels = tp.part(values, "channels")
         self.num_values = values
-
-        def new(*size: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
-
         held = len(self.channels)
-        self.conv = new(config.state.conv_width, 3 * held, dtype=dtype)
-        self.decay, self.dt_bias = (new(size, dtype=torch.float32) for size in (len(self.heads), held))
-        self.norm_weight = new(dim, dtype=dtype)
+        self.conv = unfilled(config.state.conv_width, 3 * held, dtype=dtype)
+        self.decay, self.dt_bias = (unfilled(size, dtype=torch.float32) for size in (len(self.heads), held))
+        self.norm_weight = unfilled(dim, dtype=dtype)
 
     def forward(
         self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
@@ -69,11 +65,11 @@ class KimiDeltaAttention(nn.Module):
         for part, weight in zip("qkv", self.conv.chunk(3, dim=1), strict=True):
             yield from conv_weights(f"{name}.{part}_conv1d", self.num_values, [self.channels], weight, None)
         heads, held = slice(self.heads.start, self.heads.stop), slice(self.channels.start, self.channels.stop)
-        decay, dt_bias, norm_weight = self.decay.data, self.dt_bias.data, self.norm_weight.data
+        decay, dt_bias = self.decay.data, self.dt_bias.data
         shape = (1, 1, self.in_proj.spec.sizes[3], 1)
         yield f"{name}.A_log", WeightSpec(shape, lambda tensor: decay.copy_(tensor[0, 0, heads, 0].float().exp()))
         yield f"{name}.dt_bias", WeightSpec((self.num_values,), lambda tensor: dt_bias.copy_(tensor[held]))
-        yield f"{name}.o_norm.weight", WeightSpec(tuple(norm_weight.shape), norm_weight.copy_)
+        yield parameter_spec(f"{name}.o_norm.weight", self.norm_weight)
 
 
 class KimiMLP(MLP):

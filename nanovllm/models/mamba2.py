@@ -16,7 +16,7 @@ from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, with_joined
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, unfilled, with_joined
 from nanovllm.models.lfm2 import conv_weights
 
 _PARTS = ("z", "x", "b", "c", "dt")
@@ -55,14 +55,10 @@ class Mamba2Mixer(nn.Module):
             range(first + part.start, first + part.stop)
             for first, part in zip(firsts, (values, keys, keys), strict=True)
         ]
-
-        def new(*size: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
-
         channels = sum(map(len, self.channels))
-        self.conv = new(shape.conv_width, channels, dtype=dtype)
-        self.conv_bias = new(channels, dtype=dtype) if conv_bias else None
-        self.decay, self.dt_bias, self.skip = (new(len(self.heads), dtype=torch.float32) for _ in range(3))
+        self.conv = unfilled(shape.conv_width, channels, dtype=dtype)
+        self.conv_bias = unfilled(channels, dtype=dtype) if conv_bias else None
+        self.decay, self.dt_bias, self.skip = (unfilled(len(self.heads), dtype=torch.float32) for _ in range(3))
         self.norm = ShardedRMSNorm(shape.num_heads, self.heads, shape.value_dim, eps, dtype, tp, ops)
         self.is_norm_apart = is_shared and tp.size > 1  # one norm over the heads of all ranks
         self.num_groups, self.state_dim, self.mamba2 = len(groups), shape.key_dim, ops.mamba2

@@ -16,7 +16,7 @@ from nanovllm.kernels.delta_net import DeltaNet
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, with_joined
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, unfilled, with_joined
 from nanovllm.models.hf_fields import integer
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import SelfAttention
@@ -42,13 +42,9 @@ class GatedDeltaNet(nn.Module):
             range(first + part.start, first + part.stop)
             for (first, _), part in zip(firsts, (held[0], *held), strict=True)
         ]
-
-        def new(*size: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
-
-        self.conv = new(shape.conv_width, sum(map(len, self.channels)), dtype=dtype)
-        self.decay, self.dt_bias = (new(len(self.value_heads), dtype=torch.float32) for _ in range(2))
-        self.norm_weight = new(shape.value_dim, dtype=dtype)
+        self.conv = unfilled(shape.conv_width, sum(map(len, self.channels)), dtype=dtype)
+        self.decay, self.dt_bias = (unfilled(len(self.value_heads), dtype=torch.float32) for _ in range(2))
+        self.norm_weight = unfilled(shape.value_dim, dtype=dtype)
         self.eps, self.key_heads, self.delta_net = config.rms_norm_eps, len(key_heads), ops.delta_net
         self.is_interleaved = config.architecture == "Qwen3NextForCausalLM"
 
@@ -75,10 +71,10 @@ class GatedDeltaNet(nn.Module):
         yield from self.out_proj.weights(f"{name}.out_proj")
         yield from conv_weights(f"{name}.conv1d", self.num_channels, self.channels, self.conv, None)
         shape, heads = (self.num_value_heads,), slice(self.value_heads.start, self.value_heads.stop)
-        decay, dt_bias, norm_weight = self.decay.data, self.dt_bias.data, self.norm_weight.data
+        decay, dt_bias = self.decay.data, self.dt_bias.data
         yield f"{name}.A_log", WeightSpec(shape, lambda tensor: decay.copy_(tensor[heads].float().exp()))
         yield f"{name}.dt_bias", WeightSpec(shape, lambda tensor: dt_bias.copy_(tensor[heads]))
-        yield f"{name}.norm.weight", WeightSpec(tuple(norm_weight.shape), norm_weight.copy_)
+        yield parameter_spec(f"{name}.norm.weight", self.norm_weight)
 
     @property
     def num_value_heads(self) -> int:
