@@ -19,6 +19,7 @@ from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec
 from nanovllm.models.latent import LatentAttention
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import MLP
+from nanovllm.models.mixture import MIXTRAL_NAMES, deepseek_moe
 
 
 class KimiDeltaAttention(nn.Module):
@@ -85,3 +86,8 @@ def mixer(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorPar
     """What stands before the MLP."""
     block = LatentAttention if config.windows[layer_idx] is None else KimiDeltaAttention
     return block(config, layer_idx, dtype, tp, ops)
+
+
+def mlp(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
+    """As in DeepSeek-V3, under Mixtral's names."""
+    return deepseek_moe(config, layer_idx, dtype, tp, ops, MIXTRAL_NAMES, KimiMLP)

@@ -165,7 +165,7 @@ LATENT_FAMILIES: Mapping[str, Architecture] = {
         switches=_SWITCHES,
         states={"linear_attention": _kimi_delta},
         rope=lambda hf, layer_type, parameters: None,
-        mlp="nanovllm.models.mixture:kimi_moe",
+        mlp="nanovllm.models.kimi_linear:mlp",
         **{**_ROW, "translate": _kimi, "attention": "nanovllm.models.kimi_linear:mixer"},
     ),
 }

@@ -19,10 +19,10 @@ from nanovllm.layers.experts import ExpertNames, Experts, StackedNames
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.shared_expert import SharedExpert, SharedExpertNames
 from nanovllm.models.hf_fields import MAX_EXPERTS, MAX_SIZE, flag, integer, items, number
-from nanovllm.models.kimi_linear import KimiMLP
 from nanovllm.models.lfm2 import Lfm2MLP
 from nanovllm.models.llama import MLP
 
+MIXTRAL_NAMES = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
 _GRANITE_NAMES = ExpertNames(
     "block_sparse_moe",
     router="router.layer",
@@ -86,9 +86,8 @@ def qwen2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Tenso
 
 
 def mixtral(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
-    names = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
     routing = Routing(integer(config.extra, "num_experts_per_tok"))
-    return _experts(config, config.intermediate_size, "num_local_experts", routing, names, dtype, tp, ops)
+    return _experts(config, config.intermediate_size, "num_local_experts", routing, MIXTRAL_NAMES, dtype, tp, ops)
 
 
 def olmoe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
@@ -115,25 +114,18 @@ def deepseek_moe(
     tp: TensorParallel,
     ops: Ops,
     names: ExpertNames = ExpertNames(),  # noqa: B008  (plain data)
+    dense: type[MLP] = MLP,
 ) -> nn.Module:
-    """As in DeepSeek-V3: sigmoid scores with a bias, groups, shared experts; plain MLPs in the first layers."""
+    """As in DeepSeek-V3: sigmoid scores with a bias, groups, shared experts; in the first layers `dense`."""
     fields = config.extra
     for name, supported in (("scoring_func", ("sigmoid", "noaux_tc")), ("topk_method", ("noaux_tc",))):
         if fields[name] not in supported:
             raise ValueError(f"config.json of {config.architecture}: {name}={fields[name]!r} is not supported")
     if layer_idx < integer(fields, "first_k_dense_replace", low=0):
-        return MLP(config, layer_idx, dtype, tp, ops)
+        return dense(config, layer_idx, dtype, tp, ops)
     size = integer(fields, "moe_intermediate_size")
     shared = _shared_experts(config, size, "n_shared_experts", dtype, tp, ops, names.block)
     return _experts(config, size, "n_routed_experts", deepseek_routing(fields), names, dtype, tp, ops, shared)
-
-
-def kimi_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
-    """As `deepseek_moe`, under Mixtral's names."""
-    if layer_idx < integer(config.extra, "first_k_dense_replace", low=0):
-        return KimiMLP(config, layer_idx, dtype, tp, ops)
-    names = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
-    return deepseek_moe(config, layer_idx, dtype, tp, ops, names)
 
 
 def deepseek_v2_moe(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:
