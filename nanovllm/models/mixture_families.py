@@ -9,7 +9,7 @@ from typing import Any
 
 from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import GRANITE_MULTIPLIERS, HUNYUAN_ATTENTION, HUNYUAN_UNREAD
-from nanovllm.models.hf_fields import flag, integer
+from nanovllm.models.hf_fields import flag
 
 _PROOF = "tests/models/test_moe_parity.py"
 _GRANITE = {**GRANITE_MULTIPLIERS, "attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -26,10 +26,8 @@ _PREDICTION_HEADS = {"num_nextn_predict_layers": 0}  # layers that loading leave
 
 
 def _gpt_oss(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A window in every other layer, the first among them, and YaRN, where config.json does not say otherwise."""
-    layers = range(integer(hf, "num_hidden_layers"))
-    types = [("sliding_attention", "full_attention")[layer % 2] for layer in layers]
-    found: dict[str, Any] = {"layer_types": hf["layer_types"] or types}
+    """YaRN, where config.json does not say otherwise."""
+    found: dict[str, Any] = {}
     if hf["num_experts"] is not None:
         found["num_local_experts"] = hf["num_experts"]
     if hf.get("rope_parameters") is None and hf.get("rope_scaling") is None:
@@ -136,7 +134,8 @@ MIXTURE_FAMILIES: Mapping[str, Architecture] = {
         fields={
             **{"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
             **{"num_local_experts": 128, "num_experts": None, "num_experts_per_tok": 4, "experts_per_token": None},
-            **{"sliding_window": 128, "layer_types": None, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+            **{"sliding_window": 128, "layer_types": None, "sliding_window_pattern": 2},
+            **{"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
             **{"max_position_embeddings": 131072, "rope_theta": 150000.0, "initial_context_length": None},
         },
         translate=_gpt_oss,
