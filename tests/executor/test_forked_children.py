@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm.executor import children
 from tests.forked_children import Fork, ForkServer
@@ -28,6 +29,7 @@ def found(start: Callable[..., Any]) -> dict[str, Any]:
     return said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA no child is forked")
 def test_it_finds_what_a_real_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server: ForkServer = children.subprocess.server  # type: ignore[attr-defined]
     monkeypatch.chdir(tmp_path)
