@@ -9,7 +9,14 @@ from dataclasses import replace
 
 from nanovllm.weights.gguf_latent import LATENT_NAMES, SIGMOID, latent_fields, latent_row
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, as_row, granite_fields, partial_rotary_factor
+from nanovllm.weights.gguf_row import (
+    Fields,
+    GGUFArchitecture,
+    as_row,
+    granite_fields,
+    partial_rotary_factor,
+    without_prediction_heads,
+)
 
 
 def expert_names(block: str, router: str, gate: str, up: str, down: str) -> dict[str, str]:
@@ -96,12 +103,9 @@ def _deepseek_experts(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 
 def _glm4_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """Its layers are counted with those for further tokens, which are left out."""
-    num_more = metadata.integer("nextn_predict_layers", 0)
     return {
         **_deepseek(metadata, common),
-        "num_hidden_layers": common["num_hidden_layers"] - num_more,
-        "num_nextn_predict_layers": num_more,
+        **without_prediction_heads(metadata, common),
         "partial_rotary_factor": partial_rotary_factor(metadata, common),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in metadata.file.tensors,
     }

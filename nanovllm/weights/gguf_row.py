@@ -79,6 +79,12 @@ def partial_rotary_factor(metadata: GGUFMetadata, common: Fields) -> float:
     return metadata.integer("rope.dimension_count", common["head_dim"]) / float(common["head_dim"])
 
 
+def without_prediction_heads(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """Layers for further tokens are counted with the others, and left out."""
+    num_more = metadata.integer("nextn_predict_layers", 0)
+    return {"num_hidden_layers": common["num_hidden_layers"] - num_more, "num_nextn_predict_layers": num_more}
+
+
 def granite_fields(metadata: GGUFMetadata, common: Fields, is_rotated: bool = True) -> Fields:
     """For llama.cpp, `rope.scaling.finetuned` switches the rotation of this architecture on and off."""
     metadata.expect("rope.scaling.finetuned", is_rotated)

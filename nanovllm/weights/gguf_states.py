@@ -23,6 +23,7 @@ from nanovllm.weights.gguf_row import (
     as_convolution,
     granite_fields,
     partial_rotary_factor,
+    without_prediction_heads,
 )
 
 
@@ -63,13 +64,11 @@ def _lfm2_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 
 def _qwen35(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """For text, the sections of a rotation are the same. Layers for further tokens are counted, and left out."""
+    """For text, the sections of a rotation are the same."""
     metadata.ignore("rope.dimension_sections")
-    num_more = metadata.integer("nextn_predict_layers", 0)
     heads = metadata.integer("ssm.time_step_rank")
     return {
-        "num_hidden_layers": common["num_hidden_layers"] - num_more,
-        "num_nextn_predict_layers": num_more,
+        **without_prediction_heads(metadata, common),
         "full_attention_interval": metadata.integer("full_attention_interval", 4),
         "partial_rotary_factor": partial_rotary_factor(metadata, common),
         "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
