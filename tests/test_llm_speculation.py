@@ -201,6 +201,23 @@ class Constant:
         return [2, 1, 2][:num_tokens]
 
 
+def test_requests_that_enter_beside_a_draft_take_none_of_the_places_for_states_behind_its_tokens(
+    tmp_path: Path,
+) -> None:
+    """There is room for the drafts of one request; in its step three others enter with a token each, before it."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_key_value_heads": 2}
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    folder = save_random(tmp_path, "Qwen3_5ForCausalLM", **layers, **heads, **sizes)
+    options = {"skip_tokenizer_init": True, "max_num_seqs": 8, "max_num_batched_tokens": 8}
+    prompts, params = [[5, 6, 5, 6, 5, 6, 5, 6], [7], [8], [9]], GREEDY[0]
+    with make_llm(folder, **options) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+    with make_llm(folder, **options, **drafting(Constant(), disable_by_batch_size=1)) as llm:
+        assert results(llm.generate(prompts, params, use_tqdm=False)) == results(expected)
+        assert llm.get_metrics()["spec_decode_num_drafts"] > 0
+
+
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.0001}], ids=["at once", "in turn"])
 def test_unseeded_draws_have_the_models_probabilities(tmp_path: Path, options: dict[str, Any]) -> None:
     """Of all 64 continuations of three tokens. The test fails one time in 10,000 for other seeds, if all is right."""

@@ -124,9 +124,9 @@ class StatefulRows(BatchState):
         return StepStates(step_rows, snapshots, told, self._layers, at_any_token=True)
 
     def _slots_of(self, drafts: "Drafts") -> Tensor:
-        """Of places of rows with drafts, int32."""
-        rows, offsets, *_ = drafts.places
-        number = ((offsets == 0) & (rows >= 0)).cumsum(0).int() - 1  # of the row in the step
+        """Of places of rows with drafts, int32; what the others have means nothing."""
+        offsets = drafts.places.offsets
+        number = ((offsets == 0) & drafts.is_of_draft).cumsum(0).int() - 1  # among the step's rows with drafts
         return self._first_of_drafts + number * self._most_places + offsets
 
     def end_verifying(self, drafts: "Drafts", positions: Tensor, is_end: Tensor) -> None:
