@@ -85,6 +85,7 @@ class DFlashRunner:
         ends = (num_computed[rows.clamp(min=0)] + 1 + limits)[:, None]
         seq_lens = torch.where(has_place & ~is_known, ends, inputs.seq_lens.view(n, -1)).flatten()
         max_len = tables.shape[1] * runner.block_size
+        # Whole tables: a mask sees the end of its block, and those of `inputs` may end at each place's own position.
         context = self._context(
             inputs.slot_mapping, seq_lens, tables[places_rows.clamp(min=0)], [max_len] * len(seq_lens)
         )
