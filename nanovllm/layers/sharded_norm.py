@@ -9,7 +9,7 @@ from torch import Tensor
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
+from nanovllm.layers.weight_specs import WeightSpecs, part_spec
 
 
 class ShardedRMSNorm(RMSNorm):
@@ -33,6 +33,5 @@ class ShardedRMSNorm(RMSNorm):
         return (values * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight, x
 
     def weights(self, name: str) -> WeightSpecs:
-        weight, first = self.weight.data, self.first
-        fill = lambda tensor: weight.copy_(tensor[first : first + weight.shape[0]])  # noqa: E731
-        yield f"{name}.weight", WeightSpec((self.size,), fill)
+        held = range(self.first, self.first + self.weight.shape[0])
+        yield part_spec(f"{name}.weight", self.weight, self.size, held)

@@ -45,6 +45,11 @@ def parameter_spec(name: str, parameter: Tensor) -> tuple[str, WeightSpec]:
     return name, WeightSpec(tuple(parameter.shape), parameter.copy_, place=parameter.detach())
 
 
+def part_spec(name: str, parameter: Tensor, size: int, held: range) -> tuple[str, WeightSpec]:
+    """The spec of a vector of `size` numbers, of which this rank holds those."""
+    return name, WeightSpec((size,), lambda tensor: parameter.copy_(tensor[held.start : held.stop]))
+
+
 def with_joined(name: str, parts: Sequence[tuple[str, WeightSpec]]) -> WeightSpecs:
     """`parts`, and the specs of checkpoints that hold them as one layer `name`, with their outputs side by side."""
     yield from parts

@@ -13,7 +13,7 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.rope import apply_rope_reference
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, unfilled
+from nanovllm.layers.weight_specs import WeightSpecs, part_spec, unfilled
 from nanovllm.models.llama import SelfAttention
 
 
@@ -43,5 +43,4 @@ class SinkAttention(SelfAttention):
 
     def weights(self, name: str) -> WeightSpecs:
         yield from super().weights(name)
-        held = slice(self.heads.start, self.heads.stop)
-        yield f"{name}.sinks", WeightSpec((self.num_heads,), lambda tensor: self.sinks.copy_(tensor[held]))
+        yield part_spec(f"{name}.sinks", self.sinks, self.num_heads, self.heads)

@@ -15,7 +15,7 @@ from nanovllm.layers.linear import LinearBase, MergedColumnParallelLinear, RowPa
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, unfilled
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, part_spec, unfilled
 from nanovllm.models.latent import LatentAttention
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import MLP
@@ -65,11 +65,10 @@ class KimiDeltaAttention(nn.Module):
         yield from self.o_proj.weights(f"{name}.o_proj")
         for part, weight in zip("qkv", self.conv.chunk(3, dim=1), strict=True):
             yield from conv_weights(f"{name}.{part}_conv1d", self.num_values, [self.channels], weight, None)
-        heads, held = slice(self.heads.start, self.heads.stop), slice(self.channels.start, self.channels.stop)
-        decay, dt_bias = self.decay.data, self.dt_bias.data
+        decay, heads = self.decay.data, slice(self.heads.start, self.heads.stop)
         shape = (1, 1, self.in_proj.spec.sizes[3], 1)
         yield f"{name}.A_log", WeightSpec(shape, lambda tensor: decay.copy_(tensor[0, 0, heads, 0].float().exp()))
-        yield f"{name}.dt_bias", WeightSpec((self.num_values,), lambda tensor: dt_bias.copy_(tensor[held]))
+        yield part_spec(f"{name}.dt_bias", self.dt_bias, self.num_values, self.channels)
         yield parameter_spec(f"{name}.o_norm.weight", self.norm_weight)
 
 

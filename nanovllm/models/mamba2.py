@@ -16,7 +16,7 @@ from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, unfilled, with_joined
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, part_spec, unfilled, with_joined
 from nanovllm.models.lfm2 import conv_weights
 
 _PARTS = ("z", "x", "b", "c", "dt")
@@ -81,10 +81,10 @@ class Mamba2Mixer(nn.Module):
         yield from self.out_proj.weights(f"{name}.out_proj")
         yield from conv_weights(f"{name}.conv1d", self.num_channels, self.channels, self.conv, self.conv_bias)
         shape, heads = (self.num_heads,), slice(self.heads.start, self.heads.stop)
-        decay, dt_bias, skip = self.decay.data, self.dt_bias.data, self.skip.data
+        decay = self.decay.data
         yield f"{name}.A_log", WeightSpec(shape, lambda tensor: decay.copy_(tensor[heads].float().exp()))
-        yield f"{name}.dt_bias", WeightSpec(shape, lambda tensor: dt_bias.copy_(tensor[heads]))
-        yield f"{name}.D", WeightSpec(shape, lambda tensor: skip.copy_(tensor[heads]))
+        yield part_spec(f"{name}.dt_bias", self.dt_bias, self.num_heads, self.heads)
+        yield part_spec(f"{name}.D", self.skip, self.num_heads, self.heads)
         yield from self.norm.weights(f"{name}.norm")
 
 

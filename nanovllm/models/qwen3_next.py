@@ -16,7 +16,7 @@ from nanovllm.kernels.delta_net import DeltaNet
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
-from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, unfilled, with_joined
+from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, part_spec, unfilled, with_joined
 from nanovllm.models.hf_fields import integer
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import SelfAttention
@@ -71,9 +71,9 @@ class GatedDeltaNet(nn.Module):
         yield from self.out_proj.weights(f"{name}.out_proj")
         yield from conv_weights(f"{name}.conv1d", self.num_channels, self.channels, self.conv, None)
         shape, heads = (self.num_value_heads,), slice(self.value_heads.start, self.value_heads.stop)
-        decay, dt_bias = self.decay.data, self.dt_bias.data
+        decay = self.decay.data
         yield f"{name}.A_log", WeightSpec(shape, lambda tensor: decay.copy_(tensor[heads].float().exp()))
-        yield f"{name}.dt_bias", WeightSpec(shape, lambda tensor: dt_bias.copy_(tensor[heads]))
+        yield part_spec(f"{name}.dt_bias", self.dt_bias, self.num_value_heads, self.value_heads)
         yield parameter_spec(f"{name}.norm.weight", self.norm_weight)
 
     @property
