@@ -74,7 +74,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, kind: str) -> str:
 
 
 def engine(folder: str, **options: Any) -> LLM:
-    return make_llm(Path(folder), load_format="dummy", deterministic=True, **options)
+    """Places for five times as many rows as there are prompts: with fewer, a target with states would hardly draft."""
+    return make_llm(Path(folder), load_format="dummy", deterministic=True, max_num_seqs=5 * len(PROMPTS), **options)
 
 
 @pytest.fixture(scope="module")
