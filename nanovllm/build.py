@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.config import DTYPES, EngineConfig, ModelConfig, NamedModule, ResolvedConfig
+from nanovllm.config import DTYPES, EngineConfig, NamedModule, ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine, ReplicaSetup
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.cache_manager import CacheManager
@@ -33,6 +33,7 @@ from nanovllm.executor.worker import RunnerTimes, build_runner, captures_steps, 
 from nanovllm.kernels.cascade import TILE
 from nanovllm.kernels.delta_net import CHUNK
 from nanovllm.layers.ops import PLAIN
+from nanovllm.model_config import ModelConfig
 from nanovllm.model_files.tokenizer_files import load_tokenizer
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import model_class, read_model_config
@@ -148,8 +149,8 @@ def _start_engine(
             f"tensor_parallel_size {config.tensor_parallel_size} times data_parallel_size {config.data_parallel_size}, "
             f"from {device} on, needs more than the {torch.cuda.device_count()} CUDA devices that are visible"
         )
-    keeps_all = model_config.cache_groups(config.max_model_len).keep_everything
-    if config.has_tiers and not (keeps_all and model_config.state_memory(config) is None):
+    keeps_all = model_config.cache_groups(config.max_model_len).keep_everything and not model_config.bytes_per_state
+    if config.has_tiers and not keeps_all:
         raise NotImplementedError(
             "kv_offload_gb and prefix_store cover layers that keep the keys and values of all tokens, and not windows "
             f"or states, as {model_config.architecture} has them; leave both out"
@@ -234,7 +235,7 @@ def _cache_manager(
 ) -> CacheManager:
     groups = model_config.cache_groups(config.max_model_len)
     limits = {"max_model_len": config.max_model_len, "max_step_tokens": config.max_num_batched_tokens}
-    if (memory := model_config.state_memory(config)) is not None:
+    if (memory := model_config.state_memory(config.kv_cache_dtype, config.block_size)) is not None:
         slots = memory.slots(config.max_num_seqs, num_blocks)
         limits["unit"] = CHUNK if device.type == "cuda" else 1
         return StateCache(num_blocks, config.block_size, config.enable_prefix_caching, slots=slots, **limits)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanovllm.adapters import AdaptedLLM, Adapters
 from nanovllm.beam_search import BeamSearchParams, search_prompts
 from nanovllm.build import StartTimes
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.data_parallel import DataParallelEngine
 from nanovllm.embedding import PARAMS as EMBED_PARAMS
 from nanovllm.embedding import EmbeddingRequestOutput, Pooling, embed
@@ -27,6 +27,7 @@ from nanovllm.engine.session import Handle, Inbox, Session
 from nanovllm.live.doors import executor_door
 from nanovllm.live.surface import LiveWeights
 from nanovllm.lora.request import LoRARequest
+from nanovllm.model_config import ModelConfig
 from nanovllm.outputs import BeamSearchOutput, RequestOutput, raise_error_of
 from nanovllm.prompts import TokensPrompt, list_prompts
 from nanovllm.sampling_params import SamplingParams

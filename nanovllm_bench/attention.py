@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nanovllm.build import choose_device, choose_dtype
 from nanovllm.cli.options import engine_options
-from nanovllm.config import EngineConfig, ModelConfig, ResolvedConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.executor.worker import choose_backend
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.registry import read_model_config
 from nanovllm.roofline.ceilings import measure_ceilings
 from nanovllm.weights.checkpoint import open_checkpoint

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanovllm import EngineConfig, SamplingParams, vllm_options
-from nanovllm.config import ModelConfig, ResolvedConfig, RopeConfig
+from nanovllm.config import ResolvedConfig
+from nanovllm.model_config import ModelConfig, RopeConfig
 from nanovllm.models.registry import read_model_config
 
 HF: dict[str, Any] = {

@@ -9,11 +9,12 @@ from math import prod
 
 import torch
 
-from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION, ModelConfig
+from nanovllm.config import DTYPES, GPU_MEMORY_UTILIZATION, HOST_MEMORY_UTILIZATION
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.worker import with_quantization
 from nanovllm.layers.ops import PLAIN
 from nanovllm.lora.adapter_store import AdapterStore
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.registry import model_class, read_model_config
 from nanovllm.runner.host_memory import host_memory
 from nanovllm.weights.checkpoint import open_checkpoint

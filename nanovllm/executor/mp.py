@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.distributed.process_group import open_store
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.executor.calls import CallFailed, pickle_function
 from nanovllm.executor.children import Children, start_child, uninterrupted
 from nanovllm.executor.ring import RingWriter
 from nanovllm.executor.worker_messages import Ready, WorkerSetup
+from nanovllm.model_config import ModelConfig
 
 _POLL_SECONDS = 0.0005  # between looks at a full ring
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.attention.batch_invariant import BatchInvariantBackend, cpp_or_reference
 from nanovllm.attention.cpu_paged import CpuPagedBackend
-from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
+from nanovllm.config import NamedModule, ResolvedConfig
 from nanovllm.distributed.shared_memory import can_share_memory, share_memory
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
@@ -32,6 +32,7 @@ from nanovllm.kernels.sum_norm import SumNorm, can_sum_norm
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import Ops, choose_ops
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.registry import model_class
 from nanovllm.runner.host_memory import host_memory
 from nanovllm.runner.kv_cache import KVCacheSpec, MakeZeros, choose_num_blocks, useful_num_blocks, zeros
@@ -148,7 +149,7 @@ def cache_spec(
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         dtype=cache_dtype(config.kv_cache_dtype, model_config.dtype),
-        states=model_config.state_memory(config),
+        states=model_config.state_memory(config.kv_cache_dtype, config.block_size),
         num_ranks=tp.size,
         bytes_beside=bytes_beside,
         num_planes=model_config.num_cache_planes,

@@ -5,8 +5,9 @@ Owns nothing but fields. Invariant: everything here can be pickled.
 
 from dataclasses import dataclass
 
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.executor.worker import RunnerTimes
+from nanovllm.model_config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

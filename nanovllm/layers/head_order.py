@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nanovllm.config import RopeConfig
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.linear_method import Gate, LinearMethod, Norm
 from nanovllm.layers.weight_specs import WeightSpec
+from nanovllm.model_config import RopeConfig
 
 
 def halves_order(head_dim: int, rope: RopeConfig | None, is_neox_style: bool) -> Tensor | None:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.config import ModelConfig
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpecs, parameter_spec
+from nanovllm.model_config import ModelConfig
 
 
 class LayerNorm(nn.Module):

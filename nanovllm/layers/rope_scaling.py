@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.config import RopeConfig
 from nanovllm.kernels.gather_rows import gather_rows
+from nanovllm.model_config import RopeConfig
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 

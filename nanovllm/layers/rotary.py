@@ -7,9 +7,9 @@ but for the types that `rope_scaling.LENGTH_DEPENDENT` names.
 
 from torch import Tensor, nn
 
-from nanovllm.config import RopeConfig
 from nanovllm.kernels.gather_rows import gather_rows
 from nanovllm.layers.rope_scaling import LENGTH_DEPENDENT, cos_sin_of_lengths, rope_tables
+from nanovllm.model_config import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):

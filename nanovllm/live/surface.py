@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
+from nanovllm.config import NamedModule, ResolvedConfig
 from nanovllm.engine.features.weights_version import WeightsVersion
 from nanovllm.engine.session import Session
 from nanovllm.errors import NotReadyError
@@ -21,6 +21,7 @@ from nanovllm.live.in_flight import check_mode, is_paused, pause, resume
 from nanovllm.live.model_weights import Table, weights_of
 from nanovllm.live.sleep import FallAsleep, TakeBack, read_level, read_tags
 from nanovllm.live.update import Update, everywhere, on_workers, table_of
+from nanovllm.model_config import ModelConfig
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm.weights.module import copies
 

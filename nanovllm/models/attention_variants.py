@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.rope import apply_rope_reference
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpecs, part_spec, unfilled
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.llama import SelfAttention
 
 

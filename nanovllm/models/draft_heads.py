@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.registry import read_model_config
 
 _OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")  # which checkpoints may repeat

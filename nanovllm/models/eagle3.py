@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.embedding import LMHead
 from nanovllm.layers.linear import Linear, QKVParallelLinear
@@ -21,6 +20,7 @@ from nanovllm.layers.norm import NoNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.draft_heads import SteppedHead, read_speculators_config
 from nanovllm.models.llama import MLP, SelfAttention, rms_norm
 

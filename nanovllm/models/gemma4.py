@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig, RopeConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.kernels.moe import Gate
@@ -29,6 +28,7 @@ from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, unfilled
+from nanovllm.model_config import ModelConfig, RopeConfig
 from nanovllm.models.hf_fields import MAX_EXPERTS, flag, integer
 from nanovllm.models.llama import MLP, LlamaForCausalLM, SelfAttention, rms_norm
 

@@ -7,10 +7,10 @@ same.
 import torch
 from torch import nn
 
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpecs, with_joined
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.hf_fields import flag
 from nanovllm.models.llama import MLP, SelfAttention
 from nanovllm.models.mamba2 import Mamba2Mixer

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from nanovllm.cache_specs import StateShape
-from nanovllm.config import ModelConfig
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.hf_fields import MAX_LAYERS, MAX_SIZE, flag, integer, items, number
 from nanovllm.models.hf_rope import LAYER_TYPES, read_ropes
 

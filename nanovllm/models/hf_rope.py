@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import log, sqrt
 from typing import Any
 
-from nanovllm.config import RopeConfig
+from nanovllm.model_config import RopeConfig
 from nanovllm.models.hf_fields import MAX_SIZE, flag, integer, mapping, number
 
 LAYER_TYPES = ("full_attention", "sliding_attention")

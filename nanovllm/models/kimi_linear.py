@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.kimi_delta import KimiDelta
 from nanovllm.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
@@ -16,6 +15,7 @@ from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, part_spec, unfilled
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.latent import LatentAttention
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import MLP

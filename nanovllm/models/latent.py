@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
 from nanovllm.attention.latent import LatentBackend
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.latent_store import latent_store
@@ -23,6 +22,7 @@ from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.model_config import ModelConfig
 
 _EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 

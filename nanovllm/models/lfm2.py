@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, with_joined
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.hf_fields import flag
 from nanovllm.models.llama import MLP, LlamaForCausalLM, SelfAttention
 

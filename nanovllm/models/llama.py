@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig, RopeConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape
 from nanovllm.layers.attention import Attention
@@ -29,6 +28,7 @@ from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
 from nanovllm.layers.weight_specs import WeightSpecs, with_joined
+from nanovllm.model_config import ModelConfig, RopeConfig
 from nanovllm.models.norm_names import PLACES, norm_names
 
 

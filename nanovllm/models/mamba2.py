@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.mamba2 import Mamba2
 from nanovllm.layers.linear import LinearBase, RowParallelLinear
@@ -17,6 +16,7 @@ from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.sharded_norm import ShardedRMSNorm
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, part_spec, unfilled, with_joined
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.lfm2 import conv_weights
 
 _PARTS = ("z", "x", "b", "c", "dt")

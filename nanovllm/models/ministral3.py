@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.layers.norm import NoNorm, RMSNorm
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.llama import LlamaForCausalLM, SelfAttention
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.moe import Gate
 from nanovllm.kernels.routing import Routing
 from nanovllm.layers.experts import ExpertNames, Experts, StackedNames
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.shared_expert import SharedExpert, SharedExpertNames
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.hf_fields import MAX_EXPERTS, MAX_SIZE, flag, integer, items, number
 from nanovllm.models.lfm2 import Lfm2MLP
 from nanovllm.models.llama import MLP

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.draft_heads import SteppedHead
 from nanovllm.models.llama import DecoderLayer, rms_norm
 from nanovllm.models.registry import model_class

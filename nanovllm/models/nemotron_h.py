@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.moe import Gate
 from nanovllm.layers.experts import ExpertNames, Experts
@@ -19,6 +18,7 @@ from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.ungated_experts import UngatedSharedExpert
 from nanovllm.layers.weight_specs import WeightSpecs
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.hf_fields import flag, integer
 from nanovllm.models.llama import LlamaForCausalLM, SelfAttention
 from nanovllm.models.mamba2 import Mamba2Mixer

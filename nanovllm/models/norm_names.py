@@ -10,7 +10,7 @@ Owns the names only. Invariant: the places are the attributes of `llama.DecoderL
 
 from collections.abc import Mapping
 
-from nanovllm.config import ModelConfig
+from nanovllm.model_config import ModelConfig
 
 PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import ForwardContext
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.delta_net import DeltaNet
 from nanovllm.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs, parameter_spec, part_spec, unfilled, with_joined
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.hf_fields import integer
 from nanovllm.models.lfm2 import conv_weights
 from nanovllm.models.llama import SelfAttention

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from nanovllm.config import ModelConfig
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.architecture import Architecture
 from nanovllm.models.dense_families import DENSE_FAMILIES, GRANITE_MULTIPLIERS
 from nanovllm.models.gemma4_family import GEMMA4

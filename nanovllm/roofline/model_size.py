@@ -5,12 +5,12 @@ Owns the counting. Invariant: no weight is read, so it takes milliseconds for an
 
 import torch
 
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.worker import with_quantization
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import PLAIN
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.registry import model_class
 from nanovllm.roofline.roofline import ModelSize
 

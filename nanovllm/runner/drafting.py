@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.config import ModelConfig, NamedModule, ResolvedConfig
+from nanovllm.config import NamedModule, ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.interfaces import PendingStep
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.layers.experts import Experts
 from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import choose_ops
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.dflash import DFlashConfig, DFlashHead, read_dflash_config
 from nanovllm.models.draft_heads import HiddenStateStore, SteppedHead
 from nanovllm.models.eagle3 import Eagle3Config, Eagle3Head, read_eagle3_config

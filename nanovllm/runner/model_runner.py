@@ -13,12 +13,13 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, ForwardContext, GroupInputs
 from nanovllm.cache_specs import CacheGroups
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.triton.common.launch import dependent_launch
+from nanovllm.model_config import ModelConfig
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.cascade_items import CascadeItems
 from nanovllm.runner.extras import NO_EXTRAS, PendingExtras, run_with_hidden_states

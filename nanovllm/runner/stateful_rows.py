@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, GroupInputs
 from nanovllm.cache_specs import CacheGroups
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_types import AttentionMetadata
 from nanovllm.kernels.copy_states import copy_states
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.state_types import LayerState, StepStates
+from nanovllm.model_config import ModelConfig
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.kv_cache import MakeZeros, zeros
 from nanovllm.speculative_config import num_draft_places, num_draft_slots
@@ -41,7 +42,7 @@ class StatefulRows(BatchState):
         """num_blocks: of the KV cache, by which there are so many snapshots. make: the states."""
         max_blocks = -(-config.max_model_len // config.block_size)
         super().__init__(config.max_num_seqs, max_blocks, device, groups.num_tables)
-        memory = model_config.state_memory(config)
+        memory = model_config.state_memory(config.kv_cache_dtype, config.block_size)
         assert memory is not None and model_config.state is not None and len(groups.specs) == 1
         shape = model_config.state.part(config.tensor_parallel_size)
         slots = memory.slots(config.max_num_seqs, num_blocks)

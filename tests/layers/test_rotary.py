@@ -351,7 +351,7 @@ def test_a_model_without_memory_is_made_without_torchs_compiler() -> None:
     """Sizes are checked on the meta device before weights are read; arithmetic there imports seconds of torch."""
     program = (
         "import sys, torch\n"
-        "from nanovllm.config import RopeConfig\n"
+        "from nanovllm.model_config import RopeConfig\n"
         "from nanovllm.layers.rotary import RotaryEmbedding\n"
         "with torch.device('meta'):\n"
         "    rotary = RotaryEmbedding(8, 32, RopeConfig())\n"

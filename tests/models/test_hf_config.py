@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.config import RopeConfig
+from nanovllm.model_config import RopeConfig
 from nanovllm.models.hf_config import read_eos_token_ids
 from nanovllm.models.registry import read_model_config
 

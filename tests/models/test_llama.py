@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanovllm.config import ModelConfig
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.ops import PLAIN, choose_ops
+from nanovllm.model_config import ModelConfig
 from nanovllm.models.llama import MLP, SelfAttention
 from nanovllm.models.registry import read_model_config
 from nanovllm.models.ungated import XIELUMLP, UngatedMLP

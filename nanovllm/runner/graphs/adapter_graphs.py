@@ -4,8 +4,9 @@ Owns the choice. Invariant: a step without adapters replays the graph that an en
 are captured when they first come, and anew once an adapter has layers that none had before.
 """
 
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
+from nanovllm.model_config import ModelConfig
 from nanovllm.runner.adapter_runner import AdapterRunner
 from nanovllm.runner.graphs.graph_runner import GraphRunner
 from nanovllm.runner.model_runner import PendingTokens

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.scheduler_output import SchedulerOutput
 from nanovllm.kernels.cascade import CascadeInputs
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.triton.common.launch import dependent_launch
+from nanovllm.model_config import ModelConfig
 from nanovllm.runner.extras import NO_EXTRAS
 from nanovllm.runner.graphs.captured_steps import CapturedSteps, runs_before_capture, warm_up_behind
 from nanovllm.runner.graphs.cuda_graphs import GraphPool, Inputs, Layout, Size, StepGraphs

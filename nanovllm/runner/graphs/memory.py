@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from nanovllm.config import ModelConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.scheduler_output import NewRow, SchedulerOutput
+from nanovllm.model_config import ModelConfig
 from nanovllm.runner.graphs.captured_steps import warm_up_kernels
 from nanovllm.runner.graphs.graph_runner import can_capture_prompts
 from nanovllm.runner.graphs.layouts import PromptLayout
