@@ -36,7 +36,7 @@ def _read_method(method: Any) -> Any:
         return "mtp"
     if method in _NOT_YET:
         raise NotImplementedError(
-            f"speculative_config.method={method!r} is not supported; use 'eagle3', 'draft_model', 'ngram' or 'suffix'"
+            f"speculative_config.method={method!r} is not supported; use {', '.join(map(repr, METHODS))}"
         )
     return method
 
