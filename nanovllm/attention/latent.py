@@ -15,10 +15,19 @@ from typing import Any
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
-from nanovllm.kernels.attention_types import AttentionMetadata
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
 
 
 class LatentBackend(AttentionBackend):
+    def forward_few(
+        self, shape: AttentionShape, q: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, matrix: Tensor,
+        is_neox_style: bool, cache: LayerCache, prepared: Any,
+    ) -> Tensor | None:  # fmt: skip
+        """All between the products of a layer, in fewer kernels: `latent_store`, `forward`, and the two products of
+        `layers/absorbed.py` with its matrix [num_heads, key_dim + value_dim, rank]; None, and nothing done, where they
+        are apart. q, q_rope: parts of one tensor. Returns [num_tokens, num_heads * value_dim]."""
+        return None
+
     def whole_from(self, prepared: Any) -> int | None:
         """The step's token from which on there are whole prompts alone, which `forward_whole` computes sooner, and then
         `forward` is for those before it; None if that is not so."""

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from nanovllm.attention.latent import LatentBackend, LatentStep
 from nanovllm.attention.triton_paged import PreparedStep, TritonBackend
-from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
 from nanovllm.kernels.triton.attention.latent_attention import LatentPlans, latent_attention_triton
+from nanovllm.kernels.triton.attention.latent_decode import plan_latent_decode
+from nanovllm.kernels.triton.attention.latent_few import MAX_ROWS, attend_few, query_few
 from nanovllm.kernels.triton.attention.latent_whole import attend_whole, plan_whole
 
 
@@ -34,8 +36,24 @@ class TritonLatentBackend(TritonBackend, LatentBackend):
     ) -> Tensor:
         if shape.value_dim is None or not isinstance(prepared, PreparedLatentStep):
             return super().forward(shape, q, cache, prepared, sinks)
-        meta = prepared.meta if self.whole_from(prepared) is None else prepared.decodes
-        return latent_attention_triton(q, cache, meta, shape, prepared.latent_plans, self._is_exact)
+        return latent_attention_triton(q, cache, self._meta(prepared), shape, prepared.latent_plans, self._is_exact)
+
+    def _meta(self, prepared: PreparedLatentStep) -> AttentionMetadata:
+        """Of what `forward` is for."""
+        return prepared.meta if self.whole_from(prepared) is None else prepared.decodes
+
+    def forward_few(
+        self, shape: AttentionShape, q: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, matrix: Tensor,
+        is_neox_style: bool, cache: LayerCache, prepared: PreparedLatentStep,
+    ) -> Tensor | None:  # fmt: skip
+        meta, plans = self._meta(prepared), prepared.latent_plans
+        if self._is_exact or not len(q) == meta.num_reqs == meta.num_decodes <= MAX_ROWS:
+            return None
+        queries = query_few(q, q_rope, kv, heads, matrix, cache, is_neox_style)
+        is_settled = plans.decode is not None
+        if plans.decode is None:
+            plans.decode = plan_latent_decode(meta, queries[..., : matrix.shape[2]], cache)
+        return attend_few(queries, matrix, cache, meta, shape, plans.decode, q.shape[2], is_settled)
 
     def whole_from(self, prepared: PreparedLatentStep) -> int | None:
         return None if self._is_exact or torch.cuda.is_current_stream_capturing() else prepared.whole_from

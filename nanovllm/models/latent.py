@@ -76,12 +76,17 @@ class LatentAttention(nn.Module):
         self, ctx: ForwardContext, tokens: slice, q: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None = None
     ) -> Tensor:
         """Over the cache as it is. tokens: which of the step's these are."""
-        cache, rank = ctx.kv_caches[self.layer_idx], self.kv_a_norm.weight.shape[0]
+        cache, rank, backend = ctx.kv_caches[self.layer_idx], self.kv_a_norm.weight.shape[0], ctx.backend
         prepared, slots = ctx.groups[ctx.group_of_layer[self.layer_idx]]
+        if isinstance(backend, LatentBackend):
+            inputs = q, q_rope, kv, self._heads(cos_sin, slots[tokens]), self.kv_b_proj.matrix, self.is_neox_style
+            values = backend.forward_few(self.shape, *inputs, cache, prepared)
+            if values is not None:
+                return values
         queries = q.new_empty(q.shape[0], self.shape.num_heads, self.shape.head_dim)
         self.kv_b_proj.absorb(q, queries[..., :rank])
         self._store(queries[..., rank:], q_rope, kv, cos_sin, slots[tokens], cache)
-        return self.kv_b_proj.values(ctx.backend.forward(self.shape, queries, cache, prepared))
+        return self.kv_b_proj.values(backend.forward(self.shape, queries, cache, prepared))
 
     def _whole(
         self, ctx: ForwardContext, tokens: slice, q: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None = None
@@ -99,8 +104,10 @@ class LatentAttention(nn.Module):
     def _store(
         self, turned: Tensor, q_rope: Tensor, kv: Tensor, cos_sin: Tensor | None, slots: Tensor, cache: LayerCache
     ) -> None:
-        heads = HeadInputs(cos_sin, slots, k_norm_weight=self.kv_a_norm.weight, eps=_EPS)
-        latent_store(turned, q_rope, kv, heads, cache, self.is_neox_style)
+        latent_store(turned, q_rope, kv, self._heads(cos_sin, slots), cache, self.is_neox_style)
+
+    def _heads(self, cos_sin: Tensor | None, slots: Tensor) -> HeadInputs:
+        return HeadInputs(cos_sin, slots, k_norm_weight=self.kv_a_norm.weight, eps=_EPS)
 
     def weights(self, name: str) -> WeightSpecs:
         first = "q_proj" if self.q_a_norm is None else "q_a_proj"

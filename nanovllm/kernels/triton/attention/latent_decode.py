@@ -141,6 +141,46 @@ def _latent_decode_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def programs_of_item(
+    seq_lens_ptr, num_tiles_ptr, req, group, num_reqs, num_programs,
+    NUM_GROUPS: tl.constexpr, TILE: tl.constexpr, BLOCK_REQS: tl.constexpr,
+):  # fmt: skip
+    """The first and the last program that had tiles of a request, for one group of heads."""
+    other = tl.arange(0, BLOCK_REQS)
+    _lowest, _first_tile, tiles = tiles_of(tl.load(seq_lens_ptr + other, mask=other < num_reqs, other=0), 0, TILE, 0)
+    own = tl.sum(tl.where(other == req, tiles, 0), 0)
+    begin = tl.sum(tl.where(other < req, tiles, 0), 0) * NUM_GROUPS + group * own
+    length = tl.cdiv(tl.load(num_tiles_ptr), num_programs)
+    return begin // length, (begin + own - 1) // length
+
+
+@triton.jit
+def merge_partials(
+    partial_out_ptr, partial_stats_ptr, first, last, row, col,
+    GROUP: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The columns `col` [COLS] of head `row` of a group, from what the programs from first to last left of an item."""
+    nth = tl.arange(0, AT_ONCE)
+    top = tl.full((), LOWEST, tl.float32)
+    norm = tl.zeros((), tl.float32)
+    acc = tl.zeros([COLS], tl.float32)
+    for start in range(first, last + 1, AT_ONCE):
+        program = start + nth
+        slot, is_left = program * 2 + (program == first).to(tl.int32), program <= last
+        stats_ptr = partial_stats_ptr + slot * 2 * GROUP + row
+        tops = tl.load(stats_ptr, mask=is_left, other=LOWEST)
+        norms = tl.load(stats_ptr + GROUP, mask=is_left, other=0.0)
+        outs_ptr = partial_out_ptr + (slot.to(tl.int64) * GROUP + row)[:, None] * RANK + col[None, :]
+        outs = tl.load(outs_ptr, mask=is_left[:, None] & (col < RANK)[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        decay, weights = tl.exp2(top - new_top), tl.exp2(tops - new_top)
+        norm = norm * decay + tl.sum(norms * weights, 0)
+        acc = acc * decay + tl.sum(outs * weights[:, None], 0)
+        top = new_top
+    return acc / tl.where(norm > 0, norm, 1.0)
+
+
 @triton.jit(do_not_specialize=["num_reqs", "num_programs"])
 def _merge_kernel(
     partial_out_ptr,
@@ -164,34 +204,15 @@ def _merge_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     req, head = tl.program_id(0), tl.program_id(1)
-    group, row = head // GROUP, head % GROUP
-    other = tl.arange(0, BLOCK_REQS)
-    _lowest, _first_tile, tiles = tiles_of(tl.load(seq_lens_ptr + other, mask=other < num_reqs, other=0), 0, TILE, 0)
-    own = tl.sum(tl.where(other == req, tiles, 0), 0)
-    begin = tl.sum(tl.where(other < req, tiles, 0), 0) * NUM_GROUPS + group * own
-    length = tl.cdiv(tl.load(num_tiles_ptr), num_programs)
-    first, last = begin // length, (begin + own - 1) // length
+    first, last = programs_of_item(
+        seq_lens_ptr, num_tiles_ptr, req, head // GROUP, num_reqs, num_programs, NUM_GROUPS, TILE, BLOCK_REQS
+    )
     if first == last:
         return
     col = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    nth = tl.arange(0, AT_ONCE)
-    top = tl.full((), LOWEST, tl.float32)
-    norm = tl.zeros((), tl.float32)
-    acc = tl.zeros([COLS], tl.float32)
-    for start in range(first, last + 1, AT_ONCE):
-        program = start + nth
-        slot, is_left = program * 2 + (program == first).to(tl.int32), program <= last
-        stats_ptr = partial_stats_ptr + slot * 2 * GROUP + row
-        tops = tl.load(stats_ptr, mask=is_left, other=LOWEST)
-        norms = tl.load(stats_ptr + GROUP, mask=is_left, other=0.0)
-        outs_ptr = partial_out_ptr + (slot.to(tl.int64) * GROUP + row)[:, None] * RANK + col[None, :]
-        outs = tl.load(outs_ptr, mask=is_left[:, None] & (col < RANK)[None, :], other=0.0)
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        decay, weights = tl.exp2(top - new_top), tl.exp2(tops - new_top)
-        norm = norm * decay + tl.sum(norms * weights, 0)
-        acc = acc * decay + tl.sum(outs * weights[:, None], 0)
-        top = new_top
-    result = acc / tl.where(norm > 0, norm, 1.0)
+    result = merge_partials(
+        partial_out_ptr, partial_stats_ptr, first, last, head % GROUP, col, GROUP, RANK, COLS, AT_ONCE
+    )
     out_ptr += (req.to(tl.int64) * NUM_GROUPS * GROUP + head) * RANK + col
     tl.store(out_ptr, result.to(out_ptr.dtype.element_ty), mask=col < RANK)
 
@@ -206,6 +227,29 @@ def latent_decode(
     is_settled: bool = False,
 ) -> None:
     """Writes rows 0 .. n - 1 of the contiguous `out` for the n requests planned; see `decode.decode_attention`."""
+    cut = plan.cut
+    arguments = decode_apart(q, cache, out, meta, plan, shape, is_settled)
+    rank = arguments["RANK"]
+    cols = min(arguments["BLOCK_RANK"], 128 if cut.num_reqs <= FEW_REQUESTS else 512)
+    launch(
+        _merge_kernel, (cut.num_reqs, shape.num_heads, cdiv(rank, cols)), q.device,
+        cut.partial_out, cut.partial_stats, out, meta.seq_lens, cut.num_tiles, cut.num_reqs, cut.starts.shape[0],
+        NUM_GROUPS=plan.num_groups, GROUP=arguments["GROUP"], RANK=rank, TILE=cut.config.tile, COLS=cols,
+        AT_ONCE=AT_ONCE, BLOCK_REQS=coarse_size(cut.num_reqs), num_warps=4,
+    )  # fmt: skip
+
+
+def decode_apart(
+    q: Tensor,
+    cache: LayerCache,
+    out: Tensor,
+    meta: AttentionMetadata,
+    plan: LatentDecodePlan,
+    shape: AttentionShape,
+    is_settled: bool,
+) -> dict[str, int]:
+    """The same without the merge: of an item that several programs had, `out` has nothing yet. Returns the sizes of
+    heads."""
     cut, config, data, block_table = plan.cut, plan.cut.config, cache.data, meta.block_table
     num_programs, arguments = cut.starts.shape[0], latent_arguments(shape, cache.block_size, plan.num_groups)
     launch(
@@ -217,11 +261,4 @@ def latent_decode(
         EARLY=is_settled and has_dependent_launch(q.device),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
-    rank = arguments["RANK"]
-    cols = min(arguments["BLOCK_RANK"], 128 if cut.num_reqs <= FEW_REQUESTS else 512)
-    launch(
-        _merge_kernel, (cut.num_reqs, shape.num_heads, cdiv(rank, cols)), q.device,
-        cut.partial_out, cut.partial_stats, out, meta.seq_lens, cut.num_tiles, cut.num_reqs, num_programs,
-        NUM_GROUPS=plan.num_groups, GROUP=arguments["GROUP"], RANK=rank, TILE=config.tile, COLS=cols,
-        AT_ONCE=AT_ONCE, BLOCK_REQS=coarse_size(cut.num_reqs), num_warps=4,
-    )  # fmt: skip
+    return arguments

@@ -4,6 +4,8 @@ Owns how that sequence runs on a GPU: a program takes one token, its latent and 
 Invariant: rounds exactly where the reference rounds.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +13,53 @@ from torch import Tensor
 from nanovllm.kernels.attention_types import HeadInputs, LayerCache
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
+
+
+@triton.jit
+def store_latent(
+    token, weight, turned_ptr, q_ptr, kv_ptr, cos_sin_ptr, slot_ptr, cache_ptr,
+    turned_stride_token, turned_stride_head, q_stride_token, q_stride_head, kv_stride, cos_sin_stride,
+    STRIDE_BLOCK: tl.constexpr, STRIDE_TOKEN: tl.constexpr, eps,
+    HAS_ROPE: tl.constexpr, IS_NEOX: tl.constexpr, NUM_HEADS: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """One token's row of the cache, and the rotated parts of its queries. weight: of the norm [BLOCK_RANK]."""
+    rank = tl.arange(0, BLOCK_RANK)
+    slot = tl.load(slot_ptr + token).to(tl.int64)
+    row_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + (slot % BLOCK_SIZE) * STRIDE_TOKEN
+    latent = tl.load(kv_ptr + token * kv_stride + rank, mask=rank < RANK, other=0.0)
+    dtype = latent.dtype
+    value = latent.to(tl.float32)
+    normed = (value * tl.rsqrt(tl.sum(value * value, axis=0) / RANK + eps)).to(dtype)
+    normed = (normed.to(tl.float32) * weight.to(tl.float32)).to(dtype)
+    tl.store(row_ptr + rank, normed.to(cache_ptr.dtype.element_ty), mask=(rank < RANK) & (slot >= 0))
+
+    # The heads' rotated parts, and behind them the key's.
+    head, col = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    is_query = (head < NUM_HEADS) & (col < HALF)
+    is_key = (head == NUM_HEADS) & (col < HALF)
+    q_ptr += token * q_stride_token + head * q_stride_head
+    key_ptr = kv_ptr + token * kv_stride + RANK + head * 0
+    if IS_NEOX:
+        first, second = col, HALF + col
+    else:
+        first, second = 2 * col, 2 * col + 1
+    a = tl.load(q_ptr + first, mask=is_query, other=0.0).to(tl.float32)
+    a += tl.load(key_ptr + first, mask=is_key, other=0.0).to(tl.float32)
+    b = tl.load(q_ptr + second, mask=is_query, other=0.0).to(tl.float32)
+    b += tl.load(key_ptr + second, mask=is_key, other=0.0).to(tl.float32)
+    if HAS_ROPE:
+        cos = tl.load(cos_sin_ptr + token * cos_sin_stride + col, mask=col < HALF, other=0.0)
+        sin = tl.load(cos_sin_ptr + token * cos_sin_stride + HALF + col, mask=col < HALF, other=0.0)
+        a, b = a * cos - b * sin, b * cos + a * sin
+    a, b = a.to(dtype), b.to(dtype)
+    out_ptr = turned_ptr + token * turned_stride_token + head * turned_stride_head + col
+    tl.store(out_ptr, a, mask=is_query)
+    tl.store(out_ptr + HALF, b, mask=is_query)
+    is_stored = is_key & (slot >= 0)
+    key_out_ptr = row_ptr + RANK + col + head * 0
+    tl.store(key_out_ptr, a.to(cache_ptr.dtype.element_ty), mask=is_stored)
+    tl.store(key_out_ptr + HALF, b.to(cache_ptr.dtype.element_ty), mask=is_stored)
 
 
 @triton.jit
@@ -49,41 +98,12 @@ def _latent_store_kernel(
         tl.extra.cuda.gdc_wait()
         # Only now: what starts next may read what was written before the kernel ahead of this one ended.
         tl.extra.cuda.gdc_launch_dependents()
-    slot = tl.load(slot_ptr + token).to(tl.int64)
-    row_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + (slot % BLOCK_SIZE) * STRIDE_TOKEN
-    latent = tl.load(kv_ptr + token * kv_stride + rank, mask=rank < RANK, other=0.0)
-    dtype = latent.dtype
-    value = latent.to(tl.float32)
-    normed = (value * tl.rsqrt(tl.sum(value * value, axis=0) / RANK + eps)).to(dtype)
-    normed = (normed.to(tl.float32) * weight.to(tl.float32)).to(dtype)
-    tl.store(row_ptr + rank, normed.to(cache_ptr.dtype.element_ty), mask=(rank < RANK) & (slot >= 0))
-
-    # The heads' rotated parts, and behind them the key's.
-    head, col = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
-    is_query = (head < NUM_HEADS) & (col < HALF)
-    is_key = (head == NUM_HEADS) & (col < HALF)
-    q_ptr += token * q_stride_token + head * q_stride_head
-    key_ptr = kv_ptr + token * kv_stride + RANK + head * 0
-    if IS_NEOX:
-        first, second = col, HALF + col
-    else:
-        first, second = 2 * col, 2 * col + 1
-    a = tl.load(q_ptr + first, mask=is_query, other=0.0).to(tl.float32)
-    a += tl.load(key_ptr + first, mask=is_key, other=0.0).to(tl.float32)
-    b = tl.load(q_ptr + second, mask=is_query, other=0.0).to(tl.float32)
-    b += tl.load(key_ptr + second, mask=is_key, other=0.0).to(tl.float32)
-    if HAS_ROPE:
-        cos = tl.load(cos_sin_ptr + token * cos_sin_stride + col, mask=col < HALF, other=0.0)
-        sin = tl.load(cos_sin_ptr + token * cos_sin_stride + HALF + col, mask=col < HALF, other=0.0)
-        a, b = a * cos - b * sin, b * cos + a * sin
-    a, b = a.to(dtype), b.to(dtype)
-    out_ptr = turned_ptr + token * turned_stride_token + head * turned_stride_head + col
-    tl.store(out_ptr, a, mask=is_query)
-    tl.store(out_ptr + HALF, b, mask=is_query)
-    is_stored = is_key & (slot >= 0)
-    key_out_ptr = row_ptr + RANK + col + head * 0
-    tl.store(key_out_ptr, a.to(cache_ptr.dtype.element_ty), mask=is_stored)
-    tl.store(key_out_ptr + HALF, b.to(cache_ptr.dtype.element_ty), mask=is_stored)
+    store_latent(
+        token, weight, turned_ptr, q_ptr, kv_ptr, cos_sin_ptr, slot_ptr, cache_ptr,
+        turned_stride_token, turned_stride_head, q_stride_token, q_stride_head, kv_stride, cos_sin_stride,
+        STRIDE_BLOCK, STRIDE_TOKEN, eps,
+        HAS_ROPE, IS_NEOX, NUM_HEADS, RANK, HALF, BLOCK_SIZE, BLOCK_HEADS, BLOCK_RANK, BLOCK_HALF,
+    )  # fmt: skip
 
 
 def latent_store_triton(
@@ -92,7 +112,7 @@ def latent_store_triton(
     """See `latent_store.latent_store`."""
     cos_sin, slot_mapping, _, norm_weight, eps = heads
     assert norm_weight is not None
-    num_tokens, num_heads, rope_dim = q_rope.shape
+    num_tokens = q_rope.shape[0]
     if not num_tokens:
         return
     launch(
@@ -100,7 +120,22 @@ def latent_store_triton(
         turned, q_rope, kv, cos_sin, norm_weight, slot_mapping, cache.data, turned.stride(0), turned.stride(1),
         q_rope.stride(0), q_rope.stride(1), kv.stride(0), 0 if cos_sin is None else cos_sin.stride(0),
         cache.data.stride(1), cache.data.stride(3), eps,
-        HAS_ROPE=cos_sin is not None, IS_NEOX=is_neox_style, NUM_HEADS=num_heads, RANK=norm_weight.shape[0],
-        HALF=rope_dim // 2, BLOCK_SIZE=cache.block_size, BLOCK_HEADS=next_power_of_2(num_heads + 1),
-        BLOCK_RANK=next_power_of_2(norm_weight.shape[0]), BLOCK_HALF=next_power_of_2(rope_dim // 2), num_warps=4,
+        **store_arguments(q_rope, heads, cache, is_neox_style), num_warps=4,
     )  # fmt: skip
+
+
+def store_arguments(q_rope: Tensor, heads: HeadInputs, cache: LayerCache, is_neox_style: bool) -> dict[str, Any]:
+    """The constants of `store_latent` that follow from sizes."""
+    assert heads.k_norm_weight is not None
+    (_, num_heads, rope_dim), rank = q_rope.shape, heads.k_norm_weight.shape[0]
+    return {
+        "HAS_ROPE": heads.cos_sin is not None,
+        "IS_NEOX": is_neox_style,
+        "NUM_HEADS": num_heads,
+        "RANK": rank,
+        "HALF": rope_dim // 2,
+        "BLOCK_SIZE": cache.block_size,
+        "BLOCK_HEADS": next_power_of_2(num_heads + 1),
+        "BLOCK_RANK": next_power_of_2(rank),
+        "BLOCK_HALF": next_power_of_2(rope_dim // 2),
+    }

@@ -23,7 +23,8 @@ from tests.kernels.twins import (
     twin_test,
 )
 
-attention, whole, store = (load_twin(f"attention.latent_{name}") for name in ("attention", "whole", "store"))
+names = "attention", "whole", "store", "few", "decode"
+attention, whole, store, few, decode = (load_twin(f"attention.latent_{name}") for name in names)
 product = load_twin("linear.head_linear")
 pytestmark = twin_test
 
@@ -59,6 +60,49 @@ def test_mixed_batches(num_heads: int, rank: int, rope_dim: int, block_size: int
         assert got.shape == want.shape and got.dtype == dtype
         assert relative_error(got, want) < TOLERANCE[dtype]
         assert not got[2].any()
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "sizes", "block_size", "dtype"),
+    in_each_dtype(
+        [(4, (24, 40, 32, 16), 32), (20, (16, 24, 48, 8), 16)]
+        + ([] if INTERPRETED else [(16, (128, 128, 512, 64), 64)])
+    ),
+)
+@pytest.mark.parametrize("seq_lens", [[1], [300], [40, 1, 200]])
+def test_a_few_decodes_from_products_to_products(
+    num_heads: int, sizes: tuple[int, int, int, int], block_size: int, dtype: torch.dtype, seq_lens: list[int]
+) -> None:
+    """Norm, rotation, store, both products and attention; an item that one program has, and what many leave of one; a
+    row of padding."""
+    key_dim, value_dim, rank, rope_dim = sizes
+    n = len(seq_lens)
+    case = latents([1] * n, seq_lens, num_heads, rank + rope_dim, block_size=block_size, dtype=dtype)
+    if n > 1:
+        case.meta.seq_lens[1] = 0
+        case.meta.slot_mapping[1] = -1
+    q = randn(n, num_heads, key_dim + rope_dim, dtype=dtype)
+    q, q_rope = q[..., :key_dim], q[..., key_dim:]
+    kv, matrix = (
+        randn(n, 8 + rank + rope_dim, dtype=dtype)[:, 8:],
+        randn(num_heads, key_dim + value_dim, rank, dtype=dtype),
+    )
+    matrix = (matrix / 8).contiguous()
+    heads = HeadInputs(
+        randn(n, rope_dim, dtype=torch.float32), case.meta.slot_mapping.to(DEVICE), None, randn(rank, dtype=dtype), 1e-6
+    )
+    shape, want_cache = case.shape(0.2)._replace(value_dim=rank), case.kv_cache.clone()
+    queries = torch.empty(n, num_heads, rank + rope_dim, dtype=dtype, device=DEVICE)
+    queries[..., :rank] = head_linear(q.cpu().float(), matrix[:, :key_dim].cpu().float()).to(DEVICE)
+    latent_store_reference(queries[..., rank:], q_rope, kv, heads, LayerCache(want_cache), False)
+    found = paged_attention_reference(queries.float(), LayerCache(want_cache.float()), case.meta, shape)
+    want = head_linear(found.cpu(), matrix[:, key_dim:].transpose(1, 2).cpu().float()).flatten(1).to(DEVICE)
+    plan = decode.plan_latent_decode(case.meta, queries[..., :rank], case.cache)
+    for is_settled in (False, True):  # the second time, as a later layer
+        got_queries = few.query_few(q, q_rope, kv, heads, matrix, case.cache, False)
+        got = few.attend_few(got_queries, matrix, case.cache, case.meta, shape, plan, key_dim, is_settled)
+        assert relative_error(got_queries, queries) < TOLERANCE[dtype]
+        assert relative_error(got, want) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[-1:])
