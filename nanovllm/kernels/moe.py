@@ -50,6 +50,13 @@ class Biases(NamedTuple):
     down: Tensor
 
 
+class Shared(NamedTuple):
+    """An expert with a "silu" gate that every token goes through: gate_up [2 * size, hidden], down [hidden, size]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2 (So et al., 2021)."""
     return F.relu(x).square_()
@@ -64,6 +71,7 @@ def fused_experts(
     biases: Biases | None = None,
     gate: Gate = SILU,
     block_size: int | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """The weighted sum of each token's experts: weights * down(silu(gate x) * up x), or what `gate` says.
 
@@ -71,13 +79,24 @@ def fused_experts(
     hidden, intermediate]; both contiguous and of x's dtype. weights, expert_ids [num_tokens, top_k] from `route`.
     Returns [num_tokens, hidden]. Rounds to x's dtype behind the gate and behind the weighting; sums in float32.
     block_size: rows that a program of the GPU multiplies, 16 to 128; None chooses by the number of tokens. With one
-    that is given, a token's result is the same to the bit in any batch.
+    that is given, a token's result is the same to the bit in any batch. shared: its result is rounded and added to the
+    sum; of one token, in the same kernels.
     """
     if use_triton(x):
+        if len(x) == 1 and block_size is None:
+            from nanovllm.kernels.triton.expert_vectors import vector_experts_triton
+
+            return vector_experts_triton(x, gate_up, down, weights, expert_ids, biases, gate, shared)
         from nanovllm.kernels.triton.moe import fused_experts_triton
 
-        return fused_experts_triton(x, gate_up, down, weights, expert_ids, biases, gate, block_size)
-    return fused_experts_reference(x, gate_up, down, weights, expert_ids, biases, gate)
+        mixed = fused_experts_triton(x, gate_up, down, weights, expert_ids, biases, gate, block_size)
+    else:
+        mixed = fused_experts_reference(x, gate_up, down, weights, expert_ids, biases, gate)
+    return mixed if shared is None else mixed + shared_expert_reference(x, shared)
+
+
+def shared_expert_reference(x: Tensor, shared: Shared) -> Tensor:
+    return F.linear(silu_and_mul_reference(F.linear(x, shared.gate_up)), shared.down)
 
 
 def fused_experts_reference(

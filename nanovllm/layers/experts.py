@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.moe import SILU, Biases, Gate
+from nanovllm.kernels.moe import SILU, Biases, Gate, Shared
+from nanovllm.kernels.router import Router, rms_norm_route
 from nanovllm.kernels.routing import Routing, route
+from nanovllm.layers.fused_linear import FusedLinear
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import Ops
+from nanovllm.layers.shared_expert import SharedExpert
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
 
 
@@ -88,6 +91,11 @@ class DenseExperts(nn.Module):
     def mix(self, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
         """See `kernels.moe.fused_experts`."""
         return self.fused_experts(x, self.gate_up, self.down, weights, expert_ids, self.biases, self.gate)
+
+    def mix_with(self, shared: Shared, x: Tensor, weights: Tensor, expert_ids: Tensor) -> Tensor:
+        """The same, and what `shared` adds."""
+        experts = self.gate_up, self.down, weights, expert_ids, self.biases, self.gate
+        return self.fused_experts(x, *experts, shared=shared)
 
     def weights(self, layer: str, names: ExpertNames) -> WeightSpecs:
         """One tensor per expert and projection, or all experts in one. layer: what stands before their names."""
@@ -185,13 +193,34 @@ class Experts(nn.Module):
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(experts of the norm of x + residual, x + residual), both [num_tokens, hidden_size]."""
+        normed, total, *choice = self._choose(norm, x, residual)
+        if self.shared is None:
+            mixed = self.method.mix(normed, *choice)
+        elif len(x) == 1 and self._shared_in_one is not None:
+            mixed = self.method.mix_with(self._shared_in_one, normed, *choice)
+        else:
+            mixed = self.method.mix(normed, *choice) + self.shared(normed)
+        return self.tp.all_reduce(mixed), total
+
+    def _choose(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(norm of x + residual, x + residual, weights, expert_ids)"""
+        method = self.router.method
+        if type(method) is FusedLinear and norm.weight is not None and residual is not None:
+            router = Router(method.weight, self.router.bias, self.bias, self.routing)
+            return rms_norm_route(x, residual, norm.weight, norm.eps, router, method.semaphores)
         normed, total = norm(x, residual)
-        weights, expert_ids = route(self.router(normed.to(self.router_dtype)), self.bias, self.routing)
-        mixed = self.method.mix(normed, weights, expert_ids)
-        return self.tp.all_reduce(mixed if self.shared is None else mixed + self.shared(normed)), total
+        return normed, total, *route(self.router(normed.to(self.router_dtype)), self.bias, self.routing)
 
     def finish(self) -> None:
         self.method.finish()
+
+    @property
+    def _shared_in_one(self) -> Shared | None:
+        """The matrices of the shared expert, where a kernel of a single token's experts takes it along."""
+        takes_it = (
+            isinstance(self.shared, SharedExpert) and type(self.method) is DenseExperts and self.spec.gate == SILU
+        )
+        return self.shared.matrices if takes_it else None
 
     def weights(self, name: str) -> WeightSpecs:
         """One tensor per expert and projection, as on the Hub, or all experts in one, as transformers 5 keeps them."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.moe import Shared
 from nanovllm.kernels.routing import sigmoid
+from nanovllm.layers.fused_linear import FusedLinear
 from nanovllm.layers.linear import GatedLinear, Linear, LinearBase, RowParallelLinear
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.weight_specs import WeightSpecs, with_joined
@@ -56,6 +58,15 @@ class SharedExpert(nn.Module):
         """x [num_tokens, hidden_size], normed -> the same shape."""
         result: Tensor = self.down_proj(self.gate_up_proj(x))
         return result if self.gate is None else result * sigmoid(self.gate(x)).to(result.dtype)
+
+    @property
+    def matrices(self) -> Shared | None:
+        """What a kernel of all experts needs of it, where it is two dense products of this project's kernels alone."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if type(gate_up.method) is not FusedLinear or type(down.method) is not FusedLinear:
+            return None
+        is_plain = self.gate is None and gate_up.bias is None and down.bias is None
+        return Shared(gate_up.method.weight, down.method.weight) if is_plain else None
 
     def weights(self, layer: str) -> WeightSpecs:
         """layer: what stands before the names of its tensors."""

@@ -26,9 +26,10 @@ from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCa
 from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.lora import AdapterRows
-from nanovllm.kernels.moe import Biases, Gate
+from nanovllm.kernels.moe import Biases, Gate, Shared
 from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.kernels.quantized_moe import Stack
+from nanovllm.kernels.router import Router
 from nanovllm.runner.cascade_items import cut
 from nanovllm.sampling.draw_columns import DrawColumns
 from tests.attention.paged_cases import PagedCase, make_case
@@ -265,6 +266,22 @@ def mix_experts(num_tokens: int, num_experts: int, inputs: int, more: tuple[Any,
     twin.fused_experts_triton(bf16(num_tokens, inputs), gate_up, down, torch.rand(num_tokens, 2), expert_ids, *more)
 
 
+def mix_experts_of_a_token(shared_size: int, gate: Gate, has_biases: bool) -> None:
+    gate_up, down = bf16(8, 256 * gate.num_parts, 2304), bf16(8, 2304, 256)
+    biases = Biases(bf16(8, 256 * gate.num_parts), bf16(8, 2304)) if has_biases else None
+    shared = Shared(bf16(2 * shared_size, 2304), bf16(2304, shared_size)) if shared_size else None
+    MODULES["expert_vectors"].vector_experts_triton(
+        bf16(1, 2304), gate_up, down, torch.rand(1, 6), random_ids(1, 6, 8), biases, gate, shared
+    )
+
+
+def route_after_norm(name: str, dtype: torch.dtype) -> None:
+    logits, correction, routing = rule_inputs(name, 1)
+    weight, x = torch.zeros(logits.shape[1], 2048, dtype=dtype), bf16(1, 2048)
+    router = Router(weight, None if correction is not None else weight[:, 0].contiguous(), correction, routing)
+    MODULES["router"].rms_norm_route_triton(x, x, x[0], 1e-6, router, new_semaphores())
+
+
 def adapt(num_rows: int, sizes: tuple[int, ...], activation: str | None = None, **options: Any) -> None:
     dtype = options.pop("dtype", torch.bfloat16)
     twin, rank, inputs = MODULES["lora"], options.pop("rank", 16), options.pop("inputs", 4096)
@@ -321,6 +338,19 @@ def attend_latents(block_size: int, num_heads: int = 16, rank: int = 512, dtype:
     for _ in range(2):
         module.latent_attention_triton(case.q, cache, case.meta, shape, plans)
     module.latent_attention_triton(case.q, cache, case.meta, shape, module.LatentPlans(), is_exact=True)
+
+
+def attend_few_latents(num_heads: int, rank: int, is_neox: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    few, decode = MODULES["attention.latent_few"], MODULES["attention.latent_decode"]
+    case = make_case([1], [90], num_heads=num_heads, num_kv_heads=1, head_dim=rank + 64, block_size=64, dtype=dtype)
+    shape, cache = case.shape(0.1)._replace(value_dim=rank), LayerCache(case.kv_cache[:1])
+    q, kv, matrix = (bf16(*size).to(dtype) for size in ((1, num_heads, 192), (1, rank + 64), (num_heads, 256, rank)))
+    slots = torch.zeros(1, dtype=torch.int32)
+    heads = HeadInputs(None if is_neox else torch.randn(1, 64), slots, k_norm_weight=kv[0, :rank], eps=1e-6)
+    queries = few.query_few(q[..., :128], q[..., 128:], kv, heads, matrix, cache, is_neox)
+    plan = decode.plan_latent_decode(case.meta, queries[..., :rank], cache)
+    for is_settled in (False, True):
+        few.attend_few(queries, matrix, cache, case.meta, shape, plan, 128, is_settled)
 
 
 def store_latents(is_neox: bool, has_rotation: bool) -> None:
@@ -479,6 +509,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "latent attention, many heads": lambda: attend_latents(64, num_heads=128),
     "latent attention, a rank of 40": lambda: attend_latents(64, rank=40),
     "latent attention, float32": lambda: attend_latents(64, dtype=torch.float32),
+    "latent attention, a few decodes": lambda: attend_few_latents(16, 512, False),
+    "latent attention, a few decodes, a rank of 40": lambda: attend_few_latents(40, 40, True),
     "latent attention of whole prompts": lambda: attend_to_whole_prompts(128, 128),
     "latent attention of whole prompts, wide heads": lambda: attend_to_whole_prompts(192, 256),
     "latent attention of whole prompts, float32": lambda: attend_to_whole_prompts(128, 128, torch.float32),
@@ -540,7 +572,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "adapters of a long row": lambda: adapt(1, (4096,), inputs=12288, rank=48),
     "adapters of 40 rows": lambda: adapt(40, (200, 40, 40), inputs=4000, rank=48),
     "adapters of 600 rows, gated, float32": lambda: adapt(600, (96, 96), "gelu_tanh", rank=32, dtype=torch.float32),
-    "moe, a token": lambda: mix_experts(1, 8, 256),
+    "moe, a token": lambda: mix_experts_of_a_token(512, Gate(), False),
+    "moe, a token, biases, clamped gate": lambda: mix_experts_of_a_token(0, Gate("clamped", 1.7, 7.0), True),
+    "moe, a token, no gate": lambda: mix_experts_of_a_token(0, Gate("relu2"), True),
+    **{
+        f"router, {name}, {dtype}": partial(route_after_norm, name, dtype)
+        for name, dtype in zip(RULES, (torch.bfloat16, torch.float32), strict=False)
+    },
     "moe, blocks of 16": lambda: mix_experts(5, 8, 200),
     "moe, blocks of 64": lambda: mix_experts(80, 2, 256),
     "moe, blocks of 128": lambda: mix_experts(200, 2, 256),

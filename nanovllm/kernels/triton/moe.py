@@ -1,9 +1,10 @@
 """Mixture of experts in Triton: alignment by expert, and a grouped GEMM in which each block of rows has its expert.
 
-Owns how experts run on a GPU. Few tokens: the products read weights and little else, so blocks are as small as the
-matrix unit allows (16 rows), and programs many, each with several chunks of its weights on the way. Many tokens: blocks
-of 64 or 128 rows, an ordinary tiled product. Invariant: every (token, choice) has a row of its own, which one program
-writes; what is read and launched depends on sizes alone, so all of it can be captured as a CUDA graph.
+Owns how experts run on a GPU; a single token is `expert_vectors.py`'s. Few tokens: the products read weights and little
+else, so blocks are as small as the matrix unit allows (16 rows), and programs many, each with several chunks of its
+weights on the way. Many tokens: blocks of 64 or 128 rows, an ordinary tiled product. Invariant: every (token, choice)
+has a row of its own, which one program writes; what is read and launched depends on sizes alone, so all of it can be
+captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -128,7 +129,6 @@ def _grouped_kernel(
     GATE: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    SORTED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -149,10 +149,7 @@ def _grouped_kernel(
     if expert < 0:
         return
     index = tl.arange(0, BLOCK)
-    if SORTED:
-        row = tl.load(rows_ptr + block * BLOCK + index)
-    else:
-        row = tl.where(index == 0, block, num_rows)
+    row = tl.load(rows_ptr + block * BLOCK + index)
     is_row = row < num_rows
     row = tl.where(is_row, row, 0).to(tl.int64)
     output = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
@@ -242,11 +239,8 @@ def fused_experts_triton(
     out = torch.empty_like(x)
     if not num_tokens:
         return out
-    if num_tokens == 1 and block_size is None:  # the experts of a token differ: each is a block of one row already
-        rows, block_experts, block_size = None, expert_ids, 16
-    else:
-        block_size = block_size or choose_block_size(expert_ids.numel(), num_experts)
-        rows, block_experts = align(expert_ids, num_experts, block_size)
+    block_size = block_size or choose_block_size(expert_ids.numel(), num_experts)
+    rows, block_experts = align(expert_ids, num_experts, block_size)
     gated = torch.empty((expert_ids.numel(), intermediate_size), dtype=x.dtype, device=x.device)
     chosen = torch.empty((expert_ids.numel(), hidden_size), dtype=x.dtype, device=x.device)
     gate_up_bias, down_bias = (None, None) if biases is None else biases
@@ -271,13 +265,13 @@ def _multiply(
     bias: Tensor | None,
     gate: Gate | None,
     scale: Tensor | None,
-    rows: Tensor | None,
+    rows: Tensor,
     block_experts: Tensor,
     block_size: int,
     out: Tensor,
     rows_per_x: int,
 ) -> None:
-    """Launch `_grouped_kernel`, with a gate or a scale. rows None: block i is row i alone."""
+    """Launch `_grouped_kernel`, with a gate or a scale."""
     config = CONFIGS[block_size][scale is None]
     num_rows, num_outputs = out.shape
     chunk = config.chunk // x.element_size()
@@ -285,7 +279,7 @@ def _multiply(
     launch(
         _grouped_kernel, (block_experts.numel() * cdiv(num_outputs, config.tile),), x.device,
         x, weight, bias, scale, rows, block_experts, out, num_rows,
-        INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, SORTED=rows is not None,
+        INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x,
         **gate_arguments(gate), BLOCK=block_size, TILE=config.tile, CHUNK=chunk,
         num_warps=config.num_warps, num_stages=_num_stages(x.device, config, stage_bytes),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from nanovllm.kernels.routing import Routing, route, route_reference
 from tests.kernels.test_moe import check_order, random_ids
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
-twin = load_twin("moe")
+twin, vectors = load_twin("moe"), load_twin("expert_vectors")
 pytestmark = twin_test
 
 # tokens, experts, top_k, hidden, intermediate: one token alone, few, so many that blocks of 32, 64 and 128 are used.
@@ -69,6 +69,45 @@ def test_experts_without_a_gate(num_tokens: int) -> None:
 def test_sizes_use_every_block_size() -> None:
     used = {twin.choose_block_size(tokens * top_k, experts) for tokens, experts, top_k, _, _ in SIZES if tokens > 1}
     assert used == {16, 32, 64, 128}
+
+
+# hidden, intermediate, of the shared expert: remainders of chunks; none; one that is more than a chunk
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(80, 40, 0), (272, 48, 96), (48, 272, 528)])
+@pytest.mark.parametrize("is_long", [False, True])
+def test_one_token_by_vectors(
+    dtype: torch.dtype, sizes: tuple[int, int, int], is_long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a shared expert; chunks that warps share, too."""
+    torch.manual_seed(0)
+    hidden, intermediate, shared_size = sizes
+    if is_long:
+        monkeypatch.setattr(vectors, "MAX_CHUNKS", 1)
+    gate_up, down = make_experts(6, hidden, intermediate, dtype)
+    shared = None
+    if shared_size:
+        shared = moe.Shared(*(matrix[0] for matrix in make_experts(1, hidden, shared_size, dtype)))
+    x, logits = randn(1, hidden, dtype=dtype), randn(1, 6, dtype=dtype)
+    choice = route_reference(logits, None, Routing(3))
+    got = vectors.vector_experts_triton(x, gate_up, down, *choice, shared=shared)
+    want = moe.fused_experts_reference(x, gate_up, down, *choice)
+    if shared is not None:
+        want = want + moe.shared_expert_reference(x, shared)
+    assert got.shape == want.shape and relative_error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gate", [moe.Gate("clamped", 1.7, 2.0), moe.Gate("gelu_tanh"), moe.Gate("relu2")])
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_gates_and_biases_of_one_token(gate: moe.Gate, has_biases: bool) -> None:
+    torch.manual_seed(0)
+    dtype = DTYPES[-1]
+    gate_up, down = make_experts(5, 80, 40, dtype)
+    gate_up = gate_up[:, : 40 * gate.num_parts].contiguous()
+    biases = moe.Biases(randn(5, gate_up.shape[1], dtype=dtype), randn(5, 80, dtype=dtype)) if has_biases else None
+    more = *route_reference(randn(1, 5, dtype=dtype), None, Routing(2)), biases, gate
+    x = 3 * randn(1, 80, dtype=dtype)
+    got = vectors.vector_experts_triton(x, gate_up, down, *more)
+    assert relative_error(got, moe.fused_experts_reference(x, gate_up, down, *more)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 40])

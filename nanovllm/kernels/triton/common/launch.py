@@ -14,6 +14,8 @@ kernel so launched keeps:
    triggers only after it has waited itself: by then, all that came before that kernel is done and seen by all.
 5. Another one: the slot of a single row's adapter is read at once, and by it A and B. What wrote them were copies of
    PyTorch's, which trigger nothing: whatever comes behind one of them in the stream begins when it is done.
+6. And a third: the second kernel of a token's experts reads their choice at once. The first one triggers only after it
+   has waited, and the choice was written before it.
 
 Invariant: where the answer is no, kernels are compiled without these instructions and launched in turn, and compute the
 same bits. A CUDA graph keeps what it was captured with.
