@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.gguf_states import add_states, with_states
+
 Quantization = gguf.GGMLQuantizationType
 Quantized = tuple[np.ndarray, Quantization]
 
@@ -160,9 +162,12 @@ _ARCHITECTURE_OF_HF = {
     "Lfm2ForCausalLM": "lfm2",
     "Lfm2MoeForCausalLM": "lfm2moe",
     "Qwen3_5ForCausalLM": "qwen35",
+    "Qwen3_5MoeForCausalLM": "qwen35moe",
+    "Qwen3NextForCausalLM": "qwen3next",
     "NemotronHForCausalLM": "nemotron_h",
 }
 _PERMUTED = ("llama", "granite", "granitehybrid", "nemotron_h", "granitemoe", "smollm3", "arcee", "mistral3")
+_ONE_MORE = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")  # is added to their norms
 _ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -186,7 +191,7 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
         tensors = _with_split_shared_mlp(tensors)
     if architecture == "deepseek2":
         tensors = _with_latents_split(tensors, hf)
-    tensors = dict(_as_states(name, tensor, hf) for name, tensor in tensors.items())
+    tensors = with_states(tensors, hf)
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
         assert name is not None, hf_tensor_name
@@ -196,7 +201,7 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
         if name.endswith("shortconv.conv.weight"):
             tensor = tensor[:, 0]
         is_norm = name.endswith("norm.weight") and "ssm_norm" not in name
-        if is_norm and architecture in ("gemma", "gemma2", "gemma3", "qwen35"):
+        if is_norm and architecture in _ONE_MORE:
             tensor = tensor + 1
         if quantize is not None and tensor.ndim > 1 and not re.search("ffn_gate_inp|exp_probs_b|shortconv.conv", name):
             blocks, kind = quantize(name, tensor)
@@ -209,47 +214,6 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _as_states(name: str, tensor: np.ndarray, hf: Mapping[str, Any]) -> tuple[str, np.ndarray]:
-    """What belongs to layers with a state; value heads in turns of their key heads."""
-    if hf["model_type"] == "nemotron_h":
-        name = name.replace("model.", "backbone.").replace("mixer.dt_bias", "mixer.dt.bias")
-    module = name.partition(".linear_attn.")[2] or name.partition(".mamba.")[2] or name.partition(".mixer.")[2]
-    if ".feed_forward.experts." in name:
-        for ours, usual in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
-            name = name.replace(f".{ours}.", f".{usual}.")
-        return name.replace(".feed_forward.", ".mlp."), tensor
-    if not module:
-        return name.replace("expert_bias", "expert_bias.bias"), tensor
-    is_mamba = ".linear_attn." not in name
-    if module == "A_log":
-        tensor = -np.exp(tensor)
-    elif module == "conv1d.weight":
-        tensor = tensor[:, 0]
-    if is_mamba:
-        if module in ("A_log", "D"):
-            tensor = tensor.reshape(-1, 1)
-        elif module == "norm.weight":
-            tensor = tensor.reshape(hf.get("mamba_n_groups") or hf["n_groups"], -1)
-    else:
-        heads, key_heads, size = (
-            hf[f"linear_{part}"] for part in ("num_value_heads", "num_key_heads", "value_head_dim")
-        )
-
-        def tiled(rows: np.ndarray, size: int) -> np.ndarray:
-            return rows.reshape(key_heads, heads // key_heads, size, -1).swapaxes(0, 1).reshape(rows.shape)
-
-        if module in ("in_proj_qkv.weight", "conv1d.weight"):
-            keys = 2 * key_heads * hf["linear_key_head_dim"]
-            tensor = np.concatenate((tensor[:keys], tiled(tensor[keys:], size)))
-        elif module in ("A_log", "dt_bias", "in_proj_a.weight", "in_proj_b.weight"):
-            tensor = tiled(tensor, 1)
-        elif module == "in_proj_z.weight":
-            tensor = tiled(tensor, size)
-        elif module == "out_proj.weight":
-            tensor = np.ascontiguousarray(tiled(np.ascontiguousarray(tensor.T), size).T)
-    return name.replace(".dt_bias", ".dt_proj.bias"), tensor
 
 
 def _with_stacked_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -389,28 +353,11 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     if hf["model_type"] == "lfm2_moe":
         writer.add_leading_dense_block_count(hf["num_dense_layers"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    if hf["model_type"] == "qwen3_5_text":
-        writer.add_ssm_conv_kernel(hf["linear_conv_kernel_dim"])
-        writer.add_ssm_state_size(hf["linear_key_head_dim"])
-        writer.add_ssm_group_count(hf["linear_num_key_heads"])
-        writer.add_ssm_time_step_rank(hf["linear_num_value_heads"])
-        writer.add_ssm_inner_size(hf["linear_value_head_dim"] * hf["linear_num_value_heads"])
-        writer.add_full_attention_interval(hf["layer_types"].index("full_attention") + 1)
-        writer.add_rope_dimension_sections([11, 11, 10, 0])
     if hf["model_type"] == "nemotron_h":
         kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in hf["layers_block_type"]]
-        writer.add_ssm_conv_kernel(hf["conv_kernel"])
-        writer.add_ssm_state_size(hf["ssm_state_size"])
-        writer.add_ssm_group_count(hf["n_groups"])
-        writer.add_ssm_time_step_rank(hf["mamba_num_heads"])
-        writer.add_ssm_inner_size(hf["mamba_head_dim"] * hf["mamba_num_heads"])
-        writer.add_rope_scaling_finetuned(False)
     if hf["model_type"] == "granitemoehybrid" and "linear_attention" in hf["layer_types"]:
         kv_heads = [0 if layer_type == "linear_attention" else kv_heads for layer_type in hf["layer_types"]]
-        writer.add_ssm_state_size(hf["mamba_d_state"])
-        writer.add_ssm_group_count(hf["mamba_n_groups"])
-        writer.add_ssm_time_step_rank(hf["mamba_n_heads"])
-        writer.add_ssm_inner_size(hf["mamba_expand"] * hf["hidden_size"])
+    add_states(writer, hf)
     writer.add_head_count_kv(kv_heads)
     if (layer_norm_eps := hf.get("layer_norm_eps") or hf.get("norm_epsilon")) is not None:
         writer.add_layer_norm_eps(layer_norm_eps)
@@ -462,7 +409,6 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     elif rope["rope_type"] == "yarn" and "attention_factor" in rope:
         writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
     if hf["model_type"] == "granitemoehybrid":
-        writer.add_ssm_conv_kernel(hf["mamba_d_conv"])
         writer.add_rope_scaling_finetuned(hf["position_embedding_type"] == "rope")
     if "residual_multiplier" in hf:
         writer.add_attention_scale(hf["attention_multiplier"])

@@ -61,13 +61,12 @@ class GatedDeltaNet(nn.Module):
         name = name.removesuffix("self_attn") + "linear_attn"
         projections = list(self.in_proj.weights(*(f"{name}.in_proj_{part}" for part in ("q", "k", "v", "z"))))
         gates = list(self.gates.weights(f"{name}.in_proj_b", f"{name}.in_proj_a"))
-        if self.is_interleaved:
-            yield from interleaved(f"{name}.in_proj_qkvz", projections, self.num_key_heads)
-            yield from interleaved(f"{name}.in_proj_ba", gates, self.num_key_heads)
-        else:
-            yield from with_joined(f"{name}.in_proj_qkv", [p for p in projections if ".in_proj_z." not in p[0]])
-            yield from (part for part in projections if ".in_proj_z." in part[0])
-            yield from gates
+        specs = dict(with_joined(f"{name}.in_proj_qkv", [p for p in projections if ".in_proj_z." not in p[0]]))
+        specs.update([*projections, *gates])
+        if self.is_interleaved:  # but in GGUF files
+            specs.update(interleaved(f"{name}.in_proj_qkvz", projections, self.num_key_heads))
+            specs.update(interleaved(f"{name}.in_proj_ba", gates, self.num_key_heads))
+        yield from specs.items()
         yield from self.out_proj.weights(f"{name}.out_proj")
         yield from conv_weights(f"{name}.conv1d", self.num_channels, self.channels, self.conv, None)
         shape, heads = (self.num_value_heads,), slice(self.value_heads.start, self.value_heads.stop)

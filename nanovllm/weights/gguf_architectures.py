@@ -148,7 +148,7 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "model_type": row.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
-        "intermediate_size": _one_count(metadata, row, "feed_forward_length"),
+        "intermediate_size": _one_count(metadata, row, "feed_forward_length", _width_of_experts(metadata)),
         "num_hidden_layers": metadata.integer("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": _one_count(metadata, row, "attention.head_count_kv", num_heads),
@@ -162,6 +162,11 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+
+
+def _width_of_experts(metadata: GGUFMetadata) -> int | None:
+    """Where no layer has another MLP, files may not say how wide one is."""
+    return None if metadata.has("feed_forward_length") else metadata.integer("expert_feed_forward_length", 0) or None
 
 
 def _one_count(metadata: GGUFMetadata, row: GGUFArchitecture, key: str, default: int | None = None) -> int:

@@ -34,7 +34,7 @@ def _shared_names(block: str, down: str = "down_proj") -> dict[str, str]:
 
 
 _NAMES = expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj")
-_QWEN2_NAMES = {**_NAMES, **_shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
+QWEN2_NAMES = {**_NAMES, **_shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _DEEPSEEK_NAMES = {**_NAMES, **_shared_names("mlp.shared_experts"), "exp_probs_b": "mlp.gate.e_score_correction_bias"}
 _ERNIE_NAMES = {**_DEEPSEEK_NAMES, "exp_probs_b": "mlp.moe_statics.e_score_correction_bias"}
 _HUNYUAN_NAMES = {
@@ -153,7 +153,7 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
     "qwen2moe": GGUFArchitecture(
         hf_class="Qwen2MoeForCausalLM",
         model_type="qwen2_moe",
-        names=_QWEN2_NAMES,
+        names=QWEN2_NAMES,
         fields=_qwen2_moe,
         transforms={"ffn_gate_inp_shexp": as_row},
     ),

@@ -16,11 +16,12 @@ from torch import Tensor
 from nanovllm.weights.gguf_dense import DENSE
 from nanovllm.weights.gguf_latent import SIGMOID
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_mixtures import GRANITE_NAMES, expert_names, local_experts
+from nanovllm.weights.gguf_mixtures import GRANITE_NAMES, QWEN2_NAMES, expert_names, local_experts
 from nanovllm.weights.gguf_row import (
     Fields,
     GGUFArchitecture,
     as_convolution,
+    as_row,
     granite_fields,
     partial_rotary_factor,
     without_prediction_heads,
@@ -60,15 +61,20 @@ def _lfm2_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
     }
 
 
-# --- Qwen3.5 -----------------------------------------------------------------------
+# --- Qwen3-Next and 3.5 ------------------------------------------------------------
 
 
-def _qwen35(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """For text, the sections of a rotation are the same."""
+def _qwen(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """For text, the sections of a rotation are the same. Newer files say layer by layer which have a delta net."""
     metadata.ignore("rope.dimension_sections")
     heads = metadata.integer("ssm.time_step_rank")
+    layers = without_prediction_heads(metadata, common)
+    have_states = metadata.by_layer("attention.recurrent_layers")
+    if isinstance(have_states, list):
+        types = ["linear_attention" if has_state else "full_attention" for has_state in have_states]
+        layers["layer_types"] = types[: layers["num_hidden_layers"]]
     return {
-        **without_prediction_heads(metadata, common),
+        **layers,
         "full_attention_interval": metadata.integer("full_attention_interval", 4),
         "partial_rotary_factor": partial_rotary_factor(metadata, common),
         "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
@@ -77,6 +83,18 @@ def _qwen35(metadata: GGUFMetadata, common: Fields) -> Fields:
         "linear_key_head_dim": metadata.integer("ssm.state_size"),
         "linear_value_head_dim": metadata.integer("ssm.inner_size") // heads,
         "attention_bias": _has(metadata, "attn_q.bias"),
+    }
+
+
+def _qwen_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """llama.cpp lets the weights of a token's experts sum to one."""
+    return {
+        **_qwen(metadata, common),
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
+        "norm_topk_prob": True,
     }
 
 
@@ -105,7 +123,7 @@ _QWEN35 = GGUFArchitecture(
         **{"ssm_alpha": "linear_attn.in_proj_a", "ssm_a": "linear_attn.A_log", "ssm_dt": "linear_attn.dt_bias"},
         **{"ssm_conv1d": "linear_attn.conv1d", "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj"},
     },
-    fields=_qwen35,
+    fields=_qwen,
     norm_offset=1.0,
     has_partial_rotary=True,
     has_states=True,
@@ -118,6 +136,23 @@ _QWEN35 = GGUFArchitecture(
         "attn_gate": lambda config: _value_order(config, config["linear_value_head_dim"]),
         **dict.fromkeys(("ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt"), lambda config: _value_order(config, 1)),
     },
+)
+_QWEN35_MOE = replace(
+    _QWEN35,
+    hf_class="Qwen3_5MoeForCausalLM",
+    model_type="qwen3_5_moe_text",
+    names={**_QWEN35.names, **QWEN2_NAMES},
+    fields=_qwen_moe,
+    transforms={**_QWEN35.transforms, "ffn_gate_inp_shexp": as_row},
+)
+# Its value heads are as Hugging Face's, and so are the matrices that hold several things head by head.
+_QWEN3_NEXT = replace(
+    _QWEN35_MOE,
+    hf_class="Qwen3NextForCausalLM",
+    model_type="qwen3_next",
+    names={**_QWEN35_MOE.names, "ssm_ba": "linear_attn.in_proj_ba", "ssm_in": "linear_attn.in_proj_qkvz"},
+    transforms={name: make for name, make in _QWEN35_MOE.transforms.items() if name != "ssm_out"},
+    row_orders={},
 )
 
 
@@ -222,6 +257,8 @@ STATES: Mapping[str, GGUFArchitecture] = {
         fields=_lfm2_moe,
     ),
     "qwen35": _QWEN35,
+    "qwen35moe": _QWEN35_MOE,
+    "qwen3next": _QWEN3_NEXT,
     "granitehybrid": _GRANITE_HYBRID,
     "nemotron_h": _NEMOTRON_H,
 }

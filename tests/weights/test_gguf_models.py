@@ -62,6 +62,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
         },
     ),
+    "qwen35moe": (
+        "Qwen3_5MoeForCausalLM",
+        {
+            **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3next": (
+        "Qwen3NextForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25}},
+    ),
     "nemotron_h": ("NemotronHForCausalLM", {"use_conv_bias": False}),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {"mamba_n_groups": 2, "position_embedding_type": None}),
     "granitehybrid-moe": (
