@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.gguf_families import PACKED_BYTES, add_gpt_oss, with_gpt_oss
 from tests.gguf_states import add_states, with_states
 
 Quantization = gguf.GGMLQuantizationType
@@ -165,16 +166,23 @@ _ARCHITECTURE_OF_HF = {
     "Qwen3_5MoeForCausalLM": "qwen35moe",
     "Qwen3NextForCausalLM": "qwen3next",
     "NemotronHForCausalLM": "nemotron_h",
+    "GptOssForCausalLM": "gpt-oss",
 }
 _PERMUTED = ("llama", "granite", "granitehybrid", "nemotron_h", "granitemoe", "smollm3", "arcee", "mistral3")
 _ONE_MORE = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")  # is added to their norms
 _ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
-def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quantized] | None = None) -> Path:
+def convert(
+    folder: Path,
+    path: Path,
+    quantize: Callable[[str, np.ndarray], Quantized] | None = None,
+    unpacked: Collection[str] = (),
+) -> Path:
     """Write the safetensors checkpoint of `folder` as llama.cpp's converter does; names come from the gguf package.
 
-    quantize: (GGUF name, matrix of the checkpoint) -> its blocks and their kind.
+    quantize: (GGUF name, matrix of the checkpoint) -> its blocks and their kind. unpacked: of tensors that are in MXFP4
+    in the checkpoint, and not in the file.
     """
     hf = json.loads((folder / "config.json").read_text())
     architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
@@ -191,6 +199,8 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
         tensors = _with_split_shared_mlp(tensors)
     if architecture == "deepseek2":
         tensors = _with_latents_split(tensors, hf)
+    if architecture == "gpt-oss":
+        tensors = with_gpt_oss(tensors)
     tensors = with_states(tensors, hf)
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
@@ -203,7 +213,15 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
         is_norm = name.endswith("norm.weight") and "ssm_norm" not in name
         if is_norm and architecture in _ONE_MORE:
             tensor = tensor + 1
-        if quantize is not None and tensor.ndim > 1 and not re.search("ffn_gate_inp|exp_probs_b|shortconv.conv", name):
+        if name in unpacked:
+            tensor = gguf.quants.dequantize(tensor, Quantization.MXFP4)
+        if tensor.dtype == PACKED_BYTES:
+            writer.add_tensor(name, tensor, raw_dtype=Quantization.MXFP4)
+        elif (
+            quantize is not None
+            and tensor.ndim > 1
+            and not re.search("ffn_gate_inp|exp_probs_b|shortconv.conv|bias$", name)
+        ):
             blocks, kind = quantize(name, tensor)
             writer.add_tensor(name, blocks, raw_dtype=kind)
         else:
@@ -217,7 +235,7 @@ def convert(folder: Path, path: Path, quantize: Callable[[str, np.ndarray], Quan
 
 
 def _with_stacked_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    stacked = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.experts\.\d", name)}
     for name in tensors:
         if match := re.fullmatch(r"(.+\.experts)\.0\.(.+)", name):
             count = sum(other.startswith(match[1]) and other.endswith(match[2]) for other in tensors)
@@ -387,6 +405,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         if "original_max_position_embeddings" in rope:
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     _add_mixture(writer, hf)
+    if hf["model_type"] == "gpt_oss":
+        add_gpt_oss(writer, hf)
     if "query_pre_attn_scalar" in hf:
         writer.add_sliding_window(hf["sliding_window"])
         if hf["final_logit_softcapping"]:

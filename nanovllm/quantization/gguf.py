@@ -14,6 +14,7 @@ from nanovllm.kernels.cpu.rounded_product import RoundedProduct
 from nanovllm.kernels.quantized_linear import CPU_GROUP_SIZE, rounded_product
 from nanovllm.layers.linear_method import Gate, LinearSpec, Norm
 from nanovllm.layers.weight_specs import WeightSpec
+from nanovllm.quantization.mxfp4 import Mxfp4Linear, Mxfp4Scheme
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 
 # Matrices that some files hold in one, by the name that each has here.
@@ -34,14 +35,19 @@ class Gguf:
 
 
 class GgufScheme:
-    """fields["matrices"]: by the layer's name, the fields of `Gguf`; those that are not named are dense."""
+    """fields["matrices"]: by the layer's name, the fields of `Gguf`; those that are not named are dense.
+
+    fields["experts"]: as in a config.json, of experts in MXFP4, or None.
+    """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._methods = {name: Gguf(*packed) for name, packed in fields["matrices"].items()}
+        self._experts = Mxfp4Scheme(fields["experts"]) if fields["experts"] else None
 
-    def method_of(self, name: str) -> Gguf | None:
+    def method_of(self, name: str) -> "Gguf | type[Mxfp4Linear] | None":
         module, _, last = name.rpartition(".")
-        return self._methods.get(name) or self._methods.get(f"{module}.{_JOINED.get(last, last)}")
+        method = self._methods.get(name) or self._methods.get(f"{module}.{_JOINED.get(last, last)}")
+        return method if method or self._experts is None else self._experts.method_of(name)
 
 
 class GgufLinear(QuantizedLinear):

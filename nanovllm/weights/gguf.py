@@ -11,7 +11,7 @@ llama.cpp rotates neighbouring pairs (0,1), (2,3) ... for some architectures; Hu
 
 For all others llama.cpp rotates halves itself, and the rows are as Hugging Face has them. Files of Gemma hold norm
 weights with the 1 added that Hugging Face adds when it runs; reading subtracts it. Files of mixtures hold all experts
-of a layer in one tensor; reading yields them one by one. Of latent attention two tensors are joined (`gguf_latent.py`).
+of a layer in one tensor; reading yields them one by one, or joins what Hugging Face has in one (`gguf_row.py`, `Join`).
 """
 
 import math
@@ -32,8 +32,8 @@ from nanovllm.model_files.gguf_tokens import end_of_generation_ids
 from nanovllm.weights.checkpoint import NOWHERE, Places
 from nanovllm.weights.gguf_architectures import ROPE_FACTORS, ROPE_FREQS, read_architecture
 from nanovllm.weights.gguf_blocks import PLAIN_DTYPES, dequantize
-from nanovllm.weights.gguf_latent import K_B, V_B, joined
-from nanovllm.weights.gguf_packed import PACKED_KINDS, PackedKind, unpack_codes
+from nanovllm.weights.gguf_packed import PACKED_KINDS, PackedKind, unpack_codes, unpack_mxfp4
+from nanovllm.weights.gguf_row import Join
 from nanovllm.weights.prediction_heads import warn_of_prediction_heads
 
 _NAMES = {
@@ -44,6 +44,7 @@ _NAMES = {
     "token_embd_norm.weight": "model.embedding_norm.weight",  # LFM2's last norm, in spite of the name
 }
 _LAYER = re.compile(r"blk\.(\d+)\.")
+_MXFP4 = GGMLQuantizationType.MXFP4
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.([\w.]+?)(?:\.(weight|bias))?")
 _NOT_PARAMETERS = (ROPE_FREQS, *ROPE_FACTORS)
 
@@ -61,12 +62,19 @@ class GGUFCheckpoint:
         self._architecture, config = read_architecture(self._file)
         self._numbers = dict(self._read_numbers(config["num_hidden_layers"]))
         self.generation_config = _generation_config(self._file.metadata)
-        self._parameters = list(_parameters(self._file, config))
+        seconds = {join.other for join in self._architecture.joins.values()}
+        self._parameters = list(_parameters(self._file, config, seconds))
+        self._unpacked_experts = self._experts_to_unpack()
         dtype = _dtype(info.quantization for info in self._parameters if _is_matrix(info))
         self.config: dict[str, Any] = {**config, "dtype": dtype, **self.generation_config}
         self._packed = self._packed_matrices() if is_packed else {}
+        experts = None
+        if any(map(self._stays_mxfp4, self._parameters)):
+            dense = [f"model.layers.{layer}.mlp.experts" for layer in sorted(self._unpacked_experts)]
+            experts = self.config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": dense}
         if is_packed:
-            self.config["quantization_config"] = {"quant_method": "gguf", "matrices": self._packed}
+            packed = {"quant_method": "gguf", "matrices": self._packed, "experts": experts}
+            self.config["quantization_config"] = packed
 
     def tensors(self, dtype: torch.dtype, places: Places = NOWHERE) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, CPU tensor), one at a time; quantized tensors come in `dtype`.
@@ -90,9 +98,8 @@ class GGUFCheckpoint:
                 rows = torch.empty((info.shape[0], row_bytes), dtype=torch.uint8, device="meta")
                 for suffix, part in unpack_codes(rows, info.quantization).items():
                     yield f"{layer}.{suffix}", part
-            elif f".{K_B}." in info.name:
-                k_b, v_b = (torch.empty(one.shape, dtype=dtype, device="meta") for one in (info, self._v_b(info)))
-                yield name, joined(k_b, v_b)
+            elif self._is_assembled(info):
+                yield from self._assembled(info, lambda one: _empty(one, self._stays_mxfp4(one)))
             elif "{}" not in name:
                 yield name, self._in_shape(info, torch.empty(info.shape, dtype=dtype, device="meta"))
             else:
@@ -113,11 +120,11 @@ class GGUFCheckpoint:
         self, info: TensorInfo, dtype: torch.dtype, threads: Executor, places: Places
     ) -> Iterator[tuple[str, torch.Tensor]]:
         name, rows = self._hf_name(info.name), self._file.read_rows(info)
-        if self._architecture.has_pairs and (layer_tensor := _LAYER_TENSOR.fullmatch(info.name)):
+        if self._architecture.has_pairs:
             num_heads = {
                 "attn_q": self.config["num_attention_heads"],
                 "attn_k": self.config["num_key_value_heads"],
-            }.get(layer_tensor[2])
+            }.get(_module(info))
             if num_heads is not None:
                 rows = _undo_row_permutation(rows.reshape(info.shape[0], -1), num_heads)
         if (order := self._row_order(info)) is not None:
@@ -125,11 +132,14 @@ class GGUFCheckpoint:
         if (layer := name.removesuffix(".weight")) in self._packed:
             for suffix, part in unpack_codes(torch.from_numpy(rows), info.quantization).items():
                 yield f"{layer}.{suffix}", part
-        elif f".{K_B}." in info.name:
-            v_b = self._v_b(info)
-            both = (dequantize(self._file.read_rows(one), one, dtype, threads) for one in (info, v_b))
-            yield name, joined(*both)
-            self._file.forget_pages(v_b)
+        elif self._is_assembled(info):
+
+            def numbers(one: TensorInfo) -> torch.Tensor:
+                if self._stays_mxfp4(one):
+                    return torch.from_numpy(self._file.read_rows(one)).view(*one.shape[:-1], -1)
+                return dequantize(self._file.read_rows(one), one, dtype, threads)
+
+            yield from self._assembled(info, numbers)
         elif "{}" in name:
             expert_info = replace(info, shape=info.shape[1:])
             for expert, expert_rows in enumerate(np.split(rows, self._num_experts(info))):
@@ -140,23 +150,50 @@ class GGUFCheckpoint:
         else:
             yield name, self._in_shape(info, dequantize(rows, info, dtype, threads, places.get(name)))
 
-    def _v_b(self, k_b: TensorInfo) -> TensorInfo:
-        name = k_b.name.replace(K_B, V_B)
-        if name not in self._file.tensors:
-            raise ValueError(f"{self.path} has no tensor {name} beside {k_b.name}")
-        return self._file.tensors[name]
+    def _is_assembled(self, info: TensorInfo) -> bool:
+        return self._join(info) is not None or self._stays_mxfp4(info)
+
+    def _assembled(
+        self, info: TensorInfo, numbers: Callable[[TensorInfo], torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What becomes of a tensor that is joined with another one, or stays in MXFP4. numbers: its own, or bytes."""
+        name, join, whole = self._hf_name(info.name), self._join(info), numbers(info)
+        if join is not None:
+            other = info.name.replace(f".{_module(info)}.", f".{join.other}.")
+            if other not in self._file.tensors:
+                raise ValueError(f"{self.path} has no tensor {other} beside {info.name}")
+            whole = join.make(whole, numbers(self._file.tensors[other]))
+            self._file.forget_pages(self._file.tensors[other])
+        if self._stays_mxfp4(info):
+            yield from ((f"{name}_{part}", tensor) for part, tensor in unpack_mxfp4(whole).items())
+        else:
+            yield name, self._in_shape(info, whole)
+
+    def _join(self, info: TensorInfo) -> Join | None:
+        return self._architecture.joins.get(_module(info))
+
+    def _stays_mxfp4(self, info: TensorInfo) -> bool:
+        return (
+            self._architecture.keeps_mxfp4
+            and info.quantization == _MXFP4
+            and len(info.shape) == 3
+            and _layer(info) not in self._unpacked_experts
+        )
+
+    def _experts_to_unpack(self) -> set[int]:
+        """Layers whose experts are not all of one kind."""
+        experts = [info for info in self._file.tensors.values() if len(info.shape) == 3]
+        return {_layer(info) for info in experts if info.quantization != _MXFP4}
 
     def _in_shape(self, info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
         transform = self._transform(info)
         return tensor if transform is None else transform(tensor, self.config)
 
     def _transform(self, info: TensorInfo) -> Callable[[torch.Tensor, dict[str, Any]], torch.Tensor] | None:
-        layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
-        return None if layer_tensor is None else self._architecture.transforms.get(layer_tensor[2])
+        return self._architecture.transforms.get(_module(info))
 
     def _row_order(self, info: TensorInfo) -> list[int] | None:
-        layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
-        order = None if layer_tensor is None else self._architecture.row_orders.get(layer_tensor[2])
+        order = self._architecture.row_orders.get(_module(info))
         return None if order is None else order(self.config)
 
     def _packed_matrices(self) -> dict[str, PackedKind]:
@@ -180,6 +217,8 @@ class GGUFCheckpoint:
             return outer
         layer_tensor = _LAYER_TENSOR.fullmatch(name)
         names = self._architecture.layer_names
+        if (start := _LAYER.match(name)) and (whole := names.get(name[start.end() :])):
+            return f"model.layers.{start[1]}.{whole}"
         if layer_tensor is None or layer_tensor[2] not in names:
             raise ValueError(f"{self.path}: tensor {name} has no place in a {self._architecture.hf_class}")
         layer, module, kind = layer_tensor.groups()
@@ -187,15 +226,37 @@ class GGUFCheckpoint:
         return f"model.layers.{layer}.{names[module]}{suffix}"
 
 
-def _parameters(file: GGUFFile, config: Mapping[str, Any]) -> Iterator[TensorInfo]:
-    """The tensors of the model; those of layers that predict further tokens are left out, and that is said."""
+def _module(info: TensorInfo) -> str:
+    """What follows the layer in a tensor's name, without its ending; empty for one of no layer."""
+    layer_tensor = _LAYER_TENSOR.fullmatch(info.name)
+    return "" if layer_tensor is None else layer_tensor[2]
+
+
+def _layer(info: TensorInfo) -> int:
+    layer = _LAYER.match(info.name)
+    return -1 if layer is None else int(layer[1])
+
+
+def _empty(info: TensorInfo, is_packed: bool) -> torch.Tensor:
+    """Of the meta device, as `dequantize` gives it, or its bytes."""
+    *rows, columns = info.shape
+    size = info.num_bytes // math.prod(rows) if is_packed else columns
+    dtype = torch.uint8 if is_packed else PLAIN_DTYPES.get(info.quantization, torch.float32)
+    return torch.empty((*rows, size), dtype=dtype, device="meta")
+
+
+def _parameters(file: GGUFFile, config: Mapping[str, Any], seconds: set[str]) -> Iterator[TensorInfo]:
+    """The tensors of the model; those of layers that predict further tokens are left out, and that is said.
+
+    seconds: names of those that are read with another one.
+    """
     num_layers = config["num_hidden_layers"] if config.get("num_nextn_predict_layers") else math.inf
     left_out = 0
     for info in file.tensors.values():
         layer = _LAYER.match(info.name)
         if layer is not None and int(layer[1]) >= num_layers:
             left_out += 1
-        elif info.name not in _NOT_PARAMETERS and f".{V_B}." not in info.name:
+        elif info.name not in _NOT_PARAMETERS and _module(info) not in seconds:
             yield info
     warn_of_prediction_heads(left_out, file.path)
 
@@ -205,8 +266,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_matrix(info: TensorInfo) -> bool:
-    """False for what belongs to the router, which converters leave in float32 whatever the file's type is."""
-    return len(info.shape) > 1 and not any(part in info.name for part in (".ffn_gate_inp", ".exp_probs_b"))
+    """False for routers and biases of experts, which converters leave in float32 whatever the file's type is."""
+    return len(info.shape) > 1 and not any(part in info.name for part in (".ffn_gate_inp", ".exp_probs_b", ".bias"))
 
 
 def _dtype(matrix_kinds: Iterable[GGMLQuantizationType]) -> str:

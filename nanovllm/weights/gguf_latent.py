@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_row import Fields, GGUFArchitecture
+from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, Join
 
-K_B, V_B = "attn_k_b", "attn_v_b"
 SIGMOID, _SOFTMAX = 2, 1  # llama.cpp's functions of the router; 0: files before it was written
 LATENT_NAMES: Mapping[str, str] = {
     "attn_q_a": "self_attn.q_a_proj",
@@ -27,13 +26,16 @@ LATENT_NAMES: Mapping[str, str] = {
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj",
-    K_B: "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.kv_b_proj",
 }
 
 
-def joined(k_b: Tensor, v_b: Tensor) -> Tensor:
+def _joined(k_b: Tensor, v_b: Tensor) -> Tensor:
     """kv_b_proj [heads * (key + value), rank] of the two."""
     return torch.cat((k_b.transpose(1, 2), v_b), dim=1).flatten(0, 1)
+
+
+LATENT_JOINS: Mapping[str, Join] = {"attn_k_b": Join("attn_v_b", _joined)}
 
 
 def latent_row(metadata: GGUFMetadata, row: GGUFArchitecture) -> GGUFArchitecture:

@@ -7,13 +7,18 @@ what llama.cpp takes for it.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from nanovllm.weights.gguf_latent import LATENT_NAMES, SIGMOID, latent_fields, latent_row
+import torch
+from torch import Tensor
+
+from nanovllm.weights.gguf_latent import LATENT_JOINS, LATENT_NAMES, SIGMOID, latent_fields, latent_row
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_row import (
     Fields,
     GGUFArchitecture,
+    Join,
     as_row,
     granite_fields,
+    layer_types,
     partial_rotary_factor,
     without_prediction_heads,
 )
@@ -40,6 +45,12 @@ _ERNIE_NAMES = {**_DEEPSEEK_NAMES, "exp_probs_b": "mlp.moe_statics.e_score_corre
 _HUNYUAN_NAMES = {
     **{**_NAMES, **_shared_names("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg"},
     **{"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+}
+_GPT_OSS_NAMES = {
+    **{"post_attention_norm": "post_attention_layernorm", "attn_sinks.weight": "self_attn.sinks"},
+    **{"ffn_gate_inp": "mlp.router", "ffn_gate_exps.weight": "mlp.experts.gate_up_proj"},
+    **{"ffn_gate_exps.bias": "mlp.experts.gate_up_proj_bias", "ffn_down_exps.weight": "mlp.experts.down_proj"},
+    "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
 }
 GRANITE_NAMES = {
     **expert_names("block_sparse_moe", "router.layer", "gate_proj", "up_proj", "down_proj"),
@@ -140,6 +151,28 @@ def _hunyuan_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {"num_experts": metadata.integer("expert_count"), "moe_topk": metadata.integer("expert_used_count")}
 
 
+def _gpt_oss(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """Its YaRN is not rounded to whole dimensions; llama.cpp's always is, and files do not say."""
+    metadata.expect("expert_feed_forward_length", common["intermediate_size"])
+    scaling = common["rope_scaling"]
+    return {
+        **local_experts(metadata, common),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": layer_types(metadata, common, period=2),
+        "rope_scaling": scaling and {**scaling, "truncate": False},
+        "mlp_bias": None,
+    }
+
+
+def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
+    """Of each expert, the first row of either, then the second."""
+    return torch.stack((gate, up), dim=2).flatten(1, 2)
+
+
+def _inputs_first(tensor: Tensor, config: Fields) -> Tensor:
+    return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor
+
+
 def _granite_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
     return {**granite_fields(metadata, common), **local_experts(metadata, common)}
 
@@ -175,6 +208,7 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
         fields=_deepseek2,
         has_partial_rotary=True,
         has_latents=True,
+        joins=LATENT_JOINS,
     ),
     "dots1": GGUFArchitecture(hf_class="Dots1ForCausalLM", model_type="dots1", names=_DEEPSEEK_NAMES, fields=_dots1),
     "ernie4_5-moe": GGUFArchitecture(
@@ -183,6 +217,15 @@ MIXTURES: Mapping[str, GGUFArchitecture] = {
         names=_ERNIE_NAMES,
         fields=_ernie,
         transforms={"exp_probs_b": as_row},
+    ),
+    "gpt-oss": GGUFArchitecture(
+        hf_class="GptOssForCausalLM",
+        model_type="gpt_oss",
+        names=_GPT_OSS_NAMES,
+        fields=_gpt_oss,
+        joins={"ffn_gate_exps": Join("ffn_up_exps", _in_turn)},
+        transforms=dict.fromkeys(("ffn_gate_exps", "ffn_down_exps"), _inputs_first),
+        keeps_mxfp4=True,
     ),
     "hunyuan-moe": GGUFArchitecture(
         hf_class="HunYuanMoEV1ForCausalLM", model_type="hunyuan_v1_moe", names=_HUNYUAN_NAMES, fields=_hunyuan_moe

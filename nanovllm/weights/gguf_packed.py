@@ -5,6 +5,7 @@ the codes as they lie in memory; scales of super-blocks are rounded to float16 o
 
     Q4_0, Q4_1, Q4_K    4 bits, two inputs in a byte
     Q8_0, Q5_K, Q6_K    a byte a code, also where the file has 5 or 6 bits
+    MXFP4               of experts of gpt-oss, as its own checkpoints have it
 """
 
 from collections.abc import Callable
@@ -53,6 +54,19 @@ def unpack_codes(rows: Tensor, kind: GGMLQuantizationType) -> dict[str, Tensor]:
     if low is not None:
         result["weight_low"] = low
     return {name: t if name == "weight_codes" else t.half().reshape(len(rows), -1) for name, t in result.items()}
+
+
+def unpack_mxfp4(rows: Tensor) -> dict[str, Tensor]:
+    """rows uint8 [num_experts, outputs, bytes] -> `blocks` and `scales` as in `quantization/mxfp4.py`.
+
+    A block is an exponent and 16 bytes, with inputs i and i + 16 in byte i.
+    """
+    blocks = rows.unflatten(2, (-1, GGML_QUANT_SIZES[GGMLQuantizationType.MXFP4][1]))
+    codes = torch.empty((*blocks.shape[:3], 16), dtype=torch.uint8, device=rows.device)
+    for expert, of_expert in zip(codes, blocks[..., 1:], strict=True):  # which bounds what this takes beside the result
+        inputs = torch.cat((of_expert & 15, of_expert >> 4), dim=-1)
+        torch.bitwise_or(inputs[..., ::2], inputs[..., 1::2] << 4, out=expert)
+    return {"blocks": codes, "scales": blocks[..., 0].contiguous()}
 
 
 Parts = tuple[Tensor, Tensor, Tensor | None]  # codes in the order of the inputs, a byte each; scale, low by group

@@ -6,7 +6,7 @@ Owns the form of a row, and what rows in several files share; the rows are in `g
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,10 +30,17 @@ _LAYER_NAMES = {
 NORMS_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 
 
+class Join(NamedTuple):
+    """Two tensors of a layer that are one of Hugging Face's. other: the second one. make: of both, in their order."""
+
+    other: str
+    make: Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GGUFArchitecture:
-    """hf_class, model_type: as in config.json. names: of a layer's tensors, beside those that all have. outer_names: of
-    tensors outside of layers that others call otherwise.
+    """hf_class, model_type: as in config.json. names: of a layer's tensors, beside those that all have; one with its
+    ending (.weight) is the whole name. outer_names: of tensors outside of layers that others call otherwise.
 
     fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
@@ -42,7 +49,9 @@ class GGUFArchitecture:
     layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
     number that the file has in its metadata, one a layer: what follows a layer's name, by key.
     row_orders: of tensors of a layer whose rows are in another order, by place in Hugging Face's its place in the file.
+    joins: by the first of two tensors, what makes one of them.
     transforms: what else makes Hugging Face's tensors of those in the file; such tensors never stay packed.
+    keeps_mxfp4: experts in MXFP4 stay in it, whatever the option `quantization` says.
     """
 
     hf_class: str
@@ -58,7 +67,9 @@ class GGUFArchitecture:
     layer_norm_eps: str | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)
     row_orders: Mapping[str, Callable[[Fields], list[int]]] = field(default_factory=dict)
+    joins: Mapping[str, Join] = field(default_factory=dict)
     transforms: Mapping[str, Callable[[Tensor, Fields], Tensor]] = field(default_factory=dict)
+    keeps_mxfp4: bool = False
 
     @property
     def layer_names(self) -> Mapping[str, str]:

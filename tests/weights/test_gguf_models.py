@@ -13,8 +13,10 @@ from safetensors.numpy import load_file, save_file
 from nanovllm import LLM, SamplingParams
 from nanovllm.quantization import gguf as gguf_linear
 from nanovllm.quantization import quantized_linear
+from nanovllm.weights.gguf import GGUFCheckpoint
 from tests.gguf_files import Quantization, Quantized, convert, random_blocks
 from tests.models.parity import check_greedy_outputs
+from tests.models.test_gpt_oss import save as save_gpt_oss
 from tests.tiny_models import (
     hugging_face_logits,
     load_hugging_face,
@@ -31,6 +33,10 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+GPT_OSS: dict[str, Any] = {
+    **{"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3},
+    **{"num_hidden_layers": 3, "sliding_window": 9},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"head_dim": 16}),
@@ -73,6 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3NextForCausalLM",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25}},
     ),
+    "gpt-oss": ("GptOssForCausalLM", GPT_OSS),
     "nemotron_h": ("NemotronHForCausalLM", {"use_conv_bias": False}),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {"mamba_n_groups": 2, "position_embedding_type": None}),
     "granitehybrid-moe": (
@@ -267,6 +274,34 @@ def test_quantized_models_equal_their_numbers(tmp_path: Path, kind: str, monkeyp
         errors = [(x[: len(logits)] - logits).norm() / logits.norm() for x in (exact, rounded)]
         assert errors[0] < (1e-2 if "_K" in kind else 1e-5) and errors[1] < 0.1
         assert (rounded - rounded_apart).norm() / logits.norm() < 2e-3  # the few codes that another order rounds apart
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_experts_of_gpt_oss_stay_in_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the other matrices unpacked, or packed too; but not in a layer whose experts are not all in it."""
+    folder = save_gpt_oss(tmp_path / "hf", is_packed=True, **GPT_OSS, swiglu_limit=7.0)
+    prompt = random_prompts([30])[0]
+    logits, token_ids = run(folder, prompt)
+    for num_unpacked, unpacked in enumerate(((), ("blk.1.ffn_down_exps.weight",))):
+        path = convert(folder, tmp_path / f"{num_unpacked}.gguf", unpacked=unpacked)
+        found, ids = run(path, prompt)
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+        assert ids == token_ids
+        names = [name for name, _ in GGUFCheckpoint(path).headers()]
+        assert sum(name.endswith("_blocks") for name in names) == 2 * (3 - num_unpacked)
+
+    def quantize(name: str, matrix: np.ndarray) -> Quantized:
+        kind = Quantization.Q8_0 if name.endswith(("output.weight", "attn_k.weight")) else Quantization.F32
+        return gguf.quants.quantize(matrix, kind), kind
+
+    path = convert(folder, tmp_path / "q8.gguf", quantize)
+    names = [name for name, _ in GGUFCheckpoint(path, is_packed=True).headers()]
+    assert "lm_head.weight_codes" in names and sum(name.endswith("_blocks") for name in names) == 2 * 3
+    monkeypatch.setattr(gguf_linear, "rounded_product", lambda weight: None)
+    monkeypatch.setattr(quantized_linear, "round_rows", lambda x, *args: x)
+    (logits, token_ids), (packed, packed_ids) = (run(path, prompt, kind) for kind in (None, "gguf"))
+    torch.testing.assert_close(packed, logits, atol=1e-4, rtol=0)
+    assert packed_ids == token_ids
 
 
 def test_only_gguf_files_stay_packed(tmp_path: Path) -> None:
