@@ -21,6 +21,7 @@ from tests.engine.fake_device import (
     make_engine,
     make_request,
 )
+from tests.engine.state_workloads import counted_events
 
 
 class Witness:
@@ -175,7 +176,9 @@ def test_random_workloads_equal_the_oracle(start: int) -> None:
 @pytest.mark.parametrize("start", range(0, 300, 150))
 def test_random_workloads_with_states_equal_the_oracle(start: int) -> None:
     """Every state that is begun from or read sums up the whole history of its tokens, and nothing else."""
-    results = [run_random_workload(seed, has_states=True) for seed in range(start, start + 150)]
+    with counted_events() as events:
+        results = [run_random_workload(seed, has_states=True) for seed in range(start, start + 150)]
+    assert all(events.values()), events
     assert sum(preemptions for preemptions, _, _ in results) > 50, "the workloads must preempt"
     assert sum(cached for _, cached, _ in results) > 100, "the workloads must hit the prefix cache"
 
