@@ -271,11 +271,6 @@ class EngineConfig:
                 "load_format='dummy' has no random weights for a quantized checkpoint; take the quantization_config "
                 "out of its config.json, and pass quantization instead"
             )
-        if self.deterministic and device_type == "cpu" and model_config.latent and model_config.state:
-            raise ValueError(
-                f"deterministic=True does not cover {model_config.architecture} on a CPU, where Kimi delta attention "
-                "computes many tokens at once; leave it off"
-            )
         if self.kv_cache_dtype != "auto" and model_config.latent is not None:
             raise NotImplementedError(
                 f"kv_cache_dtype={self.kv_cache_dtype!r} does not cover {model_config.architecture} yet, whose cache "

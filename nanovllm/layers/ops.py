@@ -100,6 +100,7 @@ def _on_cpu() -> Ops:
         linear_method=lambda spec: PackedLinear(spec, native.skinny_linear if native.suits(spec.dtype) else F.linear),
         short_conv=native.short_conv,
         delta_net=native.delta_net,
+        kimi_delta=native.kimi_delta,
         mamba2=native.mamba2,
     )
 

@@ -1,11 +1,14 @@
-"""Kimi delta attention: its reference beside the rule itself."""
+"""Kimi delta attention: its reference beside the rule itself, C++ beside the reference."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.kimi_delta import KimiDelta, kimi_delta_reference
 from nanovllm.kernels.state_types import LayerState
 from tests.kernels.state_cases import StateCase, make_states_case
+from tests.kernels.test_delta_net import CASES, copy
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, KimiDelta, LayerState]
 
@@ -54,3 +57,30 @@ def test_each_number_of_a_key_is_forgotten_by_itself() -> None:
     left = state.matrices[case.step.rows[0], 0]
     torch.testing.assert_close(left, torch.stack((nothing, value * 0.5**0.5, nothing, nothing)))
     torch.testing.assert_close(out, (value / value.square().mean().sqrt()).expand(2, 4))
+
+
+@pytest.mark.parametrize("lens, before", CASES)
+@pytest.mark.parametrize("dim", [12, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_equals_the_reference(lens: list[int], before: list[int], dim: int, dtype: torch.dtype) -> None:
+    """And its bits depend neither on the other requests nor on where a prompt is cut."""
+    kernels = load_cpu_kernels()
+    if kernels is None:
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(1)
+    case = make_states_case(lens, before, num_padding=2)
+    *tensors, net, state = make_inputs(case, 3, dim, dtype)
+    start, want_state = copy(state), copy(state)
+    want = kimi_delta_reference(*tensors, net, want_state, case.step)
+    got = kernels.kimi_delta(*tensors, net, state, case.step)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state.matrices, want_state.matrices, rtol=tolerance, atol=tolerance)
+    assert torch.equal(state.conv, want_state.conv)
+    rows, cut, parts = [tensor[-lens[-1] :] for tensor in tensors], lens[-1] // 2, []
+    for first, last in ((0, cut), (cut, lens[-1])):
+        step = make_states_case([last - first], [before[-1] + first], every=1000).step
+        step.rows[0] = case.step.rows[len(lens) - 1]
+        if last > first:
+            parts.append(kernels.kimi_delta(*(row[first:last] for row in rows), net, start, step))
+    assert torch.equal(torch.cat(parts), got[-lens[-1] :])

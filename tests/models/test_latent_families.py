@@ -93,8 +93,9 @@ def test_every_way_of_running_equals_hugging_face(tmp_path: Path, case: str, pro
     check_every_way_of_running(folder, prompts, max_num_batched_tokens=128, num_blocks=14, num_cached=64 + 16 + 48)
 
 
-def test_deterministic_bits_are_those_of_a_miss(lite: Path) -> None:
-    check_deterministic_bits(lite, prompt_len=60, num_before=40)
+def test_deterministic_bits_are_those_of_a_miss(lite: Path, tmp_path: Path) -> None:
+    for folder in (lite, save_random(tmp_path, "KimiLinearForCausalLM")):
+        check_deterministic_bits(folder, prompt_len=60, num_before=40)
 
 
 def tokens(folder: Path, prompts: list[list[int]], **options: Any) -> list[list[int]]:
@@ -153,8 +154,6 @@ def test_adapters_of_what_is_multiplied_as_it_stands(lite: Path, prompts: list[l
 
 def test_what_is_refused(lite: Path, tmp_path: Path) -> None:
     kimi = save_random(tmp_path / "kimi", "KimiLinearForCausalLM")
-    with pytest.raises(ValueError, match="deterministic=True does not cover KimiLinearForCausalLM on a CPU"):
-        make_llm(kimi, deterministic=True)
     with pytest.raises(NotImplementedError, match="kv_offload_gb and prefix_store cover layers"):
         make_llm(kimi, kv_offload_gb=0.01)
     edit_json(kimi / "config.json", linear_attn_config={"kda_layers": [1, 2], "full_attn_layers": [2]})

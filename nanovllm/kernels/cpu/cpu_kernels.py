@@ -56,6 +56,7 @@ _SIGNATURES = {
     "decode_attention": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 8, _FLOAT),
     "causal_conv": ctypes.CFUNCTYPE(None, *[_POINTER] * 9, *[_INT] * 6),
     "delta_net": ctypes.CFUNCTYPE(None, *[_POINTER] * 13, *[_INT] * 8, _FLOAT),
+    "kimi_delta": ctypes.CFUNCTYPE(None, *[_POINTER] * 15, *[_INT] * 8, _FLOAT),
     "mamba2": ctypes.CFUNCTYPE(None, *[_POINTER] * 13, *[_INT] * 8, _FLOAT),
     "skinny_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 4, *[_INT] * 4),
     "quantized_linear": ctypes.CFUNCTYPE(None, *[_POINTER] * 7, *[_INT] * 6),
@@ -89,6 +90,7 @@ class CpuKernels(StateKernels):
         self._decode_attention = by_dtypes("decode_attention")
         self._causal_conv = by_dtype("causal_conv")
         self._delta_net = by_dtype("delta_net")
+        self._kimi_delta = by_dtype("kimi_delta")
         self._mamba2 = by_dtype("mamba2")
         self._quantized_linear = by_dtype("quantized_linear")
         self._rounded_linear = by_dtype("rounded_linear")

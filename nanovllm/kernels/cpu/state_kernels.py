@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanovllm.kernels.causal_conv import conv_silu, short_conv
 from nanovllm.kernels.delta_net import DeltaNet, delta_net
+from nanovllm.kernels.kimi_delta import KimiDelta, kimi_delta
 from nanovllm.kernels.mamba2 import Mamba2, mamba2
 from nanovllm.kernels.state_types import LayerState, StepStates
 
@@ -20,6 +21,7 @@ _MAX_WIDTH, _MAX_KEY = 64, 256  # as in states.cpp
 class StateKernels:
     _causal_conv: dict[torch.dtype, Callable[..., None]]
     _delta_net: dict[torch.dtype, Callable[..., None]]
+    _kimi_delta: dict[torch.dtype, Callable[..., None]]
     _mamba2: dict[torch.dtype, Callable[..., None]]
 
     def short_conv(self, bcx: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, step: StepStates) -> Tensor:
@@ -60,6 +62,36 @@ class StateKernels:
             *(tensor.data_ptr() for tensor in tensors),
             len(step.rows), net.num_key_heads, heads, keys, values,
             qkv.stride(0), z.stride(0), state.matrices.stride(0), net.eps,
+        )  # fmt: skip
+        return out
+
+    def kimi_delta(
+        self, qkv: Tensor, f: Tensor, b: Tensor, z: Tensor, net: KimiDelta, state: LayerState, step: StepStates
+    ) -> Tensor:
+        """See `kernels.kimi_delta.kimi_delta`."""
+        num_tokens, heads, dim, dtype = qkv.shape[0], net.num_heads, net.head_dim, qkv.dtype
+        run, values = self._kimi_delta.get(dtype), heads * dim
+        widths = (qkv, 3 * values), (f, values), (b, heads), (z, values)
+        if run is None or not (
+            all(x.stride(1) == 1 and x.dtype == dtype and x.shape == (num_tokens, width) for x, width in widths)
+            and dim <= _MAX_KEY
+            and _is_dense(net.decay, (heads,), torch.float32)
+            and _is_dense(net.dt_bias, (values,), torch.float32)
+            and _is_dense(net.norm_weight, (dim,), dtype)
+            and is_state(state.matrices, (heads, dim, dim))
+            and is_step(step, num_tokens)
+        ):
+            return kimi_delta(qkv, f, b, z, net, state, step)
+        mixed = self.conv_silu(qkv, net.conv_weight, None, state.conv, step)
+        alpha, scratch = torch.empty(2, num_tokens, values)
+        out = qkv.new_empty(num_tokens, values)
+        tensors = (
+            *(mixed, f, b, z, net.decay, net.dt_bias, net.norm_weight, state.matrices, step.rows),
+            *(step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, alpha, scratch, out),
+        )
+        run(
+            *(tensor.data_ptr() for tensor in tensors),
+            len(step.rows), heads, dim, *(x.stride(0) for x in (mixed, f, b, z, state.matrices)), net.eps,
         )  # fmt: skip
         return out
 

@@ -1,4 +1,5 @@
-// Layers with a state, for float32 and bfloat16: twins of causal_conv.py, delta_net.py and mamba2.py.
+// Layers with a state, for float32 and bfloat16: twins of causal_conv.py, delta_net.py,
+// kimi_delta.py and mamba2.py.
 // `state_kernels.py` checks arguments and allocates results.
 //
 // Layout    Rows are contiguous; inputs have any stride between tokens, the states one between slots.
@@ -80,7 +81,7 @@ template <class T> [[gnu::always_inline]] inline void read_values(const T* value
 }
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
-// --- the gated delta net -------------------------------------------------------
+// --- delta nets ----------------------------------------------------------------
 
 template <class T> inline void unit_length(const T* in, float* out, int64_t dim, float scale) {
   f32 squares = {};
@@ -92,30 +93,36 @@ template <class T> inline void unit_length(const T* in, float* out, int64_t dim,
   for (int64_t i = 0; i < dim; i += W) store(out + i, load(in + i, dim - i) * scale);
 }
 
-// Some columns of one token: S = alpha S + k (beta (v - alpha k S)), then q S. The columns of a row lie side by side.
-inline void delta_step(float (*s)[COLUMNS], const float* q, const float* k, const float* v, float* out, int64_t keys,
-                       float alpha, float beta) {
+// What one token tells of a head. alpha: one number, or BY_NUMBER one for each of a key; faded is k times alpha then.
+struct DeltaToken {
+  float q[MAX_KEY + W], k[MAX_KEY + W], alpha[MAX_KEY + W], faded[MAX_KEY + W], v[COLUMNS], beta;
+};
+
+// Some columns of one token: S = alpha S + k (beta (v - k alpha S)), then q S. The columns of a row lie side by side.
+template <bool BY_NUMBER>
+inline void delta_step(float (*s)[COLUMNS], const DeltaToken& t, float* out, int64_t keys) {
   constexpr int N = COLUMNS / W;
   f32 known[N] = {}, change[N], result[N] = {};
   for (int64_t i = 0; i < keys; i++)
-    for (int n = 0; n < N; n++) known[n] = plus_product(known[n], all(k[i]), load(s[i] + n * W));
-  for (int n = 0; n < N; n++) change[n] = beta * (load(v + n * W) - alpha * known[n]);
+    for (int n = 0; n < N; n++) known[n] = plus_product(known[n], all(BY_NUMBER ? t.faded[i] : t.k[i]), load(s[i] + n * W));
+  for (int n = 0; n < N; n++)
+    change[n] = t.beta * (load(t.v + n * W) - (BY_NUMBER ? known[n] : t.alpha[0] * known[n]));
   for (int64_t i = 0; i < keys; i++)
     for (int n = 0; n < N; n++) {
-      f32 next = plus_product(alpha * load(s[i] + n * W), all(k[i]), change[n]);
+      f32 next = plus_product(t.alpha[BY_NUMBER ? i : 0] * load(s[i] + n * W), all(t.k[i]), change[n]);
       store(s[i] + n * W, next);
-      result[n] = plus_product(result[n], all(q[i]), next);
+      result[n] = plus_product(result[n], all(t.q[i]), next);
     }
   for (int n = 0; n < N; n++) store(out + n * W, result[n]);
 }
 
-// qkv: after the convolution. scratch [tokens, heads, values] holds q S until all columns of a head are there.
-template <class T>
-void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const float* dt_bias, const T* norm,
-               float* state, const int32_t* rows, const int32_t* starts, const int32_t* seq_lens,
-               const int32_t* snapshots, float* scratch, T* out, int64_t n, int64_t key_heads, int64_t heads,
-               int64_t keys, int64_t values, int64_t qkv_stride, int64_t z_stride, int64_t slot_stride, float eps) {
-  const float unit = 1.0f / std::sqrt((float)keys);
+// A head's matrix through a request's tokens. read(token, head, first, columns, t): a token, whose values are some
+// columns; normed(token, head, i, x): W of its results. scratch [tokens, heads, values] holds q S until all columns of
+// a head are there; what is normed is rounded before.
+template <bool BY_NUMBER, class T, class Read, class Norm>
+void delta_rule(float* state, const int32_t* rows, const int32_t* starts, const int32_t* seq_lens,
+                const int32_t* snapshots, float* scratch, T* out, int64_t n, int64_t heads, int64_t keys,
+                int64_t values, int64_t slot_stride, float eps, Read read, Norm normed) {
 #pragma omp parallel for schedule(dynamic, 1) if (starts[n] * heads * keys * values > SMALL)
   for (int64_t task = 0; task < n * heads; task++) {
     const int64_t request = task / heads, head = task % heads, begin = starts[request], stop = starts[request + 1];
@@ -126,19 +133,15 @@ void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const 
     }
     float* own = state + rows[request] * slot_stride + head * keys * values;
     const bool had_tokens = seq_lens[request] > stop - begin;
-    const int64_t query_at = head / (heads / key_heads) * keys, key_at = key_heads * keys + query_at;
-    float s[MAX_KEY][COLUMNS], q[MAX_KEY + W], k[MAX_KEY + W], v[COLUMNS], result[COLUMNS];
+    float s[MAX_KEY][COLUMNS], result[COLUMNS];
+    DeltaToken t;
     for (int64_t first = 0; first < values; first += COLUMNS) {
       const int64_t columns = std::min<int64_t>(COLUMNS, values - first);
       read_columns(had_tokens ? own + first : nullptr, s, keys, values, columns);
       auto keep = [&](float* to) { keep_columns(s, to + first, keys, values, columns); };
       for (int64_t token = begin; token < stop; token++) {
-        const T *in = qkv + token * qkv_stride, *gates = ba + token * 2 * heads;
-        unit_length(in + query_at, q, keys, unit);
-        unit_length(in + key_at, k, keys, 1.0f);
-        read_values(in + 2 * key_heads * keys + head * values + first, v, columns);
-        const float b = load(gates + head, 1)[0], a = load(gates + heads + head, 1)[0] + dt_bias[head];
-        delta_step(s, q, k, v, result, keys, std::exp(-decay[head] * softplus(a)), 1.0f / (1.0f + std::exp(-b)));
+        read(token, head, first, columns, t);
+        delta_step<BY_NUMBER>(s, t, result, keys);
         std::copy(result, result + columns, scratch + (token * heads + head) * values + first);
         if (snapshots[token] >= 0) keep(state + snapshots[token] * slot_stride + head * keys * values);
       }
@@ -146,21 +149,79 @@ void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const 
     }
     for (int64_t token = begin; token < stop; token++) {
       const float* found = scratch + (token * heads + head) * values;
-      const T* gate = z + token * z_stride + head * values;
       f32 squares = {};
       for (int64_t i = 0; i < values; i += W) {
         f32 x = rounded<T>(load(found + i, values - i));
         squares += x * x;
       }
       const float scale = 1.0f / std::sqrt(sum(squares) / values + eps);
-      for (int64_t i = 0; i < values; i += W) {
-        const int64_t left = values - i;
-        f32 normed = rounded<T>(rounded<T>(load(found + i, left)) * scale), g = load(gate + i, left);
-        normed = rounded<T>(normed * load(norm + i, left));
-        store(out + (token * heads + head) * values + i, normed * (g / (1.0f + exponential(-g))), left);
-      }
+      for (int64_t i = 0; i < values; i += W)
+        store(out + (token * heads + head) * values + i,
+              normed(token, head, i, rounded<T>(load(found + i, values - i)) * scale), values - i);
     }
   }
+}
+
+// qkv: after the convolution.
+template <class T>
+void delta_net(const T* qkv, const T* z, const T* ba, const float* decay, const float* dt_bias, const T* norm,
+               float* state, const int32_t* rows, const int32_t* starts, const int32_t* seq_lens,
+               const int32_t* snapshots, float* scratch, T* out, int64_t n, int64_t key_heads, int64_t heads,
+               int64_t keys, int64_t values, int64_t qkv_stride, int64_t z_stride, int64_t slot_stride, float eps) {
+  const float unit = 1.0f / std::sqrt((float)keys);
+  auto read = [=](int64_t token, int64_t head, int64_t first, int64_t columns, DeltaToken& t) {
+    const int64_t query_at = head / (heads / key_heads) * keys;
+    const T *in = qkv + token * qkv_stride, *gates = ba + token * 2 * heads;
+    unit_length(in + query_at, t.q, keys, unit);
+    unit_length(in + key_heads * keys + query_at, t.k, keys, 1.0f);
+    read_values(in + 2 * key_heads * keys + head * values + first, t.v, columns);
+    const float b = load(gates + head, 1)[0], a = load(gates + heads + head, 1)[0] + dt_bias[head];
+    t.alpha[0] = std::exp(-decay[head] * softplus(a));
+    t.beta = 1.0f / (1.0f + std::exp(-b));
+  };
+  auto normed = [=](int64_t token, int64_t head, int64_t i, f32 x) {
+    f32 gate = load(z + token * z_stride + head * values + i, values - i);
+    return rounded<T>(rounded<T>(x) * load(norm + i, values - i)) * (gate / (1.0f + exponential(-gate)));
+  };
+  delta_rule<false>(state, rows, starts, seq_lens, snapshots, scratch, out, n, heads, keys, values, slot_stride, eps,
+                    read, normed);
+}
+
+// qkv: after the convolution. What is forgotten, f, is a number for each number of a key; alpha [tokens, heads, dim] is
+// made of it first, as all columns of a matrix need it.
+template <class T>
+void kimi_delta(const T* qkv, const T* f, const T* b, const T* z, const float* decay, const float* dt_bias,
+                const T* norm, float* state, const int32_t* rows, const int32_t* starts, const int32_t* seq_lens,
+                const int32_t* snapshots, float* alpha, float* scratch, T* out, int64_t n, int64_t heads,
+                int64_t dim, int64_t qkv_stride, int64_t f_stride, int64_t b_stride, int64_t z_stride,
+                int64_t slot_stride, float eps) {
+  const float unit = 1.0f / std::sqrt((float)dim);
+#pragma omp parallel for if (starts[n] * heads * dim > SMALL)
+  for (int64_t task = 0; task < starts[n] * heads; task++) {
+    const int64_t token = task / heads, head = task % heads;
+    const T* forget = f + token * f_stride + head * dim;
+    for (int64_t i = 0; i < dim; i++)
+      alpha[task * dim + i] = std::exp(-decay[head] * softplus(load(forget + i, 1)[0] + dt_bias[head * dim + i]));
+  }
+  auto read = [=](int64_t token, int64_t head, int64_t first, int64_t columns, DeltaToken& t) {
+    const T* in = qkv + token * qkv_stride + head * dim;
+    const float* stays = alpha + (token * heads + head) * dim;
+    unit_length(in, t.q, dim, unit);
+    unit_length(in + heads * dim, t.k, dim, 1.0f);
+    read_values(in + 2 * heads * dim + first, t.v, columns);
+    for (int64_t i = 0; i < dim; i += W) {
+      f32 part = load(stays + i, dim - i);
+      store(t.alpha + i, part);
+      store(t.faded + i, load(t.k + i) * part);
+    }
+    t.beta = 1.0f / (1.0f + std::exp(-load(b + token * b_stride + head, 1)[0]));
+  };
+  auto normed = [=](int64_t token, int64_t head, int64_t i, f32 x) {
+    f32 gate = load(z + token * z_stride + head * dim + i, dim - i);
+    return x * load(norm + i, dim - i) / (1.0f + exponential(-gate));
+  };
+  delta_rule<true>(state, rows, starts, seq_lens, snapshots, scratch, out, n, heads, dim, dim, slot_stride, eps, read,
+                   normed);
 }
 
 // --- Mamba-2 -------------------------------------------------------------------
@@ -252,4 +313,5 @@ void mamba2(const T* xbc, const T* zxbcdt, const float* decay, const float* dt_b
   }
 EXPORT(causal_conv)
 EXPORT(delta_net)
+EXPORT(kimi_delta)
 EXPORT(mamba2)
