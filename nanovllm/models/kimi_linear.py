@@ -32,14 +32,14 @@ class KimiDeltaAttention(nn.Module):
         self.layer_idx, self.eps, self.kimi_delta = layer_idx, config.rms_norm_eps, ops.kimi_delta
         self.heads = tp.part(num_heads, "linear_num_heads")
         values = num_heads * dim
-        self.in_proj = MergedColumnParallelLinear(hidden, (values, values, values, num_heads), False, dtype, tp, ops)
-        spec = LinearSpec((dim, dim), (range(dim), range(dim)), hidden, range(hidden), dtype)
-        self.low_proj = LinearBase(spec, False, ops)
+        self.channels = tp.part(values, "channels")
+        low = range(dim)
+        parts = self.channels, self.channels, self.channels, self.heads, low, low
+        spec = LinearSpec((values, values, values, num_heads, dim, dim), parts, hidden, range(hidden), dtype)
+        self.in_proj = LinearBase(spec, False, ops)
         self.f_proj, self.z_proj = (MergedColumnParallelLinear(dim, [values], False, dtype, tp, ops) for _ in range(2))
         self.o_proj = RowParallelLinear(values, hidden, False, dtype, tp, ops)
-        self.channels = tp.part(values, "channels")
-        self.num_values = values
-        held = len(self.channels)
+        self.num_values, held = values, len(self.channels)
         self.conv = unfilled(config.state.conv_width, 3 * held, dtype=dtype)
         self.decay, self.dt_bias = (unfilled(size, dtype=torch.float32) for size in (len(self.heads), held))
         self.norm_weight = unfilled(dim, dtype=dtype)
@@ -47,19 +47,16 @@ class KimiDeltaAttention(nn.Module):
     def forward(
         self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None, cos_sin: Tensor | None, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        low, _ = self.low_proj.after_norm(norm, x, residual)
-        qkvb, residual = self.in_proj.after_norm(norm, x, residual)
-        qkv, b = qkvb.split([self.conv.shape[1], len(self.heads)], dim=-1)
-        f, z = (
-            proj(part.contiguous()) for proj, part in zip((self.f_proj, self.z_proj), low.chunk(2, -1), strict=True)
-        )
+        parts, residual = self.in_proj.after_norm(norm, x, residual)
+        dim = self.norm_weight.shape[0]
+        qkv, b, f, z = parts.split([self.conv.shape[1], len(self.heads), dim, dim], dim=-1)
+        f, z = self.f_proj(f.contiguous()), self.z_proj(z.contiguous())
         step = ctx.groups[ctx.group_of_layer[self.layer_idx]].prepared
         net = KimiDelta(self.conv, self.decay, self.dt_bias, self.norm_weight, self.eps)
         return self.o_proj(self.kimi_delta(qkv, f, b, z, net, step.layers[self.layer_idx], step)), residual
 
     def weights(self, name: str) -> WeightSpecs:
-        yield from self.in_proj.weights(*(f"{name}.{part}_proj" for part in "qkvb"))
-        yield from self.low_proj.weights(f"{name}.f_a_proj", f"{name}.g_a_proj")
+        yield from self.in_proj.weights(*(f"{name}.{part}_proj" for part in ("q", "k", "v", "b", "f_a", "g_a")))
         yield from self.f_proj.weights(f"{name}.f_b_proj")
         yield from self.z_proj.weights(f"{name}.g_b_proj")
         yield from self.o_proj.weights(f"{name}.o_proj")

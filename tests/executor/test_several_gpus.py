@@ -13,6 +13,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm_bench.collectives import time_collectives
 from tests.executor.test_mp import is_alive, pid_of
+from tests.models.test_moe_gpu import CASES, SIZES
 from tests.tiny_models import random_prompts, save_random
 
 PROMPTS = random_prompts([1, 3, 63, 64, 65, 130, 17, 200])
@@ -67,6 +68,19 @@ def test_two_ranks_give_the_tokens_of_one(
         assert tokens(llm) == expected
         assert llm.apply_model(device_of) == ["cuda:0", "cuda:1"]
         assert all(milliseconds > 0 for milliseconds in llm.apply_model(partial(time_collectives, 8)))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("case", ["deepseek-v2", "kimi-linear"])
+def test_two_ranks_of_latent_attention_give_the_tokens_of_one(case: str, tmp_path: Path) -> None:
+    """Each rank has all latents, its part of the heads and of each expert, and of the layers that keep a state."""
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **{**SIZES, **config})
+    found = []
+    for ranks in (1, 2):
+        with make_llm(folder, device="cuda", tensor_parallel_size=ranks) as llm:
+            found.append(tokens(llm))
+    assert found[0] == found[1]
 
 
 @pytest.mark.multigpu

@@ -20,7 +20,7 @@ from nanovllm.kernels.triton.common.state_steps import behind_decodes
 from nanovllm.kernels.triton.kimi_chunks import kimi_chunks_triton
 from nanovllm.kernels.triton.state_parts import softplus
 
-NUM_COLUMNS = 32  # of a matrix that are in registers at a time
+CELLS = 16384  # of a matrix that are in registers at a time: all of them on their way at once, of a head of 128
 
 
 @triton.jit
@@ -140,12 +140,12 @@ def _steps(
     out: Tensor,
 ) -> None:  # fmt: skip
     block_dim = next_power_of_2(net.head_dim)
-    columns = min(block_dim, NUM_COLUMNS)
+    columns = min(block_dim, CELLS // block_dim)
     launch(
         _kimi_delta_kernel, (num_reqs, net.num_heads), qkv.device,
         qkv, f, b, z, net.conv_weight, net.decay, net.dt_bias, net.norm_weight, state.conv, state.matrices,
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         qkv.stride(0), f.stride(0), b.stride(0), z.stride(0), state.conv.stride(0), state.matrices.stride(0), net.eps,
         HEADS=net.num_heads, DIM=net.head_dim, WIDTH=net.conv_weight.shape[0], L2_EPS=L2_EPS,
-        BLOCK_DIM=block_dim, COLUMNS=columns, num_warps=4,
+        BLOCK_DIM=block_dim, COLUMNS=columns, num_warps=8,
     )  # fmt: skip

@@ -36,8 +36,10 @@ def test_equals_the_reference(
 
 
 @pytest.mark.parametrize("is_exact", [False, True])
-def test_tokens_of_padding_give_zeros(is_exact: bool) -> None:
-    """As behind the prompts of a captured step: a request without a row and without a length."""
+def test_tokens_of_padding_give_zeros(is_exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind the prompts of a captured step: a request without a row and without a length. Also a matrix of which
+    some columns are in registers at a time."""
+    monkeypatch.setattr(twin, "CELLS", 512)
     case = make_states_case([3, 21], [0, 0], device=DEVICE, every=1000)
     case.step.rows[1], case.step.meta.seq_lens[1] = -1, 0
     *tensors, net, state = make_inputs(case, 2, 20, torch.float32)
