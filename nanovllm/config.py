@@ -271,11 +271,6 @@ class EngineConfig:
                 "load_format='dummy' has no random weights for a quantized checkpoint; take the quantization_config "
                 "out of its config.json, and pass quantization instead"
             )
-        if self.kv_cache_dtype != "auto" and model_config.latent is not None:
-            raise NotImplementedError(
-                f"kv_cache_dtype={self.kv_cache_dtype!r} does not cover {model_config.architecture} yet, whose cache "
-                "holds latents; leave it at 'auto'"
-            )
         if self.deterministic and model_config.length_dependent_from is not None:
             raise ValueError("deterministic=True does not cover dynamic RoPE scaling; leave it off")
         on_gpu = device_type == "cuda"

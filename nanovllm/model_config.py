@@ -104,11 +104,11 @@ class ModelConfig:
         return sum(window != 0 for window in self.windows)
 
     def kv_bytes_per_token(self, kv_cache_dtype: str) -> int:
-        """kv_cache_dtype: as in `EngineConfig`; a scale of 8-bit codes takes 2 bytes."""
-        size, beside = (4 if self.dtype == "float32" else 2, 0) if kv_cache_dtype == "auto" else (1, 2)
+        """kv_cache_dtype: as in `EngineConfig`; two scales of 8-bit codes take 4 bytes."""
+        size, beside = (4 if self.dtype == "float32" else 2, 0) if kv_cache_dtype == "auto" else (1, 4)
         heads = self.layer_heads or ((self.num_kv_heads, self.head_dim),) * self.num_layers
         kept = (heads[i] for i in range(self.num_layers) if self.windows[i] != 0 and self.kv_source(i) == i)
-        return sum(self.num_cache_planes * count * (dim * size + beside) for count, dim in kept)
+        return sum(count * (self.num_cache_planes * dim * size + beside) for count, dim in kept)
 
     def kv_source(self, layer: int) -> int:
         return self.kv_sources[layer] if self.kv_sources else layer

@@ -157,10 +157,10 @@ FEATURES = {
 # the inputs of products have 8 bits, a number beside the edge between two codes then falls to either side.
 TOLERANCES = {"kv_cache_dtype": 2e-3, "gguf": 3e-2}
 TOLERANCE = 1e-4  # of all others
-# Two values of one option, or two models; what a GGUF file has packed cannot be given anew; a cache of latents in codes
-# is refused by name; the adapter is for another model than that with latents (`tests/models/test_latent_families.py`).
+# Two values of one option, or two models; what a GGUF file has packed cannot be given anew; the adapter is for another
+# model than that with latents (`tests/models/test_latent_families.py`).
 NO_PAIRS = (
-    *(("quantization", "gguf"), ("new weights", "gguf"), ("states", "latents"), ("kv_cache_dtype", "latents")),
+    *(("quantization", "gguf"), ("new weights", "gguf"), ("states", "latents")),
     *(("lora_request", "latents"), ("gguf", "latents")),
 )
 # Refused by name, where layers keep states; of GGUF files there are none with such layers.

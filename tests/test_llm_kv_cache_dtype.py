@@ -14,6 +14,7 @@ KINDS = ["fp8", "int8"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"num_key_value_heads": 1},
     "Gemma3ForCausalLM": {"sliding_window": 12, "num_hidden_layers": 4},  # layers that share blocks
+    "DeepseekV2ForCausalLM": {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "q_lora_rank": None},  # two scales of a row
 }
 
 
@@ -66,11 +67,14 @@ def test_log_probabilities_are_near_those_of_a_plain_cache(qwen: Path, kind: str
     assert 0 < max(differences) < (0.6 if kind == "fp8" else 0.1)  # random weights: large logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_tokens_fit(qwen: Path, kind: str) -> None:
-    numbers = []
-    for dtype in ("auto", kind):
-        with make_llm(qwen, dtype="bfloat16", kv_cache_dtype=dtype, kv_cache_memory_bytes=1 << 20) as llm:
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "DeepseekV2ForCausalLM"])
+def test_more_tokens_fit(architecture: str, tmp_path: Path) -> None:
+    """Two scales of a token and head, for a key and a value, or for a row that is both."""
+    folder, numbers = save_random(tmp_path, architecture, **FAMILIES[architecture]), []
+    for dtype in ("auto", "fp8"):
+        with make_llm(folder, dtype="bfloat16", kv_cache_dtype=dtype, kv_cache_memory_bytes=1 << 20) as llm:
             numbers.append(llm.num_kv_cache_tokens)
-            head_dim = llm.model_config.head_dim
-    assert numbers[1] / numbers[0] == pytest.approx(2 * head_dim / (head_dim + 2), rel=0.02)
+            config = llm.model_config
+    size = config.num_cache_planes * config.head_dim
+    assert numbers[1] / numbers[0] == pytest.approx(2 * size / (size + 4), rel=0.02)
+    assert config.kv_bytes_per_token("fp8") == config.num_layers * config.num_kv_heads * (size + 4)

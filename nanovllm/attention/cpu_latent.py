@@ -18,6 +18,7 @@ from torch import Tensor
 from nanovllm.attention.cpu_paged import CpuPagedBackend, PreparedStep
 from nanovllm.attention.latent import LatentBackend, LatentStep
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.cache_codes import cells
 
 MAX_SCORES = 2**23  # that are in memory at a time
 
@@ -46,8 +47,8 @@ class CpuLatentBackend(CpuPagedBackend, LatentBackend):
             requests = [i for i, _ in group]
             rows = slice(start, start + len(requests) * query_len)
             table = meta.block_table[requests[0] : requests[-1] + 1, : -(-seq_len // cache.block_size)]
-            keys = cache.data[0, :, 0].index_select(0, table.flatten())  # [blocks, block_size, rank + rope_dim]
-            keys = keys.view(len(requests), -1, keys.shape[2])[:, :seq_len]
+            keys = cells(cache, table.flatten(), rank=shape.value_dim)[0, :, 0].to(q.dtype)
+            keys = keys.view(len(requests), -1, keys.shape[2])[:, :seq_len]  # of [blocks, block_size, rank + rope_dim]
             _attend(q[rows].view(len(requests), query_len, *q.shape[1:]), keys, shape, out[rows])
             start = rows.stop
         return out

@@ -9,7 +9,9 @@ whether its token came in a prompt, in a chunk or by itself.
              most numbers; but one number of a row is often most of it, and 256 is exact of one that is a bfloat16
     code     row / scale, rounded to the nearest, ties to even
 
-A row with an infinity or NaN is read as infinities and NaN.
+A row with an infinity or NaN is read as infinities and NaN. A row of latents (`latent_store.py`) has two scales, as the
+sizes of its parts have nothing to do with each other: of the part that is rotated, which is a key alone, where others
+have the key's, and of the latent, where they have the value's.
 """
 
 import torch
@@ -29,9 +31,9 @@ def cache_dtype(kv_cache_dtype: str, dtype: str) -> torch.dtype:
     return CODES.get(kv_cache_dtype, getattr(torch, dtype))
 
 
-def row_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """That the key, or the value, of one token and head takes in a cache of this dtype."""
-    return head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype in LARGEST else 0)
+def row_bytes(head_dim: int, dtype: torch.dtype, num_planes: int = 2) -> int:
+    """That the key, or the value, of one token and head takes in a cache of this dtype; of latents, both in one."""
+    return head_dim * dtype.itemsize + (2 * torch.bfloat16.itemsize // num_planes if dtype in LARGEST else 0)
 
 
 def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,11 +45,26 @@ def encode(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales.bfloat16()
 
 
-def cells(cache: LayerCache, blocks: slice | Tensor, heads_first: bool = False) -> Tensor:
+def encode_latents(rows: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rows [..., rank + rope_dim] -> codes of the same shape, scales [..., 2] bfloat16."""
+    parts = (encode(part, dtype) for part in rows.tensor_split([rank], dim=-1))
+    (latent, latent_scale), (turned, turned_scale) = parts
+    codes = torch.cat((latent.view(torch.int8), turned.view(torch.int8)), dim=-1).view(dtype)
+    return codes, torch.stack((turned_scale, latent_scale), dim=-1)
+
+
+def decode_latents(codes: Tensor, scales: Tensor, rank: int) -> Tensor:
+    """The inverse: float32."""
+    latent, turned = codes.float().tensor_split([rank], dim=-1)
+    return torch.cat((latent * scales[..., 1:].float(), turned * scales[..., :1].float()), dim=-1)
+
+
+def cells(cache: LayerCache, blocks: slice | Tensor, heads_first: bool = False, rank: int | None = None) -> Tensor:
     """Keys and values of these blocks as numbers: [2, blocks, num_kv_heads, block_size, head_dim] or [1, ...], as the
     cache has them; codes as float32.
 
-    heads_first: [2, num_kv_heads, blocks, block_size, head_dim]. A slice of a cache without codes is a view.
+    rank: of latents. heads_first: [2, num_kv_heads, blocks, block_size, head_dim]. A slice of a cache without codes is
+    a view.
     """
 
     def pick(x: Tensor) -> Tensor:
@@ -58,4 +75,6 @@ def cells(cache: LayerCache, blocks: slice | Tensor, heads_first: bool = False) 
     if cache.scales is None:
         return pick(cache.data)
     codes = pick(cache.data.view(torch.int8)).view(cache.data.dtype)  # e4m3 cannot be picked from everywhere
+    if rank is not None:
+        return decode_latents(codes, pick(cache.scales.unsqueeze(0)), rank)
     return codes.float() * pick(cache.scales.permute(3, 0, 1, 2)).float().unsqueeze(-1)

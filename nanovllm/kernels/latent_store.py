@@ -1,7 +1,7 @@
 """Before attention over latents (MLA; DeepSeek-AI, 2024): the latent's norm, rotation, and the row of the KV cache.
 
-Owns that sequence, which the GPU runs as one kernel. Invariant: it writes to the cache, at the slots named (a negative
-slot writes nothing), and to `turned`, and nowhere else.
+Owns that sequence, which the GPU runs as one kernel, and what is read of such rows by themselves. Invariant: it writes
+to the cache, at the slots named (a negative slot writes nothing), and to `turned`, and nowhere else.
 
     kv row      [ latent | key part that carries the position ]
     cache row   [ norm of latent | the same, rotated ]              of one "KV head", whose values are the latents
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import HeadInputs, LayerCache
+from nanovllm.kernels.cache_codes import decode_latents, encode_latents
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.rope import apply_rope_reference
@@ -50,5 +51,16 @@ def latent_store_reference(
     if slot_mapping.numel() and slot_mapping.min() < 0:
         kept = slot_mapping >= 0
         rows, slot_mapping = rows[kept], slot_mapping[kept]
-    block_ids = slot_mapping.div(cache.block_size, rounding_mode="floor")
-    cache.data[0, block_ids, 0, slot_mapping % cache.block_size] = rows
+    block_ids, offsets = slot_mapping.div(cache.block_size, rounding_mode="floor"), slot_mapping % cache.block_size
+    if cache.scales is not None:
+        rows, scales = encode_latents(rows, rank, cache.data.dtype)
+        cache.scales[block_ids, 0, offsets] = scales
+    cache.data[0, block_ids, 0, offsets] = rows
+
+
+def stored_rows(cache: LayerCache, slots: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the cache as numbers, [num_tokens, rank + rope_dim]. slots: none is negative."""
+    if cache.scales is None:
+        return cache.data.flatten(0, 3).index_select(0, slots)
+    codes = cache.data.view(torch.int8).flatten(0, 3).index_select(0, slots).view(cache.data.dtype)
+    return decode_latents(codes, cache.scales.flatten(0, 2).index_select(0, slots), rank).to(dtype)

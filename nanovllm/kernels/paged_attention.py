@@ -34,7 +34,7 @@ def paged_attention_reference(
             continue
         num_blocks = -(-seq_len // cache.block_size)
         blocks = meta.block_table[i, :num_blocks].long()
-        context = cells(cache, blocks).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
+        context = cells(cache, blocks, rank=shape.value_dim).transpose(1, 2).flatten(2, 3)[:, :, :seq_len]
         # [1 or 2, num_kv_heads, seq_len, head_dim]
         planes = context.float().repeat_interleave(group, dim=1)
         keys, values = planes[0], planes[-1][..., : shape.value_dim]

@@ -15,7 +15,7 @@ from nanovllm.attention.backend import ForwardContext
 from nanovllm.attention.latent import LatentBackend
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention_types import AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.latent_store import latent_store
+from nanovllm.kernels.latent_store import latent_store, stored_rows
 from nanovllm.layers.absorbed import AbsorbedProjection
 from nanovllm.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.linear_method import LinearSpec
@@ -97,7 +97,7 @@ class LatentAttention(nn.Module):
         prepared, slots = ctx.groups[ctx.group_of_layer[self.layer_idx]]
         turned = torch.empty_like(q_rope)
         self._store(turned, q_rope, kv, cos_sin, slots[tokens], cache)
-        rows = cache.data.flatten(0, 3).index_select(0, slots[tokens].clamp(min=0))  # what was just stored
+        rows = stored_rows(cache, slots[tokens].clamp(min=0), rank, kv.dtype)  # as what is found in the cache
         made = self.kv_b_proj.expand(rows[:, :rank])
         return ctx.backend.forward_whole(q, turned, made, rows[:, rank:], self.shape.scale, prepared).flatten(1)
 

@@ -55,7 +55,7 @@ class KVCacheSpec:
         if self.layer_heads:
             return self._numbers_per_block * self.dtype.itemsize + self.bytes_beside
         num_rows = self.num_planes * self.groups.num_places * self.num_kv_heads * self.block_size
-        return num_rows * row_bytes(self.head_dim, self.dtype) + self.bytes_beside
+        return num_rows * row_bytes(self.head_dim, self.dtype, self.num_planes) + self.bytes_beside
 
     @property
     def _numbers_per_block(self) -> int:

@@ -327,14 +327,18 @@ def route_tokens(name: str) -> None:
     MODULES["routing"].route_triton(logits.bfloat16(), bias, routing)
 
 
-def attend_latents(block_size: int, num_heads: int = 16, rank: int = 512, dtype: torch.dtype = torch.bfloat16) -> None:
+def attend_latents(
+    block_size: int, num_heads: int = 16, rank: int = 512, dtype: torch.dtype = torch.bfloat16, kind: str | None = None
+) -> None:
     """Decodes beside a prompt, in two layers, and tokens one by one."""
     module = MODULES["attention.latent_attention"]
     case = make_case(
         [1, 1, 40], [90, 7, 60], num_heads=num_heads, num_kv_heads=1, head_dim=rank + 64, block_size=block_size,
         dtype=dtype,
     )  # fmt: skip
-    shape, cache, plans = case.shape(0.1)._replace(value_dim=rank), LayerCache(case.kv_cache[:1]), module.LatentPlans()
+    case = coded(case, kind) if kind else case
+    cache = LayerCache(case.kv_cache[:1], case.scales)
+    shape, plans = case.shape(0.1)._replace(value_dim=rank), module.LatentPlans()
     for _ in range(2):
         module.latent_attention_triton(case.q, cache, case.meta, shape, plans)
     module.latent_attention_triton(case.q, cache, case.meta, shape, module.LatentPlans(), is_exact=True)
@@ -353,8 +357,9 @@ def attend_few_latents(num_heads: int, rank: int, is_neox: bool, dtype: torch.dt
         few.attend_few(queries, matrix, cache, case.meta, shape, plan, 128, is_settled)
 
 
-def store_latents(is_neox: bool, has_rotation: bool) -> None:
-    cache, slots = LayerCache(bf16(1, 3, 1, 64, 576)), torch.arange(5, dtype=torch.int32)
+def store_latents(is_neox: bool, has_rotation: bool, cell_dtype: torch.dtype = torch.bfloat16) -> None:
+    scales = None if cell_dtype == torch.bfloat16 else bf16(3, 1, 64, 2)
+    cache, slots = LayerCache(bf16(1, 3, 1, 64, 576).to(cell_dtype), scales), torch.arange(5, dtype=torch.int32)
     heads = HeadInputs(torch.randn(5, 64) if has_rotation else None, slots, k_norm_weight=bf16(512), eps=1e-6)
     q, queries, kv = bf16(5, 16, 192)[..., 128:], bf16(5, 16, 576), bf16(5, 3648)[:, 3072:]
     MODULES["attention.latent_store"].latent_store_triton(queries[..., 512:], q, kv, heads, cache, is_neox)
@@ -508,6 +513,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "latent attention, small blocks, few heads": lambda: attend_latents(16, num_heads=4),
     "latent attention, many heads": lambda: attend_latents(64, num_heads=128),
     "latent attention, a rank of 40": lambda: attend_latents(64, rank=40),
+    **{f"latent attention, {kind}": partial(attend_latents, 64, kind=kind) for kind in ("fp8", "bytes", "int8")},
     "latent attention, float32": lambda: attend_latents(64, dtype=torch.float32),
     "latent attention, a few decodes": lambda: attend_few_latents(16, 512, False),
     "latent attention, a few decodes, a rank of 40": lambda: attend_few_latents(40, 40, True),
@@ -515,6 +521,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "latent attention of whole prompts, wide heads": lambda: attend_to_whole_prompts(192, 256),
     "latent attention of whole prompts, float32": lambda: attend_to_whole_prompts(128, 128, torch.float32),
     "latent_store": lambda: store_latents(is_neox=False, has_rotation=True),
+    "latent_store, fp8": lambda: store_latents(False, True, torch.float8_e4m3fn),
+    "latent_store, int8": lambda: store_latents(False, True, torch.int8),
     "latent_store, halves": lambda: store_latents(is_neox=True, has_rotation=False),
     "head_linear": lambda: multiply_by_head(3, torch.bfloat16),
     "head_linear of many rows": lambda: multiply_by_head(70, torch.bfloat16),

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.decode_plan import (
     DecodeConfig,
     DecodePlan,
@@ -68,6 +69,7 @@ def plan_latent_decode(
 def _latent_decode_kernel(
     q_ptr,
     cache_ptr,
+    pairs_ptr,
     out_ptr,
     seq_lens_ptr,
     table_ptr,
@@ -116,8 +118,8 @@ def _latent_decode_kernel(
         q, q_rope = load_query(row_ptr, row < GROUP, RANK, BLOCK_RANK, ROPE, BLOCK_ROPE)
         top, norm, acc = attend_latents(
             tl.full([BLOCK_GROUP], LOWEST, tl.float32), tl.zeros([BLOCK_GROUP], tl.float32),
-            tl.zeros([BLOCK_GROUP, BLOCK_RANK], tl.float32), q, q_rope, cache_ptr, row_table_ptr, blocks, seq_len - 1,
-            tile, stop, seq_len // TILE, seq_len, STRIDE_BLOCK, STRIDE_TOKEN, scale,
+            tl.zeros([BLOCK_GROUP, BLOCK_RANK], tl.float32), q, q_rope, cache_ptr, pairs_ptr, row_table_ptr, blocks,
+            seq_len - 1, tile, stop, seq_len // TILE, seq_len, STRIDE_BLOCK, STRIDE_TOKEN, scale,
             RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_SIZE, TILE, True, NUM_STAGES,
         )  # fmt: skip
         rank = tl.arange(0, BLOCK_RANK)[None, :]
@@ -254,7 +256,7 @@ def decode_apart(
     num_programs, arguments = cut.starts.shape[0], latent_arguments(shape, cache.block_size, plan.num_groups)
     launch(
         _latent_decode_kernel, (num_programs,), q.device,
-        q, data, out, meta.seq_lens, block_table, cut.num_tiles, cut.starts,
+        q, data_of(cache), pairs_of(cache), out, meta.seq_lens, block_table, cut.num_tiles, cut.starts,
         cut.partial_out, cut.partial_stats, cut.num_reqs, block_table.stride(0),
         q.stride(0), q.stride(1), data.stride(1), data.stride(3), **arguments,
         BLOCK_GROUP=max(16, next_power_of_2(arguments["GROUP"])), TILE=config.tile,

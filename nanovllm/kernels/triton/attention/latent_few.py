@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
+from nanovllm.kernels.triton.attention.cells import data_of
 from nanovllm.kernels.triton.attention.latent_decode import (
     AT_ONCE,
     LatentDecodePlan,
@@ -20,7 +21,7 @@ from nanovllm.kernels.triton.attention.latent_decode import (
     merge_partials,
     programs_of_item,
 )
-from nanovllm.kernels.triton.attention.latent_store import store_arguments, store_latent
+from nanovllm.kernels.triton.attention.latent_store import scales_of, store_arguments, store_latent
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, coarse_size, next_power_of_2
 
@@ -39,6 +40,7 @@ def _latent_query_kernel(
     norm_weight_ptr,
     slot_ptr,
     cache_ptr,
+    scales_ptr,
     matrix_ptr,
     queries_stride_token,
     queries_stride_head,
@@ -75,8 +77,8 @@ def _latent_query_kernel(
             tl.extra.cuda.gdc_launch_dependents()  # as in `latent_store.py`
         store_latent(
             program.to(tl.int64), weight, queries_ptr + RANK, q_rope_ptr, kv_ptr, cos_sin_ptr, slot_ptr, cache_ptr,
-            queries_stride_token, queries_stride_head, q_stride_token, q_stride_head, kv_stride, cos_sin_stride,
-            STRIDE_BLOCK, STRIDE_TOKEN, eps,
+            scales_ptr, queries_stride_token, queries_stride_head, q_stride_token, q_stride_head, kv_stride,
+            cos_sin_stride, STRIDE_BLOCK, STRIDE_TOKEN, eps,
             HAS_ROPE, IS_NEOX, NUM_HEADS, RANK, HALF, BLOCK_SIZE, BLOCK_HEADS, BLOCK_RANK, BLOCK_HALF,
         )  # fmt: skip
         return
@@ -163,8 +165,8 @@ def query_few(
     cos_sin = heads.cos_sin
     launch(
         _latent_query_kernel, (num_rows + num_heads * cdiv(rank, cols),), q.device,
-        queries, q, q_rope, kv, cos_sin, heads.k_norm_weight, heads.slot_mapping, cache.data, matrix,
-        queries.stride(0), queries.stride(1), q.stride(0), q.stride(1), kv.stride(0),
+        queries, q, q_rope, kv, cos_sin, heads.k_norm_weight, heads.slot_mapping, data_of(cache), scales_of(cache),
+        matrix, queries.stride(0), queries.stride(1), q.stride(0), q.stride(1), kv.stride(0),
         0 if cos_sin is None else cos_sin.stride(0), cache.data.stride(1), cache.data.stride(3), heads.eps,
         ROWS=num_rows, KEY_DIM=key_dim, BLOCK_KEY=next_power_of_2(key_dim), HEAD_SIZE=matrix.shape[1], COLS=cols,
         **store_arguments(q_rope, heads, cache, is_neox_style), num_warps=4,

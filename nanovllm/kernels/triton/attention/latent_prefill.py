@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
+from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
 from nanovllm.kernels.triton.attention.latent_tiles import attend_latents, in_groups, latent_arguments, load_query
 from nanovllm.kernels.triton.attention.prefill import PrefillConfig, PrefillPlan, plan_prefill, rows_of_program
 from nanovllm.kernels.triton.attention.tiles import LOWEST, blocks_of_tile, has_tile_loads, launch_options
@@ -53,6 +54,7 @@ def plan_latent_prefill(
 def _latent_prefill_kernel(
     q_ptr,
     cache_ptr,
+    pairs_ptr,
     out_ptr,
     query_start_ptr,
     seq_lens_ptr,
@@ -109,13 +111,15 @@ def _latent_prefill_kernel(
     ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), 0)
     blocks = blocks_of_tile(table_ptr, 0, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend_latents(
-        top, norm, acc, q, q_rope, cache_ptr, table_ptr, blocks, query_position, 0, ragged_from, whole_to, seq_len,
-        STRIDE_BLOCK, STRIDE_TOKEN, scale, RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_SIZE, TILE, False, NUM_STAGES,
+        top, norm, acc, q, q_rope, cache_ptr, pairs_ptr, table_ptr, blocks, query_position, 0, ragged_from, whole_to,
+        seq_len, STRIDE_BLOCK, STRIDE_TOKEN, scale, RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_SIZE, TILE, False,
+        NUM_STAGES,
     )  # fmt: skip
     blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend_latents(
-        top, norm, acc, q, q_rope, cache_ptr, table_ptr, blocks, query_position, ragged_from, end, ragged_from, seq_len,
-        STRIDE_BLOCK, STRIDE_TOKEN, scale, RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_SIZE, TILE, True, 1,
+        top, norm, acc, q, q_rope, cache_ptr, pairs_ptr, table_ptr, blocks, query_position, ragged_from, end,
+        ragged_from, seq_len, STRIDE_BLOCK, STRIDE_TOKEN, scale, RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_SIZE, TILE,
+        True, 1,
     )  # fmt: skip
     result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     rank = tl.arange(0, BLOCK_RANK)[None, :]
@@ -131,8 +135,8 @@ def latent_prefill(
     order, config, data, block_table = plan.order.order, plan.order.config, cache.data, meta.block_table
     launch(
         _latent_prefill_kernel, (order.shape[0] * plan.num_groups,), q.device,
-        q, data, out, meta.query_start_loc, meta.seq_lens, block_table, order, block_table.stride(0),
-        q.stride(0), q.stride(1), data.stride(1), data.stride(3),
+        q, data_of(cache), pairs_of(cache), out, meta.query_start_loc, meta.seq_lens, block_table, order,
+        block_table.stride(0), q.stride(0), q.stride(1), data.stride(1), data.stride(3),
         **latent_arguments(shape, cache.block_size, plan.num_groups), TILE=config.tile,
         ROWS=rows_of_program(config, shape.num_heads // plan.num_groups),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),

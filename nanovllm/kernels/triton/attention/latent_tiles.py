@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.attention_types import AttentionShape, LayerCache
+from nanovllm.kernels.triton.attention.cells import key_scales, load_pairs, numbers_of
 from nanovllm.kernels.triton.attention.tiles import (
     LOG2_E,
     blocks_of_tile,
@@ -45,6 +46,7 @@ def attend_latents(
     q,
     q_rope,
     cache_ptr,
+    pairs_ptr,
     table_ptr,
     blocks,
     query_position,
@@ -66,8 +68,8 @@ def attend_latents(
 ):
     """The online softmax over tiles begin .. end, of which every query sees those before whole_to whole.
 
-    blocks: `blocks_of_tile`'s for the first. query_position: a number or [ROWS, 1]. RAGGED: a tile may reach beyond the
-    last token, where anything may lie.
+    pairs_ptr: `pairs_of`'s, None where there are no codes. blocks: `blocks_of_tile`'s for the first. query_position: a
+    number or [ROWS, 1]. RAGGED: a tile may reach beyond the last token, where anything may lie.
     """
     rank, rope, in_tile = tl.arange(0, BLOCK_RANK)[None, :], tl.arange(0, BLOCK_ROPE)[None, :], tl.arange(0, TILE)
     for t in tl.range(begin, end, num_stages=NUM_STAGES):
@@ -82,13 +84,22 @@ def attend_latents(
         else:
             latent = tl.load(row_ptr + rank, mask=rank < RANK, other=0.0)
             key = tl.load(row_ptr + RANK + rope, mask=rope < ROPE, other=0.0)
+        pairs = None
+        if pairs_ptr is not None:
+            pairs = load_pairs(pairs_ptr, blocks, t, seq_len, 0, 1, BLOCK_SIZE, TILE, RAGGED)
+            latent, key = numbers_of(latent, q), numbers_of(key, q)
         # Read one tile ahead, so that the loads above never wait for it and can be pipelined.
         blocks = blocks_of_tile(table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
-        scores = tl.dot(q_rope, tl.trans(key), input_precision="ieee")
-        scores = tl.dot(q, tl.trans(latent), scores, input_precision="ieee")
+        scores = tl.dot(q_rope.to(key.dtype), tl.trans(key), input_precision="ieee")
+        if pairs is None:
+            scores = tl.dot(q, tl.trans(latent), scores, input_precision="ieee")
+        else:
+            scale_of_latent = (pairs & -65536).to(tl.float32, bitcast=True)
+            by_latent = tl.dot(q.to(latent.dtype), tl.trans(latent), input_precision="ieee")
+            scores = scores * key_scales(pairs)[None, :] + by_latent * scale_of_latent[None, :]
         if t >= whole_to:
             scores = tl.where(in_tile[None, :] <= query_position - t * TILE, scores, float("-inf"))
-        top, norm, acc = update_softmax(top, norm, acc, scores, latent, None, scale, 0.0)
+        top, norm, acc = update_softmax(top, norm, acc, scores, latent, pairs, scale, 0.0)
     return top, norm, acc
 
 

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.attention_types import HeadInputs, LayerCache
+from nanovllm.kernels.cache_codes import CODES, encode_latents
 from nanovllm.kernels.head_linear import head_linear
-from nanovllm.kernels.latent_store import latent_store_reference
+from nanovllm.kernels.latent_store import latent_store_reference, stored_rows
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import PagedCase, make_case
+from tests.kernels.triton.attention.test_cells import plain_numbers_of
 from tests.kernels.twins import (
     DEVICE,
     DTYPES,
@@ -23,33 +25,56 @@ from tests.kernels.twins import (
     twin_test,
 )
 
-names = "attention", "whole", "store", "few", "decode"
-attention, whole, store, few, decode = (load_twin(f"attention.latent_{name}") for name in names)
+names = "attention", "whole", "store", "few", "decode", "tiles"
+attention, whole, store, few, decode, tiles = (load_twin(f"attention.latent_{name}") for name in names)
 product = load_twin("linear.head_linear")
 pytestmark = twin_test
 
 
-def latents(query_lens: list[int], seq_lens: list[int], num_heads: int, head_dim: int, **sizes: object) -> PagedCase:
-    """A cache of rows that are keys, whose first numbers are values; NaN wherever no token is."""
-    case = make_case(query_lens, seq_lens, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, **sizes)  # type: ignore[arg-type]
+def latents(
+    query_lens: list[int], seq_lens: list[int], num_heads: int, rank: int, rope_dim: int, kind: str | None = None,
+    **sizes: object,
+) -> PagedCase:  # fmt: skip
+    """A cache of rows that are keys, whose first numbers are values; NaN wherever no token is. kind: a kv_cache_dtype;
+    the parts of a row are of very different sizes then."""
+    case = make_case(query_lens, seq_lens, num_heads=num_heads, num_kv_heads=1, head_dim=rank + rope_dim, **sizes)  # type: ignore[arg-type]
+    case = replace(case, kv_cache=case.kv_cache[:1])
+    if kind is not None:
+        rows = case.kv_cache[0] * torch.cat((torch.full((rank,), 0.01), torch.full((rope_dim,), 4.0)))
+        codes, scales = encode_latents(rows, rank, CODES[kind])
+        case = replace(case, kv_cache=codes[None].contiguous(), scales=scales.contiguous())
     case.poison_unused()
-    return replace(case, kv_cache=case.kv_cache[:1]).to(DEVICE)
+    return case.to(DEVICE)
 
 
 def reference(case: PagedCase, rank: int) -> torch.Tensor:
     shape = case.shape(0.2)._replace(value_dim=rank)
-    return paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
+    cache = LayerCache(case.kv_cache.float()) if case.scales is None else case.cache
+    return paged_attention_reference(case.q.float(), cache, case.meta, shape)
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "rank", "rope_dim", "block_size", "dtype"),
-    in_each_dtype([(4, 32, 16, 32), (20, 48, 8, 16), (40, 16, 16, 64)] + ([] if INTERPRETED else [(16, 512, 64, 64)])),
+    ("num_heads", "rank", "rope_dim", "block_size", "kind", "dtype"),
+    in_each_dtype(
+        [(4, 32, 16, 32, None), (20, 48, 8, 16, None), (40, 16, 16, 64, None), (20, 48, 8, 16, "fp8")]
+        + ([] if INTERPRETED else [(16, 512, 64, 64, kind) for kind in (None, "fp8", "int8")])
+    ),
 )
-def test_mixed_batches(num_heads: int, rank: int, rope_dim: int, block_size: int, dtype: torch.dtype) -> None:
-    """Padding; more heads than one program takes; sizes that are no powers of two; two layers with one plan."""
+def test_mixed_batches(
+    num_heads: int,
+    rank: int,
+    rope_dim: int,
+    block_size: int,
+    kind: str | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Padding; more heads than one program takes; sizes that are no powers of two; two layers with one plan; codes."""
+    if INTERPRETED:
+        monkeypatch.setattr(tiles, "numbers_of", plain_numbers_of)
     case = latents(
-        [1, 1, 1, 1, 30, 2], [1, block_size + 1, 9, 80, 30, 45], num_heads, rank + rope_dim, block_size=block_size,
-        dtype=dtype,
+        [1, 1, 1, 1, 30, 2], [1, block_size + 1, 9, 80, 30, 45], num_heads, rank, rope_dim, kind,
+        block_size=block_size, dtype=dtype,
     )  # fmt: skip
     case.meta.seq_lens[2] = 0
     case.meta.block_table[2] = 1_000_000
@@ -77,7 +102,7 @@ def test_a_few_decodes_from_products_to_products(
     row of padding."""
     key_dim, value_dim, rank, rope_dim = sizes
     n = len(seq_lens)
-    case = latents([1] * n, seq_lens, num_heads, rank + rope_dim, block_size=block_size, dtype=dtype)
+    case = latents([1] * n, seq_lens, num_heads, rank, rope_dim, block_size=block_size, dtype=dtype)
     if n > 1:
         case.meta.seq_lens[1] = 0
         case.meta.slot_mapping[1] = -1
@@ -108,7 +133,7 @@ def test_a_few_decodes_from_products_to_products(
 @pytest.mark.parametrize("dtype", DTYPES[-1:])
 def test_exact_attention_has_the_same_bits_alone(dtype: torch.dtype) -> None:
     """A decode, and a chunk of a prompt, beside others and by themselves."""
-    case = latents([1, 1, 20], [70, 9, 41], 4, 48, block_size=16, dtype=dtype)
+    case = latents([1, 1, 20], [70, 9, 41], 4, 32, 16, block_size=16, dtype=dtype)
     shape = case.shape(0.2)._replace(value_dim=32)
     got = attention.latent_attention_triton(
         case.q, case.cache, case.meta, shape, attention.LatentPlans(), is_exact=True
@@ -177,6 +202,33 @@ def test_store_equals_reference(dtype: torch.dtype, is_neox: bool, has_rotation:
     assert relative_error(cache, want_cache) < TOLERANCE[dtype]
     assert torch.equal(queries[..., :rank], want_queries[..., :rank])
     assert torch.equal(cache[0, 1], want_cache[0, 1])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES[-1:])
+def test_codes_are_stored_to_the_bit(kind: str, dtype: torch.dtype) -> None:
+    """Without rotation, so that all that is rounded is the norm; what is read of rows by themselves is near them."""
+    num_tokens, rank, rope_dim = 5, 40, 16
+    slots = torch.tensor([3, -1, 20, 7, -1], dtype=torch.int32, device=DEVICE)
+    heads = HeadInputs(None, slots, k_norm_weight=torch.ones(rank, dtype=dtype, device=DEVICE), eps=0.0)
+    kv = torch.sign(randn(num_tokens, rank + rope_dim, dtype=dtype)) / 4
+    kv[:, rank:] = 30 * randn(num_tokens, rope_dim, dtype=dtype)
+    q_rope = randn(num_tokens, 3, rope_dim, dtype=dtype)
+    caches = [
+        LayerCache(
+            torch.zeros(1, 3, 1, 8, rank + rope_dim, dtype=CODES[kind], device=DEVICE),
+            torch.zeros(3, 1, 8, 2, dtype=torch.bfloat16, device=DEVICE),
+        )
+        for _ in range(2)
+    ]
+    store.latent_store_triton(torch.empty_like(q_rope), q_rope, kv, heads, caches[0], False)
+    latent_store_reference(torch.empty_like(q_rope), q_rope, kv, heads, caches[1], False)
+    got, want = ((cache.data.view(torch.int8), cache.scales) for cache in caches)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    rows = stored_rows(caches[0], slots[[0, 2, 3]].long(), rank, dtype)
+    parts = kv[[0, 2, 3], rank:].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+    assert relative_error(rows[:, :rank], 4 * kv[[0, 2, 3], :rank]) < 1e-3
+    assert relative_error(rows[:, rank:], parts) < 0.04
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 70])
