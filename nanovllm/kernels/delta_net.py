@@ -20,7 +20,10 @@ from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.state_types import LayerState, StepStates
 
 L2_EPS = 1e-6
-CHUNK = 64  # tokens that a GPU takes at once of a prompt; at multiples of it a state can be kept
+# Tokens that a GPU takes at once of a prompt; at multiples of it a state can be kept. A Hopper GPU would multiply tiles
+# with 64 rows by wgmma; of several that depend on each other in a loop, ptxas of CUDA 12.8 to 13.0 makes wrong code:
+# illegal accesses, and worse, none (https://github.com/triton-lang/triton/issues/11366).
+CHUNK = 32
 
 
 @dataclass(frozen=True)

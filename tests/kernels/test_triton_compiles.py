@@ -447,9 +447,7 @@ def run_delta_net(lens: list[int], is_exact: bool, dtype: torch.dtype = torch.bf
 def run_mamba2(lens: list[int], is_exact: bool, dtype: torch.dtype = torch.bfloat16, **options: bool) -> None:
     case = make_states_case(lens, [3] * len(lens))
     inputs = make_mamba2_inputs(case, (2, 4, 128, 64), dtype, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULES["mamba2"], "CHUNKS_ARE_PROVEN", True)
-        MODULES["mamba2"].mamba2_triton(*inputs, case.step, is_exact)
+    MODULES["mamba2"].mamba2_triton(*inputs, case.step, is_exact)
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -596,10 +594,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "mamba2 of decodes": lambda: run_mamba2([1, 1], is_exact=False),
     "mamba2 of decodes, norm apart": lambda: run_mamba2([1, 1], is_exact=False, has_norm=False, has_bias=False),
     "mamba2 of prompts": lambda: run_mamba2([1, 70], is_exact=False),
+    "mamba2 of prompts, float32": lambda: run_mamba2([1, 70], is_exact=False, dtype=torch.float32),
     "mamba2, exact, float32": lambda: run_mamba2([1, 70], is_exact=True, dtype=torch.float32),
     "kimi_delta": run_kimi_delta,
     "delta_net of decodes": lambda: run_delta_net([1, 1], is_exact=False),
     "delta_net of prompts": lambda: run_delta_net([1, 70], is_exact=False),
+    "delta_net of prompts, float32": lambda: run_delta_net([1, 70], is_exact=False, dtype=torch.float32),
     "delta_net of prompts, exact": lambda: run_delta_net([1, 70], is_exact=True),
     "moe in int4, a token": lambda: mix_quantized_experts(1, "int4", 2, True),
     "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),
@@ -761,6 +761,13 @@ def test_every_line_is_compiled(compiled: Compiled) -> None:
 def test_shared_memory_suffices(compiled: Compiled) -> None:
     sizes = {tuple(place): binary.metadata.shared for *place, binary in compiled.launches}
     assert {place: size for place, size in sizes.items() if size > SHARED_MEMORY[place[0]]} == {}
+
+
+def test_states_are_multiplied_without_warpgroups(compiled: Compiled) -> None:
+    """See CHUNK in `delta_net.py`."""
+    chunks = [(kernel, binary) for _, kernel, _, binary in compiled.launches if kernel.endswith("_chunks_kernel")]
+    assert len({kernel for kernel, _ in chunks}) == 5
+    assert [kernel for kernel, binary in chunks if "wgmma" in binary.asm["ptx"]] == []
 
 
 def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> None:

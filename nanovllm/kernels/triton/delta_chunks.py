@@ -18,7 +18,7 @@ from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.state_parts import keep_matrix, part_of_step, softplus
 
-COLUMNS = 32  # of S, that one program takes through a prompt
+COLUMNS = 32  # of S, that one program takes through a prompt, as rows: no more than CHUNK, for the same reason
 # Of float32: three products on the matrix units, which leave as much as one without them, and take a tenth of its time.
 PRECISION = tl.constexpr("tf32x3")
 
@@ -167,7 +167,7 @@ def _pass_chunks_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """befores: of each chunk, S before it. changes become what the tokens do change."""
+    """Some columns of S, as rows. befores: of each chunk, S before it. changes become what the tokens do change."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -178,8 +178,8 @@ def _pass_chunks_kernel(
     before = tl.load(seq_lens_ptr + request) - length
     key, value = tl.arange(0, BLOCK_KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     is_key, is_value = key < KEYS, value < VALUES
-    is_cell = is_key[:, None] & is_value[None, :]
-    cell = (head * KEYS + key[:, None]) * VALUES + value[None, :]
+    is_cell = is_key[None, :] & is_value[:, None]
+    cell = (head * KEYS + key[None, :]) * VALUES + value[:, None]
     matrix = tl.load(matrices_ptr + slot * slot_stride + cell, mask=is_cell & (before > 0), other=0.0)
     dtype = keys_ptr.dtype.element_ty
     place = first_place(request, start, CHUNK)
@@ -196,9 +196,9 @@ def _pass_chunks_kernel(
         whole = tl.load(faded_ptr + place * HEADS + head)
         rounded = matrix.to(dtype)
         tl.store(befores_ptr + place * (HEADS * KEYS * VALUES) + cell, rounded, mask=is_cell)
-        change = (change - tl.dot(takes, rounded, input_precision=PRECISION)).to(dtype)
+        change = (change - tl.dot(takes, tl.trans(rounded), input_precision=PRECISION)).to(dtype)
         tl.store(change_at, change, mask=is_change)
-        matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(keys), change, input_precision=PRECISION)
+        matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(change), keys, input_precision=PRECISION)
         last = tl.minimum(first + CHUNK, length) - 1
         keep_matrix(matrix, matrices_ptr, slot_stride, cell, is_cell, snapshots_ptr + start + last)
         place += 1
@@ -384,5 +384,5 @@ def delta_chunks_triton(
     launch(
         _ask_chunks_kernel, (meta.num_reqs * max_chunks, heads), device,
         qkv, z, ba, net.decay, net.dt_bias, net.norm_weight, changes, befores, *lens, out, max_chunks,
-        qkv.stride(0), z.stride(0), ba.stride(0), net.eps, **both, CHUNK=CHUNK, num_warps=8,
+        qkv.stride(0), z.stride(0), ba.stride(0), net.eps, **both, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip

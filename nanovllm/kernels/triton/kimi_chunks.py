@@ -61,8 +61,8 @@ def _kimi_chunks_kernel(
     number, nth = tl.arange(0, BLOCK_DIM), tl.arange(0, CHUNK)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     is_number, is_column = number < DIM, column < DIM
-    is_cell = is_number[:, None] & is_column[None, :]
-    cell = (head * DIM + number[:, None]) * DIM + column[None, :]
+    is_cell = is_number[None, :] & is_column[:, None]
+    cell = (head * DIM + number[None, :]) * DIM + column[:, None]
     num_before = tl.maximum(seq_len - (end - start), 0)  # of padding, none
     had_tokens = (row >= 0) & (num_before > 0)
     s = tl.load(matrices_ptr + row * matrix_stride + cell, mask=is_cell & had_tokens, other=0.0)
@@ -96,10 +96,10 @@ def _kimi_chunks_kernel(
         of_queries = tl.where(nth[:, None] >= nth[None, :], of_queries, 0.0)
 
         share = tl.exp(faded)
-        known = tl.dot(k * share, s, input_precision=PRECISION)
+        known = tl.dot(k * share, tl.trans(s), input_precision=PRECISION)
         wanted = tl.where(is_token[:, None], beta[:, None] * (v - known), 0.0)
         change = tl.dot(inverse(lower, CHUNK), wanted, input_precision=PRECISION)
-        found = tl.dot(q * share, s, input_precision=PRECISION)
+        found = tl.dot(q * share, tl.trans(s), input_precision=PRECISION)
         found += tl.dot(of_queries, change, input_precision=PRECISION)
         place = token[:, None] * VALUES + head * DIM + column[None, :]
         here = is_token[:, None] & is_column[None, :]
@@ -107,7 +107,7 @@ def _kimi_chunks_kernel(
 
         last = tl.sum(tl.where((nth == size - 1)[:, None], faded, 0.0), 0)
         k_left = tl.where(is_token[:, None], k * tl.exp(tl.minimum(last[None, :] - faded, 0.0)), 0.0)
-        s = tl.exp(last)[:, None] * s + tl.dot(tl.trans(k_left), change, input_precision=PRECISION)
+        s = tl.exp(last)[None, :] * s + tl.dot(tl.trans(change), k_left, input_precision=PRECISION)
         begin += size
         keep_matrix(s, matrices_ptr, matrix_stride, cell, is_cell, snapshots_ptr + begin - 1)
     if (row >= 0) & (end > start):

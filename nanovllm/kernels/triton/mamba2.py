@@ -21,9 +21,6 @@ from nanovllm.kernels.triton.mamba2_chunks import mamba2_chunks_triton
 from nanovllm.kernels.triton.state_parts import softplus
 
 COLUMNS = 32  # of a state: 128 bytes of a row
-# Prompts go token by token: the kernel of chunks equals the reference in the interpreter, but an earlier form of it
-# made an illegal access on an H200, and this one has not run on a GPU.
-CHUNKS_ARE_PROVEN = False
 
 
 @triton.jit
@@ -137,9 +134,8 @@ def mamba2_triton(
     if num_decodes < step.meta.num_reqs and len(out):
         rest, channels = behind_decodes(step, num_decodes), net.conv_weight.shape[1]
         xbc = zxbcdt[:, net.num_values : net.num_values + channels]
-        one_by_one = is_exact or not CHUNKS_ARE_PROVEN
         mixed = causal_conv_triton(xbc, net.conv_weight, net.conv_bias, state.conv, rest, is_gated=False)
-        mamba2_chunks_triton(mixed, zxbcdt, net, state.matrices, rest, out, num_decodes, one_by_one)
+        mamba2_chunks_triton(mixed, zxbcdt, net, state.matrices, rest, out, num_decodes, is_exact)
     return out
 
 

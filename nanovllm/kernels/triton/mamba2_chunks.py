@@ -44,7 +44,7 @@ def _pass_chunks_kernel(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Some columns of a head's state through a request's tokens: in chunks, or with STEPS one by one."""
+    """Some columns of a head's state, as rows, through a request's tokens: in chunks, or with STEPS one by one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -57,8 +57,8 @@ def _pass_chunks_kernel(
     before = tl.load(seq_lens_ptr + request) - length
     number, dim = tl.arange(0, BLOCK_STATE), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     is_number, is_dim = number < STATE, dim < DIM
-    cell = (head * STATE + number[:, None]) * DIM + dim[None, :]
-    is_cell = is_number[:, None] & is_dim[None, :]
+    cell = (head * STATE + number[None, :]) * DIM + dim[:, None]
+    is_cell = is_number[None, :] & is_dim[:, None]
     matrix = tl.load(matrices_ptr + slot * slot_stride + cell, mask=is_cell & (before > 0), other=0.0)
     b_at = VALUES + head // (HEADS // GROUPS) * STATE
     c_at = b_at + GROUPS * STATE
@@ -79,9 +79,9 @@ def _pass_chunks_kernel(
         dt = tl.load(zxbcdt_ptr + token * stride + VALUES + CHANNELS + head, mask=is_row, other=0.0).to(tl.float32)
         dt = tl.where(is_row, softplus(dt + dt_bias), 0.0)
         if STEPS:
-            new = tl.sum((dt[:, None] * b.to(tl.float32))[:, :, None] * x.to(tl.float32)[:, None, :], 0)
+            new = tl.sum((dt[:, None] * b.to(tl.float32))[:, None, :] * x.to(tl.float32)[:, :, None], 0)
             matrix = matrix * tl.exp(-decay * tl.sum(dt, 0)) + new
-            found = tl.sum(tl.sum(c.to(tl.float32), 0)[:, None] * matrix, 0)[None, :]
+            found = tl.sum(c.to(tl.float32) * matrix, 1)[None, :]
         else:
             faded = tl.cumsum(-decay * dt, 0)
             row, col = index[:, None], index[None, :]
@@ -89,10 +89,10 @@ def _pass_chunks_kernel(
             scores *= tl.exp(tl.where(row >= col, faded[:, None] - faded[None, :], 0.0)) * dt[None, :]
             scores = tl.where(row >= col, scores, 0.0).to(dtype)
             found = tl.dot(scores, x, input_precision=PRECISION)
-            found += tl.dot(c, matrix.to(dtype), input_precision=PRECISION) * tl.exp(faded)[:, None]
+            found += tl.dot(c, tl.trans(matrix.to(dtype)), input_precision=PRECISION) * tl.exp(faded)[:, None]
             whole = tl.sum(-decay * dt, 0)
             new = (x.to(tl.float32) * (dt * tl.exp(whole - faded))[:, None]).to(dtype)
-            matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(b), new, input_precision=PRECISION)
+            matrix = matrix * tl.exp(whole) + tl.dot(tl.trans(new), b, input_precision=PRECISION)
         z_at = token[:, None] * stride + (head * DIM + dim)[None, :]
         z = tl.load(zxbcdt_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
         found = (found + skip * x.to(tl.float32)) * (z / (1.0 + tl.exp(-z)))
@@ -134,7 +134,7 @@ def mamba2_chunks_triton(
     step: StepStates,
     out: Tensor,
     first: int,
-    one_by_one: bool,
+    is_exact: bool,
 ) -> None:
     """Fill `out` from token `first` on, with which the step's requests begin. xbc: after the convolution."""
     out[first:].zero_()  # padding has tokens, too, and what they are must be numbers
@@ -146,7 +146,7 @@ def mamba2_chunks_triton(
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         zxbcdt.stride(0), matrices.stride(0),
         GROUPS=net.num_groups, HEADS=net.num_heads, STATE=net.state_dim, DIM=net.head_dim, CHUNK=CHUNK,
-        STEPS=one_by_one, BLOCK_STATE=block_state, COLUMNS=columns, num_warps=4, num_stages=1,
+        STEPS=is_exact, BLOCK_STATE=block_state, COLUMNS=columns, num_warps=4, num_stages=1,
     )  # fmt: skip
     if net.norm_weight is not None:
         size = net.num_values // net.num_groups

@@ -22,7 +22,7 @@ LENS = [([1] * 6, [0, 3, 50, 64, 127, 1]), ([1, 2, 70, 64], [9, 1, 40, 0])]
 def test_equals_the_reference(
     dtype: torch.dtype, sizes: tuple[int, int, int, int], lens: list[int], before: list[int], is_exact: bool
 ) -> None:
-    """Snapshots at multiples of 64, where chunks end."""
+    """Snapshots at multiples of 64, where a chunk ends, too."""
     if INTERPRETED and is_exact:  # each token is a turn of a loop there
         if dtype != torch.float32:
             pytest.skip("as in float32")

@@ -28,14 +28,12 @@ def test_equals_the_reference(
     is_exact: bool,
     has_bias: bool,
     has_norm: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Snapshots at multiples of 64, where chunks end."""
+    """Snapshots at multiples of 64, where a chunk ends, too."""
     if INTERPRETED and dtype != torch.float32 and not has_bias:
         pytest.skip("as in float32")
     if INTERPRETED and is_exact:  # each token is a turn of a loop there
         lens, before = [min(n, 9) for n in lens], [min(n, 57) for n in before]
-    monkeypatch.setattr(twin, "CHUNKS_ARE_PROVEN", INTERPRETED)
     torch.manual_seed(1)
     case = make_states_case(lens, before, num_padding=2, device=DEVICE, every=64)
     zxbcdt, net, state = make_inputs(case, sizes, dtype, has_bias=has_bias, has_norm=has_norm)
