@@ -23,6 +23,7 @@ from torch import Tensor
 from nanovllm.kernels.cpu.cpu_kernels import load_cpu_kernels
 from nanovllm.kernels.cpu.rounded_product import RoundedProduct
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the bits below the sign
@@ -46,6 +47,22 @@ class QuantizedWeight(NamedTuple):
     @property
     def is_e2m1(self) -> bool:
         return self.scale.dtype == torch.uint8
+
+
+class RowRounding(NamedTuple):
+    """How a row's inputs are rounded before a product: what `round_rows` is told."""
+
+    kind: str
+    group_size: int | None = None
+    scale: Tensor | None = None
+
+
+class NormOfRow(NamedTuple):
+    """The norm before a product, of x + residual, or of x."""
+
+    residual: Tensor | None
+    weight: Tensor
+    eps: float
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -114,6 +131,37 @@ def quantized_linear(
         if product is not None:
             return product
     return F.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def fused_row(
+    x: Tensor,
+    norm: NormOfRow | None,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    rounding: RowRounding | None,
+    gate: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Of one row on a GPU, (gate(quantized_linear(round_rows(norm of x + residual))), x + residual), in one kernel but
+    for what does not fit in. gate: "silu" or "gelu_tanh". None: it is to be done in sequence."""
+    if x.shape[0] != 1 or not use_triton(x):
+        return None
+    from nanovllm.kernels.triton.linear.quantized_linear import choose, fused_row_triton, fuses_norm, fuses_rounding
+
+    if choose(x, weight) is None:
+        return None
+    total = None
+    fits = rounding is None or fuses_rounding(weight, rounding.group_size)
+    if norm is not None and not (fits and fuses_norm(x, norm.weight)):
+        residual, norm_weight, eps = norm
+        if residual is None:
+            x, total = rms_norm(x, norm_weight, eps), x
+        else:
+            x, total = add_rms_norm(x, residual, norm_weight, eps)
+        norm = None
+    if rounding is not None and not fits:
+        x, rounding = round_rows(x, *rounding), None
+    product, own_total = fused_row_triton(x, norm, weight, bias, rounding, gate)
+    return product, own_total if total is None else total
 
 
 def rounded_product(weight: QuantizedWeight) -> RoundedProduct | None:

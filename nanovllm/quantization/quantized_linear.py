@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.quantized_linear import (
+    NormOfRow,
     QuantizedWeight,
+    RowRounding,
     dequantize,
     fp8_linear,
+    fused_row,
     int8_linear,
     pack_int4,
     quantized_linear,
     round_rows,
     unpack_int4,
 )
-from nanovllm.layers.linear_method import LinearMethod, LinearSpec
+from nanovllm.layers.linear_method import Gate, LinearMethod, LinearSpec, Norm
 from nanovllm.layers.weight_specs import WeightSpec
 
 _CODES = {"int4": torch.uint8, "e2m1": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -197,6 +200,8 @@ class QuantizedLinear(LinearMethod):
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.order is not None:
             x = x[:, self.order]
+        if (fused := self._fused_row(None, x, bias, None)) is not None:
+            return fused[0]
         rounding, weight = self.rounding, self.weight
         if rounding is None:
             return quantized_linear(x, weight, bias, self.semaphores)
@@ -206,6 +211,31 @@ class QuantizedLinear(LinearMethod):
             return self._multiply_parts(rounding, x, bias, self.input_scale)
         rounded = round_rows(x, rounding.kind, rounding.group_size, self.input_scale)
         return quantized_linear(rounded, weight, bias, self.semaphores)
+
+    def multiply_after_norm(
+        self, norm: Norm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gate: Gate | None = None
+    ) -> tuple[Tensor, Tensor]:
+        of_row, total = None, x
+        if norm.weight is None:
+            x, total = norm(x, residual)
+        else:
+            of_row = NormOfRow(residual, norm.weight, norm.eps)
+        if self.order is None and (fused := self._fused_row(of_row, x, bias, gate)) is not None:
+            return fused[0], total if of_row is None else fused[1]
+        if of_row is not None:
+            x, total = norm(x, residual)
+        product = self.multiply(x, bias)
+        return product if gate is None else gate.apply(product), total
+
+    def _fused_row(
+        self, norm: NormOfRow | None, x: Tensor, bias: Tensor | None, gate: Gate | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `quantized_linear.fused_row`."""
+        rounding, scale = self.rounding, self.input_scale
+        if scale is not None and len(scale) > 1:
+            return None
+        of_row = None if rounding is None else RowRounding(rounding.kind, rounding.group_size, scale)
+        return fused_row(x, norm, self.weight, bias, of_row, None if gate is None else gate.activation)
 
     def _multiply_parts(self, rounding: Rounding, x: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
         """Each matrix has rounded its inputs in its own way."""

@@ -27,7 +27,7 @@ from nanovllm.kernels.cascade import cascade_inputs
 from nanovllm.kernels.draft_places import Places
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.moe import Biases, Gate, Shared
-from nanovllm.kernels.quantized_linear import QuantizedWeight
+from nanovllm.kernels.quantized_linear import NormOfRow, QuantizedWeight, RowRounding
 from nanovllm.kernels.quantized_moe import Stack
 from nanovllm.kernels.router import Router
 from nanovllm.runner.cascade_items import cut
@@ -54,7 +54,7 @@ from triton.runtime.jit import JITFunction
 
 pytestmark = pytest.mark.slow
 
-FOR_HOPPER = (".fence_tile_loads", ".row_of_tile", "._fetch_weights", "sum_norm._fetch")  # functions
+FOR_HOPPER = (".fence_tile_loads", ".row_of_tile", "._fetch_weights", "sum_norm._fetch", ".fp8_numbers")  # functions
 HOPPER_ONLY = ".prefill_hopper."  # a module
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # by compute capability: the bytes that a program may ask for
 TARGETS = [(80, 86), (90,)]  # side by side where the code is the same
@@ -245,10 +245,23 @@ def multiply_codes(
     bias, semaphores = bf16(256) if more else None, new_semaphores()
     for weight in weights:
         config = twin.choose(x, weight)
-        twin.quantized_linear_triton(x, weight, bias, config._replace(ahead=1) if num_rows == 1 else config, semaphores)
+        twin.quantized_linear_triton(x, weight, bias, config, semaphores)
         if num_rows > 1:
             twin.quantized_linear_triton(x, weight, None, config._replace(splits=1))
         twin.dequantize_triton(weight, dtype)
+
+
+def multiply_a_row(kind: str, inputs: int, has_residual: bool, rounding: RowRounding | None, gate: str | None) -> None:
+    """With what stands around it; two chunks of inputs, and one program, which has several tiles of outputs."""
+    twin = MODULES["linear.quantized_linear"]
+    if "fp8" in (kind, None if rounding is None else rounding.kind) and not twin.has_fp8(torch.device("cpu")):
+        return
+    codes_dtype = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    codes = torch.zeros(60, inputs // 2 if kind == "int4" else inputs, dtype=codes_dtype)
+    weight = QuantizedWeight(codes, torch.rand(60, 1), None, inputs)
+    config = twin.GemvConfig(8, lanes=32, num_warps=1, ahead=1, programs=1)
+    norm = NormOfRow(bf16(1, inputs) if has_residual else None, bf16(inputs), 1e-6)
+    twin.launch_gemv(bf16(1, inputs), norm, weight, None, bf16(1, 30 if gate else 60), config, rounding, gate)
 
 
 def round_inputs(kind: str, group_size: int | None, scale: Tensor | None) -> None:
@@ -568,6 +581,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     "int4 of a row, a chunk that is not full": lambda: multiply_codes(1, "int4", 128, inputs=1280),
     "int8 of a row": lambda: multiply_codes(1, "int8", None),
     "fp8 of a row": lambda: multiply_codes(1, "fp8", None),
+    "int4 of a row, norm and gate": lambda: multiply_a_row("int4", 2048, False, None, "silu"),
+    "int8 of a row, norm, rounded by a given scale": lambda: multiply_a_row(
+        "int8", 1024, False, RowRounding("int8", None, torch.rand(1)), None
+    ),
+    "int8 of a row, norm, rounded by groups": lambda: multiply_a_row(
+        "int8", 1024, True, RowRounding("int8", 128), "gelu_tanh"
+    ),
+    "int8 of a row, norm, rounded": lambda: multiply_a_row("int8", 1024, True, RowRounding("int8"), None),
+    "fp8 of a row, norm, rounded, gate": lambda: multiply_a_row("fp8", 1024, True, RowRounding("fp8"), "silu"),
     "inputs in fp8": lambda: round_inputs("fp8", None, None),
     "inputs in fp8, groups": lambda: round_inputs("fp8", 128, None),
     "inputs in int8": lambda: round_inputs("int8", None, None),

@@ -28,6 +28,23 @@ def normalize(x, scale, norm_weight):
 
 
 @triton.jit
+def scale_of_largest(largest, IS_FP8: tl.constexpr):
+    """The scale of numbers of which the largest is that large."""
+    return tl.maximum(largest, 1e-12) / (448.0 if IS_FP8 else 127.0)
+
+
+@triton.jit
+def round_to_codes(x, IS_FP8: tl.constexpr):
+    """Numbers over their scale -> the nearest codes, whole ones as float32."""
+    LARGEST: tl.constexpr = 448.0 if IS_FP8 else 127.0
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    if IS_FP8:
+        return x.to(tl.float8e4nv)
+    else:
+        return (x + 12582912.0) - 12582912.0  # there are no fractions beyond 2^23
+
+
+@triton.jit
 def finish(
     first, second, bias_ptr, output, mask, num_outputs, dtype,
     GATED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,

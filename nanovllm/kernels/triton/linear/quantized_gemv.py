@@ -1,15 +1,15 @@
-"""The product of a row with quantized weights, by multiplying and adding in registers.
+"""The product of a row with quantized weights, in registers; norm, rounding of inputs and gate fused.
 
-Owns that kernel; which products it is for is `quantized_linear.py`'s to say. A lane has 16 bytes of codes that
-lie side by side, four lanes (or eight) a group of inputs. Codes become float32 by putting them below a constant
-exponent, one or two instructions each; what that adds to every code is taken off the group's sum. Codes of four bits
-are loaded as words of eight, and inputs four at a time, so that neither is taken apart into bytes and put together
-again.
+Owns that kernel; which products it is for is `quantized_linear.py`'s to say. A program has some outputs at a time. A
+lane loads 16 bytes of each output's codes, and has the inputs that meet them from its first tile to its last
+(`row_inputs.py`). Whole codes are multiplied as they lie in their word, by inputs that are whole numbers of 16 bits in
+units of the lane's largest: two products an instruction (dp2a), and no code is ever a number of its own. FP8 becomes
+float32, and is multiplied by the inputs as they are.
 Invariant: a row's sums are added in an order that the sizes alone determine.
 """
 
 # Tuples of tiles grow while a kernel is compiled.
-# mypy: disable-error-code="assignment, misc, var-annotated"
+# mypy: disable-error-code="assignment, attr-defined, misc, var-annotated"
 
 from __future__ import annotations
 
@@ -20,191 +20,259 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.quantized_linear import NormOfRow, QuantizedWeight, RowRounding
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
+from nanovllm.kernels.triton.linear.parts import finish
+from nanovllm.kernels.triton.linear.row_inputs import (
+    WORDS,
+    add_rows,
+    load_row,
+    norm_row,
+    round_row,
+    store_row,
+    whole_row,
+)
 
-ROW_BYTES = 512  # of an output's codes, in a chunk
+MAX_PROGRAMS = 2**31 - 1
+LANE_INPUTS = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: 16}  # in the words that a lane loads at a time
+_KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
-
-@triton.jit
-def _load_codes(
-    codes_ptr, offset, group, i: tl.constexpr, GROUPS: tl.constexpr, PER_CHUNK: tl.constexpr, UNITS: tl.constexpr
-):
-    """Chunk i of the rows at `offset`: [OUTPUTS, PER_CHUNK, UNITS]."""
-    place = offset + i * (PER_CHUNK * UNITS)
-    if (i + 1) * PER_CHUNK <= GROUPS:
-        return tl.load(codes_ptr + place)
-    else:
-        return tl.load(codes_ptr + place, mask=(group + i * PER_CHUNK < GROUPS)[None, :, None], other=0.0)
-
-
-@triton.jit
-def _one_of_four(inputs, j: tl.constexpr, dtype: tl.constexpr):
-    """Of four 16-bit numbers in an int64, number j, as float32."""
-    pair = (inputs >> 32 if j >= 2 else inputs).to(tl.int32)
-    if dtype == tl.float16:
-        return ((pair >> (j % 2 * 16)) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return (pair & -65536 if j % 2 else pair << 16).to(tl.float32, bitcast=True)
-
-
-# Byte j of $8 goes to bits 12 to 19, where its halves are the integers below the exponents of 2048 and of 128: $2j and
-# $2j + 1. "lop3" with 0xea is (first & second) | third.
-_MOVES = ("shl.b32 t, $8, 12;", "shl.b32 t, $8, 4;", "shr.b32 t, $8, 4;", "shr.b32 t, $8, 12;")
-_SPLIT = tl.constexpr(
-    "{.reg .b32 t, m, n, c, d; mov.b32 m, 0xf000; mov.b32 n, 0xf0000; mov.b32 c, 0x45000000; mov.b32 d, 0x43000000;"
-    + "".join(
-        f"{move} lop3.b32 ${2 * j}, t, m, c, 0xea; lop3.b32 ${2 * j + 1}, t, n, d, 0xea;"
-        for j, move in enumerate(_MOVES)
-    )
-    + "}"
+_DOT_INT4 = tl.constexpr(
+    "{.reg .b32 low, high, sum; and.b32 low, $1, 0x0f0f0f0f; shr.u32 high, $1, 4; and.b32 high, high, 0x0f0f0f0f;"
+    "dp2a.lo.s32.u32 sum, $2, low, 0; dp2a.hi.s32.u32 sum, $3, low, sum;"
+    "dp2a.lo.s32.u32 sum, $4, high, sum; dp2a.hi.s32.u32 $0, $5, high, sum;}"
+)
+_DOT_INT8 = tl.constexpr("{.reg .b32 sum; dp2a.lo.s32.s32 sum, $2, $1, 0; dp2a.hi.s32.s32 $0, $3, $1, sum;}")
+_FP8 = tl.constexpr(
+    "{.reg .b16 low, high, a, b; .reg .b32 pair; mov.b32 {low, high}, $4;"
+    "cvt.rn.f16x2.e4m3x2 pair, low; mov.b32 {a, b}, pair; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;"
+    "cvt.rn.f16x2.e4m3x2 pair, high; mov.b32 {a, b}, pair; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b;}"
 )
 
 
 @triton.jit
-def split_words(words):
-    """Words of eight codes of four bits -> of each byte in turn, the lower half and 2048, the upper half and 128."""
+def dot_int4(words, a, b, c, d):
+    """Of each word, the lower halves of its bytes times the 16-bit numbers in a and b, the upper ones times c and d."""
     return tl.inline_asm_elementwise(
-        _SPLIT, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [words],
-        dtype=(
-            tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32,
-        ),
-        is_pure=True, pack=1,
-    )  # fmt: skip
+        _DOT_INT4, "=&r,r,r,r,r,r", [words, a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _add_words(words, first, second, dtype: tl.constexpr):
-    """Words [OUTPUTS, PER_CHUNK, UNITS] of eight codes times inputs [PER_CHUNK, UNITS], four each for the lower and the
-    upper halves of their bytes: the sums [OUTPUTS, PER_CHUNK], and those of the inputs [1, PER_CHUNK]."""
-    low0, high0, low1, high1, low2, high2, low3, high3 = split_words(words)
-    a, b = tl.broadcast_to(first[None, :, :], words.shape), tl.broadcast_to(second[None, :, :], words.shape)
-    products = low0 * _one_of_four(a, 0, dtype)
-    products += high0 * _one_of_four(b, 0, dtype)
-    products += low1 * _one_of_four(a, 1, dtype)
-    products += high1 * _one_of_four(b, 1, dtype)
-    products += low2 * _one_of_four(a, 2, dtype)
-    products += high2 * _one_of_four(b, 2, dtype)
-    products += low3 * _one_of_four(a, 3, dtype)
-    products += high3 * _one_of_four(b, 3, dtype)
-    sum_a = tl.zeros(first.shape, tl.float32)
-    sum_b = tl.zeros(first.shape, tl.float32)
-    for j in tl.static_range(4):
-        sum_a += _one_of_four(first, j, dtype)
-        sum_b += _one_of_four(second, j, dtype)
-    too_much = tl.sum(2048.0 * sum_a + 128.0 * sum_b, axis=1)[None, :]
-    return tl.sum(products, axis=2) - too_much, tl.sum(sum_a + sum_b, axis=1)[None, :]
+def dot_int8(words, a, b):
+    """The bytes of each word times the 16-bit numbers in a and b."""
+    return tl.inline_asm_elementwise(_DOT_INT8, "=&r,r,r,r", [words, a, b], dtype=tl.int32, is_pure=True, pack=1)
 
 
-@triton.jit(do_not_specialize=["num_outputs"])
+@triton.jit
+def fp8_numbers(words):
+    """The four e4m3 of each word."""
+    return tl.inline_asm_elementwise(
+        _FP8, "=&f,=&f,=&f,=&f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _multiply(words, x, FIRST: tl.constexpr, KIND: tl.constexpr):
+    """Sums [LANES, ROWS] of a lane's products; its inputs are tiles from FIRST on."""
+    IS_FP8: tl.constexpr = KIND == "fp8"
+    if IS_FP8:
+        first, second, third, fourth = fp8_numbers(words)
+        products = first * x[FIRST][:, None, :]
+        products += second * x[FIRST + 1][:, None, :]
+        products += third * x[FIRST + 2][:, None, :]
+        products += fourth * x[FIRST + 3][:, None, :]
+    elif KIND == "int4":
+        products = dot_int4(
+            words, x[FIRST][:, None, :], x[FIRST + 1][:, None, :], x[FIRST + 2][:, None, :], x[FIRST + 3][:, None, :]
+        )
+    else:
+        products = dot_int8(words, x[FIRST][:, None, :], x[FIRST + 1][:, None, :])
+    return tl.sum(products, axis=2)
+
+
+@triton.jit
+def _load_chunk(
+    codes_ptr, scale_ptr, zero_ptr, low_ptr, tile, is_wanted, i: tl.constexpr,
+    NUM_OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, SCALES: tl.constexpr,
+    OUTPUTS: tl.constexpr, PLANES: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Chunk i of a tile's rows: words [LANES, ROWS, WORDS], and what each lane's group has: scales, zeros, lows."""
+    ROW_LANES: tl.constexpr = INPUTS // (PARTS * WORDS)
+    row = tl.arange(0, OUTPUTS * PLANES)
+    output = row // PLANES
+    if NUM_OUTPUTS % OUTPUTS:
+        output = tl.minimum(output, NUM_OUTPUTS - 1 - tile * OUTPUTS)
+    row = output + row % PLANES * NUM_OUTPUTS
+    lane = i * LANES + tl.arange(0, LANES)[:, None]
+    mask = is_wanted
+    if (i + 1) * LANES > ROW_LANES:
+        mask = (lane < ROW_LANES) & is_wanted
+    # What a tile adds to an address is one number, and what its rows add is known when it is compiled.
+    first_row = tile.to(tl.int64) * OUTPUTS
+    place = (row[None, :] * ROW_LANES + lane)[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
+    words_mask = mask if (i + 1) * LANES <= ROW_LANES else mask[:, :, None]
+    words = tl.load(codes_ptr + first_row * (ROW_LANES * WORDS) + place, mask=words_mask, other=0)
+    group = row[None, :] * SCALES + lane // (ROW_LANES // SCALES)
+    scale = tl.load(scale_ptr + first_row * SCALES + group, mask=mask, other=0.0)
+    zero, low = 0, 0.0
+    if zero_ptr is not None:
+        zero = tl.load(zero_ptr + first_row * SCALES + group, mask=mask, other=0)
+    if low_ptr is not None:
+        low = tl.load(low_ptr + first_row * SCALES + group, mask=mask, other=0.0)
+    return words, scale, zero, low
+
+
+@triton.jit
 def _quantized_vector_kernel(
     x_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    round_scale_ptr,
     codes_ptr,
     scale_ptr,
     zero_ptr,
     low_ptr,
     bias_ptr,
     out_ptr,
-    num_outputs,
-    GROUPS: tl.constexpr,
+    total_ptr,
+    eps,
+    NUM_OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
     SCALES: tl.constexpr,
-    UNITS: tl.constexpr,
-    PER_CHUNK: tl.constexpr,
-    IS_INT4: tl.constexpr,
-    IS_FP8: tl.constexpr,
+    KIND: tl.constexpr,
+    ROUND: tl.constexpr,
+    ROUND_LANES: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    LANES: tl.constexpr,
     AHEAD: tl.constexpr,
+    LOOPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """GROUPS: of UNITS bytes, or words of "int4", in which sums are made; of SCALES scales an output each has one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    CHUNKS: tl.constexpr = (GROUPS + PER_CHUNK - 1) // PER_CHUNK
-    # What a code has too much: of int4, where there is no `low`.
-    OFFSET: tl.constexpr = (8.0 if low_ptr is None else 0.0) if IS_INT4 else (0.0 if IS_FP8 else 32896.0)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    weight_row = tl.minimum(output, num_outputs - 1)
-    group = tl.arange(0, PER_CHUNK)
-    in_chunk = group[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
-    offset = weight_row.to(tl.int64)[:, None, None] * (GROUPS * UNITS) + in_chunk[None, :, :]
-    codes = ()
-    for i in tl.static_range(min(AHEAD, CHUNKS)):
-        codes = codes + (_load_codes(codes_ptr, offset, group, i, GROUPS, PER_CHUNK, UNITS),)
+    PARTS: tl.constexpr = 8 if KIND == "int4" else 4
+    CHUNKS: tl.constexpr = (INPUTS + LANES * PARTS * WORDS - 1) // (LANES * PARTS * WORDS)
+    TILES: tl.constexpr = (NUM_OUTPUTS + OUTPUTS - 1) // OUTPUTS
+    PLANES: tl.constexpr = 2 if GATED else 1
+    IS_FP8: tl.constexpr = KIND == "fp8"
+    OFFSET: tl.constexpr = 8 if KIND == "int4" and low_ptr is None else 0  # what is added to each code
+    tile = tl.program_id(0)
+    chunks = ()
+    for i in tl.static_range(AHEAD):
+        chunks = chunks + _load_chunk(
+            codes_ptr, scale_ptr, zero_ptr, low_ptr, tile, True, i,
+            NUM_OUTPUTS, INPUTS, SCALES, OUTPUTS, PLANES, LANES, PARTS,
+        )  # fmt: skip
+    if norm_weight_ptr is not None:
+        norm_weight = load_row(norm_weight_ptr, CHUNKS, INPUTS, LANES, PARTS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    acc = tl.zeros([OUTPUTS, PER_CHUNK], tl.float32)
+    x = load_row(x_ptr, CHUNKS, INPUTS, LANES, PARTS)
+    if residual_ptr is not None:
+        x = add_rows(x, load_row(residual_ptr, CHUNKS, INPUTS, LANES, PARTS), CHUNKS * PARTS)
+        if tile == 0:
+            store_row(total_ptr, x, CHUNKS, INPUTS, LANES, PARTS)
+    if norm_weight_ptr is not None:
+        x = norm_row(x, norm_weight, eps, INPUTS, CHUNKS * PARTS)
+    if ROUND is not None:
+        x = round_row(x, round_scale_ptr, ROUND == "fp8", ROUND_LANES, CHUNKS, LANES, PARTS)
+    inputs, totals, units = (), (), ()
     for i in tl.static_range(CHUNKS):
-        own = group + i * PER_CHUNK
-        scale_place = weight_row[:, None] * SCALES + tl.minimum(own, GROUPS - 1)[None, :] // (GROUPS // SCALES)
-        if SCALES > 1:
-            scale = tl.load(scale_ptr + scale_place).to(tl.float32)
-        if zero_ptr is not None:
-            zero = tl.load(zero_ptr + scale_place).to(tl.float32)
-        place = i * (PER_CHUNK * UNITS) + in_chunk
-        mask = (own < GROUPS)[:, None]
-        if IS_INT4:
-            four_ptr = x_ptr.to(tl.pointer_type(tl.int64)) + place // 4 * 8 + place % 4
-            first, second = tl.load(four_ptr, mask=mask, other=0), tl.load(four_ptr + 4, mask=mask, other=0)
-            products, total = _add_words(codes[i], first, second, x_ptr.dtype.element_ty)
+        own = x[i * PARTS : (i + 1) * PARTS]
+        if IS_FP8:
+            for j in tl.static_range(PARTS):
+                inputs = inputs + (own[j].to(tl.float32),)
         else:
+            pairs, total, unit = whole_row(own, PARTS)
+            inputs, totals, units = inputs + pairs, totals + (total[:, None],), units + (unit[:, None],)
+
+    while tile < TILES:
+        output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+        acc = tl.zeros([LANES, OUTPUTS * PLANES], tl.float32)
+        held = chunks
+        for i in tl.static_range(CHUNKS):
+            if i + AHEAD < CHUNKS:
+                held = held + _load_chunk(
+                    codes_ptr, scale_ptr, zero_ptr, low_ptr, tile, True, i + AHEAD,
+                    NUM_OUTPUTS, INPUTS, SCALES, OUTPUTS, PLANES, LANES, PARTS,
+                )  # fmt: skip
+            elif LOOPS:
+                next_tile = tile + tl.num_programs(0)
+                held = held + _load_chunk(
+                    codes_ptr, scale_ptr, zero_ptr, low_ptr, next_tile, next_tile < TILES, i + AHEAD - CHUNKS,
+                    NUM_OUTPUTS, INPUTS, SCALES, OUTPUTS, PLANES, LANES, PARTS,
+                )  # fmt: skip
+            words, scale, zero, low = held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]
             if IS_FP8:
-                numbers = codes[i].to(tl.float32)
+                sums = _multiply(words, inputs, i * PARTS, KIND) * scale.to(tl.float32)
             else:
-                bits = codes[i].to(tl.uint8, bitcast=True).to(tl.uint32) ^ 128
-                numbers = ((bits << 8) | 0x47000000).to(tl.float32, bitcast=True)  # 32768, 128 and the code
-            x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            products = tl.sum(numbers * x[None, :, :], axis=2)
-            total = tl.sum(x, axis=1)[None, :]
-        if zero_ptr is not None:
-            products -= (zero + OFFSET) * total
-        elif OFFSET > 0:
-            products -= OFFSET * total
-        if SCALES > 1:
-            products *= scale
-        if low_ptr is not None:
-            products += tl.load(low_ptr + scale_place).to(tl.float32) * total
-        acc += products
-        # Only now are there registers for another chunk.
-        if i + AHEAD < CHUNKS:
-            codes = codes + (_load_codes(codes_ptr, offset, group, i + AHEAD, GROUPS, PER_CHUNK, UNITS),)
-    valid = output < num_outputs
-    result = tl.sum(acc, axis=1)
-    if SCALES == 1:
-        result *= tl.load(scale_ptr + weight_row).to(tl.float32)
-    if bias_ptr is not None:
-        result += tl.load(bias_ptr + output, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=valid)
+                whole = _multiply(words, inputs, i * (PARTS // 2), KIND)
+                if zero_ptr is not None:
+                    whole -= (zero.to(tl.int32) + OFFSET) * totals[i]
+                elif OFFSET > 0:
+                    whole -= OFFSET * totals[i]
+                sums = whole.to(tl.float32) * scale.to(tl.float32)
+                if low_ptr is not None:
+                    sums += low.to(tl.float32) * totals[i].to(tl.float32)
+                sums *= units[i]
+            acc += sums
+        if LOOPS:
+            chunks = held[4 * CHUNKS :]
+        tile += tl.num_programs(0)
+        result = tl.sum(acc, axis=0)
+        second = result
+        if GATED:
+            result, second = tl.split(tl.reshape(result, [OUTPUTS, 2]))
+        valid = output < NUM_OUTPUTS
+        result = finish(
+            result, second, bias_ptr, output, valid, NUM_OUTPUTS, out_ptr.dtype.element_ty, GATED, GELU,
+            bias_ptr is not None,
+        )  # fmt: skip
+        tl.store(out_ptr + output, result, mask=valid)
 
 
 class GemvConfig(NamedTuple):
-    """group_bytes: of codes whose products are added first. outputs: per program. ahead: chunks of codes held."""
+    """outputs: of a program at a time. lanes: that share them. ahead: chunks of codes asked for early.
 
-    group_bytes: int
+    programs: at most; each has as many tiles of outputs as it takes.
+    """
+
     outputs: int
+    lanes: int
     num_warps: int
     ahead: int
+    programs: int
 
 
 def launch_gemv(
     x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    low: Tensor | None,
+    norm: NormOfRow | None,
+    weight: QuantizedWeight,
     bias: Tensor | None,
+    out: Tensor,
     config: GemvConfig,
+    rounding: RowRounding | None = None,
+    gate: str | None = None,
 ) -> Tensor:
-    """`quantized_linear.quantized_linear` of one row."""
-    num_outputs, is_int4 = codes.shape[0], codes.dtype == torch.uint8
-    unit_bytes = 4 if is_int4 else 1
-    out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
+    """Writes `quantized_linear.fused_row` into out [1, outputs]; returns x, or x + residual."""
+    codes, scale, zero, _, low = weight
+    num_outputs, tiles = out.shape[1], cdiv(out.shape[1], config.outputs)
+    residual, norm_weight, eps = (None, None, 0.0) if norm is None else norm
+    round_kind, round_size, round_scale = (None, None, None) if rounding is None else rounding
+    total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs = min(tiles, config.programs)
+    chunks = cdiv(x.shape[1], config.lanes * LANE_INPUTS[codes.dtype])
     launch(
-        _quantized_vector_kernel, (cdiv(num_outputs, config.outputs),), x.device,
-        x, codes.view(torch.int32) if is_int4 else codes, scale, zero, low, bias, out, num_outputs,
-        GROUPS=codes.shape[1] // config.group_bytes, SCALES=scale.shape[1], UNITS=config.group_bytes // unit_bytes,
-        PER_CHUNK=ROW_BYTES // config.group_bytes, IS_INT4=is_int4, IS_FP8=codes.dtype == torch.float8_e4m3fn,
-        OUTPUTS=config.outputs, AHEAD=config.ahead,
-        num_warps=config.num_warps,
+        _quantized_vector_kernel, (programs,), x.device,
+        x, residual, norm_weight, round_scale, codes.view(torch.uint32), scale, zero, low, bias, out, total,
+        eps, NUM_OUTPUTS=num_outputs, INPUTS=x.shape[1], SCALES=scale.shape[1], KIND=_KINDS[codes.dtype],
+        ROUND=round_kind, ROUND_LANES=0 if round_size is None else round_size // LANE_INPUTS[codes.dtype],
+        GATED=gate is not None, GELU=gate == "gelu_tanh", OUTPUTS=config.outputs, LANES=config.lanes,
+        AHEAD=min(config.ahead, chunks), LOOPS=tiles > programs, num_warps=config.num_warps,
     )  # fmt: skip
-    return out
+    return total

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
+from nanovllm.kernels import quantized_linear
 from nanovllm.kernels.quantized_linear import (
+    NormOfRow,
     QuantizedWeight,
+    RowRounding,
     dequantize_reference,
     fp8_linear,
+    fused_row,
     pack_int4,
     round_rows_reference,
 )
-from tests.kernels.triton.plain_codes import plain_split_int4, plain_split_words
+from nanovllm.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
+from nanovllm.kernels.silu_and_mul import gelu_and_mul_reference, silu_and_mul_reference
+from tests.kernels.triton.plain_codes import plain_dot_int4, plain_dot_int8, plain_fp8_numbers, plain_split_int4
 from tests.kernels.twins import DEVICE, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
 pytestmark = twin_test
@@ -24,7 +30,10 @@ def without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows none."""
     if INTERPRETED:
         monkeypatch.setattr(load_twin("linear.quantized_gemm"), "split_int4", plain_split_int4)
-        monkeypatch.setattr(load_twin("linear.quantized_gemv"), "split_words", plain_split_words)
+        vectors = load_twin("linear.quantized_gemv")
+        monkeypatch.setattr(vectors, "dot_int4", plain_dot_int4)
+        monkeypatch.setattr(vectors, "dot_int8", plain_dot_int8)
+        monkeypatch.setattr(vectors, "fp8_numbers", plain_fp8_numbers)
 
 
 def random_weight(
@@ -79,17 +88,75 @@ def test_products(
     [(128, 512, 128, "zeros"), (20, 256, 32, "low"), (30, 1152, None, ""), (9, 1280, 64, "zeros")],
 )
 def test_a_row(dtype: torch.dtype, kind: str, outputs: int, inputs: int, group_size: int | None, more: str) -> None:
-    """Chunks of inputs that are not full, several chunks, outputs that do not fill a program."""
+    """Chunks of inputs that are not full, several chunks, outputs that do not fill a program, programs that go on."""
     weight = random_weight(
         kind, outputs, inputs, group_size, more == "zeros" and kind != "fp8", more == "low" and kind != "fp8"
     )
     x, bias = randn(1, inputs, dtype=dtype), randn(outputs, dtype=dtype)
     want = x.float() @ dequantize_reference(weight, torch.float32).t()
-    config = twin.choose(x, weight)
-    got = twin.quantized_linear_triton(x, weight, None, config._replace(ahead=1))
+    got = twin.quantized_linear_triton(x, weight, None, twin.GemvConfig(8, lanes=16, num_warps=2, ahead=2, programs=2))
     assert relative_error(got, want) < TOLERANCE[dtype]
-    with_bias = twin.quantized_linear_triton(x, weight, bias, config)
+    with_bias = twin.quantized_linear_triton(x, weight, bias, twin.choose(x, weight))
     assert relative_error(with_bias, want + bias.float()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("rounding", "has_residual", "gate"),
+    [
+        (RowRounding("int8"), True, "silu"),
+        (RowRounding("int8", 64), False, None),
+        (RowRounding("fp8"), True, None),
+        (RowRounding("int8", None, torch.tensor([0.02])), False, "gelu_tanh"),
+        (None, True, "gelu_tanh"),
+    ],
+)
+def test_a_row_with_what_stands_around_it(
+    dtype: torch.dtype, kind: str, rounding: RowRounding | None, has_residual: bool, gate: str | None
+) -> None:
+    """Norm, rounding, product and gate in one kernel, beside one after the other."""
+    inputs, outputs = 1152, 40
+    weight = random_weight(kind, outputs * (1 if gate is None else 2), inputs, 128, kind == "int4")
+    x, norm_weight = randn(1, inputs, dtype=dtype), randn(inputs, dtype=dtype)
+    residual = randn(1, inputs, dtype=dtype) if has_residual else None
+    if rounding is not None and rounding.scale is not None:
+        rounding = rounding._replace(scale=rounding.scale.to(DEVICE))
+    row, total = x, x
+    if residual is None:
+        row = rms_norm_reference(x, norm_weight, 1e-6)
+    else:
+        row, total = add_rms_norm_reference(x, residual, norm_weight, 1e-6)
+    if rounding is not None:
+        row = round_rows_reference(row, *rounding)
+    want = row.float() @ dequantize_reference(weight, torch.float32).t()
+    if gate is not None:
+        want = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_reference}[gate](want)
+    assert twin.fuses_norm(x, norm_weight) and (rounding is None or twin.fuses_rounding(weight, rounding.group_size))
+    norm = NormOfRow(residual, norm_weight, 1e-6)
+    got, got_total = twin.fused_row_triton(x, norm, weight, None, rounding, gate)
+    rounds_down = INTERPRETED and rounding is not None and rounding.kind == "fp8"  # by 1/8 at most
+    assert relative_error(got, want) < (0.125 if rounds_down else 2 * TOLERANCE[dtype])
+    assert torch.equal(got_total, total)
+
+
+def test_what_does_not_fit_in_is_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm in another dtype; a rounding whose groups are no lane's; an input that is no number."""
+    monkeypatch.setattr(quantized_linear, "use_triton", lambda x: True)
+    weight, x = random_weight("int8", 24, 192, None, False), randn(1, 192, dtype=torch.float16)
+    norm = NormOfRow(None, randn(192, dtype=torch.float32), 1e-6)
+    normed = rms_norm_reference(x, norm.weight, 1e-6)
+    dense = dequantize_reference(weight, torch.float32)
+    for rounding in (RowRounding("int8"), RowRounding("int8", 24)):
+        fused = fused_row(x, norm, weight, None, rounding, None)
+        assert fused is not None
+        product, total = fused
+        assert relative_error(product, round_rows_reference(normed, *rounding).float() @ dense.t()) < 4e-3
+        assert total is x
+    assert fused_row(x.expand(2, -1), norm, weight, None, None, None) is None
+    x[0, 7] = torch.nan
+    fused = fused_row(x, None, weight, None, None, None)
+    assert fused is not None and fused[0].isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
