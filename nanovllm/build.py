@@ -155,11 +155,6 @@ def _start_engine(
             "kv_offload_gb and prefix_store cover layers that keep the keys and values of all tokens, and not windows "
             f"or states, as {model_config.architecture} has them; leave both out"
         )
-    if config.kv_cache_dtype != "auto" and model_config.layer_heads:
-        raise NotImplementedError(
-            f"kv_cache_dtype={config.kv_cache_dtype!r} is not there for models whose layers differ in their heads, as "
-            f"{model_config.architecture}; leave it out"
-        )
     _rehearse_loading(config, model_config, checkpoint)
     if config.has_replicas:
         setups = _replica_setups(replace(config, model=str(checkpoint.path)), device)

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.cache_specs import group_layers
+from nanovllm.runner.kv_cache import KVCacheSpec
 from tests.test_llm_equality import NUM_OUTPUT, PROMPTS, make_llm, tokens
 from tests.tiny_models import save_random
 
@@ -15,6 +18,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"num_key_value_heads": 1},
     "Gemma3ForCausalLM": {"sliding_window": 12, "num_hidden_layers": 4},  # layers that share blocks
     "DeepseekV2ForCausalLM": {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "q_lora_rank": None},  # two scales of a row
+    "Gemma4ForCausalLM": {  # heads of two sizes and numbers; layers 4 and 5 read 2 and 3
+        **{"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3},
+        **{"num_kv_shared_layers": 2, "num_key_value_heads": 4, "num_global_key_value_heads": 1},
+        **{"attention_k_eq_v": True, "sliding_window": 20, "final_logit_softcapping": None},
+    },
 }
 
 
@@ -78,3 +86,17 @@ def test_more_tokens_fit(architecture: str, tmp_path: Path) -> None:
     size = config.num_cache_planes * config.head_dim
     assert numbers[1] / numbers[0] == pytest.approx(2 * size / (size + 4), rel=0.02)
     assert config.kv_bytes_per_token("fp8") == config.num_layers * config.num_kv_heads * (size + 4)
+
+
+def test_a_block_of_layers_that_differ_takes_what_is_allocated_for_it() -> None:
+    heads = ((4, 32), (1, 64), (4, 32), (1, 64), (2, 64))
+    groups = group_layers([20, None, 20, None, 20], 100, [count * dim for count, dim in heads])
+    sizes: dict[str, Any] = {"num_kv_heads": 4, "head_dim": 32, "block_size": 8, "layer_heads": heads}
+    spec = KVCacheSpec(groups=groups, dtype=torch.int8, **sizes)
+    caches = spec.allocate(5, torch.device("cpu"))
+    tensors = [tensor for cache in caches for tensor in cache if tensor is not None]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert sum(storages.values()) == 5 * spec.bytes_per_block
+    assert all(
+        cache.scales is not None and cache.scales.shape[:2] == (5, heads[i][0]) for i, cache in enumerate(caches)
+    )

@@ -36,8 +36,8 @@ class LayerCache(NamedTuple):
     alone, [1, ...], that hold the values (`AttentionShape.value_dim`).
 
     scales [num_blocks, num_kv_heads, block_size, 2] bfloat16: what a token's codes of key and of value are multiplied
-    by when they are read, or those of the parts of a row of latents (`cache_codes.py`); data is contiguous then, and so
-    are they. None where data are numbers.
+    by when they are read, or those of the parts of a row of latents (`cache_codes.py`); contiguous. None where data are
+    numbers.
     """
 
     data: Tensor

@@ -3,9 +3,10 @@
 Owns both. Invariant: every layer's cache holds [2, num_blocks, num_kv_heads, block_size, head_dim] (keys, values; or
 keys alone, which hold the values): the tokens of a block lie side by side under each head, so that a head reads a block
 in one piece. It is contiguous, but where layers differ in their heads: there, what a block holds of all layers of a
-group lies together, and a layer's cache has strides. A cache of codes has as many scales beside it.
+group lies together, and a layer's cache has strides. A cache of codes has as many scales beside it, contiguous always.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -36,7 +37,7 @@ class KVCacheSpec:
 
     states: of the whole model, where some layers keep one; num_ranks: that share it. bytes_beside: what another
     model keeps for each block, in a cache of its own. num_planes: keys and values; or keys alone, which hold them.
-    layer_heads: by layer, KV heads of this rank and their size, where layers differ; these have no codes.
+    layer_heads: by layer, KV heads of this rank and their size, where layers differ.
     """
 
     groups: CacheGroups
@@ -53,7 +54,9 @@ class KVCacheSpec:
     @property
     def bytes_per_block(self) -> int:
         if self.layer_heads:
-            return self._numbers_per_block * self.dtype.itemsize + self.bytes_beside
+            num_scales = self.num_planes * self.block_size * sum(heads for heads, _ in {*self._scale_places.values()})
+            scale_bytes = num_scales * torch.bfloat16.itemsize if self.dtype in LARGEST else 0
+            return self._numbers_per_block * self.dtype.itemsize + scale_bytes + self.bytes_beside
         num_rows = self.num_planes * self.groups.num_places * self.num_kv_heads * self.block_size
         return num_rows * row_bytes(self.head_dim, self.dtype, self.num_planes) + self.bytes_beside
 
@@ -64,6 +67,19 @@ class KVCacheSpec:
     def _shape_in_block(self, layer: int) -> tuple[int, int, int, int]:
         num_kv_heads, head_dim = self.layer_heads[layer]
         return self.num_planes, num_kv_heads, self.block_size, head_dim
+
+    @property
+    def _scale_places(self) -> dict[int, tuple[int, int]]:
+        """Where layers differ, by layer: its KV heads, and which of its group's layers with as many it is. Layers of
+        the same place share a tensor of scales, as a block is of one group at a time."""
+        places = {}
+        for layers in self.groups.layers:
+            num_with: Counter[int] = Counter()
+            for layer in layers:
+                num_kv_heads, _ = self.layer_heads[layer]
+                places[layer] = num_kv_heads, num_with[num_kv_heads]
+                num_with[num_kv_heads] += 1
+        return places
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Beside their snapshots, if layers keep states."""
@@ -94,12 +110,16 @@ class KVCacheSpec:
 
     def _allocate_together(self, num_blocks: int, device: torch.device, make: MakeZeros) -> list[LayerCache]:
         pool, by_layer = make((num_blocks, self._numbers_per_block), self.dtype, device), {}
+        places, scales = self._scale_places, {}
+        if self.dtype in LARGEST:
+            for place in {*places.values()}:
+                scales[place] = make((num_blocks, place[0], self.block_size, 2), torch.bfloat16, device)
         for layers in self.groups.layers:
             first = 0
             for layer in layers:
                 shape = self._shape_in_block(layer)
                 numbers = pool[:, first : first + prod(shape)].unflatten(1, shape)
-                by_layer[layer] = LayerCache(numbers.transpose(0, 1))
+                by_layer[layer] = LayerCache(numbers.transpose(0, 1), scales.get(places[layer]))
                 first += prod(shape)
         return [by_layer[self.groups.source(layer)] for layer in range(self.groups.num_layers)]
 

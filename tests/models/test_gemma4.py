@@ -88,7 +88,6 @@ def test_released_checkpoints_mean_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not there"),
         ({"use_bidirectional_attention": "all"}, {}, "use_bidirectional_attention='all'"),
         ({"num_kv_shared_layers": 5}, {}, "leaves no"),
         ({"per_layer_config": {"1": {"hidden_size": 8}}}, {}, "per_layer_config of hidden_size"),

@@ -1,7 +1,7 @@
 """One token through its experts in the model's dtype, by multiplying and adding in registers.
 
 Owns the two kernels for a single token, whose work a shared expert and the sum are part of; more tokens are `moe.py`'s,
-and MXFP4 is `expert_gemv.py`'s. A token reads the weights of its experts and computes little, so what counts is that
+and MXFP4 is `mxfp4_experts.py`'s. A token reads the weights of its experts and computes little, so what counts is that
 the reading never pauses. Before the choice of experts is known, the first programs ask for the shared expert's weights;
 the second kernel finds the choice made, and asks for its first weights while the first one still runs. Invariant: a
 sum's order follows from the sizes alone, and roundings are where `moe.py` has them.
