@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.layers.interleaved_experts import in_turn
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
@@ -40,6 +41,7 @@ class Mxfp4Linear(QuantizedLinear):
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec, "e2m1", _GROUP, scale_dtype=torch.uint8)
+        self.is_by_group = False  # scale [groups, outputs], as a GPU reads it: neighbours are of a tile's outputs
 
     def stacked(self, name: str, num_experts: int) -> WeightSpecs:
         """The specs of two tensors that hold all experts; of gate and up, if an expert has both, in turn."""
@@ -59,6 +61,16 @@ class Mxfp4Linear(QuantizedLinear):
         more: dict[str, Any] = {"dtypes": (torch.uint8,), "layer": self}
         yield f"{name}_blocks", WeightSpec((*shape, _GROUP // 2), filled(self.fill_codes, _repacked), **more)
         yield f"{name}_scales", WeightSpec(shape, filled(self.fill_scale, lambda scales: scales), **more)
+
+    def finish(self) -> None:
+        super().finish()
+        if self.codes.is_cuda:
+            self.scale.data, self.is_by_group = self.scale.t().contiguous(), True
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        weight = super().weight
+        return weight._replace(scale=weight.scale.t()) if self.is_by_group else weight
 
 
 def _repacked(blocks: Tensor) -> Tensor:

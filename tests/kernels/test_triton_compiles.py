@@ -627,9 +627,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "moe in int4, blocks of 64": lambda: mix_quantized_experts(200, "int4", 2, True),
     "moe in int4, float16": lambda: mix_quantized_experts(5, "int4", 1, False, torch.float16),
     "moe in e2m1": lambda: mix_quantized_experts(5, "e2m1", 8, False),
-    "moe in e2m1, a token": lambda: mix_quantized_experts(
-        1, "e2m1", 8, False, inputs=1280
-    ),  # a whole chunk, and a part
+    "moe in e2m1, a token": lambda: mix_quantized_experts(1, "e2m1", 8, False, inputs=1280),  # whole steps, and a part
+    "moe in e2m1, blocks of 64": lambda: mix_quantized_experts(200, "e2m1", 8, False),
     "moe in e2m1, float16": lambda: mix_quantized_experts(5, "e2m1", 8, False, torch.float16),
     "moe, biases, clamped gate": lambda: mix_experts(
         5, 8, 256, (Biases(bf16(8, 512), bf16(8, 256)), Gate("clamped", 1.7, 7.0))
@@ -735,6 +734,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 "has_dependent_launch": capability >= 90,
                 "has_tile_loads": capability >= 90,
                 "has_fp8": capability >= 89,
+                "has_warp_groups": capability >= 90,
                 "has_large_shared_memory": SHARED_MEMORY[capability] > 160 * 1024,
             }
             for module, (question, answer) in product(MODULES.values(), answers.items()):

@@ -1,7 +1,8 @@
 """Mixture of experts over codes in Triton: the grouped product of `moe.py`, which makes numbers of codes in registers.
 
-Owns that kernel, and which products it is for. Invariant: as in `moe.py`: every (token, choice) has a row of its own,
-and what is read and launched depends on sizes alone. A group's scale multiplies the float32 sum of its products.
+Owns that kernel, and which products have one; that of MXFP4 is `mxfp4_experts.py`'s. Invariant: as in `moe.py`: every
+(token, choice) has a row of its own, and what is read and launched depends on sizes alone. A group's scale multiplies
+the float32 sum of its products.
 """
 
 from __future__ import annotations
@@ -16,45 +17,26 @@ from nanovllm.kernels.quantized_moe import Rounded, Stack
 from nanovllm.kernels.triton.common.device_limits import has_fp8
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
-from nanovllm.kernels.triton.expert_gemv import multiply_vectors
-from nanovllm.kernels.triton.linear.quantized_gemm import (
-    SCALED_BACK,
-    byte_numbers,
-    e2m1_numbers,
-    e8m0_numbers,
-    scaled_e2m1,
-    split_int4,
-)
+from nanovllm.kernels.triton.linear.quantized_gemm import byte_numbers, split_int4
 from nanovllm.kernels.triton.moe import apply_gate, choose_block_size, gate_arguments, sum_choices
+from nanovllm.kernels.triton.mxfp4_experts import mxfp4_experts_triton
 
 TILE, STEP = 64, 128  # outputs of a program; inputs at a time, at most
-WIDE_STEP = 64  # of e2m1 in bfloat16, which holds numbers that are scaled already
 MAX_BLOCK = 64  # rows of a block; more of an expert's pay for dense numbers
+MAX_ROWS_OF_MXFP4 = 512  # of an expert, in the mean
 
 
 @triton.jit
 def _multiply_codes(
     acc, codes_ptrs, scale_ptrs, zero_ptrs, first, second,
-    GROUPED: tl.constexpr, IS_INT4: tl.constexpr, IS_E2M1: tl.constexpr, TILE: tl.constexpr,
-    GROUPS_OF_STEP: tl.constexpr,
+    GROUPED: tl.constexpr, IS_INT4: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """acc [TILE, BLOCK], and one step's products more. first, second: inputs [BLOCK, ..], of int4 of both halves.
-
-    GROUPS_OF_STEP: if more than 1, scale_ptrs has as many columns.
-    """
+    """acc [TILE, BLOCK], and one step's products more. first, second: inputs [BLOCK, ..], of int4 of both halves."""
     dtype: tl.constexpr = first.dtype
     NOTHING: tl.constexpr = 1024.0 if dtype == tl.float16 else 128.0
     codes = tl.load(codes_ptrs)
-    ADDS: tl.constexpr = GROUPED and GROUPS_OF_STEP == 1  # of a group, whose sum has a scale
-    sums = tl.zeros(acc.shape, tl.float32) if ADDS else acc
-    if GROUPS_OF_STEP > 1:
-        low, high = scaled_e2m1(codes, tl.load(scale_ptrs), TILE, GROUPS_OF_STEP)
-        sums = tl.dot(low, tl.trans(first), sums)
-        sums = tl.dot(high, tl.trans(second), sums)
-    elif IS_E2M1:
-        sums = tl.dot(e2m1_numbers(codes & 15, dtype), tl.trans(first), sums)
-        sums = tl.dot(e2m1_numbers(codes >> 4, dtype), tl.trans(second), sums)
-    elif IS_INT4:
+    sums = tl.zeros(acc.shape, tl.float32) if GROUPED else acc
+    if IS_INT4:
         off = tl.full([TILE], NOTHING + 8.0, dtype)
         if zero_ptrs is not None:
             off += tl.load(zero_ptrs).to(dtype)
@@ -66,13 +48,7 @@ def _multiply_codes(
         if zero_ptrs is not None:
             numbers = (numbers.to(tl.float32) - tl.load(zero_ptrs).to(tl.float32)[:, None]).to(dtype)
         sums = tl.dot(numbers, tl.trans(first), sums)
-    return acc + sums * _load_scales(scale_ptrs, IS_E2M1)[:, None] if ADDS else sums
-
-
-@triton.jit
-def _load_scales(scale_ptrs, IS_E2M1: tl.constexpr):
-    scale = tl.load(scale_ptrs)
-    return e8m0_numbers(scale) if IS_E2M1 else scale.to(tl.float32)
+    return acc + sums * tl.load(scale_ptrs).to(tl.float32)[:, None] if GROUPED else sums
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -96,16 +72,13 @@ def _grouped_codes_kernel(
     LIMIT: tl.constexpr,
     SORTED: tl.constexpr,
     IS_INT4: tl.constexpr,
-    IS_E2M1: tl.constexpr,
-    GROUPS_OF_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`moe._grouped_kernel`, whose `scale` is `weight` here. GROUPS: of inputs, each with a scale; steps fill them, or,
-    GROUPS_OF_STEP at a time, they fill steps."""
+    """`moe._grouped_kernel`, whose `scale` is `weight` here. GROUPS: of inputs, each with a scale; steps fill them."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -139,9 +112,7 @@ def _grouped_codes_kernel(
     up = tl.zeros([TILE, BLOCK], tl.float32)
     for i in tl.range(0, INPUTS // STEP, num_stages=STAGES):
         group = place
-        if GROUPS_OF_STEP > 1:
-            group = place[:, None] + i * GROUPS_OF_STEP + tl.arange(0, GROUPS_OF_STEP)[None, :]
-        elif GROUPED:
+        if GROUPED:
             group += i // STEPS_PER_GROUP
         first = tl.load(x_ptrs + i * STEP)
         second = tl.load(x_ptrs + i * STEP + 16) if IS_INT4 else first
@@ -155,22 +126,18 @@ def _grouped_codes_kernel(
             second,
             GROUPED,
             IS_INT4,
-            IS_E2M1,
             TILE,
-            GROUPS_OF_STEP,
         )
         if GATED:
             up_zero_ptrs = None if zero_ptr is None else zero_ptr + group + OUTPUTS * GROUPS
             up = _multiply_codes(
                 up, codes_ptrs + i * BYTES + OUTPUTS * ROW_BYTES, scale_ptr + group + OUTPUTS * GROUPS, up_zero_ptrs,
-                first, second, GROUPED, IS_INT4, IS_E2M1, TILE, GROUPS_OF_STEP,
+                first, second, GROUPED, IS_INT4, TILE,
             )  # fmt: skip
-    if GROUPS_OF_STEP > 1:
-        acc, up = acc * SCALED_BACK, up * SCALED_BACK
     if not GROUPED:
-        acc *= _load_scales(scale_ptr + place, IS_E2M1)[:, None]
+        acc *= tl.load(scale_ptr + place).to(tl.float32)[:, None]
         if GATED:
-            up *= _load_scales(scale_ptr + place + OUTPUTS, IS_E2M1)[:, None]
+            up *= tl.load(scale_ptr + place + OUTPUTS).to(tl.float32)[:, None]
     dtype = out_ptr.dtype.element_ty
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * (planes * OUTPUTS) + tl.minimum(output, OUTPUTS - 1)[:, None]
@@ -186,7 +153,9 @@ def _grouped_codes_kernel(
 
 
 def takes(x: Tensor, gate_up: Stack, down: Stack, expert_ids: Tensor) -> bool:
-    """Is the kernel for these? Steps must fill groups of inputs, and rows of an expert be few."""
+    """Is a kernel for these? Steps must fill groups of inputs, and rows of an expert be few."""
+    if gate_up.weight.is_e2m1 and x.dtype == torch.bfloat16:
+        return expert_ids.numel() <= MAX_ROWS_OF_MXFP4 * down.num_experts
     is_few = choose_block_size(expert_ids.numel(), down.num_experts) <= MAX_BLOCK
     return is_few and x.dtype != torch.float32 and all(_step(stack) for stack in (gate_up, down))
 
@@ -215,6 +184,8 @@ def quantized_experts_triton(
     out = torch.empty_like(x)
     if not num_tokens:
         return out
+    if gate_up.weight.is_e2m1:
+        return mxfp4_experts_triton(x, gate_up, down, weights, expert_ids, rounded, biases, gate)
     rows, block_experts, block_size = None, expert_ids, 16
     if num_tokens > 1:  # the experts of one token differ: each is a block of one row already
         block_size = choose_block_size(expert_ids.numel(), down.num_experts)
@@ -224,11 +195,6 @@ def quantized_experts_triton(
     if rounded is not None:
         x = rounded(x)
     gate_up_bias, down_bias = (None, None) if biases is None else biases
-    if num_tokens == 1 and gate_up.weight.is_e2m1 and rounded is None:
-        multiply_vectors(x, gate_up, gate_up_bias, gate, None, expert_ids, gated, top_k)
-        multiply_vectors(gated, down, down_bias, None, weights, expert_ids, chosen, 1)
-        sum_choices(chosen, out)
-        return out
     _multiply(x, gate_up, gate_up_bias, gate, None, rows, block_experts, block_size, gated, top_k)
     if rounded is not None:
         gated = rounded(gated)
@@ -252,14 +218,10 @@ def _multiply(
     """With a gate or with weights. rows None: block i is row i alone."""
     codes, scale, zero, _, _ = stack.weight
     num_rows, num_outputs = out.shape
-    is_e2m1, step = stack.weight.is_e2m1, _step(stack)
-    if is_e2m1 and x.dtype == torch.bfloat16 and x.shape[1] % WIDE_STEP == 0:
-        step = WIDE_STEP
     launch(
         _grouped_codes_kernel, (block_experts.numel() * cdiv(num_outputs, TILE),), x.device,
         x, codes, scale, zero, bias, weights, rows, block_experts, out, num_rows,
         INPUTS=x.shape[1], OUTPUTS=num_outputs, GROUPS=scale.shape[1], ROWS_PER_X=rows_per_x, **gate_arguments(gate),
-        SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, IS_E2M1=is_e2m1,
-        GROUPS_OF_STEP=step // 32 if is_e2m1 else 1, BLOCK=block_size, TILE=TILE, STEP=step, STAGES=3,
-        num_warps=4,
+        SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, BLOCK=block_size, TILE=TILE,
+        STEP=_step(stack), STAGES=3, num_warps=4,
     )  # fmt: skip

@@ -30,6 +30,11 @@ def has_large_shared_memory(device: torch.device) -> bool:
     return device.type != "cuda" or compute_capability(device) in _LARGE_SHARED_MEMORY
 
 
+def has_warp_groups(device: torch.device) -> bool:
+    """Does Triton multiply tiles of 64 rows and at least 16 columns by four warps together? Hopper's instruction."""
+    return device.type == "cuda" and compute_capability(device)[0] == 9
+
+
 @cache
 def has_hopper_gluon(device: torch.device) -> bool:
     """Is it a Hopper GPU, and Triton's Gluon one that is known here?"""

@@ -20,7 +20,6 @@ from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, next_power_of_2
 from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores, sum_in_order
 
-SCALED_BACK = tl.constexpr(2.0**63)  # of `scaled_e2m1`
 # Two bytes, $2, are two inputs in their lower halves, which become the two 16-bit numbers of $0, and two in their upper
 # ones, those of $1: a byte with four bits goes below the exponent of 1024 (or 128).
 _SPLIT = (
@@ -54,20 +53,6 @@ def e2m1_numbers(bits, dtype: tl.constexpr):
         bits = bits.to(tl.uint32)
         size = ((bits & 7) << 9).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
         return tl.where(bits >= 8, -size, size).to(dtype)
-
-
-@triton.jit
-def scaled_e2m1(codes, scale, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Both halves of codes [ROWS, GROUPS * 16], times their scales [ROWS, GROUPS], times 2^-63: bfloat16, exact.
-
-    Four bits are put where they are 2^-126 of what they stand for, and one product with 2^63 times the scale does both.
-    """
-    factor = ((scale.to(tl.uint16) + 63) << 7).to(tl.bfloat16, bitcast=True)
-    factor = tl.reshape(tl.broadcast_to(factor[:, :, None], [ROWS, GROUPS, 16]), [ROWS, GROUPS * 16])
-    bits = codes.to(tl.uint16)
-    low = (((bits & 7) << 6) | ((bits & 8) << 12)).to(tl.bfloat16, bitcast=True)
-    high = (((bits & 112) << 2) | ((bits & 128) << 8)).to(tl.bfloat16, bitcast=True)
-    return low * factor, high * factor
 
 
 @triton.jit

@@ -131,10 +131,11 @@ def fused_row_triton(
 
 @triton.jit
 def _dequantize_kernel(
-    codes_ptr, scale_ptr, zero_ptr, low_ptr, out_ptr, num_inputs, num_groups, group_size,
+    codes_ptr, scale_ptr, zero_ptr, low_ptr, out_ptr, num_inputs, stride_output, stride_group, group_size,
     IS_INT4: tl.constexpr, IS_E2M1: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """IS_INT4: two codes in a byte; they may be e2m1."""
+    """stride_output, stride_group: of scales, and of what else groups have. IS_INT4: two codes in a byte; they may be
+    e2m1."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -153,7 +154,7 @@ def _dequantize_kernel(
                 values -= 8.0
     else:
         values = tl.load(codes_ptr + output * num_inputs + col, mask=mask, other=0.0).to(tl.float32)
-    group = output * num_groups + col // group_size
+    group = output * stride_output + col // group_size * stride_group
     if zero_ptr is not None:
         values -= tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32)
     scale = tl.load(scale_ptr + group, mask=mask, other=0)
@@ -171,7 +172,7 @@ def dequantize_triton(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     out = torch.empty((num_outputs, num_inputs), dtype=dtype, device=codes.device)
     launch(
         _dequantize_kernel, (num_outputs, cdiv(num_inputs, 1024)), codes.device,
-        codes, scale, zero, low, out, num_inputs, scale.shape[1], group_size if scale.shape[1] > 1 else num_inputs,
+        codes, scale, zero, low, out, num_inputs, *scale.stride(), group_size if scale.shape[1] > 1 else num_inputs,
         IS_INT4=is_int4, IS_E2M1=weight.is_e2m1, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out
