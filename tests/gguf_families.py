@@ -43,3 +43,53 @@ def _mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def add_gpt_oss(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_sliding_window(hf["sliding_window"])
     writer.add_expert_feed_forward_length(hf["intermediate_size"])
+
+
+# --- latent attention --------------------------------------------------------------
+
+
+def with_latents_split(tensors: Mapping[str, np.ndarray], hf: Mapping[str, Any]) -> Tensors:
+    """Of V3 as since 2025: what makes keys, turned round, and what makes values, head by head. Of V2 as before."""
+    if hf["model_type"] == "deepseek_v2":
+        return dict(tensors)
+    split = {}
+    for name, tensor in tensors.items():
+        if name.endswith("kv_b_proj.weight"):
+            heads = tensor.reshape(hf["num_attention_heads"], -1, tensor.shape[1])
+            k_b, v_b = np.split(heads, [hf["qk_nope_head_dim"]], axis=1)
+            split[name.replace("kv_b_proj", "k_b_proj")] = np.ascontiguousarray(k_b.swapaxes(1, 2))
+            split[name.replace("kv_b_proj", "v_b_proj")] = np.ascontiguousarray(v_b)
+        else:
+            split[name] = tensor
+    return split
+
+
+def with_kimi(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """From the names of released checkpoints; transformers writes an MLP without experts among those with them."""
+    converted = {}
+    usual = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    for name, tensor in tensors.items():
+        block, _, last = name.removesuffix(".weight").rpartition(".")
+        if block.endswith("block_sparse_moe") and last.endswith("_proj"):
+            name = name.replace("block_sparse_moe", "mlp")
+        elif ".experts." in name:
+            name = f"{block}.{usual[last]}.weight".replace("block_sparse_moe", "mlp")
+        elif last.endswith("_conv1d"):
+            tensor = tensor.reshape(1, len(tensor), 1, -1)
+        elif last == "A_log":
+            tensor = -np.exp(tensor)
+        converted[name.replace(".dt_bias", ".dt_proj.bias")] = tensor
+    return converted
+
+
+def add_kimi(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
+    writer.add_ssm_conv_kernel(hf["linear_conv_kernel_dim"])
+    writer.add_kda_head_dim(hf["linear_head_dim"])
+    writer.add_expert_count(hf["num_experts"])
+    writer.add_expert_used_count(hf["num_experts_per_token"])
+    writer.add_expert_shared_count(hf["num_shared_experts"])
+    writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+    writer.add_leading_dense_block_count(hf["first_k_dense_replace"])
+    writer.add_expert_weights_scale(hf["routed_scaling_factor"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_group_used_count(hf["topk_group"])

@@ -11,7 +11,14 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.gguf_families import PACKED_BYTES, add_gpt_oss, with_gpt_oss
+from tests.gguf_families import (
+    PACKED_BYTES,
+    add_gpt_oss,
+    add_kimi,
+    with_gpt_oss,
+    with_kimi,
+    with_latents_split,
+)
 from tests.gguf_states import add_states, with_states
 
 Quantization = gguf.GGMLQuantizationType
@@ -167,8 +174,20 @@ _ARCHITECTURE_OF_HF = {
     "Qwen3NextForCausalLM": "qwen3next",
     "NemotronHForCausalLM": "nemotron_h",
     "GptOssForCausalLM": "gpt-oss",
+    "KimiLinearForCausalLM": "kimi-linear",
+    "Glm4MoeLiteForCausalLM": "deepseek2",
 }
-_PERMUTED = ("llama", "granite", "granitehybrid", "nemotron_h", "granitemoe", "smollm3", "arcee", "mistral3")
+_PERMUTED = (
+    "llama",
+    "granite",
+    "granitehybrid",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "granitemoe",
+    "smollm3",
+    "arcee",
+    "mistral3",
+)
 _ONE_MORE = ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")  # is added to their norms
 _ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
@@ -186,22 +205,29 @@ def convert(
     """
     hf = json.loads((folder / "config.json").read_text())
     architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
-    if architecture == "nemotron_h":  # as released without experts
-        hf = {name: value for name, value in hf.items() if "expert" not in name and "moe" not in name}
+    if architecture == "nemotron_h":  # as released with experts, or without
+        if "moe" in hf["layers_block_type"]:
+            architecture = "nemotron_h_moe"
+        else:
+            hf = {name: value for name, value in hf.items() if "expert" not in name and "moe" not in name}
         hf |= {"num_hidden_layers": len(hf["layers_block_type"]), "rms_norm_eps": hf["layer_norm_epsilon"]}
-        hf["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     if architecture == "granite" and "linear_attention" in hf.get("layer_types", ()):
         architecture = "granitehybrid"
+    if "mlp_layer_types" in hf:  # released checkpoints count the dense ones
+        hf["first_k_dense_replace"] = hf["mlp_layer_types"].index("sparse")
     names = gguf.get_tensor_name_map(_ARCH[architecture], hf["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, architecture)
     tensors = _without_numbers(writer, load_file(folder / "model.safetensors"))
     if hf["model_type"] == "granitemoehybrid" and not hf["num_local_experts"]:
         tensors = _with_split_shared_mlp(tensors)
-    if architecture == "deepseek2":
-        tensors = _with_latents_split(tensors, hf)
+    if "kv_lora_rank" in hf:
+        tensors = with_latents_split(tensors, hf)
     if architecture == "gpt-oss":
         tensors = with_gpt_oss(tensors)
-    tensors = with_states(tensors, hf)
+    if architecture == "kimi-linear":
+        tensors = with_kimi(tensors)
+    else:
+        tensors = with_states(tensors, hf)
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias"))
         assert name is not None, hf_tensor_name
@@ -264,10 +290,16 @@ def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_expert_used_count(hf["num_experts_per_tok"])
     if "moe_intermediate_size" in hf:
         writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
-    for name in ("shared_expert_intermediate_size", "shared_intermediate_size"):
+    for name in ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"):
         if name in hf:
             writer.add_expert_shared_feed_forward_length(hf[name])
-    if "n_routed_experts" in hf:
+    if hf["model_type"] == "nemotron_h" and "n_routed_experts" in hf:
+        writer.add_expert_shared_count(hf["n_shared_experts"])
+        writer.add_expert_weights_scale(hf["routed_scaling_factor"])
+        writer.add_expert_weights_norm(hf["norm_topk_prob"])
+        writer.add_expert_group_count(hf["n_group"])
+        writer.add_expert_group_used_count(hf["topk_group"])
+    elif "n_routed_experts" in hf:
         is_v2 = hf["model_type"] == "deepseek_v2"
         functions = gguf.ExpertGatingFuncType
         writer.add_expert_gating_func(functions.SOFTMAX if is_v2 else functions.SIGMOID)
@@ -292,36 +324,20 @@ def _add_mixture(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_expert_shared_feed_forward_length(hf["intermediate_size"] // hf["num_key_value_heads"])
 
 
-def _with_latents_split(tensors: Mapping[str, np.ndarray], hf: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Of V3 as since 2025: what makes keys, turned round, and what makes values, head by head. Of V2 as before."""
-    if hf["model_type"] == "deepseek_v2":
-        return dict(tensors)
-    split = {}
-    for name, tensor in tensors.items():
-        if name.endswith("kv_b_proj.weight"):
-            heads = tensor.reshape(hf["num_attention_heads"], -1, tensor.shape[1])
-            k_b, v_b = np.split(heads, [hf["qk_nope_head_dim"]], axis=1)
-            split[name.replace("kv_b_proj", "k_b_proj")] = np.ascontiguousarray(k_b.swapaxes(1, 2))
-            split[name.replace("kv_b_proj", "v_b_proj")] = np.ascontiguousarray(v_b)
-        else:
-            split[name] = tensor
-    return split
-
-
 def _add_latents(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     rope_dim, rank = hf["qk_rope_head_dim"], hf["kv_lora_rank"]
-    if hf["q_lora_rank"] is not None:
+    if hf.get("q_lora_rank") is not None:
         writer.add_q_lora_rank(hf["q_lora_rank"])
     writer.add_kv_lora_rank(rank)
     writer.add_rope_dimension_count(rope_dim)
     lengths = hf["qk_nope_head_dim"] + rope_dim, hf["v_head_dim"]
-    if hf["model_type"] == "deepseek_v3":
+    if hf["model_type"] != "deepseek_v2":
         writer.add_key_length_mla(lengths[0])
         writer.add_value_length_mla(lengths[1])
         lengths = rank + rope_dim, rank
     writer.add_key_length(lengths[0])
     writer.add_value_length(lengths[1])
-    if "mscale_all_dim" in hf["rope_parameters"]:
+    if "mscale_all_dim" in hf.get("rope_parameters", ()):
         writer.add_rope_scaling_yarn_log_mul(0.1 * hf["rope_parameters"]["mscale_all_dim"])
 
 
@@ -348,11 +364,11 @@ def _without_numbers(writer: gguf.GGUFWriter, tensors: Mapping[str, np.ndarray])
 
 
 def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
-    ropes = hf["rope_parameters"]
+    ropes = hf.get("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
     rope = ropes.get("full_attention", ropes)
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     writer.add_vocab_size(hf["vocab_size"])
-    writer.add_context_length(hf["max_position_embeddings"])
+    writer.add_context_length(hf.get("max_position_embeddings") or hf["model_max_length"])
     writer.add_embedding_length(hf["hidden_size"])
     num_more = hf.get("num_nextn_predict_layers", 0)
     writer.add_block_count(hf["num_hidden_layers"] + num_more)
@@ -361,10 +377,13 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_tensor(f"blk.{hf['num_hidden_layers']}.nextn.enorm.weight", np.ones(8, np.float32))
     widths = hf["intermediate_size"]
     if hf["model_type"] == "nemotron_h":
-        widths = [widths if kind == "mlp" else 0 for kind in hf["layers_block_type"]]
+        width = hf.get("moe_intermediate_size", widths)
+        widths = [width if kind in ("mlp", "moe") else 0 for kind in hf["layers_block_type"]]
     writer.add_feed_forward_length(widths)
     writer.add_head_count(hf["num_attention_heads"])
     kv_heads = hf["num_key_value_heads"]
+    if hf["model_type"] == "kimi_linear":
+        kv_heads = [0 if layer_type == "linear_attention" else 1 for layer_type in hf["layer_types"]]
     if hf["model_type"] in ("lfm2", "lfm2_moe"):
         writer.add_shortconv_l_cache(hf["conv_L_cache"])
         kv_heads = [0 if layer_type == "conv" else kv_heads for layer_type in hf["layer_types"]]
@@ -407,6 +426,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     _add_mixture(writer, hf)
     if hf["model_type"] == "gpt_oss":
         add_gpt_oss(writer, hf)
+    if hf["model_type"] == "kimi_linear":
+        add_kimi(writer, hf)
     if "query_pre_attn_scalar" in hf:
         writer.add_sliding_window(hf["sliding_window"])
         if hf["final_logit_softcapping"]:

@@ -19,7 +19,9 @@ def with_states(tensors: Mapping[str, np.ndarray], hf: Mapping[str, Any]) -> Ten
 
 def _converted(name: str, tensor: np.ndarray, hf: Mapping[str, Any]) -> tuple[str, np.ndarray]:
     if hf["model_type"] == "nemotron_h":
-        name = name.replace("model.", "backbone.").replace("mixer.dt_bias", "mixer.dt.bias")
+        name = name.replace("model.", "backbone.", 1).replace("mixer.dt_bias", "mixer.dt.bias")
+        if ".mixer.experts." in name:
+            return name.replace("backbone.", "model.").replace(".mixer.", ".mlp."), tensor
     module = name.partition(".linear_attn.")[2] or name.partition(".mamba.")[2] or name.partition(".mixer.")[2]
     if ".feed_forward.experts." in name:
         for ours, usual in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
@@ -89,6 +91,7 @@ def add_states(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_ssm_inner_size(inner)
     if hf["model_type"] == "nemotron_h":
         writer.add_rope_scaling_finetuned(False)
+        writer.add_rope_dimension_count(hf["hidden_size"] // hf["num_attention_heads"])
     if hf["model_type"] in _QWEN:
         writer.add_full_attention_interval(hf["layer_types"].index("full_attention") + 1)
         if hf["model_type"] != "qwen3_next":

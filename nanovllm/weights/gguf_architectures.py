@@ -15,6 +15,7 @@ import torch
 from nanovllm.model_files.gguf_file import GGUFFile
 from nanovllm.weights.gguf_blocks import dequantize
 from nanovllm.weights.gguf_dense import DENSE
+from nanovllm.weights.gguf_kimi import KIMI
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_mixtures import MIXTURES, mixture_row
 from nanovllm.weights.gguf_row import NORMS_AFTER, Fields, GGUFArchitecture, layer_types, partial_rotary_factor
@@ -31,6 +32,12 @@ _PHI3_NAMES = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
 # --- what some have beside the others ----------------------------------------------
+
+
+def _qwen3_vl(metadata: GGUFMetadata, common: Fields) -> Fields:
+    """The text model: for text, the sections of a rotation are the same, and nothing is added to the first layers."""
+    metadata.ignore("rope.dimension_sections", "n_deepstack_layers")
+    return {}
 
 
 def _gemma2(metadata: GGUFMetadata, common: Fields) -> Fields:
@@ -87,6 +94,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture(hf_class="LlamaForCausalLM", model_type="llama", has_pairs=True),
     "qwen2": GGUFArchitecture(hf_class="Qwen2ForCausalLM", model_type="qwen2"),
     "qwen3": GGUFArchitecture(hf_class="Qwen3ForCausalLM", model_type="qwen3"),
+    "qwen3vl": GGUFArchitecture(hf_class="Qwen3ForCausalLM", model_type="qwen3", fields=_qwen3_vl),
     "gemma2": GGUFArchitecture(
         hf_class="Gemma2ForCausalLM", model_type="gemma2", names=_GEMMA_NAMES, fields=_gemma2, norm_offset=1.0
     ),
@@ -105,6 +113,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     **DENSE,
     **MIXTURES,
     **STATES,
+    **KIMI,
 }
 
 
@@ -183,7 +192,10 @@ def _one_count(metadata: GGUFMetadata, row: GGUFArchitecture, key: str, default:
 def _epsilon(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
     if row.layer_norm_eps is not None:
         return {row.layer_norm_eps: metadata.number("attention.layer_norm_epsilon")}
-    return {"rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon")}
+    key = "attention.layer_norm_rms_epsilon"
+    if row.model_type == "nemotron_h" and not metadata.has(key):
+        key = "attention.layer_norm_epsilon"
+    return {"rms_norm_eps": metadata.number(key)}
 
 
 # --- rotation ----------------------------------------------------------------------

@@ -38,12 +38,19 @@ def _joined(k_b: Tensor, v_b: Tensor) -> Tensor:
 LATENT_JOINS: Mapping[str, Join] = {"attn_k_b": Join("attn_v_b", _joined)}
 
 
-def latent_row(metadata: GGUFMetadata, row: GGUFArchitecture) -> GGUFArchitecture:
-    """For the functions of the router that there are. Raises NotImplementedError for another one."""
+def _score(metadata: GGUFMetadata) -> int:
+    """Files before the function was written are of DeepSeek-V2, or of GLM-4.7-Flash, which llama.cpp tells by this."""
     score = metadata.integer("expert_gating_func", 0)
     if score not in (0, _SOFTMAX, SIGMOID):
         metadata.expect("expert_gating_func", SIGMOID)
-    if score == SIGMOID:
+    vocab_size = metadata.file.tensors["token_embd.weight"].shape[0]
+    is_glm = vocab_size == 154880 and metadata.integer("block_count") in (47, 48)
+    return SIGMOID if not score and is_glm else score
+
+
+def latent_row(metadata: GGUFMetadata, row: GGUFArchitecture) -> GGUFArchitecture:
+    """For the functions of the router that there are. Raises NotImplementedError for another one."""
+    if _score(metadata) == SIGMOID:
         return row
     return replace(row, hf_class="DeepseekV2ForCausalLM", model_type="deepseek_v2")
 
@@ -72,7 +79,7 @@ def latent_fields(metadata: GGUFMetadata, common: Fields, experts: Fields) -> Fi
             **scaling,
             **({"mscale": stretched, "mscale_all_dim": stretched} if stretched else {}),
         }
-    if metadata.integer("expert_gating_func", 0) != SIGMOID:
+    if _score(metadata) != SIGMOID:
         has_groups = experts["topk_group"] < experts["n_group"]
         fields["topk_method"] = "group_limited_greedy" if has_groups else "greedy"
     return fields

@@ -33,17 +33,17 @@ def expert_names(block: str, router: str, gate: str, up: str, down: str) -> dict
     }
 
 
-def _shared_names(block: str, down: str = "down_proj") -> dict[str, str]:
+def shared_names(block: str, down: str = "down_proj") -> dict[str, str]:
     parts = {"gate": "gate_proj", "up": "up_proj", "down": down}
     return {f"ffn_{part}_shexp": f"{block}.{name}" for part, name in parts.items()}
 
 
 _NAMES = expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj")
-QWEN2_NAMES = {**_NAMES, **_shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
-_DEEPSEEK_NAMES = {**_NAMES, **_shared_names("mlp.shared_experts"), "exp_probs_b": "mlp.gate.e_score_correction_bias"}
+QWEN2_NAMES = {**_NAMES, **shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
+_DEEPSEEK_NAMES = {**_NAMES, **shared_names("mlp.shared_experts"), "exp_probs_b": "mlp.gate.e_score_correction_bias"}
 _ERNIE_NAMES = {**_DEEPSEEK_NAMES, "exp_probs_b": "mlp.moe_statics.e_score_correction_bias"}
 _HUNYUAN_NAMES = {
-    **{**_NAMES, **_shared_names("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg"},
+    **{**_NAMES, **shared_names("mlp.shared_mlp"), "ffn_gate_inp": "mlp.gate.wg"},
     **{"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
 }
 _GPT_OSS_NAMES = {
@@ -54,7 +54,7 @@ _GPT_OSS_NAMES = {
 }
 GRANITE_NAMES = {
     **expert_names("block_sparse_moe", "router.layer", "gate_proj", "up_proj", "down_proj"),
-    **_shared_names("shared_mlp", "output_linear"),
+    **shared_names("shared_mlp", "output_linear"),
 }
 
 

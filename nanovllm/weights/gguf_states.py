@@ -33,7 +33,7 @@ def _has(metadata: GGUFMetadata, ending: str) -> bool:
     return any(name.endswith(ending) for name in metadata.file.tensors)
 
 
-def _decay(tensor: Tensor, config: Fields) -> Tensor:
+def decay(tensor: Tensor, config: Fields) -> Tensor:
     """Files hold -exp(A_log)."""
     return (-tensor.flatten()).log()
 
@@ -128,7 +128,7 @@ _QWEN35 = GGUFArchitecture(
     has_partial_rotary=True,
     has_states=True,
     transforms={
-        **{"ssm_a": _decay, "ssm_conv1d": as_convolution, "ssm_out": _columns_of_values},
+        **{"ssm_a": decay, "ssm_conv1d": as_convolution, "ssm_out": _columns_of_values},
         "ssm_norm": _flat,  # as it is: nothing was added to this one
     },
     row_orders={
@@ -197,24 +197,28 @@ _GRANITE_HYBRID = GGUFArchitecture(
     fields=_granite_hybrid,
     has_pairs=True,
     has_states=True,
-    transforms={"ssm_a": _decay, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": as_convolution},
+    transforms={"ssm_a": decay, "ssm_d": _flat, "ssm_norm": _flat, "ssm_conv1d": as_convolution},
 )
 
 
 def _nemotron_h(metadata: GGUFMetadata, common: Fields) -> Fields:
-    """Each layer is one of three; which one, its numbers of heads and of its MLP say."""
+    """Each layer is one of four; which one, its numbers of heads and of its MLP say, and that it has a router."""
     kv_heads, widths = metadata.by_layer("attention.head_count_kv"), metadata.by_layer("feed_forward_length")
     if not all(isinstance(by, list) and len(by) == common["num_hidden_layers"] for by in (kv_heads, widths)):
         raise ValueError(
             f"{metadata.file.path}: attention.head_count_kv and feed_forward_length must have a number for each layer"
         )
     metadata.expect("rope.scaling.finetuned", False)
+    metadata.ignore("rope.dimension_count", "attention.layer_norm_epsilon")  # nothing is rotated; of further tokens
+    layers = without_prediction_heads(metadata, common)
     heads = metadata.integer("ssm.time_step_rank")
+    kinds = []
+    for layer, (count, width) in enumerate(zip(kv_heads, widths, strict=True)):
+        of_mlp = "moe" if f"blk.{layer}.ffn_gate_inp.weight" in metadata.file.tensors else "mlp"
+        kinds.append("full_attention" if count else of_mlp if width else "linear_attention")
     return {
-        "layers_block_type": [
-            "full_attention" if count else "mlp" if width else "linear_attention"
-            for count, width in zip(kv_heads, widths, strict=True)
-        ],
+        **layers,
+        "layers_block_type": kinds[: layers["num_hidden_layers"]],
         "layer_norm_epsilon": common["rms_norm_eps"],
         "mamba_num_heads": heads,
         "mamba_head_dim": metadata.integer("ssm.inner_size") // heads,
@@ -225,6 +229,21 @@ def _nemotron_h(metadata: GGUFMetadata, common: Fields) -> Fields:
         "use_bias": _has(metadata, "ssm_in.bias"),
         "mlp_bias": _has(metadata, "ffn_up.bias"),
         "attention_bias": None,
+    }
+
+
+def _nemotron_h_moe(metadata: GGUFMetadata, common: Fields) -> Fields:
+    return {
+        **_nemotron_h(metadata, common),
+        "n_routed_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "n_shared_experts": metadata.integer("expert_shared_count", 0),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "moe_shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 0.0) or 1.0,
+        "norm_topk_prob": metadata.flag("expert_weights_norm"),
+        "n_group": metadata.integer("expert_group_count", 0) or 1,
+        "topk_group": metadata.integer("expert_group_used_count", 0) or 1,
     }
 
 
@@ -239,10 +258,17 @@ _NEMOTRON_H = GGUFArchitecture(
     },
     outer_names={"token_embd.weight": "model.embeddings.weight", "output_norm.weight": "model.norm_f.weight"},
     fields=_nemotron_h,
+    has_partial_rotary=True,
     has_pairs=True,
     has_states=True,
     transforms=_GRANITE_HYBRID.transforms,
 )
+
+_NEMOTRON_EXPERTS = {
+    **{"ffn_gate_inp": "mixer.gate", "exp_probs_b": "mixer.gate.e_score_correction_bias"},
+    **{"ffn_up_exps": "mixer.experts.{}.up_proj", "ffn_down_exps": "mixer.experts.{}.down_proj"},
+    **{"ffn_up_shexp": "mixer.shared_experts.up_proj", "ffn_down_shexp": "mixer.shared_experts.down_proj"},
+}
 
 STATES: Mapping[str, GGUFArchitecture] = {
     "lfm2moe": replace(
@@ -261,4 +287,5 @@ STATES: Mapping[str, GGUFArchitecture] = {
     "qwen3next": _QWEN3_NEXT,
     "granitehybrid": _GRANITE_HYBRID,
     "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": replace(_NEMOTRON_H, names={**_NEMOTRON_H.names, **_NEMOTRON_EXPERTS}, fields=_nemotron_h_moe),
 }

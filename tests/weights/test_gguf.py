@@ -52,6 +52,13 @@ def test_round_trip(tmp_path: Path, architecture: str, quantization: Quantizatio
         torch.testing.assert_close(read[hf_name(name)].float(), torch.from_numpy(values), rtol=0, atol=0)
 
 
+def test_text_models_of_qwen3_vl(tmp_path: Path) -> None:
+    """What their metadata say of images changes nothing."""
+    text = _checkpoint(tmp_path, "qwen3").config
+    of_images = {"rope__dimension_sections": [24, 20, 20, 0], "n_deepstack_layers": 3}
+    assert _checkpoint(tmp_path, "qwen3vl", changes=of_images).config == text
+
+
 def test_row_order_of_one_head(tmp_path: Path) -> None:
     """Hugging Face's a0 a1 .. b0 b1 .. is stored as a0 b0 a1 b1 ..; a bias is reordered like its matrix."""
     stored = np.repeat(np.arange(4 * HEAD_DIM, dtype=np.float32)[:, None], HIDDEN, axis=1)
