@@ -93,3 +93,54 @@ def add_kimi(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_expert_weights_scale(hf["routed_scaling_factor"])
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_expert_group_used_count(hf["topk_group"])
+
+
+# --- Gemma 4 -----------------------------------------------------------------------
+
+
+def with_gemma4(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    converted = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("layer_scalar", ".experts.gate_up_proj", ".experts.down_proj")):
+            name += ".weight"
+        converted[name] = tensor
+    return converted
+
+
+def gemma4_name(hf_name: str) -> str | None:
+    """Of the two scales that stand beside matrices."""
+    layer = hf_name.split(".")[2]
+    scales = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
+    return next((f"blk.{layer}.{name}" for ending, name in scales.items() if hf_name.endswith(ending)), None)
+
+
+def add_gemma4(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
+    windows = [kind == "sliding_attention" for kind in hf["layer_types"]]
+    num_layers, num_shared = len(windows), hf["num_kv_shared_layers"]
+    full = next(iter(hf["per_layer_config"].values()))
+    writer.add_sliding_window(hf["sliding_window"])
+    writer.add_sliding_window_pattern(windows)
+    writer.add_shared_kv_layers(num_shared)
+    writer.add_embedding_length_per_layer_input(hf["hidden_size_per_layer_input"])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(full["head_dim"])
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(hf["head_dim"])
+    width = hf["intermediate_size"]
+    if hf["use_double_wide_mlp"]:
+        widths = [width * (2 if layer >= num_layers - num_shared else 1) for layer in range(num_layers)]
+        writer.add_feed_forward_length(widths)
+    if "num_key_value_heads" in full:
+        kv_heads = [hf["num_key_value_heads"] if window else full["num_key_value_heads"] for window in windows]
+        writer.add_head_count_kv(kv_heads)
+    writer.add_expert_feed_forward_length(hf["moe_intermediate_size"])
+    if hf["enable_moe_block"]:
+        writer.add_expert_count(hf["num_experts"])
+        writer.add_expert_used_count(hf["top_k_experts"])
+    writer.add_final_logit_softcapping(hf["final_logit_softcapping"])
+    ropes = hf["rope_parameters"]
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    num_rotated = int(full["head_dim"] * ropes["full_attention"]["partial_rotary_factor"] / 2)
+    divisors = [1.0] * num_rotated + [1e30] * (full["head_dim"] // 2 - num_rotated)
+    writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))

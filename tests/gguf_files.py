@@ -13,8 +13,11 @@ from safetensors.numpy import load_file
 
 from tests.gguf_families import (
     PACKED_BYTES,
+    add_gemma4,
     add_gpt_oss,
     add_kimi,
+    gemma4_name,
+    with_gemma4,
     with_gpt_oss,
     with_kimi,
     with_latents_split,
@@ -175,6 +178,7 @@ _ARCHITECTURE_OF_HF = {
     "NemotronHForCausalLM": "nemotron_h",
     "GptOssForCausalLM": "gpt-oss",
     "KimiLinearForCausalLM": "kimi-linear",
+    "Gemma4ForCausalLM": "gemma4",
     "Glm4MoeLiteForCausalLM": "deepseek2",
 }
 _PERMUTED = (
@@ -224,12 +228,14 @@ def convert(
         tensors = with_latents_split(tensors, hf)
     if architecture == "gpt-oss":
         tensors = with_gpt_oss(tensors)
+    if architecture == "gemma4":
+        tensors = with_gemma4(tensors)
     if architecture == "kimi-linear":
         tensors = with_kimi(tensors)
     else:
         tensors = with_states(tensors, hf)
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
-        name = names.get_name(hf_tensor_name, (".weight", ".bias"))
+        name = names.get_name(hf_tensor_name, (".weight", ".bias")) or gemma4_name(hf_tensor_name)
         assert name is not None, hf_tensor_name
         for module, num_heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
             if architecture in _PERMUTED and f".{module}." in name:
@@ -407,7 +413,7 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_value_length(head_dim)
     alpha = rope.get("alpha") or 1.0
     writer.add_rope_freq_base(rope["rope_theta"] * alpha ** (head_dim / (head_dim - 2)))
-    if alpha != 1.0:
+    if alpha != 1.0 or hf["model_type"] == "gemma4_text":
         rope = {"rope_type": "default"}
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(rope["rope_theta"], head_dim, rope["factor"]))
@@ -428,6 +434,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         add_gpt_oss(writer, hf)
     if hf["model_type"] == "kimi_linear":
         add_kimi(writer, hf)
+    if hf["model_type"] == "gemma4_text":
+        add_gemma4(writer, hf)
     if "query_pre_attn_scalar" in hf:
         writer.add_sliding_window(hf["sliding_window"])
         if hf["final_logit_softcapping"]:

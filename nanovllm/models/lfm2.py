@@ -64,8 +64,8 @@ def conv_weights(name: str, num_channels: int, held: list[range], weight: Tensor
 
 class Lfm2Attention(SelfAttention):
     def weights(self, name: str) -> WeightSpecs:
-        for tensor_name, spec in super().weights(name):
-            yield tensor_name.replace(".o_proj.", ".out_proj."), spec
+        list(self.o_proj.weights(f"{name}.out_proj"))  # the first call gives it its name
+        yield from super().weights(name)
 
 
 def operator(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: TensorParallel, ops: Ops) -> nn.Module:

@@ -5,7 +5,6 @@ own; here what stands behind a mixer is its layer's MLP. Owns that order, and th
 Invariant: called and loaded as the blocks of `llama.py`, whose decoder is the same.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -26,8 +25,7 @@ from nanovllm.models.mamba_families import nemotron_layers
 from nanovllm.models.mixture import deepseek_routing
 from nanovllm.models.ungated import UngatedMLP
 
-_EXPERT_NAMES = ExpertNames(stacked=())
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|input_layernorm|mlp|post_attention_layernorm)\.(.+)")
+_EXPERT_NAMES = ExpertNames(block="mixer", stacked=())
 
 
 class NoMLP(nn.Module):
@@ -60,7 +58,7 @@ def _experts(config: ModelConfig, layer_idx: int, dtype: torch.dtype, tp: Tensor
     if config.activation != "relu2":
         raise ValueError(f"{config.architecture} with experts and another mlp_hidden_act than 'relu2' is not supported")
     shared_size, bias = integer(fields, "moe_shared_expert_intermediate_size"), config.mlp_bias
-    shared = UngatedSharedExpert(config.hidden_size, shared_size, bias, "mlp.shared_experts", dtype, tp, ops)
+    shared = UngatedSharedExpert(config.hidden_size, shared_size, bias, "mixer.shared_experts", dtype, tp, ops)
     sizes = config.hidden_size, integer(fields, "moe_intermediate_size"), integer(fields, "n_routed_experts")
     return Experts(*sizes, deepseek_routing(fields), _EXPERT_NAMES, dtype, tp, ops, shared, Gate("relu2"))
 
@@ -80,17 +78,20 @@ class NemotronHForCausalLM(LlamaForCausalLM):
 
     def weights(self) -> WeightSpecs:
         """By transformers' names, and by those of released checkpoints."""
-        for own_name, spec in super().weights():
-            name = self._name(own_name)
-            replaced = tuple(map(self._name, spec.instead_of))
-            yield name, spec._replace(instead_of=replaced)
+        for name, spec in self._by_own_names():
+            yield name, spec
             if name.startswith("model."):
-                yield name.replace("model.", "backbone.", 1), spec._replace(instead_of=replaced or (name,))
+                yield name.replace("model.", "backbone.", 1), spec._replace(instead_of=spec.instead_of or (name,))
 
-    def _name(self, name: str) -> str:
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            return name.replace(".embed_tokens.", ".embeddings.").replace("model.norm.", "model.norm_f.")
-        layer, block, rest = self.numbers[int(match[1])], match[2], match[3]
-        number = layer.mixer if block in ("self_attn", "input_layernorm") else layer.mlp
-        return f"model.layers.{number}.{'norm' if 'norm' in block else 'mixer'}.{rest}"
+    def _by_own_names(self) -> WeightSpecs:
+        yield from self.embed_tokens.weights("model.embeddings")
+        layers: list[Any] = list(self.layers)
+        for layer, numbers in zip(layers, self.numbers, strict=True):
+            mixer, mlp = (f"model.layers.{number}" for number in (numbers.mixer, numbers.mlp))
+            yield from layer.self_attn.weights(f"{mixer}.mixer")
+            yield from layer.before_attention.weights(f"{mixer}.norm")
+            if numbers.mlp is not None:
+                yield from layer.mlp.weights(f"{mlp}.{'mlp' if numbers.has_experts else 'mixer'}")
+                yield from layer.before_mlp.weights(f"{mlp}.norm")
+        yield from self.norm.weights("model.norm_f")  # type: ignore[operator]
+        yield from self.lm_head.weights("lm_head")

@@ -18,8 +18,13 @@ from nanovllm.quantization.mxfp4 import Mxfp4Linear, Mxfp4Scheme
 from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
 
 # Matrices that some files hold in one, by the name that each has here.
-_JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-_JOINED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+_JOINED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
+    **{"gate_proj": ("gate_up_proj", "q_proj"), "up_proj": ("gate_up_proj",), "query_proj": ("q_proj",)},
+    **dict.fromkeys(("in_proj_q", "in_proj_k", "in_proj_v"), ("in_proj_qkv", "in_proj_qkvz")),
+    **{"in_proj_z": ("in_proj_qkvz", "in_proj"), "in_proj_a": ("in_proj_ba",), "in_proj_b": ("in_proj_ba", "in_proj")},
+    **dict.fromkeys(("in_proj_x", "in_proj_c", "in_proj_dt", "b_proj", "c_proj", "x_proj"), ("in_proj",)),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,10 @@ class GgufScheme:
 
     def method_of(self, name: str) -> "Gguf | type[Mxfp4Linear] | None":
         module, _, last = name.rpartition(".")
-        method = self._methods.get(name) or self._methods.get(f"{module}.{_JOINED.get(last, last)}")
-        return method if method or self._experts is None else self._experts.method_of(name)
+        for held_in in (last, *_JOINED.get(last, ())):
+            if (method := self._methods.get(f"{module}.{held_in}" if module else held_in)) is not None:
+                return method
+        return None if self._experts is None else self._experts.method_of(name)
 
 
 class GgufLinear(QuantizedLinear):

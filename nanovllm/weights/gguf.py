@@ -197,15 +197,21 @@ class GGUFCheckpoint:
         return None if order is None else order(self.config)
 
     def _packed_matrices(self) -> dict[str, PackedKind]:
-        """By the layer's name, those that stay as they are."""
-        return {
+        """By the layer's name, those that stay as they are; values that a file does not have are its keys."""
+        names = {self._hf_name(info.name): info for info in self._parameters}
+        packed = {
             name.removesuffix(".weight"): PACKED_KINDS[info.quantization]
-            for info in self._parameters
+            for name, info in names.items()
             if info.quantization in PACKED_KINDS
             and len(info.shape) == 2
             and self._transform(info) is None
-            and "{}" not in (name := self._hf_name(info.name))
+            and "{}" not in name
         }
+        for keys, kind in list(packed.items()):
+            values = keys.replace(".k_proj", ".v_proj")
+            if f"{values}.weight" not in names:
+                packed[values] = kind
+        return packed
 
     def _num_experts(self, info: TensorInfo) -> int:
         if len(info.shape) != 3:

@@ -15,6 +15,7 @@ import torch
 from nanovllm.model_files.gguf_file import GGUFFile
 from nanovllm.weights.gguf_blocks import dequantize
 from nanovllm.weights.gguf_dense import DENSE
+from nanovllm.weights.gguf_gemma4 import GEMMA4
 from nanovllm.weights.gguf_kimi import KIMI
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_mixtures import MIXTURES, mixture_row
@@ -114,6 +115,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     **MIXTURES,
     **STATES,
     **KIMI,
+    **GEMMA4,
 }
 
 
@@ -181,6 +183,8 @@ def _width_of_experts(metadata: GGUFMetadata) -> int | None:
 def _one_count(metadata: GGUFMetadata, row: GGUFArchitecture, key: str, default: int | None = None) -> int:
     """Layers that keep states may have 0 where the others all have the same."""
     by_layer = metadata.by_layer(key)
+    if row.layers_differ and isinstance(by_layer, list) and by_layer:
+        return int(by_layer[0])
     if not row.has_states or not isinstance(by_layer, list):
         return metadata.integer(key, default)
     counts = {count for count in by_layer if count}
@@ -207,7 +211,7 @@ def _rope_scaling(metadata: GGUFMetadata, theta: float, head_dim: int) -> Fields
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     if any(name in tensors for name in ROPE_FACTORS):
         return _longrope_scaling(metadata, kind)
-    if ROPE_FREQS in tensors:
+    if ROPE_FREQS in tensors and metadata.prefix != "gemma4":
         if kind != "none":
             raise NotImplementedError(f"{metadata.file.path} has both {ROPE_FREQS} and rope.scaling.type {kind!r}")
         return _llama3_scaling(metadata, theta, head_dim)

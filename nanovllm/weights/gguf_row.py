@@ -45,7 +45,8 @@ class GGUFArchitecture:
     fields: config.json fields beside those that all have. has_pairs: the rows of query and key heads are reordered.
     norm_offset: what conversion added to the weights of norms. has_partial_rotary: a part of each head may be rotated.
     has_states: layers without key/value heads keep states. has_latents: what is cached is one latent for all heads, and
-    sizes of heads are told otherwise.
+    sizes of heads are told otherwise. layers_differ: in their heads and MLPs, of which `fields` says more than of the
+    first layer's.
     layer_norm_eps: what config.json calls the epsilon of norms, where they are LayerNorms. numbers: tensors of one
     number that the file has in its metadata, one a layer: what follows a layer's name, by key.
     row_orders: of tensors of a layer whose rows are in another order, by place in Hugging Face's its place in the file.
@@ -64,6 +65,7 @@ class GGUFArchitecture:
     has_partial_rotary: bool = False
     has_states: bool = False
     has_latents: bool = False
+    layers_differ: bool = False
     layer_norm_eps: str | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)
     row_orders: Mapping[str, Callable[[Fields], list[int]]] = field(default_factory=dict)

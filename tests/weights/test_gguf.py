@@ -220,7 +220,7 @@ def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, gemma2, gemma3"):
+    with pytest.raises(NotImplementedError, match=r"architecture 'mamba'.*llama, qwen2, qwen3, qwen3vl, gemma2"):
         _checkpoint(tmp_path, "mamba")
     with pytest.raises(ValueError, match=r"split\.count is 3, but by its name it is one of 1 files"):
         _checkpoint(tmp_path, keys={"split.count": 3})

@@ -38,6 +38,19 @@ GPT_OSS: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3},
     **{"num_hidden_layers": 3, "sliding_window": 9},
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA4: dict[str, dict[str, Any]] = {
+    "e2b": {"num_hidden_layers": 6, "layer_types": [SLIDING, FULL] * 3, "num_kv_shared_layers": 2},
+    "31b": {
+        **{"num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL], "num_kv_shared_layers": 0},
+        **{"num_key_value_heads": 4, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        **{"hidden_size_per_layer_input": 0, "use_double_wide_mlp": False},
+    },
+    "26b-a4b": {
+        **{"layer_types": [SLIDING, FULL, FULL], "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
+        **{"enable_moe_block": True, "top_k_experts": 3},
+    },
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"head_dim": 16}),
     "llama-llama3-rope-tied": (
@@ -123,6 +136,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    **{
+        f"gemma4-{size}": ("Gemma4ForCausalLM", {"final_logit_softcapping": 30.0, "sliding_window": 9, **fields})
+        for size, fields in GEMMA4.items()
+    },
     "gemma2": (
         "Gemma2ForCausalLM",
         {
@@ -286,6 +303,32 @@ def test_quantized_models_equal_their_numbers(tmp_path: Path, kind: str, monkeyp
         errors = [(x[: len(logits)] - logits).norm() / logits.norm() for x in (exact, rounded)]
         assert errors[0] < (1e-2 if "_K" in kind else 1e-5) and errors[1] < 0.1
         assert (rounded - rounded_apart).norm() / logits.norm() < 2e-3  # the few codes that another order rounds apart
+
+
+@pytest.mark.parametrize("case", "lfm2 qwen35 qwen3next granitehybrid nemotron_h kimi-linear gemma4-31b".split())
+def test_matrices_that_hold_several_things_stay_packed(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or that have a name of their own; and but for the rounding of inputs, they give the same."""
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    packed: list[str] = []
+
+    def quantize(name: str, matrix: np.ndarray) -> Quantized:
+        fits = matrix.ndim == 2 and matrix.shape[1] % 32 == 0 and not name.endswith(("conv1d.weight", "ssm_a"))
+        kind = Quantization.Q8_0 if fits else Quantization.F32
+        packed.extend([name] if fits and not name.endswith("ssm_out.weight") else [])
+        return gguf.quants.quantize(matrix.astype(np.float32), kind), kind
+
+    path = convert(folder, tmp_path / "m.gguf", quantize)
+    monkeypatch.setattr(gguf_linear, "rounded_product", lambda weight: None)
+    monkeypatch.setattr(quantized_linear, "round_rows", lambda x, *args: x)
+    prompt = random_prompts([20])[0]
+    (logits, token_ids), (found, ids) = (run(path, prompt, kind) for kind in (None, "gguf"))
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+    assert ids == token_ids
+    names = [name for name, _ in GGUFCheckpoint(path, is_packed=True).headers()]
+    assert len(packed) > 5 and sum(name.endswith("_codes") for name in names) >= len(packed)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
