@@ -50,7 +50,7 @@ from nanovllm.kernels.triton.attention.tiles import (
 from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
-COMBINE_ELEMENTS = 2048  # floats of partial outputs in flight at a time
+COMBINE_ELEMENTS = 16  # floats of partial outputs that a thread has in flight at a time
 
 
 @triton.jit(do_not_specialize=["num_reqs", "table_stride"])
@@ -202,34 +202,43 @@ def _combine(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds up the partials that programs first .. last left for one item, ROWS of them in flight at a time."""
+    """Adds up the partials that programs first .. last left for one item, ROWS of them in flight at a time.
+
+    A thread has one element of the output, and finds maximum and sum of its row by itself, so that no thread waits for
+    another. Where the partials of a round lie is known when the kernel is compiled, but for the first one's, which is
+    in its program's other slot.
+    """
+    SLOT: tl.constexpr = GROUP * HEAD_DIM
     col = tl.arange(0, COLS)
     row, dim = col // BLOCK_DIM, col % BLOCK_DIM
     col_mask = (row < GROUP) & (dim < HEAD_DIM)
-    top = tl.full([COLS], LOWEST, tl.float32)
-    norm = tl.zeros([COLS], tl.float32)
-    acc = tl.zeros([COLS], tl.float32)
-    for start in range(first, last + 1, ROWS):
+    place = row * HEAD_DIM + dim
+    # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
+    outs_ptr = partial_out_ptr + (first + 1).to(tl.int64) * (2 * SLOT) + place
+    stats_ptr = partial_stats_ptr + (first + 1) * (4 * GROUP) + row
+    top = tl.load(stats_ptr - 2 * GROUP, mask=col_mask, other=LOWEST, cache_modifier=".cg")
+    norm = tl.load(stats_ptr - GROUP, mask=col_mask, other=0.0, cache_modifier=".cg")
+    acc = tl.load(outs_ptr - SLOT, mask=col_mask, other=0.0, cache_modifier=".cg")
+    for start in range(first + 1, last + 1, ROWS):
         tops, norms, outs = (), (), ()
+        new_top = top
         for i in tl.static_range(ROWS):
-            program = start + i
-            slot = program * 2 + (program == first).to(tl.int32)
-            mask = (program <= last) & col_mask
-            # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
-            stats_ptr = partial_stats_ptr + slot * 2 * GROUP + row
-            tops = tops + (tl.load(stats_ptr, mask=mask, other=LOWEST, cache_modifier=".cg"),)
-            norms = norms + (tl.load(stats_ptr + GROUP, mask=mask, other=0.0, cache_modifier=".cg"),)
-            out_offset = slot.to(tl.int64) * (GROUP * HEAD_DIM) + row * HEAD_DIM + dim
-            outs = outs + (tl.load(partial_out_ptr + out_offset, mask=mask, other=0.0, cache_modifier=".cg"),)
+            mask = (start + i <= last) & col_mask
+            tops = tops + (tl.load(stats_ptr + i * (4 * GROUP), mask=mask, other=LOWEST, cache_modifier=".cg"),)
+            norms = norms + (tl.load(stats_ptr + i * (4 * GROUP) + GROUP, mask=mask, other=0.0, cache_modifier=".cg"),)
+            outs = outs + (tl.load(outs_ptr + i * (2 * SLOT), mask=mask, other=0.0, cache_modifier=".cg"),)
         for i in tl.static_range(ROWS):
-            new_top = tl.maximum(top, tops[i])
-            weight = tl.exp2(tops[i] - new_top)
-            decay = tl.exp2(top - new_top)
-            norm = norm * decay + norms[i] * weight
-            acc = acc * decay + outs[i] * weight
-            top = new_top
+            new_top = tl.maximum(new_top, tops[i])
+        decay = tl.exp2(top - new_top)
+        norm, acc, top = norm * decay, acc * decay, new_top
+        for i in tl.static_range(ROWS):
+            weight = tl.exp2(tops[i] - top)
+            norm += norms[i] * weight
+            acc += outs[i] * weight
+        outs_ptr += ROWS * (2 * SLOT)
+        stats_ptr += ROWS * (4 * GROUP)
     result = acc / tl.where(norm > 0, norm, 1.0)
-    tl.store(out_ptr + row * HEAD_DIM + dim, result.to(out_ptr.dtype.element_ty), mask=col_mask)
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=col_mask)
 
 
 def decode_attention(
@@ -258,14 +267,14 @@ def decode_attention(
         q, data, pairs_of(cache), sinks, out, meta.seq_lens, block_table, plan.num_tiles, plan.starts,
         plan.semaphores, plan.partial_out, plan.partial_stats, *shared, plan.num_reqs,
         block_table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
-        **decode_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0,
+        **decode_arguments(shape, cache.block_size, config.num_warps), TILE=config.tile, WINDOW=plan.window or 0,
         EARLY=is_settled and has_dependent_launch(q.device),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
 
 
 @cache
-def decode_arguments(shape: AttentionShape, block_size: int) -> dict[str, int | float]:
+def decode_arguments(shape: AttentionShape, block_size: int, num_warps: int) -> dict[str, int | float]:
     """`layer_arguments`, and what decode kernels are told beyond them."""
     arguments = layer_arguments(shape, block_size)
     group = next_power_of_2(shape.num_heads // shape.num_kv_heads)
@@ -274,5 +283,5 @@ def decode_arguments(shape: AttentionShape, block_size: int) -> dict[str, int | 
         **arguments,
         "BLOCK_GROUP": max(16, group),
         "COMBINE_COLS": combine_cols,
-        "COMBINE_ROWS": max(1, COMBINE_ELEMENTS // combine_cols),
+        "COMBINE_ROWS": max(1, COMBINE_ELEMENTS * 32 * num_warps // combine_cols),
     }

@@ -258,7 +258,7 @@ def fused_decode(
         plan.semaphores, plan.partial_out, plan.partial_stats, cos_sin, slots, q_weight, k_weight, plan.num_reqs,
         block_table.stride(0), qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *data.stride()[:4],
         eps=eps, ROPE=cos_sin is not None, Q_NORM=q_weight is not None, K_NORM=k_weight is not None,
-        **decode_arguments(shape, cache.block_size), TILE=config.tile, WINDOW=plan.window or 0,
+        **decode_arguments(shape, cache.block_size, config.num_warps), TILE=config.tile, WINDOW=plan.window or 0,
         EARLY=is_settled and has_dependent_launch(qkv.device),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
