@@ -806,3 +806,16 @@ def test_registers_suffice_for_attention(compiled: Compiled, tmp_path: Path) -> 
             stacks[kernel, call] = int(usage[1])
     # Two numbers that one of Hopper's consumers needs before its loop and behind it are worth no other shape.
     assert {place: size for place, size in stacks.items() if size > 8 * (HOPPER_ONLY in place[0])} == {}
+
+
+def test_softmax_runs_beside_a_product_on_hopper(compiled: Compiled, tmp_path: Path) -> None:
+    """Of two waits for the tensor cores, for scores and for the output before them, the second stands behind the
+    exponents of a tile of 64 x 128 scores, 64 for each of 128 threads, where the assembler would not put it."""
+    kernels = {name: binary for _, name, _, binary in compiled.launches if HOPPER_ONLY in name}
+    assert len(kernels) == compiled.is_hopper
+    for binary in kernels.values():
+        (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-sass", str(tmp_path / "kernel.cubin")]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        loops = re.findall(r"DEPBAR\.LE gsb0, 0x1.*?DEPBAR\.LE gsb0, 0x0", code, re.DOTALL)
+        assert [loop.count("MUFU.EX2") >= 64 for loop in loops] == [True, True]  # of both consumers

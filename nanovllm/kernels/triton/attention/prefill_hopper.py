@@ -141,8 +141,12 @@ def _start_scores(q, keys, nth, HEAD_DIM: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _start_output(weights, values, nth, acc, HEAD_DIM: gl.constexpr, layout: gl.constexpr):
-    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, layout, 2)).to(values[0].dtype)
+def _operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
+    return gl.convert_layout(weights, gl.DotOperandLayout(0, layout, 2)).to(dtype)
+
+
+@gluon.jit
+def _start_output(weights, values, nth, acc, HEAD_DIM: gl.constexpr):
     return warpgroup_mma(weights, _take(values, nth, HEAD_DIM), acc, is_async=True)
 
 
@@ -153,12 +157,33 @@ def _masked(scores, tile, query_position, layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, top, norm, scale):
-    """The part of `tiles.update_softmax` before the product: weights, and by how much what was before decays."""
+def _softmax(scores, top, scale):
+    """The part of `tiles.update_softmax` before the product: weights; by how much what was before decays; the maximum;
+    and the sums [ROWS, 4] of the weights that each of the four threads of a row has, which meet behind all tiles."""
     new_top = gl.maximum(top, gl.max(scores, axis=1) * scale)
     decay = gl.exp2(top - new_top)
     weights = gl.exp2(scores * scale - gl.expand_dims(new_top, 1))
-    return weights, decay, new_top, norm * decay + gl.sum(weights, axis=1)
+    by_thread = weights.reshape([ROWS, TILE // 8, 4, 2])
+    return weights, decay, new_top, gl.sum(gl.sum(by_thread, axis=3), axis=1)
+
+
+@gluon.jit
+def _decayed(norm, decay):
+    return norm * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, norm.type.layout)), 1)
+
+
+@gluon.jit
+def _before_what_follows(norm):
+    """Sums [ROWS, 4] as they are, computed before anything that is waited for below.
+
+    The assembler moves a wait for the tensor cores to the front of all arithmetic that does not need their results.
+    The softmax would then stand behind the product that it is to run beside. No wait is moved across a way out, which
+    is taken by no sum.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lt.f32 p, $2, 0f00000000; @p exit; mov.f32 $0, $2; mov.f32 $1, $3; }", "=f,=f,f,f",
+        [norm], dtype=gl.float32, is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -181,13 +206,15 @@ def _attend(
     for nth in range(1, num_tiles):
         mbarrier.wait(turns.index(consumer), (nth - 1) & 1)
         scores = _start_scores(q, keys, nth, HEAD_DIM, s_layout)
-        acc = _start_output(weights, values, nth - 1, acc, HEAD_DIM, o_layout)
+        acc = _start_output(weights, values, nth - 1, acc, HEAD_DIM)
         mbarrier.arrive(turns.index(1 - consumer))
         scores = warpgroup_mma_wait(1, deps=[scores])
         _release(keys, nth)
         if nth < num_masked:
             scores = _masked(scores, num_tiles - 1 - nth, query_position, s_layout)
-        weights, decay, top, norm = _softmax(scores, top, norm, scale)
+        weights, decay, top, sums = _softmax(scores, top, scale)
+        weights = _operand(weights, values[0].dtype, o_layout)
+        norm = _before_what_follows(_decayed(norm, decay) + sums)
         acc = warpgroup_mma_wait(0, deps=[acc])
         _release(values, nth - 1)
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
@@ -216,7 +243,11 @@ def _consume(
     scores = warpgroup_mma_wait(0, deps=[_start_scores(q, keys, 0, HEAD_DIM, s_layout)])
     _release(keys, 0)
     scores = _masked(scores, num_tiles - 1, query_position, s_layout)
-    weights, _, top, norm = _softmax(scores, top, norm, scale)
+    weights, decay, top, sums = _softmax(scores, top, scale)
+    weights = _operand(weights, values[0].dtype, o_layout)
+    sink = gl.convert_layout(norm * decay, gl.SliceLayout(1, sums.type.layout))
+    has_sink = gl.arange(0, 4, layout=gl.SliceLayout(0, sums.type.layout)) == 0  # one of the four threads
+    norm = sums + gl.where(gl.expand_dims(has_sink, 0), gl.expand_dims(sink, 1), 0.0)
     if num_tiles * TILE > seq_len:
         if consumer == 0:
             _zero_behind(values, (num_tiles - 1) * TILE, seq_len, HEAD_DIM)
@@ -227,10 +258,10 @@ def _consume(
         num_tiles, num_masked, q, keys, values, turns, weights, acc, top, norm, query_position, scale,
         consumer, HEAD_DIM, s_layout, o_layout,
     )  # fmt: skip
-    acc = _start_output(weights, values, num_tiles - 1, acc, HEAD_DIM, o_layout)
+    acc = _start_output(weights, values, num_tiles - 1, acc, HEAD_DIM)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
-    norm = gl.convert_layout(norm, gl.SliceLayout(1, o_layout))
+    norm = gl.convert_layout(gl.sum(norm, axis=1), gl.SliceLayout(1, o_layout))
     result = acc / gl.expand_dims(gl.where(norm > 0, norm, 1.0), 1)
     row = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout))
     offset, is_row = _offsets(row, first_token, first_position, seq_len, head, NUM_KV_HEADS * GROUP * HEAD_DIM,
