@@ -280,8 +280,9 @@ def mix_experts(num_tokens: int, num_experts: int, inputs: int, more: tuple[Any,
 
 
 def mix_experts_of_a_token(shared_size: int, gate: Gate, has_biases: bool) -> None:
-    gate_up, down = bf16(8, 256 * gate.num_parts, 2304), bf16(8, 2304, 256)
-    biases = Biases(bf16(8, 256 * gate.num_parts), bf16(8, 2304)) if has_biases else None
+    size = 640  # three chunks for each of six choices: more than are held
+    gate_up, down = bf16(8, size * gate.num_parts, 2304), bf16(8, 2304, size)
+    biases = Biases(bf16(8, size * gate.num_parts), bf16(8, 2304)) if has_biases else None
     shared = Shared(bf16(2 * shared_size, 2304), bf16(2304, shared_size)) if shared_size else None
     MODULES["expert_vectors"].vector_experts_triton(
         bf16(1, 2304), gate_up, down, torch.rand(1, 6), random_ids(1, 6, 8), biases, gate, shared
