@@ -116,7 +116,8 @@ def test_a_few_decodes_from_products_to_products(
     heads = HeadInputs(
         randn(n, rope_dim, dtype=torch.float32), case.meta.slot_mapping.to(DEVICE), None, randn(rank, dtype=dtype), 1e-6
     )
-    shape, want_cache = case.shape(0.2)._replace(value_dim=rank), case.kv_cache.clone()
+    # A model's scale: where one key has most of the weight, rounded scores are what is compared.
+    shape, want_cache = case.shape((rank + rope_dim) ** -0.5)._replace(value_dim=rank), case.kv_cache.clone()
     queries = torch.empty(n, num_heads, rank + rope_dim, dtype=dtype, device=DEVICE)
     queries[..., :rank] = head_linear(q.cpu().float(), matrix[:, :key_dim].cpu().float()).to(DEVICE)
     latent_store_reference(queries[..., rank:], q_rope, kv, heads, LayerCache(want_cache), False)
@@ -171,13 +172,14 @@ def test_whole_prompts(key_dim: int, rope_dim: int, value_dim: int, dtype: torch
         randn(num_tokens, 40 + rope_dim, dtype=dtype),
     )
     parts = q[..., :key_dim], q[..., key_dim:], kv, k_rope[:, 40:]
-    got = whole.attend_whole(*parts, 0.2, meta, whole.plan_whole(meta, parts[0]))
+    scale = (key_dim + rope_dim) ** -0.5
+    got = whole.attend_whole(*parts, scale, meta, whole.plan_whole(meta, parts[0]))
     keys = torch.cat((kv[..., :key_dim], parts[3][:, None].expand(-1, num_heads, -1)), dim=-1)
     start = 0
     for length in lens:
         rows = slice(start, start + length)
         one = (x[rows].float().transpose(0, 1) for x in (q, keys, kv[..., key_dim:]))
-        want = F.scaled_dot_product_attention(*one, is_causal=True, scale=0.2).transpose(0, 1)
+        want = F.scaled_dot_product_attention(*one, is_causal=True, scale=scale).transpose(0, 1)
         assert relative_error(got[rows], want) < TOLERANCE[dtype]
         start += length
     assert not got[start:].any()
