@@ -691,9 +691,11 @@ class Compiled:
 
 
 def statements_for_hopper(function: ast.stmt) -> Iterator[ast.AST]:
-    """What a kernel does only where it may start early, load tiles whole or convert FP8."""
+    """What a kernel does only where it may start early, load tiles whole, convert FP8 or multiply by warp groups."""
     for node in ast.walk(function):
-        if isinstance(node, ast.If) and any(word in ast.unparse(node.test) for word in ("PDL", "cache_desc", "IS_FP8")):
+        if isinstance(node, ast.If) and any(
+            word in ast.unparse(node.test) for word in ("PDL", "cache_desc", "IS_FP8", "WARP_GROUPS")
+        ):
             for statement in node.body:
                 yield from ast.walk(statement)
 

@@ -83,23 +83,24 @@ SUMMED = Config(64, 512, 4, 3)  # of one token's second products
 
 
 @triton.jit
-def scaled_numbers(codes, scale, WORD: tl.constexpr):
+def scaled_numbers(codes, scale, WARP_GROUPS: tl.constexpr):
     """Of codes, two in a byte, the numbers of the lower and of the upper halves times scale (int32, of equal shape)
-    times 2^-63: bfloat16, exact. WORD: bytes that a thread has side by side, and that have one scale; two where the
-    product is one of a Hopper GPU's four warps together, else four."""
-    if WORD == 4:
+    times 2^-63: bfloat16, exact. WARP_GROUPS: four warps multiply together, and a thread has two bytes side by side;
+    else four. They have one scale."""
+    if WARP_GROUPS:
         return tl.inline_asm_elementwise(
-            _ASM_OF_4, _OPERANDS_OF_4, [codes, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            _ASM_OF_2, _OPERANDS_OF_2, [codes, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
     else:
         return tl.inline_asm_elementwise(
-            _ASM_OF_2, _OPERANDS_OF_2, [codes, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            _ASM_OF_4, _OPERANDS_OF_4, [codes, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
 
 
 @triton.jit
 def _add_products(
-    low_sums, high_sums, codes, scale, first, second, ROWS: tl.constexpr, GROUPS: tl.constexpr, WORD: tl.constexpr
+    low_sums, high_sums, codes, scale, first, second,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, WARP_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The sums of lower and of upper halves [ROWS, columns], apart as each waits for the one before, and products of
     codes [ROWS, GROUPS * 16] and inputs [columns, GROUPS * 16] more.
@@ -116,12 +117,12 @@ def _add_products(
     else:
         by_row = tl.trans(scale).to(tl.int32)
         by_code = tl.reshape(tl.broadcast_to(by_row[:, :, None], [ROWS, GROUPS, 16]), [ROWS, GROUPS * 16])
-        low, high = scaled_numbers(codes, by_code, WORD)
+        low, high = scaled_numbers(codes, by_code, WARP_GROUPS)
         low_sums = tl.dot(low, tl.trans(first), low_sums)
-        if WORD == 4:
-            return low_sums, tl.dot(high, tl.trans(second), high_sums)
-        else:
+        if WARP_GROUPS:
             return tl.dot(high, tl.trans(second), low_sums), high_sums
+        else:
+            return low_sums, tl.dot(high, tl.trans(second), high_sums)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -148,7 +149,7 @@ def _experts_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
-    WORD: tl.constexpr,
+    WARP_GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`moe._grouped_kernel`, whose `scale` is `weight` here. Gates and their ups, TILE of both, are one product."""
@@ -194,7 +195,7 @@ def _experts_kernel(
         scale_mask = is_group[:, None] & is_output[None, :]
         scale = tl.load(scale_ptrs + i * GROUPS * scale_stride_group, mask=scale_mask, other=0)
         low_sums, high_sums = _add_products(
-            low_sums, high_sums, codes, scale, first, second, ROWS, GROUPS, WORD
+            low_sums, high_sums, codes, scale, first, second, ROWS, GROUPS, WARP_GROUPS
         )  # fmt: skip
     acc = low_sums + high_sums
     if x_ptr.dtype.element_ty == tl.bfloat16:
@@ -237,7 +238,7 @@ def _summed_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
-    WORD: tl.constexpr,
+    WARP_GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out [OUTPUTS] = the sum over a token's choices of weight[choice] times that expert's weight times x[choice].
@@ -277,7 +278,7 @@ def _summed_kernel(
         scale = tl.load(scale_ptrs + i * GROUPS * scale_stride_group, mask=scale_mask, other=0)
         codes, scale = tl.reshape(codes, [ROWS, BYTES]), tl.reshape(scale, [GROUPS, ROWS])
         low_sums, high_sums = _add_products(
-            low_sums, high_sums, codes, scale, first, second, ROWS, GROUPS, WORD
+            low_sums, high_sums, codes, scale, first, second, ROWS, GROUPS, WARP_GROUPS
         )  # fmt: skip
     acc = low_sums + high_sums
     is_own = choice[:, None, None] == column[None, None, :]
@@ -342,13 +343,12 @@ def _multiply(
     num_rows, num_outputs = out.shape
     config = CONFIGS[block_size][gate is not None]
     tile = config.rows // (1 if gate is None else 2)
-    has_groups = block_size > 8 and has_warp_groups(x.device)
     launch(
         _experts_kernel, (block_experts.numel() * cdiv(num_outputs, tile),), x.device,
         x, codes, scale, bias, weights, rows, block_experts, out, num_rows, *scale.stride(),
         INPUTS=x.shape[1], OUTPUTS=num_outputs, ROWS_PER_X=rows_per_x, **gate_arguments(gate),
         SORTED=rows is not None, BLOCK=block_size, TILE=tile, STEP=_step(config, x), STAGES=config.stages,
-        WORD=2 if has_groups else 4, num_warps=config.num_warps,
+        WARP_GROUPS=block_size > 8 and has_warp_groups(x.device), num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def _multiply_and_sum(
         _summed_kernel, (cdiv(out.numel(), tile),), x.device,
         x, codes, scale, bias, weights, expert_ids, out, *scale.stride(),
         INPUTS=x.shape[1], OUTPUTS=out.numel(), TOP_K=top_k, TOP_K_PADDED=padded, COLUMNS=max(8, padded),
-        TILE=tile, STEP=_step(SUMMED, x), STAGES=SUMMED.stages, WORD=4,
+        TILE=tile, STEP=_step(SUMMED, x), STAGES=SUMMED.stages, WARP_GROUPS=False,
         num_warps=SUMMED.num_warps,
     )  # fmt: skip
 

@@ -57,7 +57,6 @@ def _grouped_codes_kernel(
     codes_ptr,
     scale_ptr,
     zero_ptr,
-    bias_ptr,
     weight_ptr,
     rows_ptr,
     block_experts_ptr,
@@ -139,11 +138,6 @@ def _grouped_codes_kernel(
         if GATED:
             up *= tl.load(scale_ptr + place + OUTPUTS).to(tl.float32)[:, None]
     dtype = out_ptr.dtype.element_ty
-    if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert * (planes * OUTPUTS) + tl.minimum(output, OUTPUTS - 1)[:, None]
-        acc += tl.load(bias_ptrs).to(tl.float32)
-        if GATED:
-            up += tl.load(bias_ptrs + OUTPUTS).to(tl.float32)
     if GATED:
         result = apply_gate(acc, up, dtype, GATE, ALPHA, LIMIT)
     else:
@@ -194,11 +188,11 @@ def quantized_experts_triton(
     gated, chosen = (x.new_empty(expert_ids.numel(), size) for size in (intermediate_size, hidden_size))
     if rounded is not None:
         x = rounded(x)
-    gate_up_bias, down_bias = (None, None) if biases is None else biases
-    _multiply(x, gate_up, gate_up_bias, gate, None, rows, block_experts, block_size, gated, top_k)
+    assert biases is None, "experts with biases are dense, or MXFP4"
+    _multiply(x, gate_up, gate, None, rows, block_experts, block_size, gated, top_k)
     if rounded is not None:
         gated = rounded(gated)
-    _multiply(gated, down, down_bias, None, weights, rows, block_experts, block_size, chosen, 1)
+    _multiply(gated, down, None, weights, rows, block_experts, block_size, chosen, 1)
     sum_choices(chosen, out)
     return out
 
@@ -206,7 +200,6 @@ def quantized_experts_triton(
 def _multiply(
     x: Tensor,
     stack: Stack,
-    bias: Tensor | None,
     gate: Gate | None,
     weights: Tensor | None,
     rows: Tensor | None,
@@ -220,7 +213,7 @@ def _multiply(
     num_rows, num_outputs = out.shape
     launch(
         _grouped_codes_kernel, (block_experts.numel() * cdiv(num_outputs, TILE),), x.device,
-        x, codes, scale, zero, bias, weights, rows, block_experts, out, num_rows,
+        x, codes, scale, zero, weights, rows, block_experts, out, num_rows,
         INPUTS=x.shape[1], OUTPUTS=num_outputs, GROUPS=scale.shape[1], ROWS_PER_X=rows_per_x, **gate_arguments(gate),
         SORTED=rows is not None, IS_INT4=codes.dtype == torch.uint8, BLOCK=block_size, TILE=TILE,
         STEP=_step(stack), STAGES=3, num_warps=4,
