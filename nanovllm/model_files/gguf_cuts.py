@@ -25,12 +25,13 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
 
-def _words_by_case(after: str) -> str:
-    before = r"[^\r\n\p{L}\p{N}]?"
-    return rf"{before}{_UPPER}*{_LOWER}+{after}|{before}{_UPPER}+{_LOWER}*{after}"
+def _words_by_case(after: str, but: str = "") -> str:
+    """but: which letters are in no word."""
+    before, upper, lower = r"[^\r\n\p{L}\p{N}]?", f"[{_UPPER}{but}]", f"[{_LOWER}{but}]"
+    return rf"{before}{upper}*{lower}+{after}|{before}{upper}+{lower}*{after}"
 
 
 _GPT2 = Cut((), ends_as_gpt2=True)
@@ -47,6 +48,8 @@ _TEKKEN = Cut(
     (rf"{_words_by_case('')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_ENDS}",), ignore_merges=True, adds_bos=True
 )
 _GPT4O = Cut((rf"{_words_by_case(_CONTRACTION + '?')}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_ENDS}",))
+_KIMI_WORD = _words_by_case(_CONTRACTION + "?", but=r"&&[^\p{Han}]")
+_KIMI = Cut((rf"\p{{Han}}+|{_KIMI_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_ENDS}",))
 # Digits in threes from the right, as they are read aloud.
 _TINY_AYA = replace(_GPT4O, regexes=(r"\d{1,3}(?=(?:\d{3})*\b)", *_GPT4O.regexes))
 _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
@@ -106,13 +109,14 @@ CUTS = {
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _DIGITS_BY_THREE),
-    "glm4": replace(_DIGITS_BY_THREE, ignore_merges=True),
+    **dict.fromkeys(("glm4", "glm5"), replace(_DIGITS_BY_THREE, ignore_merges=True)),
     "tekken": _TEKKEN,
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2"), _QWEN2),
     **dict.fromkeys(("megrez", "hunyuan", "stablelm2", "solar-open", "grok-2"), _PLAIN_QWEN2),
     "qwen35": _QWEN35,
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _GPT4O),
-    "tiny_aya": _TINY_AYA,
+    "kimi-k2": _KIMI,
+    **dict.fromkeys(("tiny_aya", "cohere2moe"), _TINY_AYA),
     "deepseek-coder": _DEEPSEEK_CODER,
     "deepseek-llm": _DEEPSEEK_LLM,
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3),

@@ -39,6 +39,9 @@ def build_tokenizer(path: Path, metadata: dict[str, Any]) -> tuple[Tokenizer, di
         raise ValueError(f"{path}: tokenizer.ggml.token_type has {len(types)} items for {len(tokens)} tokens")
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(path, metadata, tokens)
+    elif kind == "gemma4":
+        tokenizer, adds_bos = _merged_pieces(path, metadata, tokens, types), True
+        metadata = {**metadata, "tokenizer.ggml.add_bos_token": True}  # early files say False, and mean it not
     elif kind == "llama":
         # User-defined tokens, as Gemma has for runs of spaces, are looked for in the text as it is.
         tokens = [
@@ -48,7 +51,7 @@ def build_tokenizer(path: Path, metadata: dict[str, Any]) -> tuple[Tokenizer, di
         tokenizer, adds_bos = _sentencepiece(path, metadata, tokens, types), True
     else:
         raise NotImplementedError(
-            f"{path}: tokenizer kind {kind!r} is not supported (gpt2, llama are): give the model's own with tokenizer="
+            f"{path}: tokenizer kind {kind!r} is not supported (gpt2, llama, gemma4 are): give the model's own with tokenizer="
         )
     tokenizer.add_tokens(
         [
@@ -120,6 +123,17 @@ def _sentencepiece(path: Path, metadata: dict[str, Any], tokens: list[str], toke
     if has_prefix_space:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _merged_pieces(path: Path, metadata: dict[str, Any], tokens: list[str], token_types: list[int]) -> Tokenizer:
+    """Gemma 4's: SentencePiece's pieces, but a list of merges says which of them become one."""
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = _read_merges(path, metadata, set(tokens))
+    unknown = _unknown_token(path, metadata, tokens, token_types)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
