@@ -7,6 +7,7 @@ Invariant: what is wrong with messages or template is a ValueError or TypeError 
 
 import ctypes
 import json
+import re
 import resource
 import sys
 import threading
@@ -21,6 +22,7 @@ from nanovllm.errors import brief, cut
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 MAX_TEMPLATE_SECONDS = 10.0
 MAX_TEMPLATE_BYTES = 1 << 30
+_GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")  # transformers' own tag, which changes no text
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # What transformers' method takes for other purposes than the template.
 _NO_VARIABLES = (
@@ -118,7 +120,7 @@ def _reads_parts(template: str) -> bool:
     from transformers.utils import chat_template_utils  # noqa: F401 (checks jinja2's version)
 
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
-    tree = environment.parse(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    tree = environment.parse(_GENERATION.sub("", template))
     is_asked = any(test.name == "string" for test in tree.find_all(nodes.Test))
     return not is_asked and any(_is_content(loop.iter) for loop in tree.find_all(nodes.For))
 

@@ -186,3 +186,11 @@ def test_messages_about_long_things_are_short(tokenizer: Tokenizer) -> None:
         tokenizer.render_chat([{"role": "user", "content": [{"type": "text", "text": ["x" * 100_000]}]}])
     assert len(str(caught.value)) < 400
     assert re.search(r"\([\d,]+ characters\)", str(caught.value))
+
+
+def test_the_tag_of_what_is_generated_changes_no_text(tokenizer: Tokenizer) -> None:
+    """However white space around it is cut: LFM2.5's template has {%- generation -%}."""
+    for begin, end in (("{% generation %}", "{% endgeneration %}"), ("{%- generation -%}", "{%- endgeneration -%}")):
+        template = f"{{% for m in messages %}}{begin}{{{{ m.content }}}}{end}{{% endfor %}}"
+        text = tokenizer.render_chat([{"role": "user", "content": "Hi"}], chat_template=template)
+        assert text == "Hi"

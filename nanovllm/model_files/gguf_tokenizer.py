@@ -51,7 +51,8 @@ def build_tokenizer(path: Path, metadata: dict[str, Any]) -> tuple[Tokenizer, di
         tokenizer, adds_bos = _sentencepiece(path, metadata, tokens, types), True
     else:
         raise NotImplementedError(
-            f"{path}: tokenizer kind {kind!r} is not supported (gpt2, llama, gemma4 are): give the model's own with tokenizer="
+            f"{path}: tokenizer kind {kind!r} is not supported (gpt2, llama, gemma4 are): give the model's own with "
+            "tokenizer="
         )
     tokenizer.add_tokens(
         [

@@ -115,7 +115,8 @@ class TemplateReader:
         self._unread = ""  # what was fed and has not become a piece
         self._is_parallel, self._has_called = is_parallel, False
         field = template.fields.get("tool_calls")
-        self._call_field = field if new_growing is not None and field is not None and field.content == "json" else None
+        grows = field is not None and field.content == "json" and not field.content_args
+        self._call_field = field if new_growing is not None and grows else None
         self._new_growing = new_growing
         self._growing: Growing | None = None  # of the calls that are being written
         self._is_broken = False

@@ -16,22 +16,59 @@ _TURNS = [
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "<|Assistant|>",
     "<\uff5cAssistant\uff5c>",  # DeepSeek
+    "<|assistant|>",  # GLM
+    "<|im_assistant|>assistant<|im_middle|>",  # Kimi
+    "<|start_of_role|>assistant<|end_of_role|>",  # Granite
+    "<SPECIAL_11>Assistant\n",  # Nemotron Nano 2
+    "<seed:bos>assistant\n",
     "[/INST]",
 ]
+_MARKS_OF_DEEPSEEK = ("calls begin", "calls end", "call begin", "call end", "sep")
 _CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-_REASONING = {"open_pattern": r"<think>\s*", "close_pattern": r"\s*</think>\s*", "content": "text"}
+_REASONING = {
+    "open_pattern": r"\s*<(?:seed:)?think>\s*",
+    "close_pattern": r"\s*</(?:seed:)?think>\s*",
+    "content": "text",
+}
 # White space before a call belongs to neither the text before it nor the call.
 _EACH_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
+_DEEPSEEK = {name: f"<\uff5ctool\u2581{name.replace(' ', chr(0x2581))}\uff5c>" for name in _MARKS_OF_DEEPSEEK}
 _TOOL_CALLS: dict[str, dict[str, Any]] = {
-    "function tags": {  # Qwen3-Coder, Qwen 3.5
-        "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-        "close_pattern": r"</function>\s*</tool_call>\s*",
+    "argument tags": {  # GLM 4.5 to 4.7
+        "open_pattern": r"\s*<tool_call>\s*(?P<name>[^<\s]+)\s*(?=<)",
+        "close_pattern": r"\s*</tool_call>\s*",
+        "content": "xml-inline",
+        "content_args": {
+            "tag_pattern": r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
+        },
+        "transform": _CALL,
+        "repeats": True,
+    },
+    "function tags": {  # Qwen3-Coder, Qwen 3.5, Nemotron 3, Seed-OSS
+        "open_pattern": r"\s*<(?:seed:)?tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        "close_pattern": r"</function>\s*</(?:seed:)?tool_call>\s*",
         "content": "xml-inline",
         "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
         "transform": _CALL,
         "repeats": True,
     },
-    "tagged JSON": {  # Hermes, Qwen 2.5 and 3
+    "JSON behind a separator": {  # DeepSeek-V3.1; V3 and R1 have it in a block of code
+        "open_pattern": rf"\s*(?:{_DEEPSEEK['calls begin']})?\s*{_DEEPSEEK['call begin']}"
+        rf"(?:function{_DEEPSEEK['sep']})?(?P<name>(?!function{_DEEPSEEK['sep']})[^<\n]+)(?:{_DEEPSEEK['sep']}|\n```json\n)",
+        "close_pattern": rf"(?:\n```)?{_DEEPSEEK['call end']}\s*",
+        "content": "json",
+        "transform": _CALL,
+        "repeats": True,
+    },
+    "numbered JSON": {  # Kimi
+        "open_pattern": r"\s*(?:<\|tool_calls_section_begin\|>)?\s*<\|tool_call_begin\|>\s*"
+        r"(?:functions\.)?(?P<name>[\w.-]+):\d+\s*<\|tool_call_argument_begin\|>",
+        "close_pattern": r"<\|tool_call_end\|>\s*",
+        "content": "json",
+        "transform": _CALL,
+        "repeats": True,
+    },
+    "tagged JSON": {  # Hermes, Qwen 2.5 and 3, Granite 4
         "open_pattern": r"\s*<tool_call>",
         "close_pattern": r"</tool_call>\s*",
         "content": "json",
@@ -47,6 +84,13 @@ _TOOL_CALLS: dict[str, dict[str, Any]] = {
     },
     "a list of JSON": {  # Mistral before
         "open_pattern": r"\s*\[TOOL_CALLS\]\s*",
+        "content": "json",
+        "transform": _EACH_CALL,
+        "transform_each": True,
+    },
+    "a tagged list of JSON": {  # Nemotron Nano 2
+        "open_pattern": r"\s*<TOOLCALL>\s*",
+        "close_pattern": r"</TOOLCALL>\s*",
         "content": "json",
         "transform": _EACH_CALL,
         "transform_each": True,
@@ -70,6 +114,11 @@ _TOOL_CALLS: dict[str, dict[str, Any]] = {
         "content": "json",
         "transform": {"type": "function", "function": "{content}"},
     },
+}
+# What closes a list of calls that are tagged one by one; text, for a parser that knows the single ones.
+_ENDS_OF_CALLS = {
+    "JSON behind a separator": _DEEPSEEK["calls end"],
+    "numbered JSON": r"<\|tool_calls_section_end\|>",
 }
 _TO_FUNCTION = r" to=functions\.(?P<name>[\w.-]+)"
 _HARMONY = {  # gpt-oss: every part has a channel, and a call whom it goes to, ahead of the channel or behind it
@@ -96,10 +145,35 @@ _HARMONY = {  # gpt-oss: every part has a channel, and a call whom it goes to, a
         },
     },
 }
+_GEMMA4 = {
+    "start_anchor": ["<|turn>model\n", "<tool_response|>"],
+    "fields": {
+        "reasoning_content": {
+            "open_pattern": r"<\|channel>thought\n\s*",
+            "close_pattern": r"\s*<channel\|>",
+            "content": "text",
+        },
+        "tool_calls": {
+            "open_pattern": r"\s*<\|tool_call>call:(?P<name>[\w.-]+)",
+            "close_pattern": r"<tool_call\|>",
+            "content": "json",
+            "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
+            "transform": _CALL,
+            "repeats": True,
+        },
+        "content": {"close_pattern": r"<turn\|>|<\|tool_response>|<eos>", "content": "text"},
+    },
+}
+_WITH_CHANNELS = {"<|channel|>": _HARMONY, "<|channel>": _GEMMA4}
 _MARKS = {
+    "<arg_key>": "argument tags",
+    "<TOOLCALL>": "a tagged list of JSON",
+    _DEEPSEEK["call begin"]: "JSON behind a separator",
+    "<|tool_call_begin|>": "numbered JSON",
     "<|tool_call|>": "a marked list of JSON",
     "<|tool_call_start|>": "Python calls",
     "<|tool_list_start|>": "Python calls",
+    "List of tools: [": "Python calls",  # LFM2.5
     "<function=": "function tags",
     "<tool_call>": "tagged JSON",
     "[ARGS]": "named JSON",
@@ -115,16 +189,19 @@ def find_response_template(hf: Any, chat_template: str, has_tools: bool) -> Any 
     None where an answer is text and nothing else. Raises ValueError if tools are offered and nothing can read calls.
     """
     own = getattr(hf, "response_template", None)
-    if own is None and "<|channel|>" in chat_template:
-        own = _HARMONY
+    if own is None:
+        own = next((parts for mark, parts in _WITH_CHANNELS.items() if mark in chat_template), None)
     if own is None:
         kind = next((kind for mark, kind in _MARKS.items() if mark in chat_template), None) if has_tools else None
         if has_tools and kind is None:
             raise ValueError("nobody knows how this model writes tool calls; use tool_choice 'required' or a name")
         fields = {"reasoning_content": _REASONING} if "think>" in chat_template else {}
+        content = {"content": "text"}
         if kind is not None:
             fields["tool_calls"] = _TOOL_CALLS[kind]
-        own = {"start_anchor": _TURNS, "fields": {**fields, "content": {"content": "text"}}}
+            if (end := _ENDS_OF_CALLS.get(kind)) is not None:
+                content["close_pattern"] = end
+        own = {"start_anchor": _TURNS, "fields": {**fields, "content": content}}
     elif has_tools and "tool_calls" not in own.get("fields", {}):
         raise ValueError("this model's response template reads no tool calls; use tool_choice 'required' or a name")
     return _load(json.dumps(own), has_tools)

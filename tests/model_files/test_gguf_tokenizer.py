@@ -38,7 +38,7 @@ def test_byte_level_merges_and_special_tokens(tmp_path: Path) -> None:
         ("superbpe", "0124", ["0", "12", "4"]),
         ("tiny_aya", "hello'll 0120", ["hello", "'", "ll", "Ġ", "0", "12", "0"]),
         ("gpt-4o", "hello'll12", ["hello", "'", "ll", "12"]),
-        ("kimi-k2", "中hello'll12", ["ä", "¸", "Ń", "hello", "'", "ll", "12"]),
+        ("kimi-k2", "中hello'll12", ["ä", "\u00b8", "Ń", "hello", "'", "ll", "12"]),
     ],
 )
 def test_cuts(tmp_path: Path, pre: str, text: str, tokens: list[str]) -> None:

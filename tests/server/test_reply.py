@@ -32,7 +32,7 @@ def new_reader(
 ) -> Reader:
     template = find_response_template(Tokenizer(), chat_template, tools)
     assert template is not None
-    prompt = "<|start|>assistant" if chat_template == HARMONY else prompt
+    prompt = {HARMONY: "<|start|>assistant", GEMMA4: "<|turn>model\n"}.get(chat_template, prompt)
     return TemplateReader(template, prompt, [TOOL] if tools else [], is_parallel, GrowingCalls if grows else None)
 
 
@@ -48,7 +48,17 @@ def hermes(name: str, arguments: object) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-HARMONY = "<|channel|>"
+HARMONY, GEMMA4 = "<|channel|>", "<|channel>"
+DEEPSEEK = "<\uff5ctool\u2581call\u2581begin\uff5c>"
+
+
+def deepseek(name: str, arguments: object, older: bool = False) -> str:
+    sep, end = DEEPSEEK.replace("call\u2581begin", "sep"), DEEPSEEK.replace("begin", "end")
+    if older:
+        return f"{DEEPSEEK}function{sep}{name}\n```json\n{json.dumps(arguments)}\n```{end}"
+    return f"{DEEPSEEK}{name}{sep}{json.dumps(arguments)}{end}"
+
+
 FORMS = {
     "<think></think><tool_call>": f"<think>\nWell.\n</think>\n\nI look.\n{hermes('run', BRACES)}\n{hermes('now', {})}",
     "<think><tool_call><function=": (
@@ -67,6 +77,25 @@ FORMS = {
         "<think>Well.</think>I look.<|tool_call_start|>"
         """[run(command='mkdir {a,b} && echo "]}"', n=3), now()]<|tool_call_end|>"""
     ),
+    "<think><arg_key><tool_call>": (
+        "\n<think>Well.</think>\nI look.\n<tool_call>run\n<arg_key>command</arg_key>\n"
+        f"<arg_value>{BRACES['command']}</arg_value>\n<arg_key>n</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n"
+        "<tool_call>now</tool_call>"
+    ),
+    "<think><TOOLCALL>": "<think>\nWell.\n</think>\n\nI look.\n<TOOLCALL>"
+    + json.dumps([{"name": "run", "arguments": BRACES}, {"name": "now", "arguments": {}}])
+    + "</TOOLCALL>",
+    f"<think>{DEEPSEEK}": f"<think>Well.</think>I look.{deepseek('run', BRACES)}{deepseek('now', {}, older=True)}",
+    "<think><|tool_call_begin|>": (
+        "<think>Well.</think>I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.run:0"
+        f"<|tool_call_argument_begin|>{json.dumps(BRACES)}<|tool_call_end|><|tool_call_begin|>functions.now:1"
+        "<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+    ),
+    GEMMA4: (
+        "<|channel>thought\nWell.\n<channel|>I look."
+        f"""<|tool_call>call:run{{command:<|"|>{BRACES["command"]}<|"|>,n:3}}<tool_call|>"""
+        "<|tool_call>call:now{}<tool_call|><turn|>"
+    ),
     HARMONY: (
         "<|channel|>analysis<|message|>Well.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
         f"<|start|>assistant<|channel|>commentary to=functions.run <|constrain|>json<|message|>{json.dumps(BRACES)}"
@@ -77,7 +106,10 @@ _NEW_PARSER = pytest.mark.skipif(
     "python-call-list" not in CONTENT_PARSERS, reason="transformers 5.24 is the first that reads Python calls"
 )
 EACH_FORM = [pytest.param(form, marks=_NEW_PARSER if "tool_list" in form else ()) for form in FORMS]
-_WITHOUT_JSON = ("<think><tool_call><function=", "<think><|tool_list_start|>")
+_WITHOUT_JSON = (
+    *("<think><tool_call><function=", "<think><|tool_list_start|>", "<think><arg_key><tool_call>", GEMMA4),
+    "<think><TOOLCALL>",
+)
 
 
 @pytest.mark.parametrize("chat_template", EACH_FORM)
@@ -135,7 +167,7 @@ def test_no_cut_loses_text_or_makes_an_error(chat_template: str) -> None:
             assert "I look." not in text[:end] or reply.content.startswith("I look.")
             continue
         num_whole = len(reply.calls)
-        assert num_whole <= 1 or end > len(text) - 30
+        assert num_whole <= 1 or end > len(text) - 50
         if "I look." in text[:end] and num_whole == 0:
             begun = text[text.index("I look.") : end]
             assert reply.content.replace("\n", "") == begun.replace("\n", "")
