@@ -8,8 +8,7 @@ rounding, whatever lies in cells of the cache behind a request's last token.
     loader       for each tile of 128 keys, the last first: wait until its place is free, then ask the tensor memory
                  accelerator for keys and for values, block by block, which says when they are there
     2 consumers  64 rows of queries each, which share a tile. While its scores of one tile become weights, the tensor
-                 cores multiply the weights of the tile before with their values, or work for the other consumer: the
-                 two take turns in asking for products
+                 cores multiply the weights of the tile before with their values, and work for the other consumer
 
 A row is a token and a head of the group that shares a KV head, as in `prefill.py`. A place in shared memory holds a
 tile as the tensor cores want it: columns of 64, of each the rows of all blocks below each other.
@@ -198,16 +197,14 @@ def _zero_behind(values, first_token, seq_len, HEAD_DIM: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    num_tiles, num_masked, q, keys, values, turns, weights, acc, top, norm, query_position, scale,
-    consumer: gl.constexpr, HEAD_DIM: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    num_tiles, num_masked, q, keys, values, weights, acc, top, norm, query_position, scale,
+    HEAD_DIM: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """All tiles but the first that was loaded. weights: of that one, whose product is yet to come; the last tile's are
     returned like this."""
     for nth in range(1, num_tiles):
-        mbarrier.wait(turns.index(consumer), (nth - 1) & 1)
         scores = _start_scores(q, keys, nth, HEAD_DIM, s_layout)
         acc = _start_output(weights, values, nth - 1, acc, HEAD_DIM)
-        mbarrier.arrive(turns.index(1 - consumer))
         scores = warpgroup_mma_wait(1, deps=[scores])
         _release(keys, nth)
         if nth < num_masked:
@@ -223,7 +220,7 @@ def _attend(
 
 @gluon.jit
 def _consume(
-    consumer: gl.constexpr, q_memory, keys, values, turns, cleaned, work,
+    consumer: gl.constexpr, q_memory, keys, values, cleaned, work,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     out_ptr, sinks_ptr, first_token, first_position, seq_len, num_tiles, head, scale = work
@@ -255,8 +252,8 @@ def _consume(
         else:
             mbarrier.wait(cleaned, 0)
     weights, acc, top, norm = _attend(
-        num_tiles, num_masked, q, keys, values, turns, weights, acc, top, norm, query_position, scale,
-        consumer, HEAD_DIM, s_layout, o_layout,
+        num_tiles, num_masked, q, keys, values, weights, acc, top, norm, query_position, scale,
+        HEAD_DIM, s_layout, o_layout,
     )  # fmt: skip
     acc = _start_output(weights, values, num_tiles - 1, acc, HEAD_DIM)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -326,13 +323,9 @@ def _prefill_hopper_kernel(
             q_memory.index(consumer).store(gl.load(q_ptrs, mask=gl.expand_dims(is_row, 1), other=0.0))
         keys = _make_places(cache_desc.dtype, HEAD_DIM, BLOCK_SIZE, STAGES)
         values = _make_places(cache_desc.dtype, HEAD_DIM, BLOCK_SIZE, STAGES)
-        turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(turns.index(0), count=1)
-        mbarrier.init(turns.index(1), count=1)
         mbarrier.init(cleaned, count=1)
         fence_async_shared()
-        mbarrier.arrive(turns.index(0))
 
         work = (out_ptr, sinks_ptr, first_token, first_position, seq_len, num_tiles, head, scale)
         key_row = head * BLOCK_SIZE
@@ -341,8 +334,8 @@ def _prefill_hopper_kernel(
         # Warps and registers of the second consumer and the loader; the first has four warps and what is left.
         gl.warp_specialize(
             [
-                (_consume, (0, q_memory, keys, values, turns, cleaned, work, NUM_KV_HEADS, GROUP, HEAD_DIM)),
-                (_consume, (1, q_memory, keys, values, turns, cleaned, work, NUM_KV_HEADS, GROUP, HEAD_DIM)),
+                (_consume, (0, q_memory, keys, values, cleaned, work, NUM_KV_HEADS, GROUP, HEAD_DIM)),
+                (_consume, (1, q_memory, keys, values, cleaned, work, NUM_KV_HEADS, GROUP, HEAD_DIM)),
                 (_load_tiles, (keys, values, cache_desc, where, num_tiles, HEAD_DIM)),
             ],
             [4, 1],
