@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionShape, LayerCache
 from nanovllm.kernels.cascade import ITEM_FIELDS, ROWS, TILE, CascadeInputs
-from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
+from nanovllm.kernels.triton.attention.cells import data_of, from_halves, in_halves, pairs_of
 from nanovllm.kernels.triton.attention.tiles import (
     LOWEST,
     attend_tiles,
@@ -132,11 +132,13 @@ def _cascade_kernel(
         acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
         blocks = blocks_of_tile(row_table_ptr, begin, end, TILE, BLOCK_SIZE)
         top, norm, acc = attend_tiles(
-            top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, row_table_ptr, blocks, end,
+            top, norm, in_halves(acc, pairs_ptr), in_halves(q, pairs_ptr), cache_ptr, pairs_ptr, cache_desc,
+            row_table_ptr, blocks, end,
             begin // TILE, end // TILE, 0, end // TILE, end, head,
             cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, 0, SOFTCAP, False, NUM_STAGES,
         )  # fmt: skip
+        acc = from_halves(acc, pairs_ptr)
         place = (part.to(tl.int64) * num_reqs + req) * (NUM_KV_HEADS * GROUP) + query_head
         tl.store(out_ptr + place[:, None] * HEAD_DIM + dim[None, :], acc / norm[:, None], mask=row_mask)
         tl.store(log_sum_ptr + place, top + tl.log2(norm), mask=is_row)

@@ -6,6 +6,11 @@ and scales are the reference's to the bit, on any GPU: they are made by arithmet
 Codes become 16-bit numbers without their scale, exactly, and the tensor cores multiply those. The scale of a key is
 multiplied into its score, that of a value into its weight in the softmax. float16 takes e4m3 in one instruction for two
 codes, where bfloat16 takes a chain of them. GPUs that do not know e4m3 get it as bytes, whose bits are moved in place.
+
+What bounds decode over codes is shared memory: tensor cores want values turned, keys along each register, and the
+instruction that turns a tile on its way to them takes 16 bits at a time. So tiles are loaded as words of two codes,
+columns 2 i and 2 i + 1 of a row, and become numbers behind it, in registers: one for each of two tiles, of even and of
+odd columns. Queries come in such halves, and outputs leave in them.
 """
 
 import torch
@@ -20,19 +25,34 @@ from nanovllm.kernels.triton.common.device_limits import has_fp8
 _E4M3, _INT8 = torch.float8_e4m3fn, torch.int8
 LARGEST_E4M3, LARGEST_INT8 = tl.constexpr(LARGEST[_E4M3]), tl.constexpr(LARGEST[_INT8])
 KEPT, LEAST, INFINITE = tl.constexpr(KEPT_BITS), tl.constexpr(LEAST_BITS), tl.constexpr(INFINITY_BITS)
-# Four codes of a register, $2, become four float16 in $0 and $1. int8: 0x6400 is 1024, with the integers below it.
-# Bytes of e4m3: sign, exponent and mantissa move to where float16 has them, and the exponents differ by 8.
-FROM_E4M3 = tl.constexpr("{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}")
-FROM_INT8 = tl.constexpr(
-    "{.reg .b32 t, c; xor.b32 t, $2, 0x80808080; mov.b32 c, 0x64806480; prmt.b32 $0, t, 0x64646464, 0x4140;"
-    "prmt.b32 $1, t, 0x64646464, 0x4342; sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c;}"
-)
-FROM_E4M3_BYTES = tl.constexpr(
-    "{.reg .b32 a, b, s, t, c; mov.b32 c, 0x5c005c00; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
-    "shr.b32 s, a, 1; shr.b32 t, b, 1; and.b32 s, s, 0x3f803f80; and.b32 t, t, 0x3f803f80;"
-    "and.b32 a, a, 0x80008000; and.b32 b, b, 0x80008000; or.b32 a, a, s; or.b32 b, b, t;"
-    "mul.f16x2 $0, a, c; mul.f16x2 $1, b, c;}"
-)
+
+
+def _instructions(a: int, b: int, c: int, d: int) -> tuple[tl.constexpr, tl.constexpr, tl.constexpr]:
+    """From e4m3, int8 and bytes of e4m3: the four codes of register $2 become float16, codes a, b in $0 and c, d in $1.
+
+    int8: 0x6400 is 1024, with the integers below it. Bytes of e4m3: sign, exponent and mantissa move to where float16
+    has them, and the exponents differ by 8.
+    """
+    e4m3 = (
+        f"{{.reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, 0, 0x{d}{c}{b}{a}; mov.b32 {{a, b}}, t;"
+        "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b;}"
+    )
+    int8 = (
+        f"{{.reg .b32 t, c; xor.b32 t, $2, 0x80808080; mov.b32 c, 0x64806480; prmt.b32 $0, t, 0x64646464, 0x4{b}4{a};"
+        f"prmt.b32 $1, t, 0x64646464, 0x4{d}4{c}; sub.f16x2 $0, $0, c; sub.f16x2 $1, $1, c;}}"
+    )
+    e4m3_bytes = (
+        f"{{.reg .b32 a, b, s, t, c; mov.b32 c, 0x5c005c00; prmt.b32 a, $2, 0, 0x{b}4{a}4;"
+        f"prmt.b32 b, $2, 0, 0x{d}4{c}4;"
+        "shr.b32 s, a, 1; shr.b32 t, b, 1; and.b32 s, s, 0x3f803f80; and.b32 t, t, 0x3f803f80;"
+        "and.b32 a, a, 0x80008000; and.b32 b, b, 0x80008000; or.b32 a, a, s; or.b32 b, b, t;"
+        "mul.f16x2 $0, a, c; mul.f16x2 $1, b, c;}"
+    )
+    return tl.constexpr(e4m3), tl.constexpr(int8), tl.constexpr(e4m3_bytes)
+
+
+FROM_E4M3, FROM_INT8, FROM_E4M3_BYTES = _instructions(0, 1, 2, 3)
+E4M3_IN_HALVES, INT8_IN_HALVES, E4M3_BYTES_IN_HALVES = _instructions(0, 2, 1, 3)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it becomes whole
 
 
@@ -99,6 +119,42 @@ def _four_by_four(codes, q, ASM: tl.constexpr):
     # behind the change to the layout of the tensor cores, and take a tile of values byte by byte.
     numbers = tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=False, pack=4)
     return numbers.to(tl.float32 if q.dtype == tl.float32 else tl.float16)
+
+
+@triton.jit
+def halves_of(words, q, dtype: tl.constexpr):
+    """`numbers_of` words of two codes in this dtype: the lower ones, the upper ones."""
+    IS_FP8: tl.constexpr = dtype == tl.float8e4nv
+    if IS_FP8:
+        lower, upper = _two_by_two(words, E4M3_IN_HALVES)
+    elif dtype == tl.uint8:
+        lower, upper = _two_by_two(words, E4M3_BYTES_IN_HALVES)
+    else:
+        lower, upper = _two_by_two(words, INT8_IN_HALVES)
+    NUMBERS: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+    return lower.to(NUMBERS), upper.to(NUMBERS)
+
+
+@triton.jit
+def _two_by_two(words, ASM: tl.constexpr):
+    # Said to have no effects, so that the compiler moves it behind the change to the layout of the tensor cores.
+    return tl.inline_asm_elementwise(ASM, "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
+
+
+@triton.jit
+def in_halves(x, pairs_ptr):
+    """Of a cache in codes: columns 2 i and columns 2 i + 1 of x."""
+    if pairs_ptr is not None:
+        x = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return x
+
+
+@triton.jit
+def from_halves(x, pairs_ptr):
+    if pairs_ptr is not None:
+        even, odd = x
+        x = tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
+    return x
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
 from nanovllm.kernels.triton.attention.cascade import cascade_attention, take_in_parts
-from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
+from nanovllm.kernels.triton.attention.cells import data_of, from_halves, in_halves, pairs_of
 from nanovllm.kernels.triton.attention.decode_plan import (
     DecodePlan,
     block_at,
@@ -128,12 +128,13 @@ def _decode_kernel(
                     NUM_KV_HEADS, GROUP, BLOCK_GROUP, HEAD_DIM, BLOCK_DIM,
                 )  # fmt: skip
         top, norm, acc = attend_tiles(
-            top, norm, acc, q, cache_ptr, pairs_ptr, None, row_table_ptr, blocks, seq_len - 1,
+            top, norm, in_halves(acc, pairs_ptr), in_halves(q, pairs_ptr), cache_ptr, pairs_ptr, None,
+            row_table_ptr, blocks, seq_len - 1,
             first_tile + tile, first_tile + stop, tl.cdiv(lowest, TILE), seq_len // TILE, seq_len, head,
             cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, NUM_STAGES,
         )  # fmt: skip
-
+        acc = from_halves(acc, pairs_ptr)
         store_output_or_partial(
             top, norm, acc, out_ptr, semaphores_ptr, partial_out_ptr, partial_stats_ptr,
             req, head, tile, stop, tiles, position, length,
@@ -278,7 +279,7 @@ def decode_arguments(shape: AttentionShape, block_size: int, num_warps: int) -> 
     """`layer_arguments`, and what decode kernels are told beyond them."""
     arguments = layer_arguments(shape, block_size)
     group = next_power_of_2(shape.num_heads // shape.num_kv_heads)
-    combine_cols = group * max(16, next_power_of_2(shape.head_dim))
+    combine_cols = group * arguments["BLOCK_DIM"]
     return {
         **arguments,
         "BLOCK_GROUP": max(16, group),

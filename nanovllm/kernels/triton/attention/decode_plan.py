@@ -70,8 +70,8 @@ def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int, is_coded: bo
     if dtype == torch.float32:
         return DecodeConfig(tile=32, num_stages=2, occupancy=1)
     tile = 32 if head_dim > 128 else 64
-    if is_coded:  # half the bytes a tile, so one more is on its way; what all warps do is done by fewer
-        return DecodeConfig(tile, num_stages=3, num_warps=2, occupancy=4)
+    if is_coded:  # half the bytes a tile, so one more is on its way
+        return DecodeConfig(tile, num_stages=3)
     if num_reqs <= FEW_REQUESTS:
         return DecodeConfig(tile, num_warps=8, occupancy=2)
     return DecodeConfig(tile)

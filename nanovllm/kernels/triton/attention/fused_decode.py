@@ -17,6 +17,8 @@ from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, 
 from nanovllm.kernels.triton.attention.cells import (
     codes_of,
     data_of,
+    from_halves,
+    in_halves,
     load_pairs,
     numbers_of,
     pairs_of,
@@ -127,6 +129,7 @@ def _fused_decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     HALF: tl.constexpr = HEAD_DIM // 2
+    CELL: tl.constexpr = cache_ptr.dtype.element_ty
     KNOWN_WINDOW: tl.constexpr = WINDOW - 1 if WINDOW else 0  # of it, what is in the cache
     length, position, end, req, in_request, seq_len, block = range_of_program(starts_ptr, num_tiles_ptr)
     row = tl.arange(0, BLOCK_GROUP)[:, None]
@@ -181,11 +184,11 @@ def _fused_decode_kernel(
         new_k = _norm_and_rotate(new_k, new_k_other, k_weight, k_other_weight, cos, sin, eps, HEAD_DIM, K_NORM, ROPE)
         stored_k, stored_v = new_k, new_v
         if pairs_ptr is None:
-            stored_k, stored_v = new_k.to(k.dtype), new_v.to(v.dtype)
+            stored_k, stored_v = new_k.to(CELL), new_v.to(CELL)
             new_k, new_v = stored_k.to(tl.float32), stored_v.to(tl.float32)
         else:
-            stored_k, k_bits, new_k = _encode(new_k, k.dtype)
-            stored_v, v_bits, new_v = _encode(new_v, v.dtype)
+            stored_k, k_bits, new_k = _encode(new_k, CELL)
+            stored_v, v_bits, new_v = _encode(new_v, CELL)
             cell = ((slot // BLOCK_SIZE) * NUM_KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
             tl.store(pairs_ptr + cell + tl.arange(0, 1), (k_bits >> 16) | v_bits, mask=takes_new & (slot >= 0))
         cell_ptr = cache_ptr + (slot // BLOCK_SIZE) * STRIDE_BLOCK + head * STRIDE_HEAD
@@ -199,8 +202,9 @@ def _fused_decode_kernel(
         is_first = (query < GROUP) & (tile == 0)
         top, norm, acc = start_softmax(sinks_ptr, head * GROUP + query, is_first, BLOCK_DIM)
         whole_from, whole_to = tl.cdiv(lowest, TILE), known // TILE
+        q, acc = in_halves(q, pairs_ptr), in_halves(acc, pairs_ptr)
         top, norm, acc = attend_tile(
-            top, norm, acc, q, k, v, pairs, t, known - 1, whole_from, whole_to, scale, TILE, KNOWN_WINDOW, SOFTCAP
+            top, norm, acc, q, k, v, pairs, t, known - 1, whole_from, whole_to, scale, TILE, KNOWN_WINDOW, SOFTCAP, CELL
         )
         if t + 1 < first_tile + stop:
             blocks = blocks_of_tile(row_table_ptr, (t + 1) * TILE, known, TILE, BLOCK_SIZE)
@@ -210,6 +214,7 @@ def _fused_decode_kernel(
                 cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
                 NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, KNOWN_WINDOW, SOFTCAP, True, NUM_STAGES,
             )  # fmt: skip
+        acc = from_halves(acc, pairs_ptr)
         new_top = tl.maximum(top, score)
         decay = tl.exp2(top - new_top)
         weight = tl.where(takes_new, tl.exp2(score - new_top), 0.0)

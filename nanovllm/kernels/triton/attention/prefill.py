@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, LayerCache
-from nanovllm.kernels.triton.attention.cells import data_of, pairs_of
+from nanovllm.kernels.triton.attention.cells import data_of, from_halves, in_halves, pairs_of
 from nanovllm.kernels.triton.attention.tiles import (
     attend_tiles,
     blocks_of_tile,
@@ -66,7 +66,7 @@ class PrefillPlan:
 
 def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillConfig:
     """Measured on an H200 and an H100 with prompts of 2,048 tokens; steps with many short prompts took longer with
-    tiles loaded whole, and so did those over codes. float32 is exact rather than fast.
+    tiles loaded whole. float32 is exact rather than fast.
     """
     if kv_cache.shape[4] > 256:
         return PrefillConfig(rows=32, tile=16, num_stages=1, num_warps=8, occupancy=1, tile_loads=False)
@@ -76,7 +76,7 @@ def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillC
         if has_large_shared_memory(kv_cache.device):
             return PrefillConfig(num_stages=2, tile_loads=False)
         return PrefillConfig(tile=32, num_stages=1, tile_loads=False)
-    return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT and kv_cache.dtype == q.dtype)
+    return PrefillConfig(tile_loads=mean_query_len >= LONG_PROMPT)
 
 
 @triton.jit(
@@ -187,6 +187,7 @@ def attend_keys(
     """`attend_tiles` for tiles begin .. end, the one with the last token apart."""
     ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
     blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
+    q, acc = in_halves(q, pairs_ptr), in_halves(acc, pairs_ptr)
     top, norm, acc = attend_tiles(
         top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
         whole_from, whole_to, seq_len, head,
@@ -194,11 +195,12 @@ def attend_keys(
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
     )  # fmt: skip
     blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
-    return attend_tiles(
+    top, norm, acc = attend_tiles(
         top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end,
         end, end, seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
         NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
     )  # fmt: skip
+    return top, norm, from_halves(acc, pairs_ptr)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanovllm.kernels.attention_types import AttentionShape
-from nanovllm.kernels.triton.attention.cells import key_scales, load_pairs, numbers_of, value_scales
+from nanovllm.kernels.triton.attention.cells import halves_of, key_scales, load_pairs, value_scales
 from nanovllm.kernels.triton.common.device_limits import compute_capability
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
@@ -61,21 +61,28 @@ def load_tile(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of tile t, each [TILE, BLOCK_DIM], through pointers. blocks: `blocks_of_tile`'s."""
-    dim = tl.arange(0, BLOCK_DIM)
-    dim_mask = (dim < HEAD_DIM)[None, :]
-    offset = offsets_of_tile(blocks, t * TILE, head, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, TILE, BLOCK_SIZE)
+    """Keys and values of tile t, each [TILE, BLOCK_DIM], or [TILE, BLOCK_DIM / 2] words of codes, through pointers.
+    blocks: `blocks_of_tile`'s."""
+    WORD: tl.constexpr = 2 if cache_ptr.dtype.element_ty.primitive_bitwidth == 8 else 1
+    if WORD == 2:
+        cache_ptr = cache_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        cache_stride_kv //= 2
+    dim = tl.arange(0, BLOCK_DIM // WORD)
+    dim_mask = (dim < HEAD_DIM // WORD)[None, :]
+    offset = offsets_of_tile(
+        blocks, t * TILE, head, STRIDE_BLOCK // WORD, STRIDE_HEAD // WORD, STRIDE_TOKEN // WORD, TILE, BLOCK_SIZE
+    )
     tile_ptr = cache_ptr + offset[:, None] + dim[None, :]
     if RAGGED:
         mask = (tl.arange(0, TILE) < seq_len - t * TILE)[:, None] & dim_mask
-        k = tl.load(tile_ptr, mask=mask, other=0.0)
-        v = tl.load(tile_ptr + cache_stride_kv, mask=mask, other=0.0)
+        k = tl.load(tile_ptr, mask=mask, other=0)
+        v = tl.load(tile_ptr + cache_stride_kv, mask=mask, other=0)
     elif BLOCK_DIM == HEAD_DIM:
         k = tl.load(tile_ptr)
         v = tl.load(tile_ptr + cache_stride_kv)
     else:
-        k = tl.load(tile_ptr, mask=dim_mask, other=0.0)
-        v = tl.load(tile_ptr + cache_stride_kv, mask=dim_mask, other=0.0)
+        k = tl.load(tile_ptr, mask=dim_mask, other=0)
+        v = tl.load(tile_ptr + cache_stride_kv, mask=dim_mask, other=0)
     return k, v
 
 
@@ -86,13 +93,16 @@ def row_of_tile(block, first_token, head, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE
 
 
 def tile_descriptor(kv_cache: Tensor, tile: int) -> TensorDescriptor | None:
-    """The cache as rows of a head's tokens, loaded `tile` at a time; None where it must be loaded through pointers."""
+    """The cache as rows of a head's tokens, of numbers or of words of codes, loaded `tile` at a time; None where it
+    must be loaded through pointers."""
+    columns = block_columns(kv_cache.shape[4])  # those beyond head_dim are loaded as zeros
+    if kv_cache.element_size() == 1:
+        kv_cache, columns = kv_cache.view(torch.int16), columns // 2
     block_size, head_dim = kv_cache.shape[3:]
     row_bytes = head_dim * kv_cache.element_size()
     is_in_rows = kv_cache.is_contiguous() and row_bytes % 16 == 0 and kv_cache.numel() // head_dim < 2**31
     if not is_in_rows or block_size % tile or not has_tile_loads(kv_cache.device):
         return None
-    columns = max(16, next_power_of_2(head_dim))  # those beyond head_dim are loaded as zeros
     return TensorDescriptor.from_tensor(kv_cache.view(-1, head_dim), [tile, columns])
 
 
@@ -107,6 +117,11 @@ def fence_tile_loads():
     tl.inline_asm_elementwise(
         "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+def block_columns(head_dim: int) -> int:
+    """BLOCK_DIM of kernels: tl.dot takes no fewer than 16, and codes come in halves."""
+    return max(32, next_power_of_2(head_dim))
 
 
 # --- softmax --------------------------------------------------------------------------------------
@@ -129,12 +144,17 @@ def start_softmax(sinks_ptr, query_head, mask, BLOCK_DIM: tl.constexpr):
 
 
 @triton.jit
-def scores_of_tile(q, k, k_scale, scale, SOFTCAP: tl.constexpr):
-    """q k^T, which `update_softmax` multiplies by `scale`; with a soft-cap, exponents of 2 already. k_scale [TILE]: of
-    the keys, None if they have none. scale, SOFTCAP: `layer_arguments`'."""
-    scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
-    if k_scale is not None:
-        scores *= k_scale[None, :]
+def scores_of_tile(q, k, pairs, scale, SOFTCAP: tl.constexpr, CODES: tl.constexpr):
+    """q k^T, which `update_softmax` multiplies by `scale`; with a soft-cap, exponents of 2 already. q, k, pairs, CODES:
+    `attend_tile`'s. scale, SOFTCAP: `layer_arguments`'."""
+    k = tl.trans(k)
+    if pairs is None:
+        scores = tl.dot(q.to(k.dtype), k, input_precision="ieee")
+    else:
+        q_even, q_odd = q
+        even, odd = halves_of(k, q_even, CODES)
+        scores = tl.dot(q_even.to(even.dtype), even, input_precision="ieee")
+        scores = tl.dot(q_odd.to(odd.dtype), odd, scores, input_precision="ieee") * key_scales(pairs)[None, :]
     return apply_softcap(scores, scale, SOFTCAP)
 
 
@@ -147,7 +167,15 @@ def apply_softcap(scores, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP: tl.constexpr):
-    """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output.
+    """One tile more in the online softmax (Milakov and Gimelshein, 2018): the new running maximum, sum and output."""
+    top, norm, decay, weights = weights_of_tile(top, norm, scores, pairs, scale, SOFTCAP)
+    return top, norm, tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+
+
+@triton.jit
+def weights_of_tile(top, norm, scores, pairs, scale, SOFTCAP: tl.constexpr):
+    """What `update_softmax` does before the product: the new running maximum and sum, by how much the output so far
+    decays, and the weights of the tile's values.
 
     pairs: `load_pairs`'. The exponent of a value's scale is added to its score's, and leaves the sum again: so weights
     stay below 2 with the scale, and float16, which has few exponents, takes those that count.
@@ -167,8 +195,7 @@ def update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP: tl.constexp
     else:
         norm = norm * decay + tl.sum(weights * inverse[None, :], axis=1)
         weights *= rest[None, :]
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_top, norm, acc
+    return new_top, norm, decay, weights
 
 
 @triton.jit
@@ -206,10 +233,10 @@ def attend_tiles(
 ):
     """The online softmax over tiles begin .. end of keys, of which every query sees whole_from .. whole_to whole.
 
-    pairs_ptr: None if the cache holds numbers. blocks: `blocks_of_tile`'s for the first. cache_desc: None to load them
-    through pointers. query_position: a number or [ROWS, 1]. RAGGED: a tile may reach beyond the last token, and what
-    lies there may be anything: it is left out, or, of a tile loaded whole, its values are, and its keys by the
-    position.
+    pairs_ptr: None if the cache holds numbers; otherwise q and acc are halves (`in_halves`). blocks: `blocks_of_tile`'s
+    for the first. cache_desc: None to load them through pointers. query_position: a number or [ROWS, 1]. RAGGED: a tile
+    may reach beyond the last token, and what lies there may be anything: it is left out, or, of a tile loaded whole,
+    its values are, and its keys by the position.
     """
     for t in tl.range(begin, end, num_stages=NUM_STAGES):
         if cache_desc is not None:
@@ -230,28 +257,37 @@ def attend_tiles(
         # Read one tile ahead, so that the loads above never wait for it and can be pipelined.
         blocks = blocks_of_tile(table_ptr, (t + 1) * TILE, seq_len, TILE, BLOCK_SIZE)
         top, norm, acc = attend_tile(
-            top, norm, acc, q, k, v, pairs, t, query_position, whole_from, whole_to, scale, TILE, WINDOW, SOFTCAP
-        )
+            top, norm, acc, q, k, v, pairs, t, query_position, whole_from, whole_to, scale, TILE, WINDOW, SOFTCAP,
+            cache_ptr.dtype.element_ty,
+        )  # fmt: skip
     return top, norm, acc
 
 
 @triton.jit
 def attend_tile(
     top, norm, acc, q, k, v, pairs, t, query_position, whole_from, whole_to, scale,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """`attend_tiles` for tile t, which is here already. pairs: `load_pairs`', None if the cache holds numbers."""
-    k_scale = None
-    if pairs is not None:
-        k_scale = key_scales(pairs)
-    scores = scores_of_tile(q, numbers_of(k, q), k_scale, scale, SOFTCAP)
+    """`attend_tiles` for tile t, which is here already. pairs: `load_pairs`', None if the cache holds numbers.
+
+    Otherwise q and acc are halves, and k and v words of codes in the dtype CODES.
+    """
+    scores = scores_of_tile(q, k, pairs, scale, SOFTCAP, CODES)
     if (t < whole_from) | (t >= whole_to):
         token, last = tl.arange(0, TILE)[None, :], query_position - t * TILE
         visible = token <= last
         if WINDOW:
             visible = visible & (token > last - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    return update_softmax(top, norm, acc, scores, numbers_of(v, q), pairs, scale, SOFTCAP)
+    if pairs is None:
+        return update_softmax(top, norm, acc, scores, v, pairs, scale, SOFTCAP)
+    else:
+        top, norm, decay, weights = weights_of_tile(top, norm, scores, pairs, scale, SOFTCAP)
+        acc_even, acc_odd = acc
+        even, odd = halves_of(v, q[0], CODES)
+        acc_even = tl.dot(weights.to(even.dtype), even, acc_even * decay[:, None], input_precision="ieee")
+        acc_odd = tl.dot(weights.to(odd.dtype), odd, acc_odd * decay[:, None], input_precision="ieee")
+        return top, norm, (acc_even, acc_odd)
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -272,7 +308,7 @@ def layer_arguments(shape: AttentionShape, block_size: int) -> dict[str, int | f
         "NUM_KV_HEADS": shape.num_kv_heads,
         "GROUP": shape.num_heads // shape.num_kv_heads,
         "HEAD_DIM": shape.head_dim,
-        "BLOCK_DIM": max(16, next_power_of_2(shape.head_dim)),  # tl.dot takes no less
+        "BLOCK_DIM": block_columns(shape.head_dim),
         "BLOCK_SIZE": block_size,
     }
 

@@ -35,12 +35,20 @@ def plain_numbers_of(codes: Any, q: Any) -> Any:
     return codes.to(q.dtype) if codes.dtype in (tl.float8e4nv, tl.int8, tl.float16) else codes
 
 
+def plain_halves_of(words: Any, q: Any, dtype: Any) -> Any:
+    """`cells.halves_of` likewise."""
+    bits = words.to(tl.uint16, bitcast=True)
+    byte = tl.int8 if dtype == tl.int8 else tl.uint8
+    halves = ((bits & 255).to(tl.uint8), (bits >> 8).to(tl.uint8))
+    return tuple(plain_numbers_of(half.to(byte, bitcast=True), q) for half in halves)
+
+
 @pytest.fixture(params=["int8", "fp8", "fp8 as bytes"], autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A kv_cache_dtype; also as GPUs see e4m3 that do not know it."""
     if INTERPRETED:
-        for module in (tiles, fused_decode):
-            monkeypatch.setattr(module, "numbers_of", plain_numbers_of)
+        monkeypatch.setattr(fused_decode, "numbers_of", plain_numbers_of)
+        monkeypatch.setattr(tiles, "halves_of", plain_halves_of)
     if request.param == "fp8 as bytes":
         monkeypatch.setattr(cells, "has_fp8", lambda device: False)
     elif request.param == "fp8" and not cells.has_fp8(DEVICE):
