@@ -60,6 +60,7 @@ every run starts with an empty prefix cache, unless its workload is about a shar
     attention = _add_attention(kinds)
     _add_record_options(attention)
     add_engine_options(attention, exclude=["skip_tokenizer_init", "tokenizer", "engine_process"])
+    _add_products(kinds)
     _add_chart(kinds)
 
 
@@ -228,6 +229,33 @@ examples:
         "--behind", type=int, default=0, metavar="N", help="tokens that are there already (default: 0)"
     )
     return attention
+
+
+def _add_products(kinds: Commands) -> None:
+    products = add_command(
+        kinds,
+        "products",
+        "products with quantized weights by themselves",
+        """\
+The four products of one layer of the model's shape, from its config alone: "dense" as they are, others rounded
+as the option `quantization` rounds them.
+
+examples:
+  nanovllm bench products --model Qwen/Qwen3-8B
+  nanovllm bench products --model Qwen/Qwen3-8B --rows 1 16 64 --forms int4 int8 fp8 --compare gemlite
+""",
+    )
+    _add_record_options(products)
+    products.add_argument(
+        "--rows", type=int, nargs="+", default=(1, 16, 64), metavar="N", help="of inputs (default: 1 16 64)"
+    )
+    forms = ("dense", "fp8", "int8", "int4")
+    products.add_argument(
+        "--forms", nargs="+", choices=forms, default=forms, metavar="FORM", help=f"(default: {' '.join(forms)})"
+    )
+    products.add_argument("--compare", choices=("gemlite",), help="a library whose products are timed as well")
+    products.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    products.add_argument("--dtype", default="auto", help="of inputs (default: %(default)s)")
 
 
 def _add_speculation(kinds: Commands) -> argparse.ArgumentParser:

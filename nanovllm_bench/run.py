@@ -16,6 +16,7 @@ _KINDS = {
     "parallel": "nanovllm_bench.parallel",
     "serve": "nanovllm_bench.serving",
     "attention": "nanovllm_bench.attention",
+    "products": "nanovllm_bench.products",
     "quality": "nanovllm_bench.quality",
     "speculation": "nanovllm_bench.speculation",
     "adapters": "nanovllm_bench.adapters",
