@@ -266,11 +266,6 @@ class EngineConfig:
                 f"quantization={self.quantization!r} is for checkpoints that are not quantized, and this one is, by "
                 f"{model_config.quantization.get('quant_method')!r}; leave it out"
             )
-        if self.load_format == "dummy" and model_config.quantization is not None:
-            raise NotImplementedError(
-                "load_format='dummy' has no random weights for a quantized checkpoint; take the quantization_config "
-                "out of its config.json, and pass quantization instead"
-            )
         if self.deterministic and model_config.length_dependent_from is not None:
             raise ValueError("deterministic=True does not cover dynamic RoPE scaling; leave it off")
         on_gpu = device_type == "cuda"

@@ -21,6 +21,7 @@ class WeightSpec(NamedTuple):
     dense matrix; None where they share it.
     place: the parameter itself where it is the tensor, number by number: they may be written there instead of `fill`.
     layer: the `LinearBase`, or the `LinearMethod` beside one, that may hold it in a form of its own.
+    stand_in: makes what load_format="dummy" puts there, where that is no vector and no matrix of numbers.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,7 @@ class WeightSpec(NamedTuple):
     outputs: int | None = 0
     place: Tensor | None = None
     layer: nn.Module | None = None
+    stand_in: "Callable[[torch.Generator], Tensor] | None" = None
 
 
 WeightSpecs = Iterator[tuple[str, WeightSpec]]  # (name in the checkpoint, spec)

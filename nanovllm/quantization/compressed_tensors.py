@@ -183,12 +183,16 @@ class PackedCompressedLinear(QuantizedLinear):
             )
         else:
             yield self.weight_spec("weight_scale", part, (size, groups), SCALES, self.fill_scale, outputs=0)
-        yield self.weight_spec("weight_shape", part, (2,), (torch.int64, torch.int32), self._check_shape)
+        integers = (torch.int64, torch.int32)
+        yield self.weight_spec(
+            "weight_shape", part, (2,), integers, self._check_shape, stand_in=torch.tensor([size, inputs])
+        )
         if self.zero is not None:
             shape, outputs = (-(-size // per_word), groups), None if size % per_word else 0
             yield self.weight_spec("weight_zero_point", part, shape, words, self._fill_zeros, outputs=outputs)
         if self.form.has_order:
-            yield self.weight_spec("weight_g_idx", part, (inputs,), (torch.int32, torch.int64), self.fill_groups)
+            in_order = torch.arange(inputs) // self.group_size
+            yield self.weight_spec("weight_g_idx", part, (inputs,), integers[::-1], self.fill_groups, stand_in=in_order)
 
     def _check_shape(self, part: int, shape: Tensor) -> None:
         expected = [self.spec.sizes[part], self.spec.in_features]

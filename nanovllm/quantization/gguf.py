@@ -15,7 +15,7 @@ from nanovllm.kernels.quantized_linear import CPU_GROUP_SIZE, rounded_product
 from nanovllm.layers.linear_method import Gate, LinearSpec, Norm
 from nanovllm.layers.weight_specs import WeightSpec
 from nanovllm.quantization.mxfp4 import Mxfp4Linear, Mxfp4Scheme
-from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding
+from nanovllm.quantization.quantized_linear import QuantizedLinear, Rounding, usual_scale
 
 # Matrices that some files hold in one, by the name that each has here.
 _JOINED = {
@@ -73,7 +73,8 @@ class GgufLinear(QuantizedLinear):
         yield self.weight_spec("weight_codes", part, codes, (self.codes.dtype,), self.fill_codes, outputs=0)
         yield self.weight_spec("weight_scale", part, (size, groups), halves, self.fill_scale, outputs=0)
         if self.form.has_low:
-            yield self.weight_spec("weight_low", part, (size, groups), halves, self.fill_low, outputs=0)
+            low = -7.5 * usual_scale(self.kind, inputs) if self.form.bits == 4 else 0.0
+            yield self.weight_spec("weight_low", part, (size, groups), halves, self.fill_low, outputs=0, stand_in=low)
 
     def finish(self) -> None:
         super().finish()

@@ -74,7 +74,8 @@ class GptqLinear(QuantizedLinear):
         yield self.weight_spec(
             "scales", part, (groups, size), _FLOATS, lambda part, t: self.fill_scale(part, t.t()), outputs=1
         )
-        yield self.weight_spec("g_idx", part, (inputs,), words, self._fill_groups)
+        in_order = torch.arange(inputs) // self.group_size
+        yield self.weight_spec("g_idx", part, (inputs,), words, self._fill_groups, stand_in=in_order)
 
     def _fill_words(self, part: int, words: Tensor) -> None:
         values = signed(unpack_words(words, self.form.bits, dim=0), self.form.bits).t()

@@ -10,6 +10,7 @@ Owns the reading of their config and the layout of their tensors: all experts in
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from math import log2
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from nanovllm.kernels.quantized_linear import QuantizedWeight
 from nanovllm.layers.interleaved_experts import in_turn
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
-from nanovllm.quantization.quantized_linear import QuantizedLinear
+from nanovllm.quantization.quantized_linear import QuantizedLinear, random_codes, usual_scale
 from nanovllm.quantization.scheme import read_fields
 
 _GROUP = 32
@@ -59,7 +60,10 @@ class Mxfp4Linear(QuantizedLinear):
             return fill_all
 
         more: dict[str, Any] = {"dtypes": (torch.uint8,), "layer": self}
-        yield f"{name}_blocks", WeightSpec((*shape, _GROUP // 2), filled(self.fill_codes, _repacked), **more)
+        blocks, exponent = (*shape, _GROUP // 2), round(log2(usual_scale("e2m1", spec.in_features)))
+        more["stand_in"] = lambda generator: random_codes(blocks, torch.uint8, generator)
+        yield f"{name}_blocks", WeightSpec(blocks, filled(self.fill_codes, _repacked), **more)
+        more["stand_in"] = lambda generator: torch.full(shape, 127 + exponent, dtype=torch.uint8)
         yield f"{name}_scales", WeightSpec(shape, filled(self.fill_scale, lambda scales: scales), **more)
 
     def finish(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm.kernels.quantized_linear import E2M1
 from nanovllm.layers.linear_method import LinearSpec
 from nanovllm.layers.weight_specs import WeightSpec
-from nanovllm.quantization.quantized_linear import QuantizedLinear
+from nanovllm.quantization.quantized_linear import QuantizedLinear, usual_scale
 
 _GROUP = 16
 
@@ -43,10 +43,12 @@ class Nvfp4Linear(QuantizedLinear):
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         form, size, inputs = self.form, self.spec.sizes[part], self.spec.in_features
         yield self.weight_spec(form.codes, part, (size, inputs // 2), (torch.uint8,), self._fill_pairs, outputs=0)
-        yield self.weight_spec(
-            "weight_scale", part, (size, inputs // _GROUP), (torch.float8_e4m3fn,), self._take_scale, outputs=0
-        )
-        yield self.weight_spec(form.matrix_scale, part, (1,), (torch.float32,), self._take_matrix_scale)
+        groups, eights = (size, inputs // _GROUP), (torch.float8_e4m3fn,)
+        yield self.weight_spec("weight_scale", part, groups, eights, self._take_scale, outputs=0, stand_in=1.0)
+        scale = usual_scale("e2m1", inputs)
+        scale = 1 / scale if form.divides else scale
+        floats = (torch.float32,)
+        yield self.weight_spec(form.matrix_scale, part, (1,), floats, self._take_matrix_scale, stand_in=scale)
         if form.input_scale is not None:
             yield self.weight_spec(form.input_scale, part, (1,), (torch.float32,), lambda part, tensor: None)
 

@@ -59,7 +59,8 @@ class OnlineLinear(QuantizedLinear):
 
     def weights(self, part: int) -> Iterator[tuple[str, WeightSpec]]:
         shape = (self.spec.sizes[part], self.spec.in_features)
-        yield self.weight_spec("weight", part, shape, _FLOATS, self._quantize, outputs=0)
+        name, weight_spec = self.weight_spec("weight", part, shape, _FLOATS, self._quantize, outputs=0)
+        yield name, weight_spec._replace(stand_in=None)  # a dense matrix
 
     def _quantize(self, part: int, dense: Tensor) -> None:
         rows, columns = self.spec.parts[part], self.spec.inputs

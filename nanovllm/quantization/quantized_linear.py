@@ -24,9 +24,25 @@ from nanovllm.kernels.quantized_linear import (
     unpack_int4,
 )
 from nanovllm.layers.linear_method import Gate, LinearMethod, LinearSpec, Norm
-from nanovllm.layers.weight_specs import WeightSpec
+from nanovllm.layers.weight_specs import FLOATS, WeightSpec
 
 _CODES = {"int4": torch.uint8, "e2m1": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+_ROOT_MEAN_SQUARES = {"int4": 4.6, "e2m1": 2.9, "int8": 74.0, "fp8": 1.0}  # of random codes
+
+
+def usual_scale(kind: str, num_inputs: int) -> float:
+    """With which random codes have the variance 1 / inputs."""
+    return num_inputs**-0.5 / _ROOT_MEAN_SQUARES[kind]
+
+
+def random_codes(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random bits, or normal numbers in 8 bits."""
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max + 1, shape, generator=generator, device=generator.device, dtype=dtype)
 
 
 class Rounding(NamedTuple):
@@ -124,10 +140,26 @@ class QuantizedLinear(LinearMethod):
         dtypes: tuple[torch.dtype, ...],
         fill: Callable[[int, Tensor], object],
         outputs: int | None = None,
+        stand_in: Tensor | float | None = None,
     ) -> tuple[str, WeightSpec]:
-        """(name, spec) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer."""
+        """(name, spec) of a tensor, for `weights`; fill(part, tensor) gets it on the device of the layer.
+
+        stand_in: the tensor, or all of its numbers, for load_format="dummy"; None for codes, and for scales with which
+        codes are as large as the weights of a dense matrix.
+        """
         device = self.codes.device
-        return name, WeightSpec(shape, lambda tensor: fill(part, tensor.to(device)), dtypes=dtypes, outputs=outputs)
+        if stand_in is None and dtypes[0] in FLOATS:
+            stand_in = 0.05 if fill == self.fill_input_scale else usual_scale(self.kind, self.spec.in_features)
+
+        def made(generator: torch.Generator) -> Tensor:
+            if stand_in is None:
+                return random_codes(shape, dtypes[0], generator)
+            return stand_in if isinstance(stand_in, Tensor) else torch.full(shape, stand_in, device=device)
+
+        def fill_part(tensor: Tensor) -> None:
+            fill(part, tensor.to(device))
+
+        return name, WeightSpec(shape, fill_part, dtypes=dtypes, outputs=outputs, stand_in=made)
 
     def fill_codes(self, part: int, codes: Tensor) -> None:
         """codes: of the whole matrix, in the form that is kept; of "int4" and "e2m1", two inputs in a byte."""

@@ -84,7 +84,9 @@ def fill_random(model: Any, seed: int) -> None:
     for name, spec in specs.items():
         if spec.instead_of:
             continue
-        if len(spec.shape) == 1:
+        if spec.stand_in is not None:
+            spec.fill(spec.stand_in(generator))
+        elif len(spec.shape) == 1:
             spec.fill(torch.full(spec.shape, 0.0 if name.endswith("bias") else 1.0))
         else:
             spec.fill(torch.randn(spec.shape, generator=generator, device=device) * spec.shape[1] ** -0.5)

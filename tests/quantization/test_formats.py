@@ -73,6 +73,34 @@ def test_what_the_tensors_mean_is_what_is_multiplied_by(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_random_weights_are_as_large_as_those_of_a_dense_matrix(name: str) -> None:
+    """load_format="dummy": a variance of about 1 / inputs, whatever codes and scales are."""
+    needs(name)
+    method = read_scheme(FORMATS[name].config).method_of("model.layers.0.mlp.up_proj")
+    assert method is not None
+    spec = LinearSpec(OUTPUTS, tuple(map(range, OUTPUTS)), INPUTS, range(INPUTS), torch.float32, ("a", "b"))
+    layer, generator = method(spec), torch.Generator().manual_seed(0)
+    assert isinstance(layer, QuantizedLinear)
+    for part in range(len(OUTPUTS)):
+        for _, weight_spec in layer.weights(part):
+            if not weight_spec.instead_of:
+                assert weight_spec.stand_in is not None
+                weight_spec.fill(weight_spec.stand_in(generator))
+    layer.finish()
+    weights = dequantize(layer.weight, torch.float32)
+    assert 0.5 < weights.square().mean().sqrt() * INPUTS**0.5 < 2
+
+
+@pytest.mark.parametrize("name", ["AWQ", "fp8, blocks"])
+def test_random_weights_through_the_engine(tmp_path: Path, name: str) -> None:
+    """No file of weights is there; the same seed gives the same."""
+    folder, _ = save_quantized(tmp_path, FORMATS[name])
+    (folder / "model.safetensors").unlink()
+    first, again, other = (logprobs(folder, load_format="dummy", seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_hold_their_parts(name: str, rank: int) -> None:
     """Rows of each matrix, or inputs in whole groups; else an error that says so."""
@@ -246,8 +274,6 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         logprobs(quantized, quantization="int4")
     with pytest.raises(ValueError, match="deterministic=True does not cover quantized checkpoints"):
         logprobs(quantized, deterministic=True)
-    with pytest.raises(NotImplementedError, match="load_format='dummy' has no random weights"):
-        logprobs(quantized, load_format="dummy")
     with pytest.raises(ValueError, match="deterministic=True does not cover quantization='int8'"):
         logprobs(plain, quantization="int8", deterministic=True)
 
