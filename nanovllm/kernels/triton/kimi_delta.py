@@ -20,7 +20,7 @@ from nanovllm.kernels.triton.common.state_steps import behind_decodes
 from nanovllm.kernels.triton.kimi_chunks import kimi_chunks_triton
 from nanovllm.kernels.triton.state_parts import softplus
 
-CELLS = 16384  # of a matrix that are in registers at a time: all of them on their way at once, of a head of 128
+CELLS = 4096  # of a matrix that are in registers at a time: what four warps have room for
 
 
 @triton.jit
@@ -129,6 +129,7 @@ def kimi_delta_triton(
         _steps(qkv, f, b, z, net, state, step, num_singles, out)
     if num_singles < meta.num_reqs:
         rest = behind_decodes(step, num_singles)
+        out[num_singles:].zero_()  # padding has tokens, too, and what they are must be numbers
         mixed = causal_conv_triton(qkv, net.conv_weight, None, state.conv, rest, is_gated=False)
         kimi_chunks_triton(mixed, f, b, net, state.matrices, rest, out)
         out[num_singles:] = gated_norm(out[num_singles:], z[num_singles:], net)
@@ -147,5 +148,5 @@ def _steps(
         step.rows, step.meta.query_start_loc, step.meta.seq_lens, step.snapshots, out,
         qkv.stride(0), f.stride(0), b.stride(0), z.stride(0), state.conv.stride(0), state.matrices.stride(0), net.eps,
         HEADS=net.num_heads, DIM=net.head_dim, WIDTH=net.conv_weight.shape[0], L2_EPS=L2_EPS,
-        BLOCK_DIM=block_dim, COLUMNS=columns, num_warps=8,
+        BLOCK_DIM=block_dim, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
