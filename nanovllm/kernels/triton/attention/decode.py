@@ -51,6 +51,7 @@ from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 
 COMBINE_ELEMENTS = 16  # floats of partial outputs that a thread has in flight at a time
+WIDE_AHEAD = tl.constexpr(6)  # partials in flight, of heads that are more than 256 wide
 
 
 @triton.jit(do_not_specialize=["num_reqs", "table_stride"])
@@ -184,10 +185,16 @@ def store_output_or_partial(
         counter_ptr = semaphores_ptr + req * NUM_KV_HEADS + head
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == last - first:
             tl.store(counter_ptr, 0)
-            _combine(
-                partial_out_ptr, partial_stats_ptr, out_row_ptr, first, last,
-                GROUP, HEAD_DIM, BLOCK_DIM, COMBINE_COLS, COMBINE_ROWS,
-            )  # fmt: skip
+            if HEAD_DIM > 256:
+                _combine_wide(
+                    partial_out_ptr, partial_stats_ptr, out_row_ptr, first, last, GROUP, HEAD_DIM, BLOCK_DIM,
+                    COMBINE_COLS // BLOCK_DIM,
+                )  # fmt: skip
+            else:
+                _combine(
+                    partial_out_ptr, partial_stats_ptr, out_row_ptr, first, last,
+                    GROUP, HEAD_DIM, BLOCK_DIM, COMBINE_COLS, COMBINE_ROWS,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -240,6 +247,43 @@ def _combine(
         stats_ptr += ROWS * (4 * GROUP)
     result = acc / tl.where(norm > 0, norm, 1.0)
     tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=col_mask)
+
+
+@triton.jit
+def _combine_wide(
+    partial_out_ptr, partial_stats_ptr, out_ptr, first, last,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`_combine` where a thread has many elements: these share a maximum and a sum, and what is in flight is theirs."""
+    SLOT: tl.constexpr = GROUP * HEAD_DIM
+    row, dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    mask = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    place = row[:, None] * HEAD_DIM + dim[None, :]
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for start in range(first, last + 1, WIDE_AHEAD):
+        tops, norms, outs = (), (), ()
+        new_top = top
+        for i in tl.static_range(WIDE_AHEAD):
+            slot = (start + i) * 2 + (start + i == first).to(tl.int32)
+            is_there = start + i <= last
+            stats_ptr = partial_stats_ptr + slot * 2 * GROUP + row
+            row_mask = is_there & (row < GROUP)
+            tops = tops + (tl.load(stats_ptr, mask=row_mask, other=LOWEST, cache_modifier=".cg"),)
+            norms = norms + (tl.load(stats_ptr + GROUP, mask=row_mask, other=0.0, cache_modifier=".cg"),)
+            slot_ptr = partial_out_ptr + slot.to(tl.int64) * SLOT
+            outs = outs + (tl.load(slot_ptr + place, mask=is_there & mask, other=0.0, cache_modifier=".cg"),)
+        for i in tl.static_range(WIDE_AHEAD):
+            new_top = tl.maximum(new_top, tops[i])
+        decay = tl.exp2(top - new_top)
+        norm, acc, top = norm * decay, acc * decay[:, None], new_top
+        for i in tl.static_range(WIDE_AHEAD):
+            weight = tl.exp2(tops[i] - top)
+            norm += norms[i] * weight
+            acc += outs[i] * weight[:, None]
+    result = acc / tl.where(norm > 0, norm, 1.0)[:, None]
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def decode_attention(
