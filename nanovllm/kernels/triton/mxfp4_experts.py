@@ -74,12 +74,12 @@ class Config(NamedTuple):
 MAX_BLOCK = 64
 # By rows of a block: the product, and the gated one, a program of which has half as many outputs as rows.
 CONFIGS = {
-    8: (Config(64, 512, 4, 3), Config(64, 512, 4, 3)),
+    8: (Config(64, 256, 4, 3), Config(64, 256, 4, 3)),
     16: (Config(64, 256, 4, 3), Config(128, 128, 4, 3)),
     32: (Config(64, 256, 4, 3), Config(128, 128, 4, 3)),
-    64: (Config(128, 128, 4, 3), Config(128, 128, 4, 3)),
+    64: (Config(128, 128, 4, 3), Config(128, 64, 4, 4)),
 }
-SUMMED = Config(64, 512, 4, 3)  # of one token's second products
+SUMMED = Config(64, 256, 4, 3)  # of one token's second products
 
 
 @triton.jit
