@@ -150,7 +150,7 @@ def fused_row(
     if choose(x, weight) is None:
         return None
     total = None
-    fits = rounding is None or fuses_rounding(weight, rounding.group_size)
+    fits = rounding is None or fuses_rounding(weight, rounding)
     if norm is not None and not (fits and fuses_norm(x, norm.weight)):
         residual, norm_weight, eps = norm
         if residual is None:

@@ -104,10 +104,12 @@ def fuses_norm(x: Tensor, norm_weight: Tensor) -> bool:
     return norm_weight.dtype == x.dtype
 
 
-def fuses_rounding(weight: QuantizedWeight, group_size: int | None) -> bool:
+def fuses_rounding(weight: QuantizedWeight, rounding: RowRounding) -> bool:
     """Whether inputs that share a scale are those of some lanes of a warp."""
-    per_lane = LANE_INPUTS[weight.codes.dtype]
-    return group_size is None or (group_size % per_lane == 0 and 32 % (group_size // per_lane) == 0)
+    if rounding.kind == "fp8" and not has_fp8(weight.codes.device):
+        return False
+    lanes, rest = divmod(rounding.group_size or 0, LANE_INPUTS[weight.codes.dtype])
+    return not rest and (not lanes or 32 % lanes == 0)
 
 
 def fused_row_triton(

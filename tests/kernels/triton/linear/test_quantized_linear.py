@@ -132,7 +132,7 @@ def test_a_row_with_what_stands_around_it(
     want = row.float() @ dequantize_reference(weight, torch.float32).t()
     if gate is not None:
         want = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_reference}[gate](want)
-    assert twin.fuses_norm(x, norm_weight) and (rounding is None or twin.fuses_rounding(weight, rounding.group_size))
+    assert twin.fuses_norm(x, norm_weight) and (rounding is None or twin.fuses_rounding(weight, rounding))
     norm = NormOfRow(residual, norm_weight, 1e-6)
     got, got_total = twin.fused_row_triton(x, norm, weight, None, rounding, gate)
     rounds_down = INTERPRETED and rounding is not None and rounding.kind == "fp8"  # by 1/8 at most
