@@ -11,7 +11,7 @@ def plain_split_int4(codes: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def plain_fp8_numbers(words: Any) -> tuple[Any, ...]:
-    """`quantized_gemv.fp8_numbers`."""
+    """`words.fp8_numbers`."""
     import triton.language as tl
 
     codes = [((words >> shift) & 255).to(tl.uint8) for shift in range(0, 32, 8)]
@@ -19,12 +19,12 @@ def plain_fp8_numbers(words: Any) -> tuple[Any, ...]:
 
 
 def plain_dot_int4(words: Any, *pairs: Any) -> Any:
-    """`quantized_gemv.dot_int4`."""
+    """`words.dot_int4`."""
     return sum(_times_pairs(words >> 4 * half, 15, *pairs[2 * half : 2 * half + 2]) for half in range(2))
 
 
 def plain_dot_int8(words: Any, *pairs: Any) -> Any:
-    """`quantized_gemv.dot_int8`: of bytes with a sign."""
+    """`words.dot_int8`: of bytes with a sign."""
     return _times_pairs(words, 255, *pairs)
 
 

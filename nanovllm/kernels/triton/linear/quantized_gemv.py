@@ -24,72 +24,12 @@ from nanovllm.kernels.quantized_linear import NormOfRow, QuantizedWeight, RowRou
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv
 from nanovllm.kernels.triton.linear.parts import finish
-from nanovllm.kernels.triton.linear.row_inputs import (
-    WORDS,
-    add_rows,
-    load_row,
-    norm_row,
-    round_row,
-    store_row,
-    whole_row,
-)
+from nanovllm.kernels.triton.linear.row_inputs import add_rows, load_row, norm_row, round_row, store_row, whole_chunk
+from nanovllm.kernels.triton.linear.words import WORDS, multiply_words
 
 MAX_PROGRAMS = 2**31 - 1
 LANE_INPUTS = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: 16}  # in the words that a lane loads at a time
 _KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
-
-_DOT_INT4 = tl.constexpr(
-    "{.reg .b32 low, high, sum; and.b32 low, $1, 0x0f0f0f0f; shr.u32 high, $1, 4; and.b32 high, high, 0x0f0f0f0f;"
-    "dp2a.lo.s32.u32 sum, $2, low, 0; dp2a.hi.s32.u32 sum, $3, low, sum;"
-    "dp2a.lo.s32.u32 sum, $4, high, sum; dp2a.hi.s32.u32 $0, $5, high, sum;}"
-)
-_DOT_INT8 = tl.constexpr("{.reg .b32 sum; dp2a.lo.s32.s32 sum, $2, $1, 0; dp2a.hi.s32.s32 $0, $3, $1, sum;}")
-_FP8 = tl.constexpr(
-    "{.reg .b16 low, high, a, b; .reg .b32 pair; mov.b32 {low, high}, $4;"
-    "cvt.rn.f16x2.e4m3x2 pair, low; mov.b32 {a, b}, pair; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;"
-    "cvt.rn.f16x2.e4m3x2 pair, high; mov.b32 {a, b}, pair; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b;}"
-)
-
-
-@triton.jit
-def dot_int4(words, a, b, c, d):
-    """Of each word, the lower halves of its bytes times the 16-bit numbers in a and b, the upper ones times c and d."""
-    return tl.inline_asm_elementwise(
-        _DOT_INT4, "=&r,r,r,r,r,r", [words, a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def dot_int8(words, a, b):
-    """The bytes of each word times the 16-bit numbers in a and b."""
-    return tl.inline_asm_elementwise(_DOT_INT8, "=&r,r,r,r", [words, a, b], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def fp8_numbers(words):
-    """The four e4m3 of each word."""
-    return tl.inline_asm_elementwise(
-        _FP8, "=&f,=&f,=&f,=&f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _multiply(words, x, FIRST: tl.constexpr, KIND: tl.constexpr):
-    """Sums [LANES, ROWS] of a lane's products; its inputs are tiles from FIRST on."""
-    IS_FP8: tl.constexpr = KIND == "fp8"
-    if IS_FP8:
-        first, second, third, fourth = fp8_numbers(words)
-        products = first * x[FIRST][:, None, :]
-        products += second * x[FIRST + 1][:, None, :]
-        products += third * x[FIRST + 2][:, None, :]
-        products += fourth * x[FIRST + 3][:, None, :]
-    elif KIND == "int4":
-        products = dot_int4(
-            words, x[FIRST][:, None, :], x[FIRST + 1][:, None, :], x[FIRST + 2][:, None, :], x[FIRST + 3][:, None, :]
-        )
-    else:
-        products = dot_int8(words, x[FIRST][:, None, :], x[FIRST + 1][:, None, :])
-    return tl.sum(products, axis=2)
 
 
 @triton.jit
@@ -188,7 +128,7 @@ def _quantized_vector_kernel(
             for j in tl.static_range(PARTS):
                 inputs = inputs + (own[j].to(tl.float32),)
         else:
-            pairs, total, unit = whole_row(own, PARTS)
+            pairs, total, unit = whole_chunk(own, PARTS)
             inputs, totals, units = inputs + pairs, totals + (total[:, None],), units + (unit[:, None],)
 
     while tile < TILES:
@@ -209,9 +149,9 @@ def _quantized_vector_kernel(
                 )  # fmt: skip
             words, scale, zero, low = held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]
             if IS_FP8:
-                sums = _multiply(words, inputs, i * PARTS, KIND) * scale.to(tl.float32)
+                sums = multiply_words(words, inputs, i * PARTS, KIND) * scale.to(tl.float32)
             else:
-                whole = _multiply(words, inputs, i * (PARTS // 2), KIND)
+                whole = multiply_words(words, inputs, i * (PARTS // 2), KIND)
                 if zero_ptr is not None:
                     whole -= (zero.to(tl.int32) + OFFSET) * totals[i]
                 elif OFFSET > 0:

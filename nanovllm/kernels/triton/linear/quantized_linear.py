@@ -62,6 +62,7 @@ def gemv_config(num_inputs: int, is_int4: bool, gated: bool = False) -> GemvConf
     """The rules are what sweeps over layers of an 8B model on an H200 found fastest: all warps lie along the inputs, so
     that nothing of a row is computed twice, and where every program norms or rounds its row, they are few."""
     per_lane, most = (32, 128) if is_int4 else (16, 256)
+    most = max(most, next_power_of_2(cdiv(num_inputs, 4 * per_lane)))  # more than 4 chunks do not fit into registers
     lanes = min(most, max(32, next_power_of_2(cdiv(num_inputs, per_lane))))
     is_long = num_inputs > lanes * per_lane
     outputs = 4 if gated or is_long else 8

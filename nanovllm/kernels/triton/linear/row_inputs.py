@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels.triton.linear.parts import add_residual, normalize, round_to_codes, scale_of_largest
-
-WORDS = tl.constexpr(4)  # of 32 bits, that a lane loads at a time
+from nanovllm.kernels.triton.linear.words import WORDS, dot_int8
 
 
 @triton.jit
@@ -119,23 +118,25 @@ def round_row(
 
 
 @triton.jit
-def whole_row(parts, PARTS: tl.constexpr):
-    """A chunk as whole numbers of 16 bits, in units that each lane has: (pairs of them as int32, PARTS / 2 tiles; the
-    sum of a lane's [LANES]; its unit)."""
-    largest = tl.max(tl.abs(parts[0].to(tl.float32)), axis=1)
-    total = tl.sum(parts[0].to(tl.float32), axis=1)
+def whole_chunk(parts, PARTS: tl.constexpr):
+    """A chunk as whole numbers of 16 bits, in units that each lane has.
+
+    Returns pairs of them (PARTS / 2 tiles of int32), the sum of each lane's [LANES], and its unit [LANES].
+    """
+    largest = tl.abs(parts[0].to(tl.float32))
     for j in tl.static_range(1, PARTS):
-        largest = tl.maximum(largest, tl.max(tl.abs(parts[j].to(tl.float32)), axis=1))
-        total += tl.sum(parts[j].to(tl.float32), axis=1)
-    unit = tl.maximum(largest, 1e-30) * (1 / 32767)
+        largest = tl.maximum(largest, tl.abs(parts[j].to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+    unit = tl.maximum(tl.max(largest, axis=1), 1e-30) * (1 / 32767)
     by = (1.0 / unit)[:, None]
-    unit += total * 0.0  # an input that is no number makes none of the sums one
+    unit += tl.sum(largest, axis=1) * 0.0  # an input that is no number makes none of the sums one
     pairs = ()
-    sums = tl.zeros([parts[0].shape[0]], tl.int32)
     for j in tl.static_range(PARTS // 2):
-        # Behind 2^23 there are no fractions: the lowest bits of a number there are the nearest whole one.
+        # Beyond 2^23 there are no fractions: the lowest bits of a number there are the nearest whole one.
         low = (parts[2 * j].to(tl.float32) * by + 12582912.0).to(tl.int32, bitcast=True)
         high = (parts[2 * j + 1].to(tl.float32) * by + 12582912.0).to(tl.int32, bitcast=True)
-        sums += tl.sum((low - 0x4B400000) + (high - 0x4B400000), axis=1)
         pairs = pairs + ((low & 0xFFFF) | (high << 16),)
-    return pairs, sums, unit
+    ones = tl.full(pairs[0].shape, 0x01010101, tl.uint32)
+    total = dot_int8(ones, pairs[0], pairs[1])
+    for j in tl.static_range(1, PARTS // 4):
+        total += dot_int8(ones, pairs[2 * j], pairs[2 * j + 1])
+    return pairs, tl.sum(total, axis=1), unit

@@ -30,10 +30,11 @@ def without_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows none."""
     if INTERPRETED:
         monkeypatch.setattr(load_twin("linear.quantized_gemm"), "split_int4", plain_split_int4)
-        vectors = load_twin("linear.quantized_gemv")
-        monkeypatch.setattr(vectors, "dot_int4", plain_dot_int4)
-        monkeypatch.setattr(vectors, "dot_int8", plain_dot_int8)
-        monkeypatch.setattr(vectors, "fp8_numbers", plain_fp8_numbers)
+        words = load_twin("linear.words")
+        monkeypatch.setattr(words, "dot_int4", plain_dot_int4)
+        monkeypatch.setattr(words, "dot_int8", plain_dot_int8)
+        monkeypatch.setattr(words, "fp8_numbers", plain_fp8_numbers)
+        monkeypatch.setattr(load_twin("linear.row_inputs"), "dot_int8", plain_dot_int8)
 
 
 def random_weight(
