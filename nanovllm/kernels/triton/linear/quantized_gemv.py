@@ -27,7 +27,6 @@ from nanovllm.kernels.triton.linear.parts import finish
 from nanovllm.kernels.triton.linear.row_inputs import add_rows, load_row, norm_row, round_row, store_row, whole_chunk
 from nanovllm.kernels.triton.linear.words import WORDS, multiply_words
 
-MAX_PROGRAMS = 2**31 - 1
 LANE_INPUTS = {torch.uint8: 32, torch.int8: 16, torch.float8_e4m3fn: 16}  # in the words that a lane loads at a time
 _KINDS = {torch.uint8: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
@@ -46,21 +45,27 @@ def _load_chunk(
         output = tl.minimum(output, NUM_OUTPUTS - 1 - tile * OUTPUTS)
     row = output + row % PLANES * NUM_OUTPUTS
     lane = i * LANES + tl.arange(0, LANES)[:, None]
-    mask = is_wanted
-    if (i + 1) * LANES > ROW_LANES:
-        mask = (lane < ROW_LANES) & is_wanted
     # What a tile adds to an address is one number, and what its rows add is known when it is compiled.
     first_row = tile.to(tl.int64) * OUTPUTS
     place = (row[None, :] * ROW_LANES + lane)[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
-    words_mask = mask if (i + 1) * LANES <= ROW_LANES else mask[:, :, None]
-    words = tl.load(codes_ptr + first_row * (ROW_LANES * WORDS) + place, mask=words_mask, other=0)
-    group = row[None, :] * SCALES + lane // (ROW_LANES // SCALES)
-    scale = tl.load(scale_ptr + first_row * SCALES + group, mask=mask, other=0.0)
+    codes_ptr += first_row * (ROW_LANES * WORDS)
+    group = first_row * SCALES + (row[None, :] * SCALES + lane // (ROW_LANES // SCALES))
     zero, low = 0, 0.0
-    if zero_ptr is not None:
-        zero = tl.load(zero_ptr + first_row * SCALES + group, mask=mask, other=0)
-    if low_ptr is not None:
-        low = tl.load(low_ptr + first_row * SCALES + group, mask=mask, other=0.0)
+    if (i + 1) * LANES <= ROW_LANES:
+        words = tl.load(codes_ptr + place, mask=is_wanted)
+        scale = tl.load(scale_ptr + group, mask=is_wanted)
+        if zero_ptr is not None:
+            zero = tl.load(zero_ptr + group, mask=is_wanted)
+        if low_ptr is not None:
+            low = tl.load(low_ptr + group, mask=is_wanted)
+    else:
+        mask = (lane < ROW_LANES) & is_wanted
+        words = tl.load(codes_ptr + place, mask=mask[:, :, None], other=0)
+        scale = tl.load(scale_ptr + group, mask=mask, other=0.0)
+        if zero_ptr is not None:
+            zero = tl.load(zero_ptr + group, mask=mask, other=0)
+        if low_ptr is not None:
+            low = tl.load(low_ptr + group, mask=mask, other=0.0)
     return words, scale, zero, low
 
 
@@ -88,6 +93,7 @@ def _quantized_vector_kernel(
     GELU: tl.constexpr,
     OUTPUTS: tl.constexpr,
     LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     AHEAD: tl.constexpr,
     LOOPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -95,7 +101,6 @@ def _quantized_vector_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     PARTS: tl.constexpr = 8 if KIND == "int4" else 4
-    CHUNKS: tl.constexpr = (INPUTS + LANES * PARTS * WORDS - 1) // (LANES * PARTS * WORDS)
     TILES: tl.constexpr = (NUM_OUTPUTS + OUTPUTS - 1) // OUTPUTS
     PLANES: tl.constexpr = 2 if GATED else 1
     IS_FP8: tl.constexpr = KIND == "fp8"
@@ -103,8 +108,9 @@ def _quantized_vector_kernel(
     tile = tl.program_id(0)
     chunks = ()
     for i in tl.static_range(AHEAD):
+        later = tile + i // CHUNKS * tl.num_programs(0)
         chunks = chunks + _load_chunk(
-            codes_ptr, scale_ptr, zero_ptr, low_ptr, tile, True, i,
+            codes_ptr, scale_ptr, zero_ptr, low_ptr, later, later < TILES, i % CHUNKS,
             NUM_OUTPUTS, INPUTS, SCALES, OUTPUTS, PLANES, LANES, PARTS,
         )  # fmt: skip
     if norm_weight_ptr is not None:
@@ -136,15 +142,10 @@ def _quantized_vector_kernel(
         acc = tl.zeros([LANES, OUTPUTS * PLANES], tl.float32)
         held = chunks
         for i in tl.static_range(CHUNKS):
-            if i + AHEAD < CHUNKS:
+            if LOOPS or i + AHEAD < CHUNKS:
+                later = tile + (i + AHEAD) // CHUNKS * tl.num_programs(0)
                 held = held + _load_chunk(
-                    codes_ptr, scale_ptr, zero_ptr, low_ptr, tile, True, i + AHEAD,
-                    NUM_OUTPUTS, INPUTS, SCALES, OUTPUTS, PLANES, LANES, PARTS,
-                )  # fmt: skip
-            elif LOOPS:
-                next_tile = tile + tl.num_programs(0)
-                held = held + _load_chunk(
-                    codes_ptr, scale_ptr, zero_ptr, low_ptr, next_tile, next_tile < TILES, i + AHEAD - CHUNKS,
+                    codes_ptr, scale_ptr, zero_ptr, low_ptr, later, later < TILES, (i + AHEAD) % CHUNKS,
                     NUM_OUTPUTS, INPUTS, SCALES, OUTPUTS, PLANES, LANES, PARTS,
                 )  # fmt: skip
             words, scale, zero, low = held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]
@@ -177,16 +178,16 @@ def _quantized_vector_kernel(
 
 
 class GemvConfig(NamedTuple):
-    """outputs: of a program at a time. lanes: that share them. ahead: chunks of codes asked for early.
+    """outputs: of a program at a time. lanes: that share them. programs: at most; each has as many tiles as it takes.
 
-    programs: at most; each has as many tiles of outputs as it takes.
+    ahead: chunks of codes that are on their way while one is multiplied. The compiler asks for them at a tile's end.
     """
 
     outputs: int
     lanes: int
     num_warps: int
-    ahead: int
-    programs: int
+    ahead: int = 1
+    programs: int = 2**31 - 1
 
 
 def launch_gemv(
@@ -207,12 +208,13 @@ def launch_gemv(
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = min(tiles, config.programs)
     chunks = cdiv(x.shape[1], config.lanes * LANE_INPUTS[codes.dtype])
+    ahead = config.ahead if tiles > programs else min(config.ahead, chunks)
     launch(
         _quantized_vector_kernel, (programs,), x.device,
         x, residual, norm_weight, round_scale, codes.view(torch.uint32), scale, zero, low, bias, out, total,
         eps, NUM_OUTPUTS=num_outputs, INPUTS=x.shape[1], SCALES=scale.shape[1], KIND=_KINDS[codes.dtype],
         ROUND=round_kind, ROUND_LANES=0 if round_size is None else round_size // LANE_INPUTS[codes.dtype],
-        GATED=gate is not None, GELU=gate == "gelu_tanh", OUTPUTS=config.outputs, LANES=config.lanes,
-        AHEAD=min(config.ahead, chunks), LOOPS=tiles > programs, num_warps=config.num_warps,
+        GATED=gate is not None, GELU=gate == "gelu_tanh", OUTPUTS=config.outputs, LANES=config.lanes, CHUNKS=chunks,
+        AHEAD=ahead, LOOPS=tiles > programs, num_warps=config.num_warps,
     )  # fmt: skip
     return total

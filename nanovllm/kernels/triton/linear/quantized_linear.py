@@ -28,7 +28,7 @@ from nanovllm.kernels.triton.linear.quantized_gemm import (
     launch_gemm,
     rows_of_tile,
 )
-from nanovllm.kernels.triton.linear.quantized_gemv import LANE_INPUTS, MAX_PROGRAMS, GemvConfig, launch_gemv
+from nanovllm.kernels.triton.linear.quantized_gemv import LANE_INPUTS, GemvConfig, launch_gemv
 from nanovllm.kernels.triton.linear.skinny_gemm import MAX_TILES
 
 NUM_PROGRAMS = 384  # three for each multiprocessor of an H100
@@ -59,16 +59,19 @@ def choose(x: Tensor, weight: QuantizedWeight) -> Config | None:
 
 
 def gemv_config(num_inputs: int, is_int4: bool, gated: bool = False) -> GemvConfig:
-    """The rules are what sweeps over layers of an 8B model on an H200 found fastest: all warps lie along the inputs, so
-    that nothing of a row is computed twice, and where every program norms or rounds its row, they are few."""
-    per_lane, most = (32, 128) if is_int4 else (16, 256)
-    most = max(most, next_power_of_2(cdiv(num_inputs, 4 * per_lane)))  # more than 4 chunks do not fit into registers
-    lanes = min(most, max(32, next_power_of_2(cdiv(num_inputs, per_lane))))
-    is_long = num_inputs > lanes * per_lane
-    outputs = 4 if gated or is_long else 8
+    """The rules are what sweeps over layers of an 8B model on an H200 found fastest. All warps lie along the inputs, so
+    nothing of a row is computed twice in a program."""
+    per_lane = 32 if is_int4 else 16
+    most = max(128 if is_int4 else 256, next_power_of_2(cdiv(num_inputs, 4 * per_lane)))  # 4 chunks fit into registers
+    lanes = min(1024, most, max(32, next_power_of_2(cdiv(num_inputs, per_lane))))
+    num_warps, is_long = lanes // 32, num_inputs > lanes * per_lane
     if is_int4:
-        return GemvConfig(outputs, lanes, lanes // 32, ahead=2, programs=528 if gated else MAX_PROGRAMS)
-    return GemvConfig(outputs, lanes, lanes // 32, ahead=3, programs=264)
+        if gated:
+            return GemvConfig(4, lanes, num_warps, ahead=1, programs=528)
+        return GemvConfig(8, lanes, num_warps, ahead=3, programs=264) if is_long else GemvConfig(8, lanes, num_warps)
+    if gated:
+        return GemvConfig(2, lanes, num_warps, ahead=1, programs=396)
+    return GemvConfig(4 if is_long else 8, lanes, num_warps, ahead=3 if is_long else 1, programs=264)
 
 
 def _gemm_config(num_rows: int, codes: Tensor, num_inputs: int, step: int) -> GemmConfig | None:
