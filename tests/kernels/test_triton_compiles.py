@@ -579,7 +579,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "fp8, groups": lambda: multiply_codes(64, "fp8", 128),
     "int4 of a row, groups, zeros": lambda: multiply_codes(1, "int4", 128, more=True),
     "int4 of a row, float16": lambda: multiply_codes(1, "int4", 128, dtype=torch.float16),
-    "int4 of a row, a chunk that is not full": lambda: multiply_codes(1, "int4", 128, inputs=1280),
+    "int4 of a row, a chunk that is not full": lambda: multiply_codes(1, "int4", 128, more=True, inputs=1280),
     "int8 of a row": lambda: multiply_codes(1, "int8", None),
     "fp8 of a row": lambda: multiply_codes(1, "fp8", None),
     "int4 of a row, norm and gate": lambda: multiply_a_row("int4", 2048, False, None, "silu"),
