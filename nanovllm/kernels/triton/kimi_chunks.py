@@ -190,6 +190,43 @@ def _pass_kimi_kernel(
     tl.store(matrices_ptr + slot * matrix_stride + cell, matrix, mask=is_cell)
 
 
+@triton.jit
+def _gated_norm_kernel(
+    found_ptr,
+    z_ptr,
+    weight_ptr,
+    z_stride,
+    eps,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token, in place."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    head, dim = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+    at, mask = head * DIM + dim, (head < HEADS) & (dim < DIM)
+    found_ptr += token * HEADS * DIM + at
+    found = tl.load(found_ptr, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + dim, mask=dim < DIM, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + token * z_stride + at, mask=mask, other=0.0).to(tl.float32)
+    normed = found * tl.rsqrt(tl.sum(found * found, 1) / DIM + eps)[:, None] * weight
+    tl.store(found_ptr, (normed / (1.0 + tl.exp(-z))).to(found_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_norm_triton(found: Tensor, z: Tensor, net: KimiDelta) -> None:
+    """`kimi_delta.gated_norm` in place; rows of found are contiguous."""
+    launch(
+        _gated_norm_kernel, (len(found),), found.device,
+        found, z, net.norm_weight, z.stride(0), net.eps, HEADS=net.num_heads, DIM=net.head_dim,
+        BLOCK_HEADS=next_power_of_2(net.num_heads), BLOCK_DIM=next_power_of_2(net.head_dim), num_warps=4,
+    )  # fmt: skip
+
+
 def kimi_chunks_triton(
     qkv: Tensor, f: Tensor, b: Tensor, net: KimiDelta, matrices: Tensor, step: StepStates, found: Tensor
 ) -> None:

@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.delta_net import L2_EPS
-from nanovllm.kernels.kimi_delta import KimiDelta, gated_norm
+from nanovllm.kernels.kimi_delta import KimiDelta
 from nanovllm.kernels.state_types import LayerState, StepStates
 from nanovllm.kernels.triton.causal_conv import advance, causal_conv_triton, convolved
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import next_power_of_2
 from nanovllm.kernels.triton.common.state_steps import behind_decodes
-from nanovllm.kernels.triton.kimi_chunks import kimi_chunks_triton
+from nanovllm.kernels.triton.kimi_chunks import gated_norm_triton, kimi_chunks_triton
 from nanovllm.kernels.triton.state_parts import softplus
 
 CELLS = 4096  # of a matrix that are in registers at a time: what four warps have room for
@@ -132,7 +132,7 @@ def kimi_delta_triton(
         out[num_singles:].zero_()  # padding has tokens, too, and what they are must be numbers
         mixed = causal_conv_triton(qkv, net.conv_weight, None, state.conv, rest, is_gated=False)
         kimi_chunks_triton(mixed, f, b, net, state.matrices, rest, out)
-        out[num_singles:] = gated_norm(out[num_singles:], z[num_singles:], net)
+        gated_norm_triton(out[num_singles:], z[num_singles:], net)
     return out
 
 
