@@ -16,6 +16,7 @@
 
 namespace {
 constexpr int BYTES = 4 * W;  // in a vector
+constexpr int LONG = 512;     // bytes
 
 // --- four products to a lane ---------------------------------------------------------------
 
@@ -203,12 +204,14 @@ void multiply(const Weight<fp16>& w, int64_t output, const Rounded* rows, f32* s
   for (int n = 0; n < N; n++) std::copy(acc[n], acc[n] + R, sums + n * R);
 }
 
-// `count` outputs, at most W, from `output` on, of one row.
+// `count` outputs, at most W, from `output` on, of one row of x. Long rows of codes are read one after the other: memory
+// is faster at one stream than at several. Short ones follow each other closely enough.
 template <class F>
 void multiply_row(const Weight<fp16>& w, int64_t output, int64_t count, const Rounded* x, float* to) {
   f32 acc[W] = {};
   int64_t n = 0;
-  for (; n + 4 <= count; n += 4) multiply<F, 4, 1>(w, output + n, x, acc + n);
+  if (w.inputs * F::BITS / 8 < LONG)
+    for (; n + 4 <= count; n += 4) multiply<F, 4, 1>(w, output + n, x, acc + n);
   for (; n < count; n++) multiply<F, 1, 1>(w, output + n, x, acc + n);
   store(to, sums(acc));
 }
