@@ -104,10 +104,14 @@ def warm_up_kernels(runner: ModelRunner, config: ResolvedConfig, captures_prompt
         cascades = [padding(layout, size, runner.device) for size in sorted({few, largest})]
 
     prompt = padding(prompt_layout, (prompt_layout.largest[0], 1), runner.device)
+    at_once = prompt_layout.at_once(config.max_num_batched_tokens)
+    shorter = [padding(prompt_layout, size, runner.device) for size in {*at_once[:1], *at_once[-1:]}]
 
     def run() -> None:
         if captures_prompts:
             steps.prompts(prompt)  # first: Hopper's kernel for long ones takes the longest of all
+            for short in shorter:
+                steps.prompts(short)
         _, logits = steps.decode(decodes)
         warm_up_edits(runner.sampler, logits, decodes.rows)
         for inputs in cascades:

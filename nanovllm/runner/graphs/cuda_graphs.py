@@ -124,21 +124,25 @@ class StepGraphs(Generic[Size, Inputs]):
         graph.replay()
         return tokens, logits
 
-    def capture(self, size: Size) -> None:
+    def capture(self, size: Size, *, compiles: bool = True) -> bool:
         """Nothing runs while a graph is captured. So where kernels are missing, as all are at first, an attempt tells
-        which, and they are compiled together."""
+        which, and they are compiled together. With compiles False nothing is captured then, and False is returned.
+        """
         from nanovllm.kernels.triton.common.warmup import compile_together, missing_kernels
 
         inputs = self._layout.inputs(self._upload(size, None), size)  # capturing must not advance any request
         with missing_kernels() as missing:
             captured = None if self._runs_first else self._captured(inputs)
         if captured is None or missing:
+            if not compiles:
+                return False
             captured = None  # its memory is for the next attempt
             compile_together(missing, self._static.device)
             self._step(inputs)
             torch.cuda.synchronize()
             captured = self._captured(inputs)
         self._graphs[size] = captured
+        return True
 
     def _captured(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:  # type: ignore[misc]
         graph = torch.cuda.CUDAGraph()

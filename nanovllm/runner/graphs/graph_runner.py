@@ -52,7 +52,7 @@ class GraphRunner:
     def __init__(
         self, runner: ModelRunner, config: ResolvedConfig, model_config: ModelConfig, splits_prompts: bool = True
     ) -> None:
-        """Captures the largest decode step; the other steps are captured when they first come.
+        """Captures the largest decode step, and prompts of some lengths; other steps are captured when they first come.
 
         splits_prompts: a step may run as two (`step_parts.py`).
         """
@@ -71,6 +71,9 @@ class GraphRunner:
         self._graphs = self._make_graphs()
         with dependent_launch(self._dependent_launch):
             self._graphs.decode.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+            for size in self._prompts.at_once(config.max_num_batched_tokens) if self._captures_prompts else ():
+                if not self._graphs.prompts.capture(size, compiles=False):
+                    break
         if runner.device.type == "cuda":
             from nanovllm.kernels.triton.common.warmup import log_late_kernels
 

@@ -106,6 +106,14 @@ class PromptLayout:
     def largest(self) -> PromptSize:
         return self.num_tokens[-1], self.num_reqs[-1]
 
+    def at_once(self, most_tokens: int) -> list[PromptSize]:
+        """Sizes that are captured when an engine starts, the largest first.
+
+        Else the first prompt of a size, or the first second turn, waits for a capture, which takes a host longer than
+        the step takes the device. Smaller steps have kernels of their own, which are compiled behind.
+        """
+        return [(n, self.num_reqs[0]) for n in reversed(self.num_tokens) if 96 <= n <= min(512, most_tokens)]
+
     def size(self, plan: SchedulerOutput) -> PromptSize | None:
         num_tokens = next((n for n in self.num_tokens if n >= len(plan.token_ids)), None)
         num_reqs = next((n for n in self.num_reqs if n > len(plan.rows)), None)

@@ -85,6 +85,12 @@ def test_only_small_steps_with_prompts_are_captured(plan: SchedulerOutput, size:
     assert PromptLayout().size(plan) == size
 
 
+def test_sizes_of_prompts_that_are_captured_at_once_fit_into_a_step() -> None:
+    assert [num_tokens for num_tokens, _ in PromptLayout().at_once(8192)] == [512, 384, 256, 192, 128, 96]
+    assert [num_tokens for num_tokens, _ in PromptLayout().at_once(200)] == [192, 128, 96]
+    assert PromptLayout().at_once(64) == []
+
+
 def test_a_step_with_prompts_ends_in_one_padding_request() -> None:
     layout = PromptLayout()
     plan = make_plan([1, 4, 6], [5, 0, 0], [1, 0, 1])
