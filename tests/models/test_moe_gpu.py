@@ -1,10 +1,12 @@
 """Mixtures of experts on a GPU: the grouped kernel in every way of running gives the tokens of the CPU's reference."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nanovllm import SamplingParams
 from tests.gpu_engine import make_llm, tokens
 from tests.tiny_models import random_prompts, save_random
 
@@ -98,3 +100,17 @@ def test_half_precision_is_repeatable(folder: Path, prompts: list[list[int]], dt
     """Nothing in the sums over experts depends on timing."""
     with make_llm(folder, dtype=dtype, enable_prefix_caching=False) as llm:
         assert tokens(llm, prompts) == tokens(llm, prompts)
+
+
+def test_prompts_of_any_size_find_compiled_kernels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once the threads that compile behind an engine have ended. No other test has as many experts."""
+    folder = save_random(tmp_path, "Qwen3MoeForCausalLM", **SIZES, num_experts=21, num_experts_per_tok=3)
+    with make_llm(folder) as llm:
+        for thread in threading.enumerate():
+            if thread.name == "nanovllm-compile":
+                thread.join()
+        with caplog.at_level("INFO", logger="nanovllm.late"):
+            for num_tokens in (20, 50, 90, 120, 180, 250):
+                tokens(llm, random_prompts([num_tokens]), SamplingParams(max_tokens=1))
+    late = [record.getMessage() for record in caplog.records if "compiled late" in record.getMessage()]
+    assert not [message for message in late if "_align" in message or "_grouped" in message]

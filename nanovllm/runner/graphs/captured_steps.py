@@ -13,6 +13,7 @@ from nanovllm.kernels.cascade import CascadeInputs
 from nanovllm.kernels.gather_rows import gather_rows
 from nanovllm.kernels.prepare_inputs import StepInputs
 from nanovllm.kernels.triton.common.launch import dependent_launch
+from nanovllm.layers.experts import Experts
 from nanovllm.runner.graphs.cuda_graphs import compile_kernels, padding
 from nanovllm.runner.graphs.layouts import CascadeLayout, DecodeInputs, DecodeLayout, PromptInputs, PromptLayout
 from nanovllm.runner.model_runner import ModelRunner
@@ -136,13 +137,25 @@ def warm_up_behind(runner: ModelRunner, config: ResolvedConfig, captures_prompts
     # Few short prompts, more than are captured, and prompts beside few decodes.
     kinds = [((16, 8), 0), ((num_tokens, 4 * num_reqs), 0), ((num_tokens, num_reqs), 8)]
     prompts = [(padding(prompt_layout, size, runner.device), num_decodes) for size, num_decodes in kinds]
+    experts = next((module for module in runner.model.modules() if isinstance(module, Experts)), None)
 
     def run() -> None:
         for inputs in decodes:
             steps.decode(inputs)
+        if experts is not None:  # which are put in order by a kernel for each power of two of their rows
+            for size in sorted({*decode_layout.sizes, *(prompt_layout.num_tokens if captures_prompts else ())}):
+                _mix(experts, size, runner.device)
         if captures_prompts:
             for prompt, num_decodes in prompts:
                 steps.prompts(prompt, num_decodes)
 
     with dependent_launch(config.dependent_launch):
         compile_kernels(run, runner.device, is_behind=True)
+
+
+def _mix(experts: Experts, num_tokens: int, device: torch.device) -> None:
+    """Tokens of any values go through a layer's experts."""
+    choice = num_tokens, experts.routing.top_k
+    x = torch.empty(num_tokens, experts.spec.hidden_size, dtype=experts.spec.dtype, device=device)
+    weights = torch.empty(choice, device=device)
+    experts.method.mix(x, weights, torch.zeros(choice, dtype=torch.int32, device=device))
