@@ -116,6 +116,25 @@ def test_every_bit_is_the_same_whatever_else_runs(folder: Path, dtype: str) -> N
             assert numbers(llm.generate([PROMPTS[4]] * 20, PARAMS[4], use_tqdm=False)) == [alone[4]] * 20
 
 
+def test_every_bit_is_the_same_in_long_contexts_and_wide_layers(tmp_path: Path) -> None:
+    """Inputs of a product in four spans, contexts in three chunks, which programs share, and up to 70 decodes."""
+    sizes = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 1024}
+    folder = save_random(tmp_path, "Qwen3ForCausalLM", **sizes)
+    prompts = random_prompts([700, 300, 5, 40, 257])
+    prompts[3] = prompts[0][:640] + prompts[3]
+    params = PARAMS[: len(prompts)]
+    options = {"dtype": "bfloat16", "deterministic": True, "max_model_len": 1024, "max_num_seqs": 80}
+    with make_llm(folder, **options, enable_prefix_caching=False) as llm:
+        alone = [
+            numbers(llm.generate([prompt], own, use_tqdm=False))[0] for prompt, own in zip(prompts, params, strict=True)
+        ]
+    for way in ({}, {"max_num_batched_tokens": 200}):
+        with make_llm(folder, **options, **way) as llm:
+            for _ in range(2):  # the second time, what is computed already is found
+                assert numbers(llm.generate(prompts, params, use_tqdm=False)) == alone
+            assert numbers(llm.generate([prompts[2]] * 70, params[2], use_tqdm=False)) == [alone[2]] * 70
+
+
 EDITS = ("penalties", "logit_bias", "bad_words", "min_tokens", "allowed_token_ids", "processors", "grammar")
 
 

@@ -2,8 +2,8 @@
 
 Owns the tile. Invariant: a row's result depends on that row and the weight, not on the other rows, nor on how many
 there are. Matrix libraries choose another order of additions for another number of rows, so products here always have
-the same number of them: on a CPU, ROWS at a time through the library; on a GPU, by one kernel with one tile shape,
-which adds the whole inner dimension in order.
+the same number of them: on a CPU, ROWS at a time through the library; on a GPU, by kernels that add the inner dimension
+up in an order that the weight alone determines (`triton/batch_invariant/linear.py`).
 """
 
 from collections.abc import Callable
@@ -13,17 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
+from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
 
+GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
 ROWS = 8  # what a decode of one request pays for; more would suit prompts better
 
 
-def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features]."""
+def batch_invariant_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, semaphores: Tensor | None = None
+) -> Tensor:
+    """x W^T + b. x [num_rows, in_features], weight [out_features, in_features] -> [num_rows, out_features].
+
+    semaphores: see `skinny_linear.skinny_linear`.
+    """
     if use_triton(x):
         from nanovllm.kernels.triton.batch_invariant.linear import batch_invariant_linear_triton
 
-        return batch_invariant_linear_triton(x, weight, bias)
+        return batch_invariant_linear_triton(x, weight, bias, semaphores)
     return in_row_tiles(lambda tile: F.linear(tile, weight, bias), x)
+
+
+def batch_invariant_gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    semaphores: Tensor | None = None,
+) -> Tensor:
+    """`skinny_linear.gated_linear` of that product, and the same bits as the product and the gate one by one."""
+    if use_triton(x):
+        from nanovllm.kernels.triton.batch_invariant.linear import batch_invariant_linear_triton, is_skinny
+
+        if is_skinny(x, weight):
+            return batch_invariant_linear_triton(x, weight, bias, semaphores, activation)
+    return GATES[activation](batch_invariant_linear(x, weight, bias, semaphores))
 
 
 def in_row_tiles(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -76,12 +76,12 @@ PLAIN = Ops(
 BY_DEVICE = Ops(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, qkv_rope_store)
 
 
-def _on_gpu(device: torch.device) -> Ops:
+def _on_gpu(device: torch.device, is_deterministic: bool) -> Ops:
     from nanovllm.kernels.triton.linear.skinny_gemm import new_semaphores
 
     semaphores = new_semaphores(device)  # one for the model: its products run one after the other
     return BY_DEVICE._replace(
-        linear_method=partial(FusedLinear, semaphores=semaphores),
+        linear_method=partial(BatchInvariantLinear if is_deterministic else FusedLinear, semaphores=semaphores),
         delta_net=partial(delta_net, semaphores=semaphores),
         mamba2=partial(mamba2, semaphores=semaphores),
     )
@@ -114,29 +114,27 @@ def choose_ops(device: torch.device, compilation: str, is_deterministic: bool = 
     if is_deterministic:
         if device.type == "cpu" and load_cpu_kernels() is None:
             raise ImportError("deterministic=True needs a C++ compiler (c++, g++ or clang++) for the CPU kernels")
-        ops = choose_ops(device, compilation)
         if device.type == "cuda":
-            experts = partial(fused_experts, block_size=64)
-            ops = ops._replace(
+            return _on_gpu(device, is_deterministic)._replace(
                 delta_net=partial(delta_net, is_exact=True),
                 mamba2=partial(mamba2, is_exact=True),
                 kimi_delta=partial(kimi_delta, is_exact=True),
+                fused_experts=partial(fused_experts, block_size=64),
             )
-        else:
-            experts = partial(
-                fused_experts_reference,
-                linear=batch_invariant_linear,
-                silu_and_mul=ops.silu_and_mul,
-                gelu_and_mul=ops.gelu_and_mul,
-            )
-            ops = ops._replace(by_row=one_row_at_a_time)
-        return ops._replace(fused_experts=experts, linear_method=BatchInvariantLinear)
+        ops = choose_ops(device, compilation)
+        experts = partial(
+            fused_experts_reference,
+            linear=batch_invariant_linear,
+            silu_and_mul=ops.silu_and_mul,
+            gelu_and_mul=ops.gelu_and_mul,
+        )
+        return ops._replace(by_row=one_row_at_a_time, fused_experts=experts, linear_method=BatchInvariantLinear)
     is_on_cpu = device.type == "cpu"
     linear_method = PackedLinear if is_on_cpu else DenseLinear
     if compilation == "none":
         store = qkv_rope_store_reference if is_on_cpu else qkv_rope_store
         return PLAIN._replace(qkv_rope_store=store, linear_method=linear_method)
-    kernels = _on_cpu() if is_on_cpu else _on_gpu(device)
+    kernels = _on_cpu() if is_on_cpu else _on_gpu(device, is_deterministic=False)
     if compilation == "kernels":
         return kernels
     return Ops(

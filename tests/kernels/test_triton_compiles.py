@@ -126,9 +126,10 @@ def attend_on_hopper(num_heads: int, head_dim: int, block_size: int) -> None:
 
 def attend_in_one_order(dtype: torch.dtype) -> None:
     """A token whose context several programs share."""
-    case = make_case([1], [2100], num_heads=4, num_kv_heads=2, head_dim=128, block_size=64, dtype=dtype)
+    case = make_case([1], [600], num_heads=4, num_kv_heads=2, head_dim=128, block_size=64, dtype=dtype)
     twin, plan = MODULES["batch_invariant.attention"], MODULES["batch_invariant.attention"].StepPlan()
-    twin.batch_invariant_attention_triton(case.q, case.cache, case.meta, case.shape(0.1), plan)
+    for _ in range(2):
+        twin.batch_invariant_attention_triton(case.q, case.cache, case.meta, case.shape(0.1), plan)
     assert plan.parts.num_splits == 3
 
 
@@ -403,8 +404,8 @@ def add_up_and_norm(size: int, num_rows: int, dtype: torch.dtype) -> None:
     MODULES["sum_norm"].sum_norm_triton(x, x, weight, 1e-6, bf16(96, 4096), memories, calls, 0, size, 64, num_rows < 9)
 
 
-def multiply_in_one_order(num_rows: int, inputs: int) -> None:
-    x, weight, bias = bf16(num_rows, inputs), bf16(96, inputs), bf16(96)
+def multiply_in_one_order(num_rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    x, weight, bias = bf16(num_rows, inputs).to(dtype), bf16(96, inputs).to(dtype), bf16(96).to(dtype)
     MODULES["batch_invariant.linear"].batch_invariant_linear_triton(x, weight, bias)
 
 
@@ -566,9 +567,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "batch-invariant attention of a token": lambda: attend_in_one_order(torch.bfloat16),
     "batch-invariant attention of a token, float32": lambda: attend_in_one_order(torch.float32),
     "batch_invariant_linear": lambda: multiply_in_one_order(5, 200),
-    "batch_invariant_linear of a few rows": lambda: multiply_in_one_order(64, 256),
+    "batch_invariant_linear of a few rows": lambda: multiply_in_one_order(64, 1040),
     "batch_invariant_linear of some rows": lambda: multiply_in_one_order(65, 256),
     "batch_invariant_linear of many rows": lambda: multiply_in_one_order(1025, 256),
+    "batch_invariant_linear, spans shared": lambda: multiply_in_one_order(65, 1536),
+    "batch_invariant_linear, spans in turn": lambda: multiply_in_one_order(600, 1536),
+    "batch_invariant_linear in float32": lambda: multiply_in_one_order(5, 200, torch.float32),
     "int4, groups, zeros": lambda: multiply_codes(3, "int4", 128, more=True),
     "int4, small groups, 64 rows": lambda: multiply_codes(64, "int4", 32),
     "int4, groups, float16": lambda: multiply_codes(3, "int4", 128, dtype=torch.float16),

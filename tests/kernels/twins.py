@@ -101,5 +101,9 @@ def _patching_once(interpreter: ModuleType) -> Callable[[Any], Any]:
 
 
 def _create_dot(builder: Any, a: Any, b: Any, accumulator: Any, precision: Any, max_num_imprecise_acc: Any) -> Any:
-    product = ordered_dot(a.data, b.data, accumulator.data.dtype)
-    return type(accumulator)(product + accumulator.data, accumulator.dtype.scalar)
+    """As a matrix unit does it: 16 elements of the inner dimension at a time are added to what there is."""
+    total = accumulator.data
+    for start in range(0, a.data.shape[-1], 16):
+        inner = slice(start, start + 16)
+        total = total + ordered_dot(a.data[..., inner], b.data[..., inner, :], total.dtype)
+    return type(accumulator)(total, accumulator.dtype.scalar)

@@ -157,13 +157,11 @@ def rows_of_program(config: PrefillConfig, group: int) -> int:
 
 @triton.jit
 def load_queries(
-    q_ptr, query_start_ptr, req, first_query, head, q_stride_token, q_stride_head,
+    q_ptr, query_start, query_len, first_query, head, q_stride_token, q_stride_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Queries first_query .. of a request under one KV head, as rows: q, of each row its token and its head, which
-    elements there are, and how many queries the request has."""
-    query_start = tl.load(query_start_ptr + req)
-    query_len = tl.load(query_start_ptr + req + 1) - query_start
+    """Queries first_query .. of a request under one KV head, as rows: q, of each row its token and its head, and which
+    elements there are."""
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_DIM)
     query = first_query + row // GROUP
@@ -173,7 +171,7 @@ def load_queries(
     token = (query_start + query).to(tl.int64)
     q_offset = token * q_stride_token + query_head * q_stride_head
     q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=row_mask, other=0.0)
-    return q, token, query_head, row_mask, query_len
+    return q, token, query_head, row_mask
 
 
 @triton.jit
@@ -182,23 +180,27 @@ def attend_keys(
     whole_from, whole_to, seq_len, head,
     cache_stride_kv, STRIDE_BLOCK: tl.constexpr, STRIDE_HEAD: tl.constexpr, STRIDE_TOKEN: tl.constexpr, scale,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NUM_STAGES: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """`attend_tiles` for tiles begin .. end, the one with the last token apart."""
-    ragged_from = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
-    blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
+    """`attend_tiles` for tiles begin .. end. APART: the one with the last token apart, so that the others need no mask;
+    where there are few, it is not worth the pause before it."""
+    whole_end = begin
     q, acc = in_halves(q, pairs_ptr), in_halves(acc, pairs_ptr)
+    if APART:
+        whole_end = tl.maximum(tl.minimum(end, seq_len // TILE), begin)
+        blocks = blocks_of_tile(table_ptr, begin * TILE, seq_len, TILE, BLOCK_SIZE)
+        top, norm, acc = attend_tiles(
+            top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, begin, whole_end,
+            whole_from, whole_to, seq_len, head,
+            cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
+        )  # fmt: skip
+        whole_from, whole_to = end, end
+    blocks = blocks_of_tile(table_ptr, whole_end * TILE, seq_len, TILE, BLOCK_SIZE)
     top, norm, acc = attend_tiles(
-        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, begin, ragged_from,
-        whole_from, whole_to, seq_len, head,
-        cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, NUM_STAGES,
-    )  # fmt: skip
-    blocks = blocks_of_tile(table_ptr, ragged_from * TILE, seq_len, TILE, BLOCK_SIZE)
-    top, norm, acc = attend_tiles(
-        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, ragged_from, end,
-        end, end, seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2,
+        top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, blocks, query_position, whole_end, end,
+        whole_from, whole_to, seq_len, head, cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, 2 if APART else NUM_STAGES,
     )  # fmt: skip
     return top, norm, from_halves(acc, pairs_ptr)
 
@@ -259,8 +261,10 @@ def _prefill_kernel(
         return
 
     seq_len = tl.load(seq_lens_ptr + req)
-    q, token, query_head, row_mask, query_len = load_queries(
-        q_ptr, query_start_ptr, req, first_query, head, q_stride_token, q_stride_head,
+    query_start = tl.load(query_start_ptr + req)
+    query_len = tl.load(query_start_ptr + req + 1) - query_start
+    q, token, query_head, row_mask = load_queries(
+        q_ptr, query_start, query_len, first_query, head, q_stride_token, q_stride_head,
         GROUP, HEAD_DIM, BLOCK_DIM, ROWS,
     )  # fmt: skip
     row = tl.arange(0, ROWS)
@@ -278,7 +282,7 @@ def _prefill_kernel(
         top, norm, acc, q, cache_ptr, pairs_ptr, cache_desc, table_ptr, query_position, begin, end,
         whole_from, whole_to, seq_len, head,
         cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
-        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, NUM_STAGES,
+        NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, NUM_STAGES, True,
     )  # fmt: skip
     store_rows(out_ptr, norm, acc, token, query_head, row_mask, NUM_KV_HEADS * GROUP, HEAD_DIM, BLOCK_DIM)
 

@@ -10,6 +10,9 @@ Few queries would leave most of a GPU idle, so several programs take the chunks 
 al., 2023), and whoever is last to leave one adds them up; many have a program that goes through all of them.
 """
 
+# Tuples of parts grow while a kernel is compiled.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -40,10 +43,11 @@ from nanovllm.kernels.triton.attention.tiles import (
     start_softmax,
     tile_descriptor,
 )
-from nanovllm.kernels.triton.common.launch import launch
+from nanovllm.kernels.triton.common.launch import has_dependent_launch, launch
 from nanovllm.kernels.triton.common.sizes import cdiv
 
-CHUNK = 1024  # keys
+CHUNK = 256  # keys
+AT_ONCE = tl.constexpr(4)  # parts
 FEW_QUERIES = 64  # of a step: with more there are programs enough
 
 
@@ -77,6 +81,34 @@ def _add_part(top, norm, acc, part_top, part_norm, part_acc):
     norm = tl.fma(norm, decay, part_norm * weight)
     acc = tl.fma(acc, tl.broadcast_to(decay[:, None], acc.shape), part_acc * weight[:, None])
     return new_top, norm, acc
+
+
+@triton.jit
+def _add_up(
+    outs_ptr, stats_ptr, sinks_ptr, out_ptr, token, head, num_chunks, first_chunk, end_chunk,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """The parts of a token's heads, in order, AT_ONCE of them loaded together: what is not there changes no bit.
+
+    Other multiprocessors wrote them: .cg reads past this one's L1 cache.
+    """
+    group = tl.arange(0, triton.next_power_of_2(GROUP))
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    query_head, is_head = head * GROUP + group, group < GROUP
+    top, norm, acc = start_softmax(sinks_ptr, query_head, is_head, BLOCK_DIM)
+    first_part = (token * NUM_HEADS + query_head) * num_chunks
+    for begin in range(first_chunk, end_chunk, AT_ONCE):
+        tops, norms, accs = (), (), ()
+        for i in tl.static_range(AT_ONCE):
+            part, mask = first_part + begin + i, is_head & (begin + i < end_chunk)
+            tops = tops + (tl.load(stats_ptr + part * 2, mask=mask, other=LOWEST, cache_modifier=".cg"),)
+            norms = norms + (tl.load(stats_ptr + part * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg"),)
+            out_place = part[:, None] * BLOCK_DIM + dim
+            accs = accs + (tl.load(outs_ptr + out_place, mask=mask[:, None], other=0.0, cache_modifier=".cg"),)
+        for i in tl.static_range(AT_ONCE):
+            top, norm, acc = _add_part(top, norm, acc, tops[i], norms[i], accs[i])
+    row_mask = is_head[:, None] & (dim < HEAD_DIM)
+    store_rows(out_ptr, norm, acc, token, query_head, row_mask, NUM_HEADS, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit(
@@ -117,15 +149,15 @@ def _batch_invariant_attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    DECODES: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-        if cache_desc is not None:
-            fence_tile_loads()
     split = 0
     program = tl.program_id(0)
     if outs_ptr is not None:
@@ -135,11 +167,20 @@ def _batch_invariant_attention_kernel(
     req = tl.load(order_ptr + place * 2)
     first_query = tl.load(order_ptr + place * 2 + 1)
     if req < 0:
+        if PDL and EARLY:
+            tl.extra.cuda.gdc_wait()  # rule 1 of launch.py
         return
 
     seq_len = tl.load(seq_lens_ptr + req)
-    q, token, query_head, row_mask, query_len = load_queries(
-        q_ptr, query_start_ptr, req, first_query, head, q_stride_token, q_stride_head,
+    query_start = tl.load(query_start_ptr + req)
+    query_len = tl.load(query_start_ptr + req + 1) - query_start
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if PDL and cache_desc is not None:
+        fence_tile_loads()
+    q, token, query_head, row_mask = load_queries(
+        q_ptr, query_start, query_len, first_query, head, q_stride_token, q_stride_head,
         GROUP, HEAD_DIM, BLOCK_DIM, ROWS,
     )  # fmt: skip
     row = tl.arange(0, ROWS)
@@ -168,7 +209,7 @@ def _batch_invariant_attention_kernel(
             q, cache_ptr, pairs_ptr, cache_desc, table_ptr, query_position,
             tl.maximum(chunk * CHUNK, begin), tl.minimum((chunk + 1) * CHUNK, end), whole_from, whole_to, seq_len, head,
             cache_stride_kv, STRIDE_BLOCK, STRIDE_HEAD, STRIDE_TOKEN, scale,
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, NUM_STAGES,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, NUM_STAGES, not DECODES,
         )  # fmt: skip
         if outs_ptr is None:
             top, norm, acc = _add_part(top, norm, acc, part_top, part_norm, part_acc)
@@ -178,31 +219,29 @@ def _batch_invariant_attention_kernel(
             tl.store(outs_ptr + out_place, part_acc, mask=is_row[:, None])
             tl.store(stats_ptr + place_of_part * 2, part_top, mask=is_row)
             tl.store(stats_ptr + place_of_part * 2 + 1, part_norm, mask=is_row)
-    is_last = True
-    if outs_ptr is not None:
+    if outs_ptr is None:
+        store_rows(out_ptr, norm, acc, token, query_head, row_mask, NUM_HEADS, HEAD_DIM, BLOCK_DIM)
+    else:
         tl.debug_barrier()  # every warp's stores come before the one thread's release
         counter_ptr = arrived_ptr + place * NUM_KV_HEADS + head
-        is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == sharers - 1
-        if is_last:
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == sharers - 1:
             tl.store(counter_ptr, 0)
-            for chunk in range(first_chunk, end_chunk):
-                # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
-                place_of_part = first_part + chunk
-                out_place = place_of_part[:, None] * BLOCK_DIM + dim[None, :]
-                part_acc = tl.load(outs_ptr + out_place, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
-                part_top = tl.load(stats_ptr + place_of_part * 2, mask=is_row, other=LOWEST, cache_modifier=".cg")
-                part_norm = tl.load(stats_ptr + place_of_part * 2 + 1, mask=is_row, other=0.0, cache_modifier=".cg")
-                top, norm, acc = _add_part(top, norm, acc, part_top, part_norm, part_acc)
-    if is_last:
-        store_rows(out_ptr, norm, acc, token, query_head, row_mask, NUM_HEADS, HEAD_DIM, BLOCK_DIM)
+            for query in range(first_query, tl.minimum(first_query + TOKENS, query_len)):
+                _add_up(
+                    outs_ptr, stats_ptr, sinks_ptr, out_ptr, (query_start + query).to(tl.int64), head, num_chunks,
+                    first_chunk, end_chunk, GROUP, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+                )  # fmt: skip
 
 
 def batch_invariant_attention_triton(
     q: Tensor, cache: LayerCache, meta: AttentionMetadata, shape: AttentionShape, plan: StepPlan | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `paged_attention.paged_attention_reference`. plan: of this step, whose layers differ in windows alone."""
+    """See `paged_attention.paged_attention_reference`. plan: of this step, whose layers differ in windows alone; all
+    but the first read it before they wait (`launch.py`, rule 4).
+    """
     plan = plan or StepPlan()
+    is_settled = plan.queries is not None
     if plan.queries is None:
         config = prefill_config(q, cache.data, LONG_PROMPT)  # by the model alone
         plan.queries = plan_prefill(meta.query_start_loc, meta.seq_lens, 0, q, cache, config)
@@ -211,14 +250,17 @@ def batch_invariant_attention_triton(
     out = (torch.empty if covered == q.shape[0] else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
     config, parts, data, table = plan.queries.config, plan.parts, data_of(cache), meta.block_table
     num_splits = parts.num_splits if parts is not None else 1
+    is_decodes = meta.max_query_len == 1
+    descriptor = tile_descriptor(data, config.tile) if config.tile_loads and not is_decodes else None
     launch(
         _batch_invariant_attention_kernel, (plan.queries.order.shape[0] * shape.num_kv_heads * num_splits,), q.device,
-        q, data, pairs_of(cache), tile_descriptor(data, config.tile) if config.tile_loads else None, sinks,
+        q, data, pairs_of(cache), descriptor, sinks,
         out, meta.query_start_loc, meta.seq_lens, table, plan.queries.order,
         *((parts.outs, parts.stats, parts.arrived) if parts is not None else (None, None, None)),
         num_splits, _num_chunks(cache, meta), table.stride(0), q.stride(0), q.stride(1), *data.stride()[:4],
         **layer_arguments(shape, cache.block_size), TILE=config.tile, CHUNK=max(1, CHUNK // config.tile),
         WINDOW=shape.window or 0, ROWS=rows_of_program(config, shape.num_heads // shape.num_kv_heads),
+        DECODES=is_decodes, EARLY=is_settled and has_dependent_launch(q.device),
         **launch_options(config.num_stages, config.num_warps, config.occupancy),
     )  # fmt: skip
     return out

@@ -30,7 +30,7 @@ class GemmConfig:
 
     splits: parts of the inputs, each for a program of its own; equal, and multiples of 16; 1 if there are slices.
     chunk: inputs per step. slices: parts of a chunk, a warp or more for each.
-    ahead, x_ahead: chunks of weights and of x that are held.
+    ahead, x_ahead: chunks of weights and of x that are held. fewest_rows: what is missing is computed for nothing.
     """
 
     outputs: int
@@ -40,6 +40,7 @@ class GemmConfig:
     ahead: int
     x_ahead: int
     splits: int = 1
+    fewest_rows: int = 8
 
 
 @triton.jit
@@ -239,7 +240,7 @@ def launch_gemm(
     num_rows, num_outputs = out.shape
     is_joined = gated and config.slices == 1
     num_tiles = cdiv(num_outputs, config.outputs // 2 if is_joined else config.outputs)
-    rows = max(8, next_power_of_2(num_rows))
+    rows = max(config.fewest_rows, next_power_of_2(num_rows))
     parts = None
     if config.splits > 1:
         size = num_tiles * config.splits * config.outputs * rows

@@ -4,7 +4,7 @@ import torch
 from nanovllm.kernels.attention_types import AttentionMetadata, LayerCache
 from nanovllm.kernels.paged_attention import paged_attention_reference
 from tests.attention.paged_cases import make_case
-from tests.kernels.twins import DEVICE, DTYPES, TOLERANCE, load_twin, relative_error, twin_test
+from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, relative_error, twin_test
 
 pytestmark = twin_test
 twin = load_twin("batch_invariant.attention")
@@ -58,15 +58,16 @@ def test_twin_equals_the_reference_and_a_token_is_the_same_in_any_batch(
 def test_programs_that_share_a_context_leave_the_bits_of_one_that_has_it_alone(
     dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One, two and three chunks; the last layer's counters are those of the next."""
-    monkeypatch.setattr(twin, "CHUNK", 64)
-    case = make_case([190], [190], dtype=dtype, block_size=16, head_dim=16)
+    """One to six chunks, or more; the last layer's counters are those of the next."""
+    monkeypatch.setattr(twin, "CHUNK", 32)
+    length = 190 if INTERPRETED else 700
+    case = make_case([length], [length], dtype=dtype, block_size=16, head_dim=16)
     shape = case.shape(0.3, window)
     expected = paged_attention_reference(case.q.float(), LayerCache(case.kv_cache.float()), case.meta, shape)
     q, cache, table = case.q.to(DEVICE), LayerCache(case.kv_cache.to(DEVICE)), case.meta.block_table.to(DEVICE)
-    whole = twin.batch_invariant_attention_triton(q, cache, batch([190], [190], table), shape)
+    whole = twin.batch_invariant_attention_triton(q, cache, batch([length], [length], table), shape)
     assert relative_error(whole.cpu(), expected) < TOLERANCE[dtype]
-    for tokens in ([20], [70], [189], [187, 188, 189]):
+    for tokens in ([20], [70], [length - 1], [187, 188, 189]):
         plan = twin.StepPlan()
         decodes = batch([1] * len(tokens), [token + 1 for token in tokens], table.expand(len(tokens), -1))
         for _ in range(2):
