@@ -14,6 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from nanovllm.cli.check_tokenizer import Verdict, compare_tokenizers
+from nanovllm.cli.gguf_reference import load_as_read_here
 from nanovllm.llm import LLM
 from nanovllm.model_files.locate import locate_model
 from nanovllm.model_files.tokenizer_files import load_tokenizer
@@ -143,14 +145,18 @@ def load_hugging_face(name: str, revision: str | None, dtype: str = "float32") -
     path = locate_model(name, revision, with_weights=True)
     gguf_files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if gguf_files and not any(path.glob("*.safetensors")):
-        source: dict[str, Any] = {"gguf_file": gguf_files[0].name}
-        path = gguf_files[0].parent
-    else:
-        source = {}
-    is_multimodal = not source and hasattr(
-        transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), "text_config"
-    )
+        try:
+            return _load(gguf_files[0].parent, transformers.AutoModelForCausalLM, dtype, gguf_file=gguf_files[0].name)
+        except Exception as error:  # of many kinds, for what it does not know
+            _say(f"transformers cannot read this file ({type(error).__name__}: {error}): it is read here for it")
+            return load_as_read_here(gguf_files[0], getattr(torch, dtype)).eval()
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    is_multimodal = hasattr(config, "text_config")
     auto_class = transformers.AutoModelForImageTextToText if is_multimodal else transformers.AutoModelForCausalLM
+    return _load(path, auto_class, dtype)
+
+
+def _load(path: Path, auto_class: Any, dtype: str, **source: str) -> Any:
     model = auto_class.from_pretrained(
         path,
         dtype=getattr(torch, dtype),

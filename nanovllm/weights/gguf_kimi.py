@@ -27,7 +27,8 @@ def _kimi(metadata: GGUFMetadata, common: Fields) -> Fields:
     metadata.ignore("expert_group_used_count")
     rope_dim = metadata.integer("rope.dimension_count")
     return {
-        **dict.fromkeys(("attention_bias", "mlp_bias", "head_dim", "num_key_value_heads", "max_position_embeddings")),
+        **dict.fromkeys(("attention_bias", "mlp_bias", "head_dim", "max_position_embeddings")),
+        "num_key_value_heads": common["num_attention_heads"],
         "layer_types": ["full_attention" if count else "linear_attention" for count in kv_heads],
         "model_max_length": common["max_position_embeddings"],
         "linear_head_dim": metadata.integer("kda.head_dim"),

@@ -69,7 +69,7 @@ def latent_fields(metadata: GGUFMetadata, common: Fields, experts: Fields) -> Fi
         "qk_nope_head_dim": key - rope_dim,
         "v_head_dim": value,
         "head_dim": None,
-        "num_key_value_heads": None,
+        "num_key_value_heads": common["num_attention_heads"],
         "attention_bias": None,
         "mlp_bias": None,
     }

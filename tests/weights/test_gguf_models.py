@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.cli.main import main
 from nanovllm.quantization import gguf as gguf_linear
 from nanovllm.quantization import quantized_linear
 from nanovllm.weights.gguf import GGUFCheckpoint
@@ -333,6 +334,17 @@ def test_matrices_that_hold_several_things_stay_packed(
             assert llm.generate([prompt], SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
     names = [name for name, _ in GGUFCheckpoint(path, is_packed=True).headers()]
     assert len(packed) > 5 and sum(name.endswith("_codes") for name in names) >= len(packed)
+
+
+@pytest.mark.parametrize("case", ["qwen3next", "granitehybrid-moe", "gemma4-e2b", "gpt-oss"])
+def test_check_model_has_transformers_compute_what_it_cannot_read(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture, config = CASES[case]
+    path = convert(save_random(tmp_path / "hf", architecture, **config), tmp_path / "m.gguf")
+    assert main(["check-model", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert "check-model: PASS logits=" in shown.out and "it is read here for it" in shown.err
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
