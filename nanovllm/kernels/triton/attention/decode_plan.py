@@ -71,7 +71,7 @@ def decode_config(head_dim: int, dtype: torch.dtype, num_reqs: int, is_coded: bo
         return DecodeConfig(tile=32, num_stages=2, occupancy=1)
     tile = 32 if head_dim > 128 else 64
     if is_coded:  # half the bytes a tile, so one more is on its way
-        return DecodeConfig(tile, num_stages=3)
+        return DecodeConfig(tile, num_stages=3, occupancy=3 if num_reqs <= FEW_REQUESTS else 4)
     if num_reqs <= FEW_REQUESTS:
         return DecodeConfig(tile, num_warps=8, occupancy=2)
     return DecodeConfig(tile)
