@@ -213,28 +213,28 @@ def _combine(
     """Adds up the partials that programs first .. last left for one item, ROWS of them in flight at a time.
 
     A thread has one element of the output, and finds maximum and sum of its row by itself, so that no thread waits for
-    another. Where the partials of a round lie is known when the kernel is compiled, but for the first one's, which is
-    in its program's other slot.
+    another.
     """
-    SLOT: tl.constexpr = GROUP * HEAD_DIM
     col = tl.arange(0, COLS)
     row, dim = col // BLOCK_DIM, col % BLOCK_DIM
     col_mask = (row < GROUP) & (dim < HEAD_DIM)
-    place = row * HEAD_DIM + dim
-    # Other multiprocessors wrote these: .cg reads past this one's L1 cache.
-    outs_ptr = partial_out_ptr + (first + 1).to(tl.int64) * (2 * SLOT) + place
-    stats_ptr = partial_stats_ptr + (first + 1) * (4 * GROUP) + row
-    top = tl.load(stats_ptr - 2 * GROUP, mask=col_mask, other=LOWEST, cache_modifier=".cg")
-    norm = tl.load(stats_ptr - GROUP, mask=col_mask, other=0.0, cache_modifier=".cg")
-    acc = tl.load(outs_ptr - SLOT, mask=col_mask, other=0.0, cache_modifier=".cg")
+    # The first partial is in its program's other slot. Other multiprocessors wrote them: .cg reads past the L1 cache.
+    stats_ptr = partial_stats_ptr + (first * 2 + 1) * 2 * GROUP + row
+    out_offset = (first * 2 + 1).to(tl.int64) * (GROUP * HEAD_DIM) + row * HEAD_DIM + dim
+    top = tl.load(stats_ptr, mask=col_mask, other=LOWEST, cache_modifier=".cg")
+    norm = tl.load(stats_ptr + GROUP, mask=col_mask, other=0.0, cache_modifier=".cg")
+    acc = tl.load(partial_out_ptr + out_offset, mask=col_mask, other=0.0, cache_modifier=".cg")
     for start in range(first + 1, last + 1, ROWS):
         tops, norms, outs = (), (), ()
-        new_top = top
         for i in tl.static_range(ROWS):
+            slot = (start + i) * 2
             mask = (start + i <= last) & col_mask
-            tops = tops + (tl.load(stats_ptr + i * (4 * GROUP), mask=mask, other=LOWEST, cache_modifier=".cg"),)
-            norms = norms + (tl.load(stats_ptr + i * (4 * GROUP) + GROUP, mask=mask, other=0.0, cache_modifier=".cg"),)
-            outs = outs + (tl.load(outs_ptr + i * (2 * SLOT), mask=mask, other=0.0, cache_modifier=".cg"),)
+            stats_ptr = partial_stats_ptr + slot * 2 * GROUP + row
+            tops = tops + (tl.load(stats_ptr, mask=mask, other=LOWEST, cache_modifier=".cg"),)
+            norms = norms + (tl.load(stats_ptr + GROUP, mask=mask, other=0.0, cache_modifier=".cg"),)
+            out_offset = slot.to(tl.int64) * (GROUP * HEAD_DIM) + row * HEAD_DIM + dim
+            outs = outs + (tl.load(partial_out_ptr + out_offset, mask=mask, other=0.0, cache_modifier=".cg"),)
+        new_top = top
         for i in tl.static_range(ROWS):
             new_top = tl.maximum(new_top, tops[i])
         decay = tl.exp2(top - new_top)
@@ -243,10 +243,8 @@ def _combine(
             weight = tl.exp2(tops[i] - top)
             norm += norms[i] * weight
             acc += outs[i] * weight
-        outs_ptr += ROWS * (2 * SLOT)
-        stats_ptr += ROWS * (4 * GROUP)
     result = acc / tl.where(norm > 0, norm, 1.0)
-    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=col_mask)
+    tl.store(out_ptr + row * HEAD_DIM + dim, result.to(out_ptr.dtype.element_ty), mask=col_mask)
 
 
 @triton.jit
