@@ -384,7 +384,7 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     widths = hf["intermediate_size"]
     if hf["model_type"] == "nemotron_h":
         width = hf.get("moe_intermediate_size", widths)
-        widths = [width if kind in ("mlp", "moe") else 0 for kind in hf["layers_block_type"]]
+        widths = [width if kind in ("mlp", "moe") else 0 for kind in hf["layers_block_type"]] + [width] * num_more
     writer.add_feed_forward_length(widths)
     writer.add_head_count(hf["num_attention_heads"])
     kv_heads = hf["num_key_value_heads"]
@@ -397,7 +397,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_leading_dense_block_count(hf["num_dense_layers"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if hf["model_type"] == "nemotron_h":
-        kv_heads = [kv_heads if kind == "full_attention" else 0 for kind in hf["layers_block_type"]]
+        with_heads = [kind == "full_attention" for kind in hf["layers_block_type"]] + [True] * num_more
+        kv_heads = [kv_heads if has_heads else 0 for has_heads in with_heads]
     if hf["model_type"] == "granitemoehybrid" and "linear_attention" in hf["layer_types"]:
         kv_heads = [0 if layer_type == "linear_attention" else kv_heads for layer_type in hf["layer_types"]]
     add_states(writer, hf)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, Join
+from nanovllm.weights.gguf_row import Fields, GGUFArchitecture, Join, without_prediction_heads
 
 SIGMOID, _SOFTMAX = 2, 1  # llama.cpp's functions of the router; 0: files before it was written
 LATENT_NAMES: Mapping[str, str] = {
@@ -63,6 +63,7 @@ def latent_fields(metadata: GGUFMetadata, common: Fields, experts: Fields) -> Fi
     key, value = (metadata.integer(f"attention.{part}_length{suffix}") for part in ("key", "value"))
     fields: dict[str, Any] = {
         **experts,
+        **without_prediction_heads(metadata, common),
         "kv_lora_rank": rank,
         "q_lora_rank": metadata.integer("attention.q_lora_rank", 0) or None,
         "qk_rope_head_dim": rope_dim,

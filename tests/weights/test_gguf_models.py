@@ -100,13 +100,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "routed_scaling_factor": 2.5},
             **{"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20, "n_group": 4, "topk_group": 2},
+            "num_nextn_predict_layers": 1,
         },
     ),
     "kimi-linear": (
         "KimiLinearForCausalLM",
         {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),
-    "glm-4.7-flash": ("Glm4MoeLiteForCausalLM", {}),
+    "glm-4.7-flash": ("Glm4MoeLiteForCausalLM", {"num_nextn_predict_layers": 1}),
     "granitehybrid": ("GraniteMoeHybridForCausalLM", {"mamba_n_groups": 2, "position_embedding_type": None}),
     "granitehybrid-moe": (
         "GraniteMoeHybridForCausalLM",
