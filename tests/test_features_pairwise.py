@@ -161,10 +161,10 @@ TOLERANCE = 1e-4  # of all others
 # model than that with latents (`tests/models/test_latent_families.py`).
 NO_PAIRS = (
     *(("quantization", "gguf"), ("new weights", "gguf"), ("states", "latents")),
-    *(("lora_request", "latents"), ("gguf", "latents")),
+    ("lora_request", "latents"),
 )
-# Refused by name, where layers keep states; of GGUF files there are none with such layers.
-NOT_WITH_STATES = ("kv_offload_gb", "prefix_store", "lora_request", "gguf")
+# Refused by name, where layers keep states.
+NOT_WITH_STATES = ("kv_offload_gb", "prefix_store", "lora_request")
 PAIRS = [
     names
     for names in combinations(FEATURES, 2)
@@ -195,7 +195,7 @@ class Engines:
                     options[name] = self._folder / f"{len(self._engines)}.{options[name]}"
             model = self._folder_of(options.pop("model", None))
             if options.get("quantization") == "gguf":
-                defaults["tokenizer"], model = str(self._folder), self._packed()
+                defaults["tokenizer"], model = str(self._folder), self._packed(model)
             self._engines[key] = self._stack.enter_context(LLM(str(model), **{**defaults, **options}))
         return self._engines[key]
 
@@ -210,10 +210,10 @@ class Engines:
             save_tokenizer(folder)
         return folder
 
-    def _packed(self) -> Path:
+    def _packed(self, folder: Path) -> Path:
         """The same model, of which matrices with rows of 32 numbers or a multiple are in blocks of 4 bits."""
-        path = self._folder / "packed.gguf"
-        return path if path.exists() else convert(self._folder, path, quantize)
+        path = folder / "packed.gguf"
+        return path if path.exists() else convert(folder, path, quantize)
 
     def alone(
         self, prompt: str, params: SamplingParams, model: dict[str, Any], adapter: LoRARequest | None = None
