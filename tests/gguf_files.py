@@ -181,6 +181,7 @@ _ARCHITECTURE_OF_HF = {
     "Gemma4ForCausalLM": "gemma4",
     "Glm4MoeLiteForCausalLM": "deepseek2",
 }
+_GATE_UP = ("ffn_gate_exps", "ffn_up_exps")
 _PERMUTED = (
     "llama",
     "granite",
@@ -201,11 +202,12 @@ def convert(
     path: Path,
     quantize: Callable[[str, np.ndarray], Quantized] | None = None,
     unpacked: Collection[str] = (),
+    is_fused: bool = False,
 ) -> Path:
     """Write the safetensors checkpoint of `folder` as llama.cpp's converter does; names come from the gguf package.
 
     quantize: (GGUF name, matrix of the checkpoint) -> its blocks and their kind. unpacked: of tensors that are in MXFP4
-    in the checkpoint, and not in the file.
+    in the checkpoint, and not in the file. is_fused: queries, keys and values in one, and gate and up of experts.
     """
     hf = json.loads((folder / "config.json").read_text())
     architecture = _ARCHITECTURE_OF_HF[hf["architectures"][0]]
@@ -234,6 +236,7 @@ def convert(
         tensors = with_kimi(tensors)
     else:
         tensors = with_states(tensors, hf)
+    named: dict[str, np.ndarray] = {}
     for hf_tensor_name, tensor in _with_split_halves(_with_stacked_experts(tensors)).items():
         name = names.get_name(hf_tensor_name, (".weight", ".bias")) or gemma4_name(hf_tensor_name)
         assert name is not None, hf_tensor_name
@@ -242,6 +245,8 @@ def convert(
                 tensor = permute(tensor, hf[num_heads])
         if name.endswith("shortconv.conv.weight"):
             tensor = tensor[:, 0]
+        named[name] = tensor
+    for name, tensor in (_fused(named) if is_fused else named).items():
         is_norm = name.endswith("norm.weight") and "ssm_norm" not in name
         if is_norm and architecture in _ONE_MORE:
             tensor = tensor + 1
@@ -264,6 +269,17 @@ def convert(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _fused(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    fused = dict(tensors)
+    for name in tensors:
+        for parts, whole, axis in ((("attn_q", "attn_k", "attn_v"), "attn_qkv", 0), (_GATE_UP, "ffn_gate_up_exps", 1)):
+            if f".{parts[0]}." in name:
+                names = [name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+                together = np.concatenate([fused.pop(one) for one in names], axis)
+                fused[name.replace(f".{parts[0]}.", f".{whole}.")] = together
+    return fused
 
 
 def _with_stacked_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

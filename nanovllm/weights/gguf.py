@@ -120,13 +120,8 @@ class GGUFCheckpoint:
         self, info: TensorInfo, dtype: torch.dtype, threads: Executor, places: Places
     ) -> Iterator[tuple[str, torch.Tensor]]:
         name, rows = self._hf_name(info.name), self._file.read_rows(info)
-        if self._architecture.has_pairs:
-            num_heads = {
-                "attn_q": self.config["num_attention_heads"],
-                "attn_k": self.config["num_key_value_heads"],
-            }.get(_module(info))
-            if num_heads is not None:
-                rows = _undo_row_permutation(rows.reshape(info.shape[0], -1), num_heads)
+        if self._architecture.has_pairs and _module(info) in ("attn_q", "attn_k", "attn_qkv"):
+            rows = self._in_halves(_module(info), rows.reshape(info.shape[0], -1))
         if (order := self._row_order(info)) is not None:
             rows = rows.reshape(info.shape[0], -1)[order]
         if (layer := name.removesuffix(".weight")) in self._packed:
@@ -149,6 +144,16 @@ class GGUFCheckpoint:
             yield name, dequantize(rows, info) - self._architecture.norm_offset
         else:
             yield name, self._in_shape(info, dequantize(rows, info, dtype, threads, places.get(name)))
+
+    def _in_halves(self, module: str, rows: np.ndarray) -> np.ndarray:
+        """Queries, keys, or both and values behind them."""
+        heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        if module != "attn_qkv":
+            return _undo_row_permutation(rows, heads if module == "attn_q" else kv_heads)
+        size = len(rows) // (heads + 2 * kv_heads)
+        queries, keys, values = np.split(rows, [heads * size, (heads + kv_heads) * size])
+        halves = _undo_row_permutation(queries, heads), _undo_row_permutation(keys, kv_heads)
+        return np.concatenate((*halves, values))
 
     def _is_assembled(self, info: TensorInfo) -> bool:
         return self._join(info) is not None or self._stays_mxfp4(info)

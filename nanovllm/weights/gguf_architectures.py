@@ -170,7 +170,7 @@ def _common_fields(metadata: GGUFMetadata, row: GGUFArchitecture) -> Fields:
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(metadata, theta, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": any(f"blk.0.{name}.bias" in tensors for name in ("attn_q", "attn_qkv")),
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
 

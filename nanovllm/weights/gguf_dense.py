@@ -24,7 +24,7 @@ def _has(metadata: GGUFMetadata, tensor: str) -> bool:
 
 
 def _use_bias(metadata: GGUFMetadata, common: Fields) -> Fields:
-    return {**_NO_BIAS_FIELDS, "use_bias": _has(metadata, "blk.0.attn_q.bias")}
+    return {**_NO_BIAS_FIELDS, "use_bias": common["attention_bias"]}
 
 
 def _seed_oss(metadata: GGUFMetadata, common: Fields) -> Fields:

@@ -38,7 +38,10 @@ def shared_names(block: str, down: str = "down_proj") -> dict[str, str]:
     return {f"ffn_{part}_shexp": f"{block}.{name}" for part, name in parts.items()}
 
 
-_NAMES = expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj")
+_NAMES = {
+    **expert_names("mlp", "gate", "gate_proj", "up_proj", "down_proj"),
+    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj",
+}
 QWEN2_NAMES = {**_NAMES, **shared_names("mlp.shared_expert"), "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 _DEEPSEEK_NAMES = {**_NAMES, **shared_names("mlp.shared_experts"), "exp_probs_b": "mlp.gate.e_score_correction_bias"}
 _ERNIE_NAMES = {**_DEEPSEEK_NAMES, "exp_probs_b": "mlp.moe_statics.e_score_correction_bias"}

@@ -265,6 +265,17 @@ def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
     check_greedy_outputs(hf, [prompt], [token_ids])
 
 
+@pytest.mark.parametrize("case", ["llama-linear-rope-bias", "qwen3moe", "ernie-bias"])
+def test_projections_in_one_tensor(tmp_path: Path, case: str) -> None:
+    """As the converter writes them where it is asked to: queries with keys and values, gate with up of experts."""
+    architecture, config = CASES[case]
+    folder = save_random(tmp_path, architecture, **config)
+    (prompt,) = random_prompts([20])
+    logits, _ = run(convert(folder, tmp_path / "apart.gguf"), prompt)
+    found, _ = run(convert(folder, tmp_path / "fused.gguf", is_fused=True), prompt)
+    torch.testing.assert_close(found, logits, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", *QUANTIZATIONS, "Q4_K_M"])
 def test_quantized_models_equal_their_numbers(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of block, in every matrix; the same numbers as plain float32 give the same logits.
