@@ -29,7 +29,7 @@ from nanovllm.kernels.triton.attention.tiles import (
     start_softmax,
     tile_descriptor,
 )
-from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory
+from nanovllm.kernels.triton.common.device_limits import has_large_shared_memory, has_warp_groups
 from nanovllm.kernels.triton.common.launch import launch
 from nanovllm.kernels.triton.common.sizes import cdiv, coarse_size, next_power_of_2
 
@@ -69,7 +69,9 @@ def prefill_config(q: Tensor, kv_cache: Tensor, mean_query_len: int) -> PrefillC
     tiles loaded whole. float32 is exact rather than fast.
     """
     if kv_cache.shape[4] > 256:
-        return PrefillConfig(rows=32, tile=16, num_stages=1, num_warps=8, occupancy=1, tile_loads=False)
+        is_for_groups = has_warp_groups(kv_cache.device) and kv_cache.dtype == q.dtype and q.dtype != torch.float32
+        rows, tile = (64, 32) if is_for_groups else (32, 16)
+        return PrefillConfig(rows, tile, num_stages=1, num_warps=8, occupancy=1, tile_loads=False)
     if q.dtype == torch.float32:
         return PrefillConfig(rows=32, tile=32, num_stages=1, occupancy=1, tile_loads=False)
     if kv_cache.shape[4] > 128:
