@@ -61,17 +61,17 @@ def choose(x: Tensor, weight: QuantizedWeight) -> Config | None:
 def gemv_config(num_inputs: int, is_int4: bool, gated: bool = False) -> GemvConfig:
     """The rules are what sweeps over layers of an 8B model on an H200 found fastest. All warps lie along the inputs, so
     nothing of a row is computed twice in a program."""
-    per_lane = 32 if is_int4 else 16
-    most = max(128 if is_int4 else 256, next_power_of_2(cdiv(num_inputs, 4 * per_lane)))  # 4 chunks fit into registers
+    per_lane, most = (32, 128) if is_int4 else (16, 128 if gated else 256)
+    most = max(most, next_power_of_2(cdiv(num_inputs, 4 * per_lane)))  # 4 chunks fit into registers
     lanes = min(1024, most, max(32, next_power_of_2(cdiv(num_inputs, per_lane))))
-    num_warps, is_long = lanes // 32, num_inputs > lanes * per_lane
+    num_warps, chunks = lanes // 32, cdiv(num_inputs, lanes * per_lane)
     if is_int4:
         if gated:
             return GemvConfig(4, lanes, num_warps, ahead=1, programs=528)
-        return GemvConfig(8, lanes, num_warps, ahead=3, programs=264) if is_long else GemvConfig(8, lanes, num_warps)
+        return GemvConfig(8, lanes, num_warps) if chunks == 1 else GemvConfig(8, lanes, num_warps, 3, programs=264)
     if gated:
-        return GemvConfig(2, lanes, num_warps, ahead=1, programs=396)
-    return GemvConfig(4 if is_long else 8, lanes, num_warps, ahead=3 if is_long else 1, programs=264)
+        return GemvConfig(2, lanes, num_warps, ahead=min(2 * chunks, 4), programs=396)
+    return GemvConfig(8 if chunks == 1 else 2, lanes, num_warps, ahead=min(chunks, 3), programs=264)
 
 
 def _gemm_config(num_rows: int, codes: Tensor, num_inputs: int, step: int) -> GemmConfig | None:
