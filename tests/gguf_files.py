@@ -404,6 +404,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
     writer.add_feed_forward_length(widths)
     writer.add_head_count(hf["num_attention_heads"])
     kv_heads = hf["num_key_value_heads"]
+    if "kv_lora_rank" in hf and hf["model_type"] != "deepseek_v2":
+        kv_heads = 1  # of what is cached
     if hf["model_type"] == "kimi_linear":
         kv_heads = [0 if layer_type == "linear_attention" else 1 for layer_type in hf["layer_types"]]
     if hf["model_type"] in ("lfm2", "lfm2_moe"):
@@ -423,6 +425,8 @@ def _add_metadata(writer: gguf.GGUFWriter, hf: Mapping[str, Any]) -> None:
         writer.add_layer_norm_eps(layer_norm_eps)
     else:
         writer.add_layer_norm_rms_eps(hf.get("rms_norm_eps") or hf["norm_eps"])
+    if hf["model_type"] == "nemotron_h":
+        writer.add_layer_norm_eps(hf["layer_norm_epsilon"])
     if "kv_lora_rank" in hf:
         _add_latents(writer, hf)
     else:
