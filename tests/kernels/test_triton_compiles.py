@@ -743,6 +743,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 "has_fp8": capability >= 89,
                 "has_warp_groups": capability >= 90,
                 "has_large_shared_memory": SHARED_MEMORY[capability] > 160 * 1024,
+                "has_largest_shared_memory": SHARED_MEMORY[capability] > 224 * 1024,
             }
             for module, (question, answer) in product(MODULES.values(), answers.items()):
                 if hasattr(module, question):
@@ -795,7 +796,7 @@ def test_shared_memory_suffices(compiled: Compiled) -> None:
 def test_states_are_multiplied_without_warpgroups(compiled: Compiled) -> None:
     """See CHUNK in `delta_net.py`."""
     chunks = [(kernel, binary) for _, kernel, _, binary in compiled.launches if kernel.endswith("_chunks_kernel")]
-    assert len({kernel for kernel, _ in chunks}) == 5
+    assert len({kernel for kernel, _ in chunks}) == 6
     assert [kernel for kernel, binary in chunks if "wgmma" in binary.asm["ptx"]] == []
 
 

@@ -42,7 +42,7 @@ def _fading(f_ptr, dt_bias_ptr, decay, token, at, is_row, dim, f_stride, DIM: tl
 
 
 @triton.jit(do_not_specialize=["max_chunks"])
-def _solve_kimi_kernel(
+def _solve_kimi_chunks_kernel(
     qkv_ptr,
     f_ptr,
     b_ptr,
@@ -128,7 +128,7 @@ def _solve_kimi_kernel(
 
 
 @triton.jit
-def _pass_kimi_kernel(
+def _pass_kimi_chunks_kernel(
     queries_ptr,
     keys_ptr,
     takes_ptr,
@@ -242,12 +242,12 @@ def kimi_chunks_triton(
     made = queries, keys, takes, changes, scores, faded
     shape = {"HEADS": heads, "DIM": dim, "CHUNK": CHUNK, "BLOCK_DIM": block_dim}
     launch(
-        _solve_kimi_kernel, (meta.num_reqs * max_chunks, heads), device,
+        _solve_kimi_chunks_kernel, (meta.num_reqs * max_chunks, heads), device,
         qkv, f, b, net.decay, net.dt_bias, *lens, *made, max_chunks, qkv.stride(0), f.stride(0), b.stride(0),
         **shape, L2_EPS=L2_EPS, SLICE=SLICE, num_warps=4,
     )  # fmt: skip
     launch(
-        _pass_kimi_kernel, (meta.num_reqs, heads, cdiv(dim, columns)), device,
+        _pass_kimi_chunks_kernel, (meta.num_reqs, heads, cdiv(dim, columns)), device,
         *made, matrices, *lens, step.snapshots, found, matrices.stride(0), **shape, COLUMNS=columns,
         num_warps=4, num_stages=2,
     )  # fmt: skip
