@@ -11,7 +11,9 @@ import torch
 
 # Of Triton: Gluon is experimental, and another version may understand the same lines in another way.
 _KNOWN_GLUON = ("3.6.",)
-_LARGE_SHARED_MEMORY = {(8, 0), (9, 0), (10, 0), (10, 3)}  # CUDA Programming Guide, table of compute capabilities
+# CUDA Programming Guide, table of compute capabilities.
+_LARGEST_SHARED_MEMORY = {(9, 0), (10, 0), (10, 3)}
+_LARGE_SHARED_MEMORY = {(8, 0)} | _LARGEST_SHARED_MEMORY
 
 
 @cache
@@ -33,6 +35,11 @@ def has_large_shared_memory(device: torch.device) -> bool:
 def has_warp_groups(device: torch.device) -> bool:
     """Does Triton multiply tiles of 64 rows and at least 16 columns by four warps together? Hopper's instruction."""
     return device.type == "cuda" and compute_capability(device)[0] == 9
+
+
+def has_largest_shared_memory(device: torch.device) -> bool:
+    """Can a program have 224 KB?"""
+    return device.type != "cuda" or compute_capability(device) in _LARGEST_SHARED_MEMORY
 
 
 @cache
