@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from nanovllm import __version__
 from nanovllm.build import choose_device, choose_dtype
 from nanovllm.cli.options import engine_options
 from nanovllm.config import EngineConfig, ResolvedConfig
@@ -48,6 +49,9 @@ def run(args: Namespace) -> int:
         rate = _operations(model, length, args.behind) / median(seconds)
         rows.append(
             {
+                "engine": "nanovllm",
+                "version": __version__,
+                "workload": "attention",
                 "prompt_len": length,
                 "context_len": args.behind,
                 "us": 1e6 * median(seconds),

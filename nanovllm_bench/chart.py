@@ -71,7 +71,7 @@ def collect(records: Iterable[dict[str, Any]]) -> dict[Panel, dict[str, Bar]]:
 def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
     """What a result says, as (title with unit, bar)."""
     workload = row.get("workload", "")
-    spread = (row["slowest"], row["fastest"]) if "slowest" in row else None
+    spread = (row["slowest"], row["fastest"]) if "fastest" in row else None
     if kind == "latency" and "first_token_ms" in row and row.get("num_prompts") == 1:
         yield "first token, ms (less is better)", Bar(row["first_token_ms"], None)
     if kind in ("latency", "parallel", "throughput") and "step_ms" in row:
@@ -92,6 +92,9 @@ def _bars(kind: str, row: dict[str, Any]) -> Iterator[tuple[str, Bar]]:
         for name, caches in (("cold_seconds", "nothing cached"), ("warm_seconds", "caches warm")):
             if name in row:
                 yield f"start, {caches}, s (less is better)", Bar(row[name], None)
+    elif kind == "attention":
+        behind = f" behind {row['context_len']:,}" if row["context_len"] else ""
+        yield f"attention of {row['prompt_len']:,} tokens{behind}, TFLOP/s", Bar(row["teraflops_per_second"], None)
     elif workload in ("prefill", "long_prompts") or kind == "prefill":
         rates = [row["num_prompt_tokens"] / seconds for seconds in row.get("seconds", ())]
         value = row.get("prompt_tokens_per_second") or median(rates)
