@@ -42,7 +42,7 @@ PACKAGE = "llama-cpp-python==0.3.36"
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(may_fetch: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama.cpp's folder."""
     folder = tmp_path_factory.mktemp("sources")
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", PACKAGE]

