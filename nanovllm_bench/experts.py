@@ -7,9 +7,8 @@ so that weights come from memory and not from a cache; on a GPU all of them are 
 """
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from nanovllm.kernels.routing import Routing
 from nanovllm.layers.experts import ExpertNames, Experts
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.ops import choose_ops
+from nanovllm_bench.timing import time_runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for batch_size in args.batch_sizes:
         xs = torch.randn(args.repetitions, batch_size, args.hidden_size, dtype=dtype, device=device)
         num_used = sum(_num_experts_in_use(layer, norm, x) for x in xs) / len(xs)
-        times = _time_all(lambda xs=xs: [layer(norm, x, x)[0] for x in xs], args.runs, device)  # type: ignore[misc]
+        times = time_runs(lambda xs=xs: [layer(norm, x, x)[0] for x in xs], args.runs, device)  # type: ignore[misc]
         seconds = median(times) / args.repetitions
         floor = num_used * bytes_of_expert / (args.bandwidth * 1e9)
         operations = 2 * batch_size * args.top_k * 3 * args.hidden_size * args.intermediate_size
@@ -71,31 +71,6 @@ def _make_layer(
 def _num_experts_in_use(layer: Experts, norm: RMSNorm, x: Tensor) -> int:
     logits = layer.router(norm(x, x)[0])
     return int(logits.topk(layer.routing.top_k).indices.unique().numel())
-
-
-@torch.inference_mode()
-def _time_all(work: Callable[[], object], num_runs: int, device: torch.device) -> list[float]:
-    """Seconds of each run of `work`, after one that is not counted."""
-    work()
-    if device.type == "cpu":
-        times = []
-        for _ in range(num_runs):
-            start = perf_counter()
-            work()
-            times.append(perf_counter() - start)
-        return times
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(num_runs + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize(device)
-    return [first.elapsed_time(second) / 1e3 for first, second in zip(events, events[1:], strict=False)]
 
 
 if __name__ == "__main__":

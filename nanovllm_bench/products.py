@@ -8,7 +8,6 @@ and come from memory: calls in a row multiply by matrices of their own, more of 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from time import perf_counter
 from typing import Protocol
 
 import torch
@@ -21,6 +20,7 @@ from nanovllm.models.registry import read_model_config
 from nanovllm.quantization.online import Online
 from nanovllm.weights.checkpoint import open_checkpoint
 from nanovllm_bench.report import print_record, print_table
+from nanovllm_bench.timing import time_runs
 
 _CACHE = 256 << 20  # bytes of matrices that no cache holds
 _MOST_MATRICES = 64
@@ -135,24 +135,4 @@ def _time(products: Sequence[Product], x: Tensor, repeats: int) -> list[float]:
         for product in products:
             product(x)
 
-    once()  # compiles, or tunes
-    if not x.is_cuda:
-        times = []
-        for _ in range(repeats):
-            start = perf_counter()
-            once()
-            times.append(perf_counter() - start)
-        return [seconds / len(products) for seconds in times]
-    torch.cuda.synchronize(x.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize(x.device)
-    times = [first.elapsed_time(second) / 1e3 for first, second in zip(events, events[1:], strict=False)]
-    return [seconds / len(products) for seconds in times]
+    return [seconds / len(products) for seconds in time_runs(once, repeats, x.device)]
