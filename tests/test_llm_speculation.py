@@ -205,10 +205,7 @@ def test_requests_that_enter_beside_a_draft_take_none_of_the_places_for_states_b
     tmp_path: Path,
 ) -> None:
     """There is room for the drafts of one request; in its step three others enter with a token each, before it."""
-    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
-    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_key_value_heads": 2}
-    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
-    folder = save_random(tmp_path, "Qwen3_5ForCausalLM", **layers, **heads, **sizes)
+    folder = save_random(tmp_path, "Qwen3_5ForCausalLM")
     options = {"skip_tokenizer_init": True, "max_num_seqs": 8, "max_num_batched_tokens": 8}
     prompts, params = [[5, 6, 5, 6, 5, 6, 5, 6], [7], [8], [9]], GREEDY[0]
     with make_llm(folder, **options) as llm:
