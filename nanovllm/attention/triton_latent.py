@@ -11,8 +11,7 @@ from torch import Tensor
 from nanovllm.attention.latent import LatentBackend, LatentStep
 from nanovllm.attention.triton_paged import PreparedStep, TritonBackend
 from nanovllm.kernels.attention_types import AttentionMetadata, AttentionShape, HeadInputs, LayerCache
-from nanovllm.kernels.triton.attention.latent_attention import LatentPlans, latent_attention_triton
-from nanovllm.kernels.triton.attention.latent_decode import plan_latent_decode
+from nanovllm.kernels.triton.attention.latent_attention import LatentPlans, decode_plan, latent_attention_triton
 from nanovllm.kernels.triton.attention.latent_few import MAX_ROWS, attend_few, query_few
 from nanovllm.kernels.triton.attention.latent_whole import attend_whole, plan_whole
 
@@ -46,14 +45,12 @@ class TritonLatentBackend(TritonBackend, LatentBackend):
         self, shape: AttentionShape, q: Tensor, q_rope: Tensor, kv: Tensor, heads: HeadInputs, matrix: Tensor,
         is_neox_style: bool, cache: LayerCache, prepared: PreparedLatentStep,
     ) -> Tensor | None:  # fmt: skip
-        meta, plans = self._meta(prepared), prepared.latent_plans
+        meta = self._meta(prepared)
         if self._is_exact or not len(q) == meta.num_reqs == meta.num_decodes <= MAX_ROWS:
             return None
         queries = query_few(q, q_rope, kv, heads, matrix, cache, is_neox_style)
-        is_settled = plans.decode is not None
-        if plans.decode is None:
-            plans.decode = plan_latent_decode(meta, queries[..., : matrix.shape[2]], cache)
-        return attend_few(queries, matrix, cache, meta, shape, plans.decode, q.shape[2], is_settled)
+        plan, is_settled = decode_plan(prepared.latent_plans, meta, queries[..., : matrix.shape[2]], cache)
+        return attend_few(queries, matrix, cache, meta, shape, plan, q.shape[2], is_settled)
 
     def whole_from(self, prepared: PreparedLatentStep) -> int | None:
         return None if self._is_exact or torch.cuda.is_current_stream_capturing() else prepared.whole_from

@@ -42,12 +42,20 @@ def latent_attention_triton(
     size = *q.shape[:2], shape.value_dim
     out = (q.new_empty if covered == q.shape[0] else q.new_zeros)(size)
     if num_decodes:
-        is_settled = plans.decode is not None
-        if plans.decode is None:
-            plans.decode = plan_latent_decode(meta, out, cache)
-        latent_decode(q, cache, out, meta, plans.decode, shape, is_settled)
+        plan, is_settled = decode_plan(plans, meta, out, cache)
+        latent_decode(q, cache, out, meta, plan, shape, is_settled)
     if meta.num_reqs > num_decodes:
         if plans.prefill is None:
             plans.prefill = plan_latent_prefill(meta, q, cache, num_decodes)
         latent_prefill(q, cache, out, meta, plans.prefill, shape)
     return out
+
+
+def decode_plan(
+    plans: LatentPlans, meta: AttentionMetadata, out: Tensor, cache: LayerCache
+) -> tuple[LatentDecodePlan, bool]:
+    """The plan, and whether a layer before this one made it. out: as in `plan_latent_decode`."""
+    is_settled = plans.decode is not None
+    if plans.decode is None:
+        plans.decode = plan_latent_decode(meta, out, cache)
+    return plans.decode, is_settled
