@@ -175,11 +175,11 @@ def quantized_experts_triton(
 ) -> Tensor:
     """See `quantized_moe.quantized_experts`; for what `takes` says."""
     (num_tokens, hidden_size), top_k = x.shape, expert_ids.shape[1]
-    out = torch.empty_like(x)
     if not num_tokens:
-        return out
+        return torch.empty_like(x)
     if gate_up.weight.is_e2m1:
         return mxfp4_experts_triton(x, gate_up, down, weights, expert_ids, rounded, biases, gate)
+    out = torch.empty_like(x)
     rows, block_experts, block_size = None, expert_ids, 16
     if num_tokens > 1:  # the experts of one token differ: each is a block of one row already
         block_size = choose_block_size(expert_ids.numel(), down.num_experts)
