@@ -194,12 +194,13 @@ class Experts(nn.Module):
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(experts of the norm of x + residual, x + residual), both [num_tokens, hidden_size]."""
         normed, total, *choice = self._choose(norm, x, residual)
-        if self.shared is None:
-            mixed = self.method.mix(normed, *choice)
-        elif len(x) == 1 and self._shared_in_one is not None:
-            mixed = self.method.mix_with(self._shared_in_one, normed, *choice)
+        shared = self._shared_in_one if len(x) == 1 else None
+        if shared is not None:
+            mixed = self.method.mix_with(shared, normed, *choice)
         else:
-            mixed = self.method.mix(normed, *choice) + self.shared(normed)
+            mixed = self.method.mix(normed, *choice)
+            if self.shared is not None:
+                mixed = mixed + self.shared(normed)
         return self.tp.all_reduce(mixed), total
 
     def _choose(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
