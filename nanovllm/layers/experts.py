@@ -17,7 +17,7 @@ from nanovllm.kernels.router import Router, rms_norm_route
 from nanovllm.kernels.routing import Routing, route
 from nanovllm.layers.fused_linear import FusedLinear
 from nanovllm.layers.linear import Linear
-from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.norm import NoNorm, RMSNorm
 from nanovllm.layers.ops import Ops
 from nanovllm.layers.shared_expert import SharedExpert
 from nanovllm.layers.weight_specs import WeightSpec, WeightSpecs
@@ -191,7 +191,7 @@ class Experts(nn.Module):
         self.method: Any = None  # made when its weights' names are known
         self.shared = shared
 
-    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(experts of the norm of x + residual, x + residual), both [num_tokens, hidden_size]."""
         normed, total, *choice = self._choose(norm, x, residual)
         shared = self._shared_in_one if len(x) == 1 else None
@@ -203,7 +203,9 @@ class Experts(nn.Module):
                 mixed = mixed + self.shared(normed)
         return self.tp.all_reduce(mixed), total
 
-    def _choose(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _choose(
+        self, norm: RMSNorm | NoNorm, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(norm of x + residual, x + residual, weights, expert_ids)"""
         method = self.router.method
         if type(method) is FusedLinear and norm.weight is not None and residual is not None:
