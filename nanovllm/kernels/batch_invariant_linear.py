@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
-from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
+from nanovllm.kernels.silu_and_mul import GATES
 
-GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
 ROWS = 8  # what a decode of one request pays for; more would suit prompts better
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.moe import align
-from nanovllm.kernels.silu_and_mul import gelu_and_mul, silu_and_mul
+from nanovllm.kernels.silu_and_mul import GATES
 from nanovllm.kernels.skinny_linear import skinny_linear
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 MAX_SINGLE_ROWS = 8  # of so few rows, each is a block of its own
-_GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
 
 
 class AdapterRows(NamedTuple):
@@ -134,4 +133,4 @@ def expand_reference(
         parts = summed[index].to(b.dtype).split(rank, dim=1)
         added = [linear(part, matrix) for part, matrix in zip(parts, b[slot].split(list(sizes)), strict=True)]
         outputs[index] += torch.cat(added, dim=1) + bias[slot]
-    return outputs if activation is None else _GATES[activation](outputs)
+    return outputs if activation is None else GATES[activation](outputs)

@@ -37,3 +37,8 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
 def gelu_and_mul_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+# By the names that layers have for an activation.
+GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
+REFERENCE_GATES = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_reference}

@@ -14,15 +14,7 @@ from torch import Tensor
 
 from nanovllm.kernels.dispatch import use_triton
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from nanovllm.kernels.silu_and_mul import (
-    gelu_and_mul,
-    gelu_and_mul_reference,
-    silu_and_mul,
-    silu_and_mul_reference,
-)
-
-_GATES = {"silu": silu_and_mul, "gelu_tanh": gelu_and_mul}
-_REFERENCE_GATES = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_and_mul_reference}
+from nanovllm.kernels.silu_and_mul import GATES, REFERENCE_GATES
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, semaphores: Tensor | None = None) -> Tensor:
@@ -58,7 +50,7 @@ def gated_linear(
         if config is not None:
             gelu = activation == "gelu_tanh"
             return skinny_linear_triton(x, weight, bias, config, gated=True, gelu=gelu, semaphores=semaphores)
-    return _GATES[activation](F.linear(x, weight, bias))
+    return GATES[activation](F.linear(x, weight, bias))
 
 
 def rms_norm_linear(
@@ -115,7 +107,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
 
 
 def gated_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "silu") -> Tensor:
-    return _REFERENCE_GATES[activation](F.linear(x, weight, bias))
+    return REFERENCE_GATES[activation](F.linear(x, weight, bias))
 
 
 def rms_norm_linear_reference(
@@ -137,4 +129,4 @@ def rms_norm_gated_linear_reference(
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor]:
     gate_up, total = rms_norm_linear_reference(x, residual, norm_weight, eps, weight, bias)
-    return _REFERENCE_GATES[activation](gate_up), total
+    return REFERENCE_GATES[activation](gate_up), total

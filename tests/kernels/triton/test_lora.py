@@ -7,6 +7,7 @@ from torch import Tensor
 from nanovllm.kernels import lora
 from nanovllm.kernels.lora import AdapterRows
 from nanovllm.kernels.moe import align_reference
+from nanovllm.kernels.silu_and_mul import GATES
 from nanovllm.kernels.triton.linear.skinny_gemv import GemvConfig
 from tests.kernels.twins import DEVICE, DTYPES, INTERPRETED, TOLERANCE, load_twin, randn, relative_error, twin_test
 
@@ -57,7 +58,7 @@ def test_equal_the_reference(dtype: torch.dtype, size: tuple[int, tuple[int, ...
     if len(size[1]) == 2:
         for activation in ("silu", "gelu_tanh"):
             gated = twin.expand_triton(outputs.clone(), shrunk, b, bias, size[1], rows, activation)
-            assert relative_error(gated, lora._GATES[activation](want)) < 2 * TOLERANCE[dtype]
+            assert relative_error(gated, GATES[activation](want)) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
