@@ -191,7 +191,7 @@ class PackedCompressedLinear(QuantizedLinear):
             shape, outputs = (-(-size // per_word), groups), None if size % per_word else 0
             yield self.weight_spec("weight_zero_point", part, shape, words, self._fill_zeros, outputs=outputs)
         if self.form.has_order:
-            in_order = torch.arange(inputs) // self.group_size
+            in_order = self.groups_of_neighbours()
             yield self.weight_spec("weight_g_idx", part, (inputs,), integers[::-1], self.fill_groups, stand_in=in_order)
 
     def _check_shape(self, part: int, shape: Tensor) -> None:

@@ -74,7 +74,7 @@ class GptqLinear(QuantizedLinear):
         yield self.weight_spec(
             "scales", part, (groups, size), _FLOATS, lambda part, t: self.fill_scale(part, t.t()), outputs=1
         )
-        in_order = torch.arange(inputs) // self.group_size
+        in_order = self.groups_of_neighbours()
         yield self.weight_spec("g_idx", part, (inputs,), words, self._fill_groups, stand_in=in_order)
 
     def _fill_words(self, part: int, words: Tensor) -> None:
@@ -89,9 +89,6 @@ class GptqLinear(QuantizedLinear):
     def _fill_groups(self, part: int, group_of_input: Tensor) -> None:
         if self.form.has_order:
             self.fill_groups(part, group_of_input)
-        elif not group_of_input.is_meta and not torch.equal(group_of_input.cpu().int(), self._neighbours()):
+        elif not group_of_input.is_meta and not torch.equal(group_of_input.cpu().long(), self.groups_of_neighbours()):
             name = f"{self.spec.names[part]}.g_idx"
             raise ValueError(f"{name!r} has groups in another order, but quantization_config says desc_act=False")
-
-    def _neighbours(self) -> Tensor:
-        return torch.arange(self.spec.in_features, dtype=torch.int32, device="cpu") // self.group_size

@@ -130,6 +130,10 @@ class QuantizedLinear(LinearMethod):
         first = self.spec.inputs.start // self.group_size
         return range(first, first - (-len(self.spec.inputs) // self.group_size))
 
+    def groups_of_neighbours(self) -> Tensor:
+        """Of each input of the whole matrices its group, where groups are of neighbours; int64, on the CPU."""
+        return torch.arange(self.spec.in_features, device="cpu") // self.group_size
+
     # --- from a checkpoint ---------------------------------------------------------------------
 
     def weight_spec(
@@ -209,7 +213,7 @@ class QuantizedLinear(LinearMethod):
 
     def _sort_inputs(self, groups: list[Tensor]) -> None:
         """Bring the inputs of a group together, if they are not."""
-        neighbours = torch.arange(self.spec.in_features, device=self.codes.device) // self.group_size
+        neighbours = self.groups_of_neighbours().to(self.codes.device)
         if all(torch.equal(group, neighbours) for group in groups):
             return
         order = groups[0].argsort(stable=True)
