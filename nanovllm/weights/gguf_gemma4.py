@@ -25,6 +25,8 @@ def _gemma4(metadata: GGUFMetadata, common: Fields) -> Fields:
             f"{metadata.file.path}: metadata gemma4.attention.sliding_window_pattern must say it of each of "
             f"{num_layers} layers"
         )
+    if common["rope_scaling"] is not None:
+        raise NotImplementedError(f"{metadata.file.path}: rope.scaling is not supported for gemma4")
     num_own = num_layers - num_shared  # with keys and values of their own
     full = [layer for layer in range(num_layers) if not has_window[layer]]
     head_dim = metadata.integer("attention.key_length_swa")

@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.cli.main import main
+from nanovllm.model_files.gguf_file import GGUFFile
 from nanovllm.quantization import gguf as gguf_linear
 from nanovllm.quantization import quantized_linear
 from nanovllm.weights.gguf import GGUFCheckpoint
+from nanovllm.weights.gguf_architectures import read_architecture
 from tests.gguf_files import Quantization, Quantized, convert, random_blocks
 from tests.models.parity import check_greedy_outputs
 from tests.models.test_gpt_oss import save as save_gpt_oss
@@ -357,6 +359,15 @@ def test_check_model_has_transformers_compute_what_it_cannot_read(
     assert main(["check-model", str(path)]) == 0
     shown = capsys.readouterr()
     assert "check-model: PASS logits=" in shown.out and "it is read here for it" in shown.err
+
+
+def test_gemma4_whose_rotation_is_stretched_is_refused(tmp_path: Path) -> None:
+    architecture, config = CASES["gemma4-e2b"]
+    file = GGUFFile(convert(save_random(tmp_path / "hf", architecture, **config), tmp_path / "m.gguf"))
+    read_architecture(file)
+    file.metadata |= {"gemma4.rope.scaling.type": "linear", "gemma4.rope.scaling.factor": 8.0}
+    with pytest.raises(NotImplementedError, match=r"rope\.scaling is not supported for gemma4"):
+        read_architecture(file)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
