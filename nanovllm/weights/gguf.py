@@ -30,10 +30,10 @@ from gguf.constants import GGMLQuantizationType
 from nanovllm.model_files.gguf_file import GGUFFile, TensorInfo
 from nanovllm.model_files.gguf_tokens import end_of_generation_ids
 from nanovllm.weights.checkpoint import NOWHERE, Places
-from nanovllm.weights.gguf_architectures import ROPE_FACTORS, ROPE_FREQS, read_architecture
+from nanovllm.weights.gguf_architectures import ROPE_FACTORS, read_architecture
 from nanovllm.weights.gguf_blocks import PLAIN_DTYPES, dequantize
 from nanovllm.weights.gguf_packed import PACKED_KINDS, PackedKind, unpack_codes, unpack_mxfp4
-from nanovllm.weights.gguf_row import Join
+from nanovllm.weights.gguf_row import ROPE_FREQS, Join
 from nanovllm.weights.prediction_heads import warn_of_prediction_heads
 
 _NAMES = {

@@ -19,10 +19,16 @@ from nanovllm.weights.gguf_gemma4 import GEMMA4
 from nanovllm.weights.gguf_kimi import KIMI
 from nanovllm.weights.gguf_metadata import GGUFMetadata
 from nanovllm.weights.gguf_mixtures import MIXTURES, mixture_row
-from nanovllm.weights.gguf_row import NORMS_AFTER, Fields, GGUFArchitecture, layer_types, partial_rotary_factor
+from nanovllm.weights.gguf_row import (
+    NORMS_AFTER,
+    ROPE_FREQS,
+    Fields,
+    GGUFArchitecture,
+    layer_types,
+    partial_rotary_factor,
+)
 from nanovllm.weights.gguf_states import STATES
 
-ROPE_FREQS = "rope_freqs.weight"  # Llama 3's frequency divisors: part of the config here, not a parameter
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")  # longrope's, likewise
 
 # llama.cpp writes only the divisors of Llama 3's scaling; these constants of its formula are the same in every release.

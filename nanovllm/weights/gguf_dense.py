@@ -115,9 +115,7 @@ def _mistral3(metadata: GGUFMetadata, common: Fields) -> Fields:
 
 def _lfm2(metadata: GGUFMetadata, common: Fields) -> Fields:
     """Layers without key/value heads have a convolution; the width of the MLP is that of its tensors."""
-    kv_heads = metadata.by_layer("attention.head_count_kv")
-    if not isinstance(kv_heads, list) or len(kv_heads) != common["num_hidden_layers"]:
-        raise ValueError(f"{metadata.file.path}: attention.head_count_kv must have a number for each layer")
+    kv_heads = metadata.each_layer("attention.head_count_kv", common["num_hidden_layers"])
     return {
         **_NO_BIAS_FIELDS,
         "hidden_act": None,

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from nanovllm.weights.gguf_blocks import dequantize
 from nanovllm.weights.gguf_metadata import GGUFMetadata
-from nanovllm.weights.gguf_row import NORMS_AFTER, Fields, GGUFArchitecture, Join
+from nanovllm.weights.gguf_row import NORMS_AFTER, ROPE_FREQS, Fields, GGUFArchitecture, Join
 
-_ROPE_FREQS = "rope_freqs.weight"
 _TOKENS_PER_LAYER = "per_layer_token_embd.weight"
 
 
@@ -97,15 +96,15 @@ def _is_twice_as_wide(metadata: GGUFMetadata, num_layers: int, num_own: int) -> 
 
 
 def _rotated_share(metadata: GGUFMetadata, head_dim: int) -> float:
-    info = metadata.file.tensors.get(_ROPE_FREQS)
+    info = metadata.file.tensors.get(ROPE_FREQS)
     if info is None:
-        raise ValueError(f"{metadata.file.path} has no tensor {_ROPE_FREQS}")
+        raise ValueError(f"{metadata.file.path} has no tensor {ROPE_FREQS}")
     divisors = dequantize(metadata.file.read_rows(info), info).flatten()
     num_rotated = int((divisors == 1).sum())
     expected = torch.full((head_dim // 2,), 1e30)
     expected[:num_rotated] = 1
     if not torch.equal(divisors.float(), expected):
-        raise NotImplementedError(f"{metadata.file.path}: {_ROPE_FREQS} must be ones, and then 1e30, for each pair")
+        raise NotImplementedError(f"{metadata.file.path}: {ROPE_FREQS} must be ones, and then 1e30, for each pair")
     return 2 * num_rotated / head_dim
 
 

@@ -19,9 +19,7 @@ _BLOCK = "block_sparse_moe"
 
 def _kimi(metadata: GGUFMetadata, common: Fields) -> Fields:
     """llama.cpp knows no groups of experts here, and lets the weights of a token's experts sum to one."""
-    kv_heads = metadata.by_layer("attention.head_count_kv")
-    if not isinstance(kv_heads, list) or len(kv_heads) != common["num_hidden_layers"]:
-        raise ValueError(f"{metadata.file.path}: attention.head_count_kv must have a number for each layer")
+    kv_heads = metadata.each_layer("attention.head_count_kv", common["num_hidden_layers"])
     metadata.expect("expert_gating_func", SIGMOID)
     metadata.ignore("attention.key_length", "attention.value_length")  # of what is cached
     metadata.ignore("expert_group_used_count")

@@ -84,6 +84,13 @@ class GGUFMetadata:
         value = self.file.metadata.get(f"{self.prefix}.{key}")
         return value.tolist() if isinstance(value, np.ndarray) else value
 
+    def each_layer(self, key: str, num_layers: int) -> list[Any]:
+        """A required list with one item a layer."""
+        value = self.by_layer(key)
+        if not isinstance(value, list) or len(value) != num_layers:
+            raise self._error(key, value, f"a list with a number for each of {num_layers} layers")
+        return value
+
     def expect(self, key: str, supported: Any) -> None:
         """Refuse any other value of a key that may be missing. Raises NotImplementedError."""
         value = self._one(key, supported)

@@ -160,9 +160,7 @@ _QWEN3_NEXT = replace(
 
 
 def _granite_hybrid(metadata: GGUFMetadata, common: Fields) -> Fields:
-    kv_heads = metadata.by_layer("attention.head_count_kv")
-    if not isinstance(kv_heads, list) or len(kv_heads) != common["num_hidden_layers"]:
-        raise ValueError(f"{metadata.file.path}: attention.head_count_kv must have a number for each layer")
+    kv_heads = metadata.each_layer("attention.head_count_kv", common["num_hidden_layers"])
     has_experts = metadata.integer("expert_count", 0)
     up = "blk.0.ffn_up_shexp.weight" if has_experts else "blk.0.ffn_up.weight"
     metadata.ignore("expert_shared_feed_forward_length", "expert_used_count")
@@ -203,11 +201,8 @@ _GRANITE_HYBRID = GGUFArchitecture(
 
 def _nemotron_h(metadata: GGUFMetadata, common: Fields) -> Fields:
     """Each layer is one of four; which one, its numbers of heads and of its MLP say, and that it has a router."""
-    kv_heads, widths = metadata.by_layer("attention.head_count_kv"), metadata.by_layer("feed_forward_length")
-    if not all(isinstance(by, list) and len(by) == common["num_hidden_layers"] for by in (kv_heads, widths)):
-        raise ValueError(
-            f"{metadata.file.path}: attention.head_count_kv and feed_forward_length must have a number for each layer"
-        )
+    keys = "attention.head_count_kv", "feed_forward_length"
+    kv_heads, widths = (metadata.each_layer(key, common["num_hidden_layers"]) for key in keys)
     metadata.expect("rope.scaling.finetuned", False)
     metadata.ignore("rope.dimension_count", "attention.layer_norm_epsilon")  # nothing is rotated; of further tokens
     layers = without_prediction_heads(metadata, common)
